@@ -1,0 +1,29 @@
+"""Command lines: `mdistiller train ...` is `python tools/train.py ...`, and so on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a network, alone or under a teacher",
+    "eval": "accuracy of a checkpoint on a data set",
+    "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    if args and args[0] in COMMANDS:
+        sys.argv = [f"mdistiller {args[0]}", *args[1:]]
+        return int(importlib.import_module(f"mdistiller.cli.{args[0]}").main(args[1:]))
+    lines = [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
+    known = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])
+    if args and args[0] in ("-h", "--help"):
+        print(known)
+        return 0
+    if args:
+        print(f"error: unknown command {args[0]!r}", file=sys.stderr)
+    print(known, file=sys.stderr)
+    return 2

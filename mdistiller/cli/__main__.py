@@ -1,0 +1,5 @@
+import sys
+
+from mdistiller.cli import main
+
+sys.exit(main())

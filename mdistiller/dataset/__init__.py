@@ -1,0 +1,27 @@
+"""Data sets and the loaders that feed them: whole sets in memory, whole batches per operation.
+
+Importing this package imports every module in it whose name has no leading underscore, so a new
+data set is one new file (see :class:`DataSource` for what to write in it).
+"""
+
+import importlib
+import pkgutil
+
+from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
+from mdistiller.dataset._build import Data, get_dataset, load_data, load_test_loader
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "DATASETS",
+    "DATASET_CONFIG",
+    "Data",
+    "DataSource",
+    "ImageSet",
+    "Options",
+    "get_dataset",
+    "load_data",
+    "load_test_loader",
+]

@@ -1,0 +1,163 @@
+"""What a data set is: the registry, the images in memory, and the class that reads them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mdistiller.registry import Registry, UserError
+
+DATASETS = Registry("data set")
+
+Split = Literal["train", "test"]
+
+DATASET_CONFIG: dict[str, Any] = {
+    "TYPE": "cifar100",
+    "NUM_WORKERS": 2,  # threads that decode an image folder once, at the start; nothing else
+    "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
+    "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
+    "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
+    "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
+    "AUGMENT": "default",  # default, none, crop, crop_flip or rotate_flip (dataset/augment.py)
+    "MEAN": [],  # per channel, images in [0, 1]; empty: the data set's constants
+    "STD": [],
+    "MAX_MEMORY_GB": 16.0,  # an image folder that decodes to more is refused
+    "DROP_LAST": False,  # leave out the images of an epoch that do not fill a batch
+    "TEST": {"BATCH_SIZE": 64},
+}
+
+
+@dataclass
+class ImageSet:
+    """A whole split in memory.
+
+    Attributes:
+        images: uint8, [N, 3, H, W].
+        targets: class indices, int64, [N].
+        classes: class names; ``classes[t]`` is the name of target ``t``.
+    """
+
+    images: Tensor
+    targets: Tensor
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+            raise UserError(
+                f"images must be uint8 [N, 3, H, W], got {self.images.dtype} {list(shape)}; "
+                "repeat a grey channel three times, and do not scale to [0, 1]"
+            )
+        if self.targets.dtype != torch.int64 or tuple(self.targets.shape) != shape[:1]:
+            raise UserError(
+                f"targets must be int64 [{shape[0]}], one for each image, "
+                f"got {self.targets.dtype} {list(self.targets.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def select(self, indices: Tensor) -> ImageSet:
+        """The images at `indices` (int64, [M]), as a set of their own."""
+        return ImageSet(self.images[indices], self.targets[indices], self.classes)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same set on `device`."""
+        return ImageSet(self.images.to(device), self.targets.to(device), self.classes)
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over all pixels, for images in [0, 1]."""
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        means, stds = [], []
+        for channel in self.images.cpu().unbind(1):
+            counts = torch.zeros(256, dtype=torch.int64)  # exact, whatever the size of the set
+            for part in channel.split(4096):
+                counts += torch.bincount(part.flatten(), minlength=256)
+            weights = counts.double() / channel.numel()
+            mean = float(weights @ levels)
+            means.append(mean)
+            stds.append(math.sqrt(float(weights @ (levels - mean) ** 2)) or 1.0)
+        return tuple(means), tuple(stds)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the config says about reading image files; sets that decode none ignore it.
+
+    Attributes:
+        image_size: side in pixels to resize to, 0 to keep the size of the files.
+        workers: decoding threads.
+        max_memory_gb: largest size of a decoded split, in 1e9 bytes.
+    """
+
+    image_size: int = 0
+    workers: int = 2
+    max_memory_gb: float = 16.0
+
+
+class DataSource:
+    """Base of a registered data set: constants, and `load`, which reads one split into memory.
+
+    A data set of your own is a file like this one, named in ``IMPORTS`` of the config::
+
+        import numpy as np
+        import torch
+        from mdistiller.dataset import DATASETS, DataSource, ImageSet
+
+        @DATASETS.register("shells")
+        class Shells(DataSource):
+            root = "data/shells"
+            augment = "crop_flip"
+
+            def load(self, root, split, options):
+                file = np.load(root / f"{split}.npz")  # uint8 [N, 3, H, W] and int64 [N]
+                images, targets = torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
+                return ImageSet(images, targets, classes=["cockle", "limpet", "whelk"])
+
+    Attributes:
+        root: usual folder, relative to the checkout; None if `DATASET.ROOT` has to name it.
+        mean, std: per channel, for images in [0, 1]; empty to compute them from the training
+            images.
+        augment: what `DATASET.AUGMENT: default` means (a name in `augment.AUGMENTS`).
+        zoo: model zoo that fits, "cifar" or "tiny_imagenet"; empty to choose by image size.
+    """
+
+    root: str | None = "data"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: str = "crop_flip"
+    zoo: str = ""
+
+    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+        """Read one split.
+
+        Args:
+            root: `DATASET.ROOT`, or the usual folder.
+            split: "train" or "test".
+            options: how to read image files.
+
+        Raises:
+            UserError: it is missing or broken; the text says what to put where.
+        """
+        raise NotImplementedError
+
+
+def same_classes(train: list[str], test: list[str], where: Path | str) -> None:
+    """Refuse two splits whose class names differ, naming the difference."""
+    if train == test:
+        return
+    only_train, only_test = sorted(set(train) - set(test)), sorted(set(test) - set(train))
+    parts = [
+        f"only in {name}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for name, names in (("train", only_train), ("test/val", only_test))
+        if names
+    ]
+    raise UserError(
+        f"the classes of the two splits of {where} differ ({'; '.join(parts) or 'other order'}); "
+        "give both the same class names"
+    )

@@ -1,0 +1,65 @@
+"""Who takes which part of an epoch: pure arithmetic, the same in every process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mdistiller.registry import UserError
+
+
+def share(num: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Start and stop of the part of `num` items that `rank` takes; sizes differ by at most 1."""
+    small, larger = divmod(num, world_size)
+    start = rank * small + min(rank, larger)
+    return start, start + small + (rank < larger)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which positions of an epoch's order form each step's batch on each process.
+
+    A global batch is `world_size * batch_size` consecutive positions, split evenly. The last one is
+    smaller; were it smaller than the number of processes, it is joined to the one before. So
+    every position is taken exactly once and every process has at least one in each step.
+    """
+
+    num_data: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"SOLVER.BATCH_SIZE {self.batch_size} must be at least 1")
+        if self.batch_size * self.world_size > self.num_data:
+            raise UserError(
+                f"SOLVER.BATCH_SIZE {self.batch_size} x {self.world_size} process(es) is more than "
+                f"the {self.num_data} training images; lower SOLVER.BATCH_SIZE"
+            )
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_data, self.batch_size * self.world_size)
+        return full + (rest >= self.world_size and not self.drop_last)
+
+    def batch(self, step: int) -> tuple[int, int]:
+        """Start and stop of the global batch of `step` (from 0)."""
+        size = self.batch_size * self.world_size
+        if step == len(self) - 1 and not self.drop_last:
+            return step * size, self.num_data
+        return step * size, (step + 1) * size
+
+    def local_batch(self, step: int) -> tuple[int, int]:
+        """Start and stop of this process's share of that batch."""
+        start, stop = self.batch(step)
+        first, last = share(stop - start, self.rank, self.world_size)
+        return start + first, start + last
+
+    def loss_weight(self, step: int) -> float:
+        """Factor for this process's mean loss that makes gradients averaged over processes exact.
+
+        n_local * world_size / n_global: 1.0 wherever the batch divides evenly.
+        """
+        start, stop = self.batch(step)
+        first, last = self.local_batch(step)
+        return (last - first) * self.world_size / (stop - start)

@@ -1,0 +1,79 @@
+"""CIFAR-10 and CIFAR-100: 50,000 training and 10,000 test images of 32 x 32 pixels.
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+torchvision downloads the archive on first use and checks its md5.
+"""
+
+from __future__ import annotations
+
+import http.client
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mdistiller.dataset._base import DATASETS, DataSource, ImageSet, Options, Split
+from mdistiller.registry import UserError
+from mdistiller.runtime import distributed, local_rank
+
+
+class _CIFAR(DataSource):
+    """What both share; `dataset` is the name of torchvision's class."""
+
+    dataset: str
+    zoo = "cifar"
+    augment = "crop_flip"
+
+    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+        from torchvision import datasets  # a slow import that other data sets do not need
+
+        reader = getattr(datasets, self.dataset)
+        with _first_on_machine():
+            data = self._read(reader, root, split == "train")
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return ImageSet(images, torch.tensor(data.targets), list(data.classes))
+
+    def _read(self, reader: Any, root: Path, train: bool) -> Any:
+        """The data set as torchvision reads it, downloaded if it is not there."""
+        try:
+            return reader(str(root), train=train, download=False)
+        except RuntimeError:  # not there, or its md5 differs
+            pass
+        try:
+            return reader(str(root), train=train, download=True)
+        except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as e:
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.dataset} is not in {root} and its download failed ({reason}); get "
+                f"{reader.url} and put {reader.filename}, or its folder {reader.base_folder}, there"
+            ) from e
+
+
+@contextmanager
+def _first_on_machine() -> Iterator[None]:
+    """Let one process of each machine go first, so that only one downloads."""
+    if distributed() and local_rank() != 0:
+        dist.barrier()
+    yield
+    if distributed() and local_rank() == 0:
+        dist.barrier()
+
+
+@DATASETS.register("cifar100")
+class CIFAR100(_CIFAR):
+    """100 classes, 500 training images each; mean and std of the original mdistiller."""
+
+    dataset = "CIFAR100"
+    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+@DATASETS.register("cifar10")
+class CIFAR10(_CIFAR):
+    """10 classes, 5,000 training images each."""
+
+    dataset = "CIFAR10"
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -1,0 +1,171 @@
+"""Loaders over image sets that live on the device: no worker processes, no per-sample Python.
+
+All randomness of an epoch comes from (seed, epoch) through one CPU generator: the order of the
+images and the view of each. Processes of a distributed run draw the same and take their shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller import runtime
+from mdistiller.dataset._base import ImageSet
+from mdistiller.dataset._plan import BatchPlan, share
+from mdistiller.dataset.augment import Identity, Normalize
+from mdistiller.registry import UserError
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """All that is drawn for an epoch, on the device: order [N], parameters [N, P], views [N]."""
+
+    order: Tensor
+    parameters: Tensor
+    views: Tensor
+
+
+class TrainLoader:
+    """Shuffled, augmented batches `(image, target, index)`.
+
+    image: float32 [B, 3, H, W], normalised; target: int64 [B]; index: int64 [B], the positions in
+    the set; all on the device. The tensors are fresh: they may be changed in place.
+
+    Every iteration is a new epoch, counting from 1; `set_epoch` chooses the one that comes next
+    (to resume, or to see an epoch again).
+
+    Args:
+        dataset: the training images.
+        batch_size: of each process.
+        augment: from `augment.AUGMENTS`.
+        mean, std: per channel, for images in [0, 1].
+        device: where the images are kept and the batches made.
+        seed: with the epoch, decides order and views. Must be the same in all processes.
+        drop_last: leave out the images that do not fill a batch.
+        rank, world_size: of the process; as torch.distributed says by default.
+
+    Attributes:
+        dataset: the images on the device, in uint8.
+        num_data: their number.
+        num_views: how many views each has, None if they cannot be enumerated.
+        epoch: the epoch being iterated.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        batch_size: int,
+        augment: Identity,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        *,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        self.plan = BatchPlan(
+            len(dataset),
+            batch_size,
+            runtime.rank() if rank is None else rank,
+            runtime.world_size() if world_size is None else world_size,
+            drop_last,
+        )
+        self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
+        self.augment, self.num_views = augment, augment.num_views
+        self.normalize = Normalize(mean, std, device)
+        self._store = augment.store(dataset.images.to(device))
+        inner = self._store[:, :, augment.pad :, augment.pad :]  # shares memory with the store
+        inner = inner[:, :, : augment.height, : augment.width]
+        self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
+        self.epoch = 0
+        self._drawn: _Epoch | None = None
+        self._begun = True  # whether the drawn epoch has been iterated
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw `epoch` (from 1), to be iterated next."""
+        self.epoch, self._begun = epoch, False
+        seed = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(self.num_data, generator=generator)
+        parameters = self.augment.draw(self.num_data, generator)
+        views = self.augment.views(parameters)
+        device = self._store.device
+        self._drawn = _Epoch(order.to(device), parameters.to(device), views.to(device))
+
+    @property
+    def views(self) -> Tensor:
+        """Code of the view of every image in this epoch: int64 [N], on the device.
+
+        A batch's are `loader.views[index]`. Two epochs in which an image has the same code give
+        the same pixels, so (index, code) is an exact key for remembering what a frozen teacher
+        says. Codes are 0 .. num_views - 1, or -1 where views cannot be enumerated.
+        """
+        if self._drawn is None:
+            self.set_epoch(1)
+        assert self._drawn is not None
+        return self._drawn.views
+
+    def loss_weight(self, step: int) -> float:
+        """See :meth:`BatchPlan.loss_weight`; `step` counts from 0."""
+        return self.plan.loss_weight(step)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if self._begun:
+            self.set_epoch(self.epoch + 1)
+        self._begun = True
+        assert self._drawn is not None
+        return self._batches(self._drawn)
+
+    def _batches(self, drawn: _Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for step in range(len(self.plan)):
+            start, stop = self.plan.local_batch(step)
+            index = drawn.order[start:stop].clone()
+            images = self.augment.apply(self._store, drawn.parameters, index)
+            yield self.normalize(images), self.dataset.targets[index], index
+
+
+class EvalLoader:
+    """Batches `(image, target)` in the order of the set, without augmentation.
+
+    Under several processes each takes a contiguous share, and none pads it: summed over the
+    processes every image counts exactly once. A process may have no batch at all.
+
+    Args: as for :class:`TrainLoader`. `dataset` stays the whole set, whatever the share.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        if batch_size < 1:
+            raise UserError(f"DATASET.TEST.BATCH_SIZE {batch_size} must be at least 1")
+        self.dataset = dataset.to(device)
+        self.batch_size, self.num_data = batch_size, len(dataset)
+        self.normalize = Normalize(mean, std, device)
+        rank = runtime.rank() if rank is None else rank
+        world_size = runtime.world_size() if world_size is None else world_size
+        self.start, self.stop = share(len(dataset), rank, world_size)
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(self.start, self.stop, self.batch_size):
+            batch = slice(start, min(start + self.batch_size, self.stop))
+            yield self.normalize(self.dataset.images[batch]), self.dataset.targets[batch].clone()

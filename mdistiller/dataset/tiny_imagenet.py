@@ -1,0 +1,68 @@
+"""Tiny-ImageNet: 200 classes of ImageNet, 100,000 training and 10,000 validation images, 64 x 64.
+
+Le and Yang, "Tiny ImageNet Visual Recognition Challenge", CS 231N, 2015. Both layouts are read:
+
+* as published: ``train/WNID/images/*.JPEG``, ``val/images/*.JPEG``, ``val/val_annotations.txt``;
+* class folders: ``train/WNID/*.JPEG``, ``val/WNID/*.JPEG``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mdistiller.dataset._base import (
+    DATASETS,
+    DataSource,
+    ImageSet,
+    Options,
+    Split,
+    same_classes,
+)
+from mdistiller.dataset._folder import class_folders, load_class_folders, load_files
+from mdistiller.registry import UserError
+
+_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+@DATASETS.register("tiny_imagenet")
+class TinyImageNet(DataSource):
+    """Targets number the sorted WordNet ids; the validation images serve as the test set."""
+
+    root = "data/tiny-imagenet-200"
+    mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
+    augment = "rotate_flip"
+    zoo = "tiny_imagenet"
+
+    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+        folder = root / ("train" if split == "train" else "val")
+        if not folder.is_dir():
+            raise UserError(
+                f"Tiny-ImageNet is not in {root} (no {folder.name}/); unpack {_URL} there, "
+                "or set DATASET.ROOT"
+            )
+        if split == "train":
+            return load_class_folders(folder, class_folders(folder), options)
+        classes = class_folders(folder, ignore={"images"})
+        if classes:
+            test = load_class_folders(folder, classes, options)
+        else:
+            test = _load_annotated(folder, options)
+        if (root / "train").is_dir():
+            same_classes(class_folders(root / "train"), test.classes, root)
+        return test
+
+
+def _load_annotated(folder: Path, options: Options) -> ImageSet:
+    """The validation images as published: a line of the table gives file name, class and a box."""
+    table = folder / "val_annotations.txt"
+    if not table.is_file():
+        raise UserError(f"{folder} has neither class folders nor {table.name}; unpack {_URL} again")
+    rows = [line.split("\t")[:2] for line in table.read_text().splitlines() if line.strip()]
+    if not rows or any(len(row) != 2 for row in rows):
+        raise UserError(
+            f"{table} does not list 'file <tab> class' in its lines; unpack {_URL} again"
+        )
+    classes = sorted({wnid for _, wnid in rows})
+    number = {wnid: target for target, wnid in enumerate(classes)}
+    files = [folder / "images" / name for name, _ in rows]
+    return load_files(files, [number[wnid] for _, wnid in rows], classes, options)

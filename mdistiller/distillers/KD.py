@@ -1,0 +1,45 @@
+"""KD. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, NIPS 2014 workshop,
+arXiv 1503.02531.
+
+With q = softmax(z_teacher / T) and p = softmax(z_student / T), over a batch of N samples:
+
+    loss = T^2 / N * sum_n sum_c q_nc (log q_nc - log p_nc)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._common import full_precision, require_positive
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened predictions times T², a scalar.
+
+    Args:
+        logits_student, logits_teacher: [N, C].
+        temperature: T > 0.
+    """
+    log_p = F.log_softmax(full_precision(logits_student) / temperature, dim=1)
+    log_q = F.log_softmax(full_precision(logits_teacher) / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+@DISTILLERS.register(
+    "KD", config={"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+)
+class KD(Distiller):
+    """Soft targets: the student matches the teacher's softened class probabilities."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher)
+        self.temperature = require_positive("KD.TEMPERATURE", cfg.KD.TEMPERATURE)
+        self.ce_loss_weight = cfg.KD.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        return self.kd_loss_weight * kd_loss(student.logits, teacher.logits, self.temperature)

@@ -1,0 +1,189 @@
+"""What every distillation method is made of."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distillers._common import cross_entropy, full_precision
+from mdistiller.registry import Registry, UserError
+
+DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
+Losses = dict[str, Tensor]
+
+
+@dataclass
+class Output:
+    """What a network returned: logits [N, C] in full precision, and its features.
+
+    `output["feats"]` gives a feature in full precision; `output.features` holds them as returned.
+    """
+
+    logits: Tensor
+    features: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.features:
+            raise UserError(
+                f"this method needs {name!r}, which the network does not return "
+                f"(it returns {', '.join(self.features) or 'no features'})"
+            )
+        return full_precision(self.features[name])
+
+
+class Distiller(nn.Module):
+    """A student and a teacher trained as one module; the base of every method.
+
+    Most methods override :meth:`distill`; one of another shape (several views, no cross-entropy,
+    an own head) overrides :meth:`forward_train`, and perhaps :meth:`forward_test`. Modules,
+    parameters and buffers that a method adds are ordinary children: they are found, moved, saved
+    and trained without further word.
+
+    Class attributes:
+        uses_teacher: False for methods that learn without one; they are built with None.
+        ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
+    """
+
+    uses_teacher = True
+    ce_loss_weight: float = 1.0
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None):
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.metrics: Losses = {}
+        """Diagnostics of the last training forward: detached scalars, never part of the loss."""
+
+    @classmethod
+    def build(
+        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, num_data: int
+    ) -> Distiller:
+        """Construct from a config; `num_data` goes to constructors that have such an argument."""
+        wanted = inspect.signature(cls.__init__).parameters
+        extra = {"num_data": num_data} if "num_data" in wanted else {}
+        return cls(student, teacher, cfg, **extra)  # type: ignore[call-arg]
+
+    @property
+    def module(self) -> Distiller:
+        """This distiller: code written for a DataParallel-wrapped one says `distiller.module`."""
+        return self
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Set training mode; the teacher stays in eval mode."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"train(mode) takes a bool, got {mode!r}")
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def extra_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters that the method adds to the two networks."""
+        networks = {id(p) for p in self.student.parameters()}
+        if self.teacher is not None:
+            networks |= {id(p) for p in self.teacher.parameters()}
+        return [p for p in self.parameters() if id(p) not in networks]
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """The student's parameters, then the method's own, each in registration order."""
+        return [*self.student.parameters(), *self.extra_parameters()]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`."""
+        return [{"params": self.get_learnable_parameters()}]
+
+    def get_extra_parameters(self) -> int:
+        """Number of values the method adds to the student while training (0 at test time)."""
+        return sum(p.numel() for p in self.extra_parameters())
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        """The method's weighted loss, a scalar.
+
+        Args:
+            student, teacher: outputs of the two networks on the same images; the teacher's carry
+                no gradient.
+            target: [N] class indices.
+            batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
+        """
+        raise TypeError(
+            f"{type(self).__name__} must override distill(student, teacher, target, **batch) "
+            "or forward_train(image, target, **batch)"
+        )
+
+    def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
+        """Student logits and the terms of the objective, which the trainer sums."""
+        student = self.run_student(image)
+        teacher = self.run_teacher(image)
+        with torch.autocast(image.device.type, enabled=False):
+            losses = {
+                "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
+                "loss_kd": self.distill(student, teacher, target, **batch),
+            }
+        return student.logits, losses
+
+    def run_student(self, image: Tensor) -> Output:
+        """The student's output, with gradient."""
+        logits, features = self.student(image)
+        return Output(full_precision(logits), features)
+
+    @torch.no_grad()
+    def run_teacher(self, image: Tensor) -> Output:
+        """The teacher's output, without gradient."""
+        if self.teacher is None:
+            raise TypeError(f"{type(self).__name__} has no teacher to run")
+        logits, features = self.teacher(image)
+        return Output(full_precision(logits), features)
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """Logits at test time."""
+        return self.student(image)[0]
+
+    def forward(self, **kwargs: Any) -> Any:
+        """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`."""
+        if self.training:
+            return self.forward_train(**kwargs)
+        return self.forward_test(kwargs["image"])
+
+
+@DISTILLERS.register("NONE")
+class Vanilla(Distiller):
+    """Plain training of a network by cross-entropy, without a teacher."""
+
+    uses_teacher = False
+
+    def __init__(self, student: nn.Module):
+        super().__init__(student, None)
+
+    @classmethod
+    def build(
+        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, num_data: int
+    ) -> Distiller:
+        return cls(student)
+
+    def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
+        student = self.run_student(image)
+        with torch.autocast(image.device.type, enabled=False):
+            return student.logits, {"loss_ce": cross_entropy(student.logits, target)}
+
+
+def adopt(module: ModuleType) -> None:
+    """Register the Distiller subclasses of a module that registers none itself, by class name.
+
+    Such classes come from files written for the original library, where a table elsewhere listed
+    them. They have no defaults: their config node takes any key.
+    """
+    own = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type)
+        and issubclass(item, Distiller)
+        and item.__module__ == module.__name__
+    ]
+    if not any(cls in DISTILLERS.values() for cls in own):
+        for cls in own:
+            DISTILLERS.add(cls.__name__, cls)

@@ -1,0 +1,322 @@
+"""The configuration: defaults, YAML files with `_BASE_`, command-line overrides, type checks.
+
+Defaults live beside the code they steer: each distiller registers its own node, the data package
+its `DATASET` node; this file adds what the engine reads. A key that has no default is an error that
+names the nearest one.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from mdistiller.dataset import DATASET_CONFIG
+from mdistiller.distillers import DISTILLERS
+from mdistiller.engine.imports import import_user_modules
+from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import config_root
+
+ENGINE_CONFIG: dict[str, Any] = {
+    "EXPERIMENT": {"PROJECT": "distill", "NAME": "", "TAG": "default", "SEED": 0},
+    "DISTILLER": {
+        "TYPE": "NONE",
+        "TEACHER": "ResNet50",
+        "STUDENT": "resnet32",
+        "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
+        "TEACHER_CFG": "",  # a config that trains the teacher first
+    },
+    "SOLVER": {
+        "TRAINER": "base",
+        "BATCH_SIZE": 64,  # per process
+        "EPOCHS": 240,
+        "LR": 0.05,
+        "SCHEDULE": "multistep",  # multistep, cosine or constant
+        "LR_DECAY_STAGES": [150, 180, 210],
+        "LR_DECAY_RATE": 0.1,
+        "WARMUP_EPOCHS": 0,  # epochs of linear warm-up of the learning rate
+        "MIN_LR": 0.0,  # where the cosine ends
+        "WEIGHT_DECAY": 0.0001,
+        "MOMENTUM": 0.9,
+        "NESTEROV": False,
+        "TYPE": "SGD",  # SGD, Adam or AdamW
+        "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
+        "AMP": "none",  # none, bf16 or fp16
+        "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
+        "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
+        "DOT": {"DELTA": 0.075},
+    },
+    "LOG": {
+        "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
+        "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
+        "PREFIX": "./output",
+        "WANDB": False,
+    },
+    "DEVICE": "auto",
+    "IMPORTS": [],  # user files or modules that register methods, models, data sets
+}
+
+
+class Config(CfgNode):
+    """A yacs node that names the nearest key, takes ints for floats and reads only YAML."""
+
+    def merge_from_file(self, cfg_filename: str | Path) -> None:
+        """Merge a YAML file, its `_BASE_` files first; modules under IMPORTS are imported."""
+        self._merge_root(read_yaml(Path(cfg_filename)), folder=Path(cfg_filename).parent)
+
+    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
+        """Merge `[key, value, key, value, ...]`; string values are read as Python literals."""
+        if len(cfg_list) % 2:
+            raise UserError(
+                f"overrides come as KEY VALUE pairs, but {cfg_list[-1]!r} has no partner"
+            )
+        for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
+            if not isinstance(key, str) or not all(key.split(".")):
+                raise UserError(f"{key!r} is no config key (a key looks like SOLVER.LR)")
+            nested: Any = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            self._merge_root(nested)
+
+    def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
+        """Merge another config or a nested mapping."""
+        self._merge_root(cfg_other)
+
+    def _merge_root(self, incoming: Mapping[str, Any], folder: Path | None = None) -> None:
+        if self.is_frozen():
+            raise AttributeError("this config is frozen; clone() and defrost() it to change it")
+        modules = literal(incoming.get("IMPORTS", []))
+        if isinstance(modules, str):
+            modules = [modules]
+            incoming = {**incoming, "IMPORTS": modules}
+        if isinstance(modules, (list, tuple)) and modules:
+            import_user_modules(list(modules), folder)
+            add_registered_nodes(self)
+        merge(self, incoming, (), root=self)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                where = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {where}: {key!r} is no config key")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def find_config(name: str | Path) -> Path:
+    """The file for a config name: as given, else below the package's own `configs/`."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"config {str(name)!r} is not a .yaml file (Python configs would run code: refused)"
+        )
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    for candidate in (path, config_root().joinpath(*parts)):
+        if candidate.is_file():
+            return candidate
+    known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
+    raise UserError(f"config file {str(name)!r} not found{suggest('/'.join(parts), known)}")
+
+
+def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The nested mapping of a YAML file, over that of its `_BASE_` file or files."""
+    path = find_config(path)
+    resolved = path.resolve()
+    if resolved in chain:
+        raise UserError(f"{path}: _BASE_ leads back to itself ({' -> '.join(map(str, chain))})")
+    try:
+        # The loader is a SafeLoader: it builds plain values only.
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is no valid YAML: {reason}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
+    bases = table.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = overlay(merged, read_yaml(path.parent / base, (*chain, resolved)))
+    return overlay(merged, table)
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
+    return merged
+
+
+def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], root: CfgNode) -> None:
+    """Write `incoming` into `node` in place, checking every key and type."""
+    for key, value in incoming.items():
+        name = ".".join((*path, str(key)))
+        if key not in node:
+            if not node.is_new_allowed():
+                raise UserError(f"unknown config key {name}{suggest(name, flatten(root))}")
+            node[key] = (
+                Config(dict(value), new_allowed=True)
+                if isinstance(value, Mapping)
+                else literal(value)
+            )
+        elif isinstance(node[key], CfgNode):
+            if not isinstance(value, Mapping):
+                raise UserError(
+                    f"{name} is a section with keys {', '.join(node[key])}, got {value!r}"
+                )
+            merge(node[key], value, (*path, key), root)
+        else:
+            node[key] = coerce(value, node[key], name)
+
+
+def coerce(value: Any, default: Any, name: str) -> Any:
+    """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
+    if isinstance(default, str):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise UserError(f"{name} wants text, got {value!r}")
+    value = literal(value)
+    if isinstance(default, bool):
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        fits = isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value)
+        value = float(value) if fits else value
+    elif isinstance(default, int):
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, (list, tuple)):
+        fits = isinstance(value, (list, tuple)) and _items_fit(value, default)
+        value = type(default)(value) if fits else value
+    else:
+        fits = True
+    if not fits:
+        raise UserError(f"{name} wants {_describe(default)}, got {value!r}")
+    return value
+
+
+def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
+    allowed = {type(item) for item in default} or {int, float, str}
+    allowed |= {int} if float in allowed else set()
+    return all(type(item) in allowed for item in items)
+
+
+def _describe(default: Any) -> str:
+    if isinstance(default, bool):
+        return "True or False"
+    names = {int: "a whole number", float: "a finite number"}
+    return names.get(type(default), f"a list like {list(default) if default else [1, 2]}")
+
+
+def literal(value: Any) -> Any:
+    """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values below a node."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def add_registered_nodes(cfg: CfgNode) -> None:
+    """Add the default nodes of methods that were registered since `cfg` was made."""
+    for name in DISTILLERS:
+        if name not in cfg and name != "NONE":
+            declared = DISTILLERS.config.get(name)
+            cfg[name] = Config(declared or {}, new_allowed=declared is None)
+
+
+def default_config() -> Config:
+    """A fresh config that holds every default."""
+    cfg = Config({**ENGINE_CONFIG, "DATASET": DATASET_CONFIG}).clone()
+    add_registered_nodes(cfg)
+    return cfg
+
+
+def load_config(path: str | Path = "", overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the file, then `[key, value, ...]`; checked, and frozen."""
+    cfg = CFG.clone()
+    add_registered_nodes(cfg)
+    if path:
+        cfg.merge_from_file(path)
+    cfg.merge_from_list(overrides)
+    check_values(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Refuse values that have the right type and no meaning."""
+    at_least = {
+        "SOLVER.BATCH_SIZE": 1,
+        "SOLVER.EPOCHS": 1,
+        "SOLVER.WARMUP_EPOCHS": 0,
+        "SOLVER.WEIGHT_DECAY": 0,
+        "SOLVER.MOMENTUM": 0,
+        "SOLVER.CLIP_GRAD_NORM": 0,
+        "SOLVER.MIN_LR": 0,
+        "DATASET.TEST.BATCH_SIZE": 1,
+        "DATASET.VAL_SPLIT": 0,
+        "LOG.TENSORBOARD_FREQ": 1,
+        "LOG.SAVE_CHECKPOINT_FREQ": 1,
+        "EXPERIMENT.SEED": 0,
+    }
+    for name, low in at_least.items():
+        section, key = name.rsplit(".", 1)
+        value = lookup(cfg, section)[key]
+        if value < low:
+            raise UserError(f"{name} must be at least {low}, got {value}")
+    if cfg.SOLVER.LR <= 0:
+        raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
+    for name, value, allowed in (
+        ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
+        ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "constant")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def lookup(cfg: CfgNode, name: str) -> Any:
+    """The node or value with a dotted name."""
+    for part in name.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def show_cfg(cfg: CfgNode) -> str:
+    """Print and return the sections that matter for a run: the common ones and its method's."""
+    sections = ["EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG"]
+    sections += [name for name in cfg.DISTILLER.TYPE.split("+") if name in cfg]
+    text = CfgNode({name: cfg[name] for name in sections}).dump(sort_keys=False)
+    print(text)
+    return text
+
+
+CFG = default_config()

@@ -1,0 +1,80 @@
+"""Optimizers and learning-rate schedules from a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
+
+from mdistiller.registry import Registry
+
+OPTIMIZERS = Registry("optimizer (SOLVER.TYPE)")
+
+
+@OPTIMIZERS.register("SGD")
+def sgd(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+    """SGD with momentum; weight decay on everything, as the published recipes have it."""
+    return SGD(
+        groups,
+        lr=solver.LR,
+        momentum=solver.MOMENTUM,
+        weight_decay=solver.WEIGHT_DECAY,
+        nesterov=solver.NESTEROV,
+    )
+
+
+@OPTIMIZERS.register("Adam")
+def adam(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+    return Adam(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY)
+
+
+@OPTIMIZERS.register("AdamW")
+def adamw(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+    return AdamW(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY)
+
+
+def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+    """The optimizer of `cfg.SOLVER` over parameter groups.
+
+    Args:
+        groups: as torch takes them; groups may set their own `lr` and `weight_decay`.
+        solver: the SOLVER node.
+    """
+    return OPTIMIZERS[solver.TYPE](groups, solver)
+
+
+def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
+    """The schedule of `cfg.SOLVER`, to be stepped once after every epoch.
+
+    A stage s of LR_DECAY_STAGES is the last epoch (counted from 1) at the old rate. WARMUP_EPOCHS
+    epochs rise linearly to LR and are part of EPOCHS; the stages are not shifted by them.
+    """
+    warmup = solver.WARMUP_EPOCHS
+    main: LRScheduler
+    if solver.SCHEDULE == "multistep":
+        stages = [stage - warmup for stage in solver.LR_DECAY_STAGES]
+        main = MultiStepLR(optimizer, stages, gamma=solver.LR_DECAY_RATE)
+    elif solver.SCHEDULE == "cosine":
+        epochs = max(solver.EPOCHS - warmup, 1)
+        main = CosineAnnealingLR(optimizer, epochs, eta_min=solver.MIN_LR)
+    else:
+        main = ConstantLR(optimizer, factor=1.0)
+    if not warmup:
+        return main
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The mixed-precision context of `SOLVER.AMP`; without effect for "none"."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

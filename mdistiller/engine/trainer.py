@@ -1,0 +1,229 @@
+"""The training loop. Other trainers replace one of two seams: `batch_inputs` and `optimize`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
+from mdistiller.engine.distributed import is_main_process, unwrap
+from mdistiller.engine.hooks import Hook, default_hooks
+from mdistiller.engine.metrics import Meters, NonFiniteLossError
+from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler
+from mdistiller.engine.utils import correct_counts, progress
+from mdistiller.registry import Registry, UserError
+from mdistiller.runtime import rank
+
+trainer_dict = Registry("trainer (SOLVER.TRAINER)")
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, numpy and torch from a tuple of whole numbers."""
+    words = np.random.SeedSequence(parts).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@trainer_dict.register("crd")  # CRD needs no trainer of its own here; the name stays valid
+@trainer_dict.register("base")
+class BaseTrainer:
+    """Trains a distiller by the sum of its loss terms.
+
+    Attributes that hooks and subclasses read: `cfg`, `distiller` (perhaps wrapped for several
+    processes), `model` (never wrapped), `optimizer`, `scheduler`, `log_path`, `epoch` (the last
+    finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
+    epoch), `hooks`.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        distiller: nn.Module,
+        train_loader: Any,
+        val_loader: Any,
+        cfg: Any,
+        test_loader: Any = None,
+    ):
+        self.cfg = cfg
+        self.distiller = distiller
+        self.model: Any = unwrap(distiller)
+        self.device = next(self.model.parameters()).device
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.test_loader = test_loader
+        self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
+        self.optimizer = self.init_optimizer(cfg)
+        self.scheduler = build_scheduler(self.optimizer, cfg.SOLVER)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
+        self.epoch = 0
+        self.step = 0
+        self.best_acc = -1.0
+        self.best_epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.hooks: list[Hook] = default_hooks(cfg) if is_main_process() else default_hooks(None)
+
+    def init_optimizer(self, cfg: Any) -> Optimizer:
+        """The optimizer over the distiller's parameter groups."""
+        return build_optimizer(self.model.param_groups(), cfg.SOLVER)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps since the start of training."""
+        return self.epoch * len(self.train_loader) + self.step
+
+    def train(self, resume: bool = False) -> None:
+        """Run all epochs, or those after the last checkpoint."""
+        if resume:
+            self.resume()
+        for hook in self.hooks:
+            hook.before_train(self)
+        for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
+            self.train_epoch(epoch)
+        for hook in self.hooks:
+            hook.after_train(self)
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over the training data, then the hooks: evaluate, log, save."""
+        # All randomness of an epoch follows from (seed, epoch, rank): a resumed run repeats it.
+        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank())
+        if hasattr(self.train_loader, "set_epoch"):
+            self.train_loader.set_epoch(epoch)
+        self.distiller.train()
+        meters = Meters(interval=1 if self.device.type == "cpu" else 50)
+        started = time.perf_counter()
+        bar = progress(self.train_loader, f"epoch {epoch}")
+        for self.step, data in enumerate(bar, start=1):
+            message = self.train_iter(data, epoch, meters)
+            bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
+            if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
+                meters.flush()
+                for hook in self.hooks:
+                    hook.after_steps(self, meters)
+        means = meters.averages(self.device)
+        seconds = time.perf_counter() - started
+        record = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_acc": means.pop("top1", 0.0),
+            "train_loss": means.pop("losses", 0.0),
+            **{f"train_{name}": value for name, value in means.items()},
+            "images_per_second": len(self.train_loader.dataset) / seconds,
+            "seconds": seconds,
+        }
+        self.scheduler.step()
+        self.epoch, self.step = epoch, 0
+        for hook in self.hooks:
+            hook.after_epoch(self, epoch, record)
+
+    def train_iter(self, data: Sequence[Any], epoch: int, train_meters: Meters) -> str:
+        """One optimizer step; returns what to show beside the bar ("" for the mean loss)."""
+        inputs = self.batch_inputs(data, epoch)
+        with autocast(self.device, self.cfg.SOLVER.AMP):
+            logits, losses = self.distiller(**inputs)
+        target = inputs["target"]
+        hits = correct_counts(logits, target) * (100.0 / len(target))
+        train_meters.add(
+            f"epoch {epoch}, step {self.step}",
+            losses,
+            {"top1": hits[0], "top5": hits[1], **getattr(self.model, "metrics", {})},
+            len(target),
+        )
+        self.optimize(losses)
+        return ""
+
+    def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
+        """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(self.device, non_blocking=True)
+            return [move(item) for item in value]
+
+        names = ("image", "target", "index", "contrastive_index")
+        return {"epoch": epoch, **dict(zip(names, map(move, data), strict=False))}
+
+    def optimize(self, losses: dict[str, Tensor]) -> None:
+        """Backward of the summed terms, and one optimizer step."""
+        total = torch.stack([loss.mean() for loss in losses.values()]).sum() * self.loss_weight()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.clip_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def loss_weight(self) -> float:
+        """Share of this process in the step: not 1 only where the last batch splits unevenly."""
+        weight = getattr(self.train_loader, "loss_weight", None)
+        return weight(self.step - 1) if weight else 1.0
+
+    def clip_gradients(self) -> None:
+        """Scale the gradients down to SOLVER.CLIP_GRAD_NORM, if that is set."""
+        limit = self.cfg.SOLVER.CLIP_GRAD_NORM
+        if limit:
+            self.scaler.unscale_(self.optimizer)
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, limit)
+
+    def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
+        """Write an epoch's numbers to every log; override to add your own."""
+        for hook in self.hooks:
+            hook.write(self, epoch, {"lr": lr, **log_dict})
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, as plain values and tensors."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best_acc": self.best_acc,
+            "best_epoch": self.best_epoch,
+            "history": self.history,
+            "log_sizes": {
+                name: size for hook in self.hooks for name, size in hook.sizes(self).items()
+            },
+        }
+
+    def resume(self) -> None:
+        """Continue from the run's `latest` checkpoint; checkpoints of the original work as well."""
+        path = self.log_path / "latest"
+        if not path.is_file():
+            raise UserError(
+                f"--resume: there is no checkpoint {path}; start without --resume, "
+                "or give the same config and overrides as the run to continue"
+            )
+        state = load_checkpoint(path)
+        if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
+            raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
+        load_state(self.model, strip_prefix(state["model"], "module."), f"{path} and this config")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
+        self.epoch = int(state["epoch"])
+        self.best_acc = float(state["best_acc"])
+        self.best_epoch = int(state.get("best_epoch", 0))
+        self.history = state.get("history", [])
+        self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
+        self._restore_schedule(state.get("scheduler"))
+        for hook in self.hooks:
+            hook.on_resume(self, state.get("log_sizes", {}))
+
+    def _restore_schedule(self, saved: dict[str, Any] | None) -> None:
+        if saved is not None:
+            self.scheduler.load_state_dict(saved)
+            return
+        for _ in range(self.epoch):  # the original kept none: its rate follows from the epoch
+            self.scheduler.step()
+
+
+__all__ = ["BaseTrainer", "Meters", "NonFiniteLossError", "seed_everything", "trainer_dict"]

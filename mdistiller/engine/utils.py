@@ -1,0 +1,119 @@
+"""Meters, accuracy and validation, under the names that users of the original know."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.distributed import is_main_process, sum_over_ranks, unwrap
+
+__all__ = [
+    "AverageMeter",
+    "accuracy",
+    "load_checkpoint",
+    "log_msg",
+    "progress",
+    "save_checkpoint",
+    "validate",
+]
+
+
+class AverageMeter:
+    """A running weighted mean. Attributes: `val` (last value), `sum`, `count`, `avg`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = 0.0
+        self.sum = 0.0
+        self.count = 0.0
+
+    def update(self, val: float, n: float = 1) -> None:
+        """Add `val`, the mean over `n` items."""
+        self.val = float(val)
+        self.sum += self.val * n
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        return self.sum / self.count if self.count else 0.0
+
+
+def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+    """How many samples have their class among the k largest logits, for each k.
+
+    A k above the number of classes counts as that number.
+
+    Args:
+        logits: [N, C].
+        target: [N] class indices, or [N, C] class probabilities, whose largest is taken.
+
+    Returns:
+        [len(topk)] float32 counts, on the device of `logits`.
+    """
+    if target.is_floating_point():
+        target = target.argmax(dim=1)
+    largest = min(max(topk), logits.shape[1])
+    ranked = logits.detach().topk(largest, dim=1).indices
+    hits = (ranked == target[:, None]).float()
+    return torch.stack([hits[:, :k].sum() for k in topk])
+
+
+def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
+    """Accuracy in percent over the k largest logits, for each k; each a tensor of shape [1]."""
+    counts = correct_counts(output, target, topk)
+    return [(100.0 * count / len(output)).reshape(1) for count in counts]
+
+
+@torch.no_grad()
+def validate(
+    val_loader: Iterable[Sequence[Tensor]], distiller: nn.Module
+) -> tuple[float, float, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy, over all processes.
+
+    The distiller is in eval mode afterwards.
+    """
+    model = unwrap(distiller)
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(4, device=device)  # top-1 hits, top-5 hits, summed loss, samples
+    for data in progress(val_loader, "eval"):
+        image, target = (item.to(device, non_blocking=True) for item in data[:2])
+        logits = model(image=image).float()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        totals[:2] += correct_counts(logits, target)
+        totals[2] += loss
+        totals[3] += len(target)
+    top1, top5, loss, samples = sum_over_ranks(totals).tolist()
+    if not samples:
+        raise ValueError("the validation loader is empty")
+    return 100.0 * top1 / samples, 100.0 * top5 / samples, loss / samples
+
+
+def progress(items: Iterable[Any], title: str) -> tqdm:
+    """A progress bar over `items`: on a terminal, in the main process, redrawn by time."""
+    return tqdm(
+        items,
+        desc=title,
+        leave=False,
+        mininterval=0.5,
+        dynamic_ncols=True,
+        disable=None if is_main_process() else True,
+    )
+
+
+_COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
+
+
+def log_msg(msg: str, mode: str = "INFO") -> str:
+    """`msg` behind its [MODE], coloured on a terminal."""
+    text = f"[{mode}] {msg}"
+    return f"\033[{_COLOURS.get(mode, 36)}m{text}\033[0m" if sys.stdout.isatty() else text

@@ -1,0 +1,35 @@
+"""Model zoos: `cifar_model_dict`, `tiny_imagenet_model_dict` and `imagenet_model_dict`.
+
+An entry unpacks as `(constructor, checkpoint path or None)` and can be called:
+
+    net = get_model_entry("resnet8x4", "cifar")(num_classes=10)
+    logits, features = net(images)   # see mdistiller.models._base.StagedNet
+
+A new family is one file in a sub-package: every module here whose name has no leading
+underscore is imported, and enters its models with `@register_model`.
+"""
+
+import importlib
+import pkgutil
+
+from mdistiller.models._base import (
+    ModelEntry,
+    StagedNet,
+    cifar_model_dict,
+    get_model_entry,
+    imagenet_model_dict,
+    tiny_imagenet_model_dict,
+)
+
+__all__ = [
+    "ModelEntry",
+    "StagedNet",
+    "cifar_model_dict",
+    "get_model_entry",
+    "imagenet_model_dict",
+    "tiny_imagenet_model_dict",
+]
+
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    if not _module.name.rpartition(".")[2].startswith("_"):
+        importlib.import_module(_module.name)

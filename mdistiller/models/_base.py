@@ -1,0 +1,198 @@
+"""The contract of all networks (StagedNet), and the tables that hold them (ModelEntry)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.registry import Registry, UserError
+from mdistiller.runtime import project_root
+from mdistiller.weights import load_network
+
+#: What a stage gives: its output, and that before its last ReLU (None where there is no ReLU).
+Staged = tuple[Tensor, Tensor | None]
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """A network is asked for something that its architecture does not have."""
+
+
+class StageInfo(NamedTuple):
+    """One stage after the stem: the modules that are run in turn, and what comes out of them."""
+
+    paths: tuple[str, ...]
+    channels: int
+    norm: str | None
+
+
+class StagedNet(nn.Module):
+    """A network that gives `(logits, features)`; its stages are declared where they are built.
+
+    `features` holds
+        feats: list of the stem's and every stage's output;
+        preact_feats: the same before each stage's last ReLU; the stem's entry is its output once
+            more. Left out where stages have no such ReLU (MobileNetV2's linear bottlenecks);
+        final_map: the map that becomes `pooled_feat`;
+        pooled_feat: the classifier's input.
+
+    A family registers its layers under the names of the released checkpoints, in their order, and
+    calls :meth:`declare_stage` for each stage. It defines :meth:`stem`, and overrides
+    :meth:`last_map` or :meth:`embed` where its head is more than pooling.
+
+    No ReLU or sum here works in place: a tensor in `features` stays what it was.
+    """
+
+    #: Name of the child that makes the logits.
+    head = "fc"
+    #: Whether pooled_feat is the average of final_map over positions.
+    globally_pooled = True
+
+    def __init__(self, stem_channels: int):
+        super().__init__()
+        self.stem_channels = stem_channels
+        self.stages: list[StageInfo] = []
+
+    def declare_stage(self, *paths: str, channels: int, norm: str | None = None) -> None:
+        """Declare the next stage.
+
+        Args:
+            paths: submodules that are run in turn; each maps a tensor to a :data:`Staged` pair.
+            channels: width of the stage's output.
+            norm: the batch norm right before the stage's last ReLU, if there is one.
+        """
+        self.stages.append(StageInfo(paths, channels, norm))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The layers before the first stage."""
+        raise NotImplementedError
+
+    def run_stages(self, x: Tensor) -> list[Staged]:
+        """Output and pre-activation of the stem and of every stage."""
+        out = self.stem(x)
+        preact: Tensor | None = out
+        outputs: list[Staged] = [(out, preact)]
+        for stage in self.stages:
+            for path in stage.paths:
+                out, preact = self.get_submodule(path)(out)
+            outputs.append((out, preact))
+        return outputs
+
+    def last_map(self, out: Tensor, preact: Tensor | None) -> Tensor:
+        """What is pooled, from the last stage's pair."""
+        return out
+
+    def embed(self, final_map: Tensor) -> Tensor:
+        """The classifier's input, from the last map."""
+        return F.adaptive_avg_pool2d(final_map, 1).flatten(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Logits [N, classes] and the features described above."""
+        outputs = self.run_stages(x)
+        final_map = self.last_map(*outputs[-1])
+        pooled = self.embed(final_map)
+        logits = self.classifier()(pooled).flatten(1)
+        features: dict[str, Any] = {"feats": [out for out, _ in outputs]}
+        if all(preact is not None for _, preact in outputs):
+            features["preact_feats"] = [preact for _, preact in outputs]
+        return logits, features | {"pooled_feat": pooled, "final_map": final_map}
+
+    def classifier(self) -> nn.Linear | nn.Conv2d:
+        """The layer that makes the logits.
+
+        Checkpoints of two families (vgg, CIFAR MobileNetV2) call that child `classifier` as well.
+        This method hides it from reading by attribute (`get_submodule`, `functional_call`);
+        assignment, state dicts and `named_modules` see it as ever.
+        """
+        layer = self._modules[self.head]
+        return cast(
+            "nn.Linear | nn.Conv2d", layer[-1] if isinstance(layer, nn.Sequential) else layer
+        )
+
+    def get_stage_channels(self) -> list[int]:
+        """Width of every entry of `feats`, the stem's first."""
+        return [self.stem_channels, *(stage.channels for stage in self.stages)]
+
+    def get_bn_before_relu(self) -> list[nn.Module]:
+        """The batch norms right before the stages' last ReLUs, stem excluded.
+
+        Raises:
+            UnsupportedError: no stage of this network ends so.
+        """
+        norms = [stage.norm for stage in self.stages if stage.norm is not None]
+        if not norms:
+            raise UnsupportedError(
+                f"{type(self).__name__} has no batch norm over all channels before the last ReLU "
+                "of its stages; methods that read one (OFD) need another teacher"
+            )
+        return [self.get_submodule(norm) for norm in norms]
+
+
+class ModelEntry(NamedTuple):
+    """A zoo's entry. Unpacks as `(constructor, checkpoint)`; calling it builds the network."""
+
+    constructor: Callable[..., StagedNet]
+    checkpoint: str | None = None
+
+    def __call__(self, *args: Any, pretrained: bool = False, **kwargs: Any) -> StagedNet:
+        """Build the network, with the released weights if `pretrained`.
+
+        Raises:
+            UserError: there are no released weights, or their file is absent or does not fit.
+        """
+        net = self.constructor(*args, **kwargs)
+        if pretrained:
+            name = self.constructor.__name__
+            if self.checkpoint is None:
+                raise UserError(f"{name} has no released weights; name a checkpoint of your own")
+            if not Path(self.checkpoint).is_file():
+                raise UserError(
+                    f"the released weights of {name} are not at {self.checkpoint}; put them there "
+                    "(download_ckpts/README.md says where from), or name a checkpoint of your own"
+                )
+            classes = kwargs.get("num_classes", net.classifier().weight.shape[0])
+            load_network(net, self.checkpoint, name, classes)
+        return net
+
+
+cifar_model_dict = Registry("CIFAR model")
+tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
+imagenet_model_dict = Registry("ImageNet model")
+
+_ZOOS = Registry("model zoo")
+_ZOOS.update(
+    cifar=cifar_model_dict, tiny_imagenet=tiny_imagenet_model_dict, imagenet=imagenet_model_dict
+)
+
+Constructor = TypeVar("Constructor", bound=Callable[..., StagedNet])
+
+
+def register_model(
+    zoo: str, name: str, *, checkpoint: str | None = None
+) -> Callable[[Constructor], Constructor]:
+    """Decorator that enters a constructor into a zoo.
+
+    Args:
+        zoo: "cifar", "tiny_imagenet" or "imagenet".
+        name: the name that configs use.
+        checkpoint: released weights, relative to `download_ckpts/`.
+    """
+    path = str(project_root() / "download_ckpts" / checkpoint) if checkpoint else None
+
+    def enter(constructor: Constructor) -> Constructor:
+        _ZOOS[zoo].add(name, ModelEntry(constructor, path))
+        return constructor
+
+    return enter
+
+
+def get_model_entry(name: str, zoo: str) -> ModelEntry:
+    """The entry `name` of a zoo ("cifar", "tiny_imagenet" or "imagenet").
+
+    Raises:
+        UnknownName: there is no such zoo, or no such model in it.
+    """
+    return cast(ModelEntry, _ZOOS[zoo][name])

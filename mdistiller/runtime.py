@@ -1,0 +1,85 @@
+"""Where the process runs: device, rank among processes, project folder. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mdistiller.registry import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def project_root() -> Path:
+    """The checkout this package is imported from, or the working directory if it is installed.
+
+    `data/`, `download_ckpts/` and relative config paths are looked for here.
+    """
+    checkout = _PACKAGE.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def config_root() -> Path:
+    """Folder of the YAML files: `configs/` of the checkout, or the copy inside the package."""
+    checkout = _PACKAGE.parent / "configs"
+    return checkout if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "configs"
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The torch device for a config value.
+
+    Args:
+        name: "auto" (CUDA, else MPS, else CPU), "cpu", "mps", "cuda" or "cuda:N". Under several
+            processes "cuda" means the GPU with this process's local rank.
+
+    Raises:
+        UserError: the name is no device, or the machine does not have it.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"DEVICE {name!r} is no device; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index is None and count:
+            return torch.device("cuda", local_rank() % count)
+        if count <= (device.index or 0):
+            raise UserError(
+                f"DEVICE {name!r} was asked for, but this machine has {count} usable CUDA devices; "
+                "use DEVICE auto or cpu"
+            )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "DEVICE 'mps' was asked for, but it is not available; use DEVICE auto or cpu"
+        )
+    return device
+
+
+def distributed() -> bool:
+    """Whether a process group of torch.distributed is up."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Rank of this process, 0 without a process group."""
+    return dist.get_rank() if distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if distributed() else 1
+
+
+def local_rank() -> int:
+    """Rank on this machine, as torchrun gives it."""
+    return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,0 +1,134 @@
+"""Reading of files that hold weights, with errors that say what is wrong. Runs no code of theirs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdistiller.registry import UserError
+
+State = Mapping[str, Tensor]
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """The contents of a checkpoint file, on the CPU; only tensors and plain values are read.
+
+    Files of the original library, which hold numpy scalars, are read as well.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder; name a file in it (student_best, say)")
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if path.stat().st_size == 0:
+        raise UserError(f"checkpoint {path} is empty")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "WeightsUnpickler" in reason or "GLOBAL" in reason:
+            detail = "it holds more than weights and plain values, which could run code when read"
+        else:
+            detail = "it is damaged or no PyTorch file"
+        raise UserError(f"checkpoint {path} is refused: {detail}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} is truncated or damaged: {first}") from None
+
+
+def _numpy_scalars() -> list[Any]:
+    """What files of the original hold beside tensors: numpy floats, under two module names."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)}
+    return [np.dtype, *kinds, *((scalar, name) for name in names)]
+
+
+def network_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of one network in what a checkpoint file holds.
+
+    Understands `{"model": state}`, a bare state dict, the prefix of DataParallel, and the state of
+    a whole distiller, of which the student is taken.
+    """
+    state = contents
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(
+            f"checkpoint {path} holds no weights (want a state dict, or one as 'model')"
+        )
+    plain = strip_prefix(state, "module.")
+    student = {k: v for k, v in plain.items() if k.startswith("student.")}
+    return strip_prefix(student, "student.") if student else plain
+
+
+def strip_prefix(state: State, prefix: str) -> dict[str, Tensor]:
+    """`state` without `prefix` before its keys, if all of them have it."""
+    if all(key.startswith(prefix) for key in state):
+        return {key[len(prefix) :]: value for key, value in state.items()}
+    return dict(state)
+
+
+def load_state(net: nn.Module, state: State, what: str) -> None:
+    """`net.load_state_dict(state)`, strictly, with a one-line error; nothing is loaded on failure.
+
+    Batch-norm counters, which very old files lack, may be missing.
+
+    Args:
+        what: how to call the file and the network in the error.
+    """
+    own = net.state_dict()
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in state and key not in counters]
+    extra = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {list(state[key].shape)}, want {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(items)} {kind} ({', '.join(items[:2])}{', ...' if len(items) > 2 else ''})"
+        for kind, items in (
+            ("missing tensors", missing),
+            ("unknown tensors", extra),
+            ("tensors of another shape", shapes),
+        )
+        if items
+    ]
+    if problems:
+        raise UserError(f"{what} do not fit together: {'; '.join(problems)}")
+    net.load_state_dict({**{key: own[key] for key in counters}, **state})
+
+
+def load_network(
+    net: nn.Module, path: str | os.PathLike[str], name: str, num_classes: int | None = None
+) -> None:
+    """Load the weights of one network from a file.
+
+    Args:
+        name: the network's name, for errors.
+        num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
+    """
+    state = network_state(load_checkpoint(path), path)
+    own = net.state_dict()
+    differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
+    if num_classes and differ and set(differ) <= set(head):
+        raise UserError(
+            f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
+            f"but {num_classes} are wanted"
+        )
+    load_state(net, state, f"checkpoint {path} and network {name}")

@@ -1,0 +1,125 @@
+"""The zoos as tables, released weights, and what is particular to a family."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mdistiller.models import (
+    ModelEntry,
+    cifar_model_dict,
+    get_model_entry,
+    imagenet_model_dict,
+    tiny_imagenet_model_dict,
+)
+from mdistiller.models.cifar import baby, resnetv2, wrn
+from mdistiller.models.cifar.resnet import ResNet, resnet8, resnet32x4
+from mdistiller.registry import UnknownName, UserError
+from mdistiller.runtime import project_root
+
+TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")
+
+
+def test_released_checkpoints_are_where_the_original_keeps_them():
+    root = project_root() / "download_ckpts"
+    for name, (_, path) in cifar_model_dict.items():
+        released = root / "cifar_teachers" / f"{name}_vanilla" / "ckpt_epoch_240.pth"
+        assert path == (str(released) if name in TEACHERS else None)
+    assert {name: entry.checkpoint for name, entry in tiny_imagenet_model_dict.items()} == {
+        "ResNet18": str(root / "tiny_imagenet_teachers" / "ResNet18_vanilla" / "ti_res18"),
+        "MobileNetV2": None,
+        "ShuffleV2": None,
+    }
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(UnknownName, match="did you mean 'resnet32x4'"):
+        get_model_entry("resnet32x", "cifar")
+    with pytest.raises(UnknownName, match="did you mean 'cifar'"):
+        get_model_entry("resnet8", "cifar100")
+    with pytest.raises(KeyError):
+        imagenet_model_dict["resnet8"]
+
+
+def test_an_entry_unpacks_and_is_callable():
+    constructor, checkpoint = get_model_entry("resnet32x4", "cifar")
+    assert constructor is resnet32x4
+    assert checkpoint.endswith("ckpt_epoch_240.pth")
+    assert get_model_entry("resnet8", "cifar")(num_classes=3).fc.out_features == 3
+
+
+def released(path, num_classes=100):
+    """Write a file like those of the original: weights, and what its training script adds."""
+    net = resnet8(num_classes)
+    beside = {"epoch": 240, "optimizer": {"lr": np.float64(0.05)}, "best_acc": torch.tensor(1.0)}
+    torch.save({"model": net.state_dict(), **beside}, path)
+    return net
+
+
+def test_pretrained_loads_the_file(tmp_path):
+    path = tmp_path / "ckpt_epoch_240.pth"
+    net = released(path)
+    loaded = ModelEntry(resnet8, str(path))(num_classes=100, pretrained=True)
+    assert all(map(torch.equal, loaded.state_dict().values(), net.state_dict().values()))
+
+
+def test_pretrained_says_what_is_wrong(tmp_path):
+    entry = ModelEntry(resnet8, str(tmp_path / "here"))
+    with pytest.raises(UserError, match=r"not at .*here"):
+        entry(pretrained=True)
+    with pytest.raises(UserError, match="resnet8 has no released weights"):
+        ModelEntry(resnet8)(pretrained=True)
+    released(tmp_path / "here", num_classes=10)
+    with pytest.raises(UserError, match="resnet8 for 10 classes, but 100 are wanted") as caught:
+        entry(num_classes=100, pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_depths_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        ResNet(21)
+    with pytest.raises(ValueError, match="6n \\+ 4"):
+        wrn.WideResNet(18, 2)
+
+
+@pytest.mark.parametrize(("side", "last"), [(32, 4), (48, 6), (64, 4), (96, 12)])
+def test_vgg_pools_a_fourth_time_for_tiny_imagenet_only(side, last):
+    net = get_model_entry("vgg8", "cifar")().eval()
+    with torch.no_grad():
+        feats = net(torch.zeros(1, 3, side, side))[1]["feats"]
+    assert [feat.shape[2] for feat in feats] == [side, side // 2, side // 4, side // 8, last]
+
+
+@pytest.mark.parametrize("name", ["vgg8", "MobileNetV2"])
+def test_a_head_named_like_its_accessor_can_be_replaced(name):
+    net = get_model_entry(name, "cifar")().eval()
+    net.classifier = nn.Linear(net.classifier().in_features, 5)
+    assert net(torch.zeros(1, 3, 32, 32))[0].shape == (1, 5)
+    assert list(net.state_dict())[-2:] == ["classifier.weight", "classifier.bias"]
+
+
+def test_initial_weights():
+    net = get_model_entry("vgg16", "cifar")()
+    conv = net.get_submodule("block4.3")
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+    assert net.classifier().weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not conv.bias.any()
+    assert not net.classifier().bias.any()
+    assert not wrn.wrn_16_1().fc.bias.any()
+    residual = resnetv2.ResNet18(zero_init_residual=True).get_submodule("layer2.1")
+    assert not residual.bn2.weight.any()
+    assert residual.bn1.weight.all()
+
+
+@pytest.mark.parametrize("build", [baby.baby_teacher, baby.baby_student])
+def test_baby_networks_have_relu_after_convolutions_only_if_asked(build):
+    image = torch.randn(4, 3, 32, 32)
+    plain = build(num_classes=10).eval()
+    active = build(num_classes=10, conv_relu=True).eval()
+    active.load_state_dict(plain.state_dict())
+    features = plain(image)[1]
+    assert all(map(torch.equal, features["feats"], features["preact_feats"]))
+    first = plain.stage1.conv(image)
+    want = nn.functional.max_pool2d(first.relu(), 2)
+    torch.testing.assert_close(active(image)[1]["feats"][0], active.stage1.bn(want))
+    assert features["pooled_feat"].shape == (4, plain.classifier().in_features)
