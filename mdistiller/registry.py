@@ -13,7 +13,7 @@ class UserError(ValueError):
     """Input that cannot work. Its text is the one line a user needs: what, where, what to do."""
 
 
-class UnknownName(UserError, KeyError):
+class UnknownNameError(UserError, KeyError):
     """A name that is not in a table; the text offers the nearest and the known ones."""
 
     def __str__(self) -> str:  # KeyError would print the repr
@@ -56,7 +56,7 @@ class Registry(dict[str, Any]):
         """Enter `item` under `name`; see :meth:`register`."""
         if name in self and self[name] is not item:
             raise ValueError(
-                f"{self.kind} {name!r} is registered already, by {self[name]!r}; choose another name"
+                f"{self.kind} {name!r} is taken by {self[name]!r}; choose another name"
             )
         self[name] = item
         if config is not None:
@@ -64,6 +64,6 @@ class Registry(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         known = ", ".join(sorted(self, key=str.casefold))
-        raise UnknownName(
+        raise UnknownNameError(
             f"unknown {self.kind} {name!r}{suggest(str(name), self)} (known: {known})"
         )

@@ -1,4 +1,4 @@
-"""Reading of files that hold weights, with errors that say what is wrong. Runs no code of theirs."""
+"""Reading of files that hold weights: clear errors, and no code of theirs is run."""
 
 from __future__ import annotations
 

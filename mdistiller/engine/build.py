@@ -86,8 +86,8 @@ def find_teacher(cfg: Any, entry: ModelEntry | None) -> Path:
         return Path(usual)
     looked = f" (looked for {usual})" if usual else ""
     raise UserError(
-        f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT to "
-        "a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first"
+        f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
+        "to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first"
     )
 
 

@@ -170,7 +170,7 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
         name = ".".join((*path, str(key)))
         if key not in node:
             if not node.is_new_allowed():
-                raise UserError(f"unknown config key {name}{suggest(name, flatten(root))}")
+                raise UserError(f"unknown config key {name}{suggest(name, [*root, *flatten(root)])}")
             node[key] = (
                 Config(dict(value), new_allowed=True)
                 if isinstance(value, Mapping)
@@ -222,8 +222,11 @@ def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
 def _describe(default: Any) -> str:
     if isinstance(default, bool):
         return "True or False"
-    names = {int: "a whole number", float: "a finite number"}
-    return names.get(type(default), f"a list like {list(default) if default else [1, 2]}")
+    if isinstance(default, int):
+        return "a whole number"
+    if isinstance(default, float):
+        return "a finite number"
+    return f"a list like {list(default) or [1, 2]}"
 
 
 def literal(value: Any) -> Any:

@@ -193,6 +193,6 @@ def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """The entry `name` of a zoo ("cifar", "tiny_imagenet" or "imagenet").
 
     Raises:
-        UnknownName: there is no such zoo, or no such model in it.
+        UnknownNameError: there is no such zoo, or no such model in it.
     """
     return cast(ModelEntry, _ZOOS[zoo][name])

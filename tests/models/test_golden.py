@@ -8,6 +8,7 @@ import zlib
 
 import pytest
 import torch
+from support import golden_values
 
 from mdistiller.models import get_model_entry
 
@@ -76,19 +77,12 @@ def parse(line):
     return tuple(model.split()), [[float(number) for number in group.split()] for group in groups]
 
 
-def spread(shape, seed):
-    """Numbers in [-1, 1) that are a function of position and seed, in exact integer arithmetic."""
-    index = torch.arange(torch.Size(shape).numel())
-    value = (7919 * index**2 + 104729 * index + 15485863 * seed) % 1000003
-    return (2 * value.double() / 1000003 - 1).reshape(shape)
-
-
 def fill(net):
     state = net.state_dict()
     for key, tensor in state.items():
         if key.endswith("num_batches_tracked"):
             continue
-        value = spread(tensor.shape, zlib.crc32(key.encode()) % 100003)
+        value = golden_values(tensor.shape, zlib.crc32(key.encode()) % 100003)
         if key.endswith("running_var"):
             value = 1 + 0.1 * value
         elif key.endswith(("running_mean", ".bias")):
@@ -116,7 +110,7 @@ def test_numbers_of_the_original(model, want):
     net = get_model_entry(name, zoo)(num_classes=CLASSES[zoo]).double().eval()
     with torch.no_grad():
         fill(net)
-        logits, features = net(spread((2, 3, SIDE[zoo], SIDE[zoo]), 7))
+        logits, features = net(golden_values((2, 3, SIDE[zoo], SIDE[zoo]), 7))
     got = [
         logits[0, :3].tolist(),
         norms([logits, features["pooled_feat"]]),

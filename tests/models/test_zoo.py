@@ -14,7 +14,7 @@ from mdistiller.models import (
 )
 from mdistiller.models.cifar import baby, resnetv2, wrn
 from mdistiller.models.cifar.resnet import ResNet, resnet8, resnet32x4
-from mdistiller.registry import UnknownName, UserError
+from mdistiller.registry import UnknownNameError, UserError
 from mdistiller.runtime import project_root
 
 TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")
@@ -33,9 +33,9 @@ def test_released_checkpoints_are_where_the_original_keeps_them():
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(UnknownName, match="did you mean 'resnet32x4'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'resnet32x4'"):
         get_model_entry("resnet32x", "cifar")
-    with pytest.raises(UnknownName, match="did you mean 'cifar'"):
+    with pytest.raises(UnknownNameError, match="did you mean 'cifar'"):
         get_model_entry("resnet8", "cifar100")
     with pytest.raises(KeyError):
         imagenet_model_dict["resnet8"]

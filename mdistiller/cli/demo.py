@@ -1,0 +1,106 @@
+"""demo: a teacher, a student alone, and KD and DKD students on the embedded digits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.cli._run import guarded
+
+METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
+Curves = dict[str, list[list[float]]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="runs per method (default 3)")
+    parser.add_argument("--epochs", type=int, default=0, help="epochs per run (default: configs')")
+    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="results folder")
+    return parser
+
+
+def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
+    """Summary and accuracy curve of a run, trained unless it is there; unfinished ones continue."""
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.run import experiment_name, train
+
+    overrides = ["LOG.PREFIX", str(out), *overrides]
+    cfg = load_config(f"configs/digits/{config}.yaml", overrides)
+    folder = out / experiment_name(cfg, overrides)
+    if not (folder / "summary.json").is_file():
+        with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+            train(cfg, overrides, resume=(folder / "latest").is_file())
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {**summary, "curve": [json.loads(line)["test_acc"] for line in lines]}
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table: last-epoch accuracy (mean ± sample std over seeds), parameters, seconds."""
+    rows = [
+        "| run | last top-1 % | seeds | parameters | seconds per run |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        last = [run["last_acc"] for run in runs]
+        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        rows.append(
+            f"| {name} | {statistics.mean(last):.2f}{spread} | {len(runs)} | "
+            f"{runs[0]['parameters']:,} | {seconds:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(curves: Curves, path: Path) -> None:
+    """Accuracy by epoch: the mean over seeds, and the range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, runs in curves.items():
+        epochs = range(1, len(runs[0]) + 1)
+        by_epoch: Sequence[tuple[float, ...]] = list(zip(*runs, strict=True))
+        (line,) = axes.plot(epochs, [statistics.mean(v) for v in by_epoch], label=name, lw=2)
+        low, high = [min(v) for v in by_epoch], [max(v) for v in by_epoch]
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="digits: students of a resnet20")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Train what is missing, then print the table and write it and the plot."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    epochs = ["SOLVER.EPOCHS", str(args.epochs)] if args.epochs else []
+    print("teacher: resnet20", flush=True)
+    results = {"teacher": [finished_run("teacher", [], args.out)]}
+    for name, config in METHODS.items():
+        runs = results.setdefault(name, [])
+        for seed in range(args.seeds):
+            runs.append(finished_run(config, ["EXPERIMENT.SEED", str(seed), *epochs], args.out))
+            print(f"{name}, seed {seed}: {runs[-1]['last_acc']:.2f} %", flush=True)
+    text = table(results)
+    (args.out / "table.md").write_text(text + "\n")
+    students = {name: [run["curve"] for run in results[name]] for name in METHODS}
+    plot(students, args.out / "accuracy.png")
+    seconds = time.perf_counter() - started
+    print(f"\n{text}\n\n{seconds:.0f} s; table.md, accuracy.png and all runs are in {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: demo(args))

@@ -1,0 +1,162 @@
+"""The Distiller contract, for every registered method."""
+
+import pytest
+import torch
+from torch import nn
+
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.distillers._common import cross_entropy, warmup_factor
+from mdistiller.engine.cfg import default_config
+from mdistiller.models import get_model_entry
+from mdistiller.registry import UserError
+
+METHODS = sorted(distiller_dict)
+
+
+def networks(classes=10):
+    torch.manual_seed(0)
+    entry = get_model_entry("resnet8", "cifar")
+    return entry(num_classes=classes), entry(num_classes=classes)
+
+
+def build(method, classes=10):
+    student, teacher = networks(classes)
+    return distiller_dict[method].build(student, teacher, default_config(), num_data=50)
+
+
+def batch(size=6):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "image": torch.randn(size, 3, 32, 32, generator=generator),
+        "target": torch.arange(size) % 10,
+        "index": torch.arange(size),
+        "epoch": 2,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
+    distiller = build(method).train()
+    before = (
+        {}
+        if distiller.teacher is None
+        else {k: v.clone() for k, v in distiller.teacher.state_dict().items()}
+    )
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        logits, losses = distiller(**batch())
+    assert logits.shape == (6, 10)
+    assert set(losses) == ({"loss_ce"} if method == "NONE" else {"loss_ce", "loss_kd"})
+    total = sum(losses.values())
+    assert total.dtype == torch.float32
+    assert torch.isfinite(total)
+    total.backward()
+    for name, param in distiller.student.named_parameters():
+        assert param.grad is not None, name
+        assert torch.isfinite(param.grad).all(), name
+    if distiller.teacher is not None:
+        assert all(p.grad is None for p in distiller.teacher.parameters())
+        after = distiller.teacher.state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_gives_the_students_logits(method):
+    distiller = build(method).eval()
+    image = batch()["image"]
+    assert torch.equal(distiller(image=image), distiller.student(image)[0])
+
+
+def test_train_keeps_the_teacher_in_eval_mode_and_wants_a_bool():
+    distiller = build("KD").train()
+    assert distiller.student.training
+    assert not distiller.teacher.training
+    with pytest.raises(ValueError, match="bool"):
+        distiller.train("yes")
+
+
+def test_weights_and_warm_up_scale_the_terms():
+    cfg = default_config()
+    cfg.merge_from_list(["DKD.CE_WEIGHT", 0.25, "DKD.WARMUP", 20, "KD.LOSS.KD_WEIGHT", 3])
+    items = batch()
+
+    def losses(method, epoch, config):
+        distiller = distiller_dict[method].build(*networks(), config, 50).train()
+        return distiller(**{**items, "epoch": epoch})[1]
+
+    early, late, later = (losses("DKD", epoch, cfg) for epoch in (1, 20, 200))
+    assert early["loss_kd"].item() == pytest.approx(late["loss_kd"].item() / 20, rel=1e-5)
+    assert late["loss_kd"].item() == later["loss_kd"].item()
+    plain = losses("DKD", 1, default_config())
+    assert early["loss_ce"].item() == pytest.approx(0.25 * plain["loss_ce"].item(), rel=1e-6)
+    kd, kd3 = losses("KD", 1, default_config()), losses("KD", 1, cfg)
+    assert kd3["loss_kd"].item() == pytest.approx(kd["loss_kd"].item() * 3 / 0.9, rel=1e-5)
+
+
+def test_warm_up_of_nothing_is_full_weight():
+    assert warmup_factor(1, 0) == 1.0
+    assert warmup_factor(5, 20) == 0.25
+
+
+def test_dkd_keeps_its_terms_as_metrics_outside_the_loss():
+    distiller = build("DKD").train()
+    _, losses = distiller(**{**batch(), "epoch": 20})
+    metrics = distiller.metrics
+    assert losses["loss_kd"].item() == pytest.approx(
+        (metrics["tckd"] + 8 * metrics["nckd"]).item(), rel=1e-6
+    )
+    assert not metrics["tckd"].requires_grad
+
+
+def test_temperature_must_be_positive():
+    cfg = default_config()
+    cfg.merge_from_list(["KD.TEMPERATURE", 0])
+    with pytest.raises(UserError, match=r"KD\.TEMPERATURE must be positive"):
+        distiller_dict["KD"].build(*networks(), cfg, 50)
+
+
+class WithExtras(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher)
+        self.connector = nn.Linear(4, 3)
+
+    def distill(self, student, teacher, target, **batch):
+        return self.connector.weight.sum() + 0 * student["pooled_feat"].sum()
+
+
+def test_children_are_found_as_learnable_and_counted():
+    distiller = WithExtras(*networks(), None)
+    learnable = distiller.get_learnable_parameters()
+    students = list(distiller.student.parameters())
+    assert [id(p) for p in learnable] == [
+        *map(id, students),
+        id(distiller.connector.weight),
+        id(distiller.connector.bias),
+    ]
+    assert distiller.get_extra_parameters() == 15
+    assert distiller.module is distiller
+
+
+def test_a_missing_feature_is_named():
+    class Wants(WithExtras):
+        def distill(self, student, teacher, target, **batch):
+            return student["nonsense"]
+
+    with pytest.raises(UserError, match="needs 'nonsense', which the network does not return"):
+        Wants(*networks(), None).train()(**batch())
+
+
+def test_vanilla_takes_only_a_network():
+    net = networks()[0]
+    assert Vanilla(net).student is net
+
+
+def test_cross_entropy_without_labels_is_zero_and_takes_soft_targets():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    unlabelled = cross_entropy(logits, torch.full((4,), -100))
+    unlabelled.backward()
+    assert unlabelled == 0
+    assert not logits.grad.any()
+    hard = torch.tensor([0, 1, 2, 1])
+    soft = nn.functional.one_hot(hard, 3).float()
+    assert cross_entropy(logits, hard).item() == pytest.approx(cross_entropy(logits, soft).item())

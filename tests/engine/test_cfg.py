@@ -1,0 +1,158 @@
+import pytest
+from support import REPO
+
+from mdistiller.engine.cfg import CFG, default_config, find_config, load_config, show_cfg
+from mdistiller.registry import UserError
+
+SHIPPED = sorted(p for p in (REPO / "configs").rglob("*.yaml") if "_base_" not in p.parts)
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(REPO).as_posix())
+def test_every_shipped_config_loads_and_names_things_that_exist(path):
+    from mdistiller.dataset import DATASETS
+    from mdistiller.distillers import distiller_dict
+    from mdistiller.engine import trainer_dict
+    from mdistiller.models import get_model_entry
+
+    cfg = load_config(path)
+    zoo = DATASETS[cfg.DATASET.TYPE].zoo or "cifar"
+    get_model_entry(cfg.DISTILLER.STUDENT, zoo)
+    assert cfg.SOLVER.TRAINER in trainer_dict
+    if distiller_dict[cfg.DISTILLER.TYPE].uses_teacher:
+        teacher = get_model_entry(cfg.DISTILLER.TEACHER, zoo)
+        assert teacher.checkpoint or cfg.DISTILLER.TEACHER_CFG or cfg.DISTILLER.TEACHER_CKPT
+    if cfg.DISTILLER.TEACHER_CFG:
+        assert load_config(cfg.DISTILLER.TEACHER_CFG).DISTILLER.STUDENT == cfg.DISTILLER.TEACHER
+
+
+def test_published_recipe_of_a_pair():
+    cfg = load_config("configs/cifar100/dkd/vgg13_mv2.yaml")
+    assert (cfg.SOLVER.LR, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.EPOCHS) == (0.01, 0.0005, 240)
+    assert (cfg.DKD.ALPHA, cfg.DKD.BETA, cfg.DKD.T, cfg.DKD.WARMUP) == (1.0, 6.0, 4.0, 20)
+    assert (cfg.DISTILLER.TEACHER, cfg.DISTILLER.STUDENT) == ("vgg13", "MobileNetV2")
+
+
+def test_file_then_overrides_over_bases(tmp_path):
+    write(tmp_path, "a.yaml", "SOLVER:\n  LR: 0.1\n  EPOCHS: 3\n  BATCH_SIZE: 7\n")
+    write(tmp_path, "b.yaml", "_BASE_: a.yaml\nSOLVER:\n  EPOCHS: 4\n  BATCH_SIZE: 8\n")
+    path = write(tmp_path, "c.yaml", "_BASE_: [b.yaml]\nSOLVER:\n  BATCH_SIZE: 9\n")
+    cfg = load_config(path, ["SOLVER.TYPE", "Adam"])
+    assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.BATCH_SIZE) == (0.1, 4, 9)
+    assert cfg.SOLVER.TYPE == "Adam"
+    assert cfg.is_frozen()
+    assert CFG.SOLVER.EPOCHS == 240  # the global defaults are untouched
+
+
+def test_numbers_arrive_as_the_type_of_the_default(tmp_path):
+    path = write(tmp_path, "a.yaml", "SOLVER:\n  LR: 1\n  WEIGHT_DECAY: 5e-4\nDKD: {T: 2}\n")
+    cfg = load_config(path, ["SOLVER.LR_DECAY_STAGES", "(3, 4)", "EXPERIMENT.NAME", "12"])
+    assert isinstance(cfg.SOLVER.LR, float)
+    assert isinstance(cfg.DKD.T, float)
+    assert cfg.SOLVER.WEIGHT_DECAY == 0.0005  # YAML reads 5e-4 as text
+    assert cfg.SOLVER.LR_DECAY_STAGES == [3, 4]
+    assert cfg.EXPERIMENT.NAME == "12"
+    assert load_config("", ["KD.TEMPERATURE", "2.5"]).KD.TEMPERATURE == 2.5
+
+
+BAD = {
+    "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
+    "KDD.TEMPERATURE 4": "unknown config key KDD; did you mean 'KD",
+    "SOLVER.EPOCHS 2.5": "SOLVER.EPOCHS wants a whole number, got 2.5",
+    "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number, got 'many'",
+    "SOLVER.EPOCHS True": "SOLVER.EPOCHS wants a whole number, got True",
+    "SOLVER.LR nan": "SOLVER.LR wants a finite number, got 'nan'",
+    "SOLVER.LR -0.1": "SOLVER.LR must be positive, got -0.1",
+    "SOLVER.NESTEROV 3": "SOLVER.NESTEROV wants True or False, got 3",
+    "SOLVER.LR_DECAY_STAGES 30": "SOLVER.LR_DECAY_STAGES wants a list like [150, 180, 210]",
+    "SOLVER.LR_DECAY_STAGES ['a']": "SOLVER.LR_DECAY_STAGES wants a list like [150, 180, 210]",
+    "SOLVER 3": "SOLVER is a section with keys",
+    "SOLVER.LR": "'SOLVER.LR' has no partner",
+    "SOLVER..LR 3": "'SOLVER..LR' is no config key",
+    "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
+    "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
+    "SOLVER.SCHEDULE poly": "SOLVER.SCHEDULE must be one of multistep, cosine, constant",
+    "IMPORTS nowhere.py": "IMPORTS: no file nowhere.py",
+    "IMPORTS [3]": "IMPORTS wants names of files or modules, got 3",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_override_gets_one_line(words):
+    with pytest.raises(UserError) as caught:
+        load_config("", words.split())
+    assert BAD[words] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BAD_FILES = {
+    "SOLVER:\n  LRR: 1\n": "unknown config key SOLVER.LRR",
+    "SOLVER: 3\n": "SOLVER is a section",
+    "SOLVER:\n  LR: 1\n  LR: 2\n": "line 3: LR is given twice",
+    "SOLVER: [1\n": "is no valid YAML",
+    "": "holds no config",
+    "- 1\n": "holds no config",
+    "1: 2\n": "1 is no config key",
+    "_BASE_: nowhere.yaml\n": "nowhere.yaml' not found",
+    "_BASE_: bad.yaml\n": "leads back to itself",
+    "_BASE_: 3\n": "_BASE_ must name a file",
+    "A: !!python/object/apply:os.system ['true']\n": "is no valid YAML",
+    "SOLVER: {LR: .inf}\n": "SOLVER.LR wants a finite number",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_gets_one_line(tmp_path, text):
+    path = write(tmp_path, "bad.yaml", text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert BAD_FILES[text] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_python_configs_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"not found; did you mean 'cifar100/kd\.yaml'"):
+        find_config("configs/cifar100/kdd.yaml")
+    with pytest.raises(UserError, match="Python configs would run code"):
+        find_config(write(tmp_path, "evil.py", "raise SystemExit"))
+
+
+def test_a_method_without_declared_defaults_takes_any_key(tmp_path):
+    write(
+        tmp_path,
+        "mine.py",
+        "from ._base import Distiller\n"
+        "class Plain(Distiller):\n"
+        "    def __init__(self, student, teacher, cfg):\n"
+        "        super().__init__(student, teacher)\n"
+        "        self.weight = cfg.Plain.LOSS.WEIGHT\n",
+    )
+    text = "IMPORTS: [mine.py]\nDISTILLER: {TYPE: Plain}\nPlain:\n  LOSS: {WEIGHT: 2.0}\n"
+    cfg = load_config(write(tmp_path, "mine.yaml", text), ["Plain.LOSS.WEIGHT", "3.5"])
+    assert cfg.Plain.LOSS.WEIGHT == 3.5
+
+
+def test_a_failing_import_is_named_with_its_error(tmp_path):
+    path = write(tmp_path, "broken.py", "1 / 0\n")
+    with pytest.raises(UserError, match=r"broken\.py fails when imported: ZeroDivisionError"):
+        load_config("", ["IMPORTS", f"['{path}']"])
+
+
+def test_frozen_configs_do_not_change():
+    cfg = load_config()
+    with pytest.raises(AttributeError, match="frozen"):
+        cfg.merge_from_list(["SOLVER.LR", "1"])
+
+
+def test_show_cfg_names_the_run_and_its_method_only(capsys):
+    cfg = default_config()
+    cfg.merge_from_list(["DISTILLER.TYPE", "DKD"])
+    text = show_cfg(cfg)
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert "WARMUP: 20" in text
+    assert "TEMPERATURE" not in text

@@ -1,0 +1,84 @@
+"""What several test files share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+TOY = str(REPO / "tests" / "toy.py")
+
+
+def golden_values(shape, seed):
+    """The reference numbers' input generator: values in [-1, 1] from exact integers."""
+    k = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
+    values = (7919 * k * k + 104729 * k + 15485863 * seed) % 1000003
+    return (2 * values.double() / 1000003 - 1).reshape(shape)
+
+
+def write_config(folder, text="", method="NONE", student="resnet8", epochs=2, **distiller):
+    """A config over the toy data that trains in seconds; returns its path.
+
+    The run folder is `folder/out/toy/run`.
+    """
+    lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in distiller.items())
+    path = Path(folder) / "toy.yaml"
+    path.write_text(
+        f"IMPORTS: [{json.dumps(TOY)}]\nDEVICE: cpu\n"
+        f"EXPERIMENT:\n  PROJECT: toy\n  NAME: run\n"
+        f"DATASET:\n  TYPE: toy\n  TEST:\n    BATCH_SIZE: 60\n"
+        f"DISTILLER:\n  TYPE: {method}\n  STUDENT: {student}\n{lines}"
+        f"LOG:\n  PREFIX: {json.dumps(str(Path(folder) / 'out'))}\n"
+        f"_BASE_: toy_solver.yaml\n{text}"
+    )
+    (Path(folder) / "toy_solver.yaml").write_text(
+        f"SOLVER:\n  BATCH_SIZE: 32\n  EPOCHS: {epochs}\n  LR: 0.05\n"
+        "  LR_DECAY_STAGES: [1]\n  WEIGHT_DECAY: 0.0005\n"
+    )
+    return path
+
+
+def command(*words, module="train", prefix=(), **options):
+    """Run tools/MODULE.py in a process of its own, one thread; returns the finished process."""
+    script = [str(REPO / "tools" / f"{module}.py"), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    return subprocess.run(
+        [*(prefix or [sys.executable]), *script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        **options,
+    )
+
+
+def torchrun(processes):
+    """Command words that start a script in several processes on this machine."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
+
+
+def saved_teacher(folder, model="resnet8", num_classes=10, seed=1):
+    """A file with the weights of an untrained network, as a run leaves it; returns its path."""
+    from mdistiller.models import get_model_entry
+
+    torch.manual_seed(seed)
+    net = get_model_entry(model, "cifar")(num_classes=num_classes)
+    path = Path(folder) / f"{model}_{num_classes}.pth"
+    torch.save({"model": net.state_dict()}, path)
+    return path
+
+
+def same_state(first, second):
+    """Whether two state dicts are equal to the bit."""
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )

@@ -1,0 +1,52 @@
+"""Imports point one way: the table below is DESIGN's, and every module is held to it."""
+
+import ast
+
+import pytest
+from support import REPO
+
+BOTTOM = {"registry", "runtime", "weights"}
+MAY_IMPORT = {
+    "registry": set(),
+    "runtime": {"registry"},
+    "weights": {"registry"},
+    "models": BOTTOM,
+    "dataset": BOTTOM,
+    "distillers": BOTTOM,
+    "engine": BOTTOM | {"models", "dataset", "distillers"},
+    "cli": BOTTOM | {"models", "dataset", "distillers", "engine"},
+}
+FILES = sorted((REPO / "mdistiller").rglob("*.py"))
+
+
+def layer(parts):
+    return parts[1].removesuffix(".py") if len(parts) > 1 else ""
+
+
+def imported(tree, package):
+    """Dotted names a module imports, relative ones made absolute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            if module == "mdistiller":
+                yield from (f"mdistiller.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(REPO).as_posix())
+def test_imports_point_down(path):
+    parts = path.relative_to(REPO).parts
+    own = layer(parts)
+    if own == "__init__":
+        return
+    for name in imported(ast.parse(path.read_text()), list(parts[:-1])):
+        words = name.split(".")
+        if words[0] == "mdistiller" and len(words) > 1 and words[1] not in (own, "__version__"):
+            assert words[1] in MAY_IMPORT[own], f"{own} imports {name}"
+
+
+def test_every_layer_is_in_the_table():
+    assert {layer(p.relative_to(REPO).parts) for p in FILES} - {"__init__"} == set(MAY_IMPORT)

@@ -1,0 +1,35 @@
+import pytest
+
+from mdistiller.registry import Registry, UserError
+
+
+def test_decorator_enters_and_returns_the_object_with_its_config():
+    table = Registry("thing")
+
+    @table.register("A", config={"K": 1})
+    def thing():
+        return 7
+
+    assert table["A"] is thing
+    assert thing() == 7
+    assert table.config == {"A": {"K": 1}}
+
+
+def test_a_name_is_given_once():
+    table = Registry("thing")
+    table.register("A")(object())
+    with pytest.raises(ValueError, match="thing 'A' is taken"):
+        table.register("A")(object())
+
+
+def test_unknown_name_gets_the_nearest_and_the_known_ones():
+    table = Registry("thing")
+    table.update(resnet8=1, vgg8=2)
+    with pytest.raises(UserError) as caught:
+        table["ResNet8"]
+    assert str(caught.value) == (
+        "unknown thing 'ResNet8'; did you mean 'resnet8'? (known: resnet8, vgg8)"
+    )
+    with pytest.raises(KeyError):  # mappings promise this type
+        table["zzz"]
+    assert table.get("zzz") is None
