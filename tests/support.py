@@ -25,19 +25,18 @@ def write_config(folder, text="", method="NONE", student="resnet8", epochs=2, **
     The run folder is `folder/out/toy/run`.
     """
     lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in distiller.items())
-    path = Path(folder) / "toy.yaml"
-    path.write_text(
+    folder = Path(folder)
+    (folder / "toy_base.yaml").write_text(
         f"IMPORTS: [{json.dumps(TOY)}]\nDEVICE: cpu\n"
-        f"EXPERIMENT:\n  PROJECT: toy\n  NAME: run\n"
-        f"DATASET:\n  TYPE: toy\n  TEST:\n    BATCH_SIZE: 60\n"
+        "EXPERIMENT:\n  PROJECT: toy\n  NAME: run\n"
+        "DATASET:\n  TYPE: toy\n  TEST:\n    BATCH_SIZE: 60\n"
         f"DISTILLER:\n  TYPE: {method}\n  STUDENT: {student}\n{lines}"
-        f"LOG:\n  PREFIX: {json.dumps(str(Path(folder) / 'out'))}\n"
-        f"_BASE_: toy_solver.yaml\n{text}"
-    )
-    (Path(folder) / "toy_solver.yaml").write_text(
         f"SOLVER:\n  BATCH_SIZE: 32\n  EPOCHS: {epochs}\n  LR: 0.05\n"
         "  LR_DECAY_STAGES: [1]\n  WEIGHT_DECAY: 0.0005\n"
+        f"LOG:\n  PREFIX: {json.dumps(str(folder / 'out'))}\n"
     )
+    path = folder / "toy.yaml"
+    path.write_text(f"_BASE_: toy_base.yaml\n{text}")
     return path
 
 

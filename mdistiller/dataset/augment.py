@@ -116,7 +116,7 @@ class CropFlip(Crop):
     def apply(self, store: Tensor, parameters: Tensor, index: Tensor) -> Tensor:
         crops = super().apply(store, parameters, index)
         column = _columns(self.width, parameters[index, 2])
-        return crops.gather(3, column[:, None, None].expand_as(crops))
+        return crops.gather(3, column[:, None].expand_as(crops))
 
 
 @AUGMENTS.register("rotate_flip")

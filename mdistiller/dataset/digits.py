@@ -25,7 +25,7 @@ class Digits(DataSource):
 
     augment = "crop"
     zoo = "cifar"
-    mean, std = (0.3, 0.3, 0.3), (0.3, 0.3, 0.3)
+    mean, std = (0.3059, 0.3059, 0.3059), (0.3241, 0.3241, 0.3241)  # of the training images
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
         from sklearn.datasets import load_digits

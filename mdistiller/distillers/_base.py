@@ -52,7 +52,8 @@ class Distiller(nn.Module):
     uses_teacher = True
     ce_loss_weight: float = 1.0
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None):
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
+        """Hold the two networks; `cfg` is for subclasses, which read their own node of it."""
         super().__init__()
         self.student = student
         self.teacher = teacher

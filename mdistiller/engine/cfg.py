@@ -170,7 +170,9 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
         name = ".".join((*path, str(key)))
         if key not in node:
             if not node.is_new_allowed():
-                raise UserError(f"unknown config key {name}{suggest(name, [*root, *flatten(root)])}")
+                raise UserError(
+                    f"unknown config key {name}{suggest(name, [*root, *flatten(root)])}"
+                )
             node[key] = (
                 Config(dict(value), new_allowed=True)
                 if isinstance(value, Mapping)

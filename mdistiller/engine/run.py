@@ -207,7 +207,8 @@ def git_revision() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide about numbers."""
     found = {"python": platform.python_version(), "mdistiller": __version__}
-    for package in ("torch", "torchvision", "numpy"):
+    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
+    for package in ("torchvision", "numpy"):
         found[package] = importlib.metadata.version(package)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class BaseTrainer:
         self.test_loader = test_loader
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
         self.optimizer = self.init_optimizer(cfg)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = build_scheduler(self.optimizer, cfg.SOLVER)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
         self.epoch = 0
@@ -222,8 +224,14 @@ class BaseTrainer:
         if saved is not None:
             self.scheduler.load_state_dict(saved)
             return
-        for _ in range(self.epoch):  # the original kept none: its rate follows from the epoch
-            self.scheduler.step()
+        # The original saved no schedule: run a fresh one up to this epoch.
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = group["initial_lr"] = rate
+        self.scheduler = build_scheduler(self.optimizer, self.cfg.SOLVER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(self.epoch):
+                self.scheduler.step()
 
 
 __all__ = ["BaseTrainer", "Meters", "NonFiniteLossError", "seed_everything", "trainer_dict"]

@@ -1,0 +1,395 @@
+"""Runs of the whole engine on 160 real digits: files, schedules, resume, teacher, precision."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from support import REPO, command, same_state, saved_teacher, write_config
+
+from mdistiller.cli import train as train_command
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.optim import build_optimizer, build_scheduler
+from mdistiller.engine.run import experiment_name
+from mdistiller.models import get_model_entry
+
+
+def train(folder, *words, **config):
+    """Train the toy config in this process; returns the run folder."""
+    path = write_config(folder, **config)
+    assert train_command.main(["--cfg", str(path), *map(str, words)]) == 0
+    return folder / "out" / "toy" / "run"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run):
+    times = {"time", "seconds", "images_per_second"}
+    return [{k: v for k, v in row.items() if k not in times} for row in metrics(run)]
+
+
+def test_a_run_leaves_the_files_of_the_original(tmp_path):
+    run = train(tmp_path, epochs=3, text="LOG:\n  SAVE_CHECKPOINT_FREQ: 2\n")
+    names = {p.name for p in run.iterdir()}
+    assert names == {
+        *("latest", "best", "epoch_2", "student_latest", "student_best", "student_2"),
+        *("worklog.txt", "metrics.jsonl", "train.events"),
+        *("config.yaml", "run.json", "summary.json"),
+    }
+    latest = load(run / "latest")
+    assert latest["epoch"] == 3
+    assert {"model", "optimizer", "best_acc"} <= set(latest)
+    student = get_model_entry("resnet8", "cifar")(num_classes=10)
+    student.load_state_dict(load(run / "student_latest")["model"])
+    assert same_state({f"student.{k}": v for k, v in student.state_dict().items()}, latest["model"])
+    rows = metrics(run)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert latest["best_acc"] == max(row["test_acc"] for row in rows)
+    best = load(run / "best")
+    assert rows[best["epoch"] - 1]["test_acc"] == latest["best_acc"]
+
+    lines = (run / "worklog.txt").read_text().split("\n")
+    keys = ["lr", "train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"]
+    assert lines[0] == lines[8] == "-" * 25
+    assert lines[1] == "epoch: 1"
+    assert lines[2:8] == [f"{key}: {rows[0][key]:.2f}" for key in keys]
+    assert lines[-1] == f"best_acc\t{latest['best_acc']:.2f}"
+
+    record = json.loads((run / "run.json").read_text())["starts"][0]
+    assert record["seed"] == 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert "SOLVER" in (run / "config.yaml").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["last_acc"] == rows[-1]["test_acc"]
+    assert summary["selected_on"] == "test set"
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    first, again = train(tmp_path / "a"), train(tmp_path / "b")
+    assert untimed(first) == untimed(again)
+    folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1).parent
+    other = untimed(folder / "runEXPERIMENT.SEED:1")
+    assert other[0]["train_loss"] != untimed(first)[0]["train_loss"]
+
+
+def rates(epochs, **solver):
+    """Learning rate of each epoch."""
+    words = [word for key, value in solver.items() for word in (f"SOLVER.{key}", str(value))]
+    node = load_config("", ["SOLVER.EPOCHS", str(epochs), "SOLVER.LR", "1.0", *words]).SOLVER
+    optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], node)
+    scheduler = build_scheduler(optimizer, node)
+    seen = []
+    for _ in range(epochs):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_schedules():
+    assert rates(5, LR_DECAY_STAGES="[2,4]") == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert rates(3, SCHEDULE="constant") == [1, 1, 1]
+    cosine = [0.5 * (1 + np.cos(np.pi * e / 4)) for e in range(4)]
+    assert rates(4, SCHEDULE="cosine") == pytest.approx(cosine)
+    assert rates(6, SCHEDULE="cosine", WARMUP_EPOCHS=2) == pytest.approx([1 / 3, 2 / 3, *cosine])
+    warm = rates(5, LR_DECAY_STAGES="[3]", WARMUP_EPOCHS=2)
+    assert warm == pytest.approx([1 / 3, 2 / 3, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_every_optimizer_learns(tmp_path, kind):
+    lr = 0.05 if kind == "SGD" else 0.002
+    text = f"SOLVER:\n  TYPE: {kind}\n  LR: {lr}\n"
+    rows = metrics(train(tmp_path, epochs=3, text=text))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_close_to_full(tmp_path, amp):
+    teacher = str(saved_teacher(tmp_path))
+    for name in ("full", amp):
+        (tmp_path / name).mkdir()
+    settings = {"method": "DKD", "TEACHER": "resnet8", "TEACHER_CKPT": teacher, "epochs": 1}
+    full = metrics(train(tmp_path / "full", **settings))
+    text = f"SOLVER:\n  AMP: {amp}\n  CLIP_GRAD_NORM: 1000.0\n"
+    half = metrics(train(tmp_path / amp, text=text, **settings))
+    assert half[0]["train_loss"] != full[0]["train_loss"]
+    assert half[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=0.05)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    """One SGD step without momentum and decay moves the weights by at most LR x the limit."""
+    text = (
+        "SOLVER:\n  BATCH_SIZE: 160\n  MOMENTUM: 0.0\n  WEIGHT_DECAY: 0.0\n  LR: 0.5\n"
+        "  CLIP_GRAD_NORM: 0.01\n"
+    )
+    run = train(tmp_path, epochs=1, text=text)
+    from mdistiller.engine.trainer import seed_everything
+
+    seed_everything(0)
+    start = get_model_entry("resnet8", "cifar")(num_classes=10)
+    end = load(run / "student_latest")["model"]
+    moved = sum(((end[k] - p.detach()) ** 2).sum() for k, p in start.named_parameters()) ** 0.5
+    assert moved.item() == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+KILL = """
+import os, signal
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+
+@trainer_dict.register("killed")
+class Killed(BaseTrainer):
+    def train_iter(self, data, epoch, train_meters):
+        if (epoch, self.step) == (3, 2) and os.environ.get("KILL"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train_iter(data, epoch, train_meters)
+"""
+
+
+def test_resume_after_sigkill_is_exact_to_the_bit(tmp_path, monkeypatch):
+    """A student with batch norm and dropout: order, views, dropout, momentum all continue."""
+    (tmp_path / "kill.py").write_text(KILL)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    settings = {
+        "method": "DKD",
+        "student": "BabyTeacher",
+        "epochs": 4,
+        "TEACHER": "resnet8",
+        "TEACHER_CKPT": str(saved_teacher(tmp_path)),
+        "text": "SOLVER:\n  TRAINER: killed\n  LR: 0.01\n",
+    }
+    words = ["--import", tmp_path / "kill.py"]
+    whole = command("--cfg", write_config(tmp_path / "whole", **settings), *words)
+    assert whole.returncode == 0, whole.stderr
+    config = write_config(tmp_path / "killed", **settings)
+    monkeypatch.setenv("KILL", "1")
+    assert command("--cfg", config, *words).returncode == -signal.SIGKILL
+    runs = [tmp_path / name / "out" / "toy" / "run" for name in ("whole", "killed")]
+    assert load(runs[1] / "latest")["epoch"] == 2
+    # Half a line that the dead process left behind must not survive.
+    with (runs[1] / "metrics.jsonl").open("a") as log:
+        log.write('{"epoch": 3, "lr"')
+    monkeypatch.delenv("KILL")
+    resumed = command("--cfg", config, *words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (load(run / "latest") for run in runs)
+    assert first["epoch"] == second["epoch"] == 4
+    assert same_state(first["model"], second["model"])
+    buffers = [
+        [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
+        for state in (first, second)
+    ]
+    assert all(map(torch.equal, *buffers))
+    assert untimed(runs[0]) == untimed(runs[1])
+    assert (runs[0] / "worklog.txt").read_text() == (runs[1] / "worklog.txt").read_text()
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path):
+    run = train(tmp_path)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.name in ("latest", "worklog.txt")}
+    path = str(tmp_path / "toy.yaml")
+    assert train_command.main(["--cfg", path, "--resume"]) == 0
+    assert all((run / name).read_bytes() == old for name, old in before.items())
+    assert len(metrics(run)) == 2
+
+
+def test_a_checkpoint_of_the_original_resumes(tmp_path):
+    """Wrapped keys, numpy numbers, no schedule: the rate follows from the epoch."""
+    run = train(tmp_path, epochs=2)
+    state = load(run / "latest")
+    old = {
+        "epoch": 2,
+        "model": {f"module.{key}": value for key, value in state["model"].items()},
+        "optimizer": state["optimizer"],
+        "best_acc": np.float64(12.5),
+    }
+    old["optimizer"]["param_groups"][0]["lr"] = np.float64(0.005)
+    torch.save(old, run / "latest")
+    path = write_config(tmp_path, epochs=3)
+    assert train_command.main(["--cfg", str(path), "--resume"]) == 0
+    assert metrics(run)[-1]["epoch"] == 3
+    assert metrics(run)[-1]["lr"] == pytest.approx(0.005)
+
+
+def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
+    (tmp_path / "t").mkdir()
+    teacher = write_config(tmp_path / "t", epochs=1, student="resnet14")
+    teacher.write_text(teacher.read_text() + "EXPERIMENT:\n  NAME: teacher\n")
+    settings = {"method": "KD", "TEACHER": "resnet14", "TEACHER_CFG": str(teacher), "epochs": 1}
+    run = train(tmp_path, **settings)
+    assert "training the teacher first" in capsys.readouterr().out
+    made = load(tmp_path / "out" / "toy" / "teacher" / "student_latest")["model"]
+    used = load(run / "latest")["model"]
+    assert all(torch.equal(used[f"teacher.{key}"], value) for key, value in made.items())
+    summary = json.loads((run / "summary.json").read_text())
+    first = json.loads((run.parent / "teacher" / "summary.json").read_text())
+    assert summary["teacher_acc"] == first["last_acc"]
+
+    train(tmp_path, "EXPERIMENT.SEED", 1, **settings)
+    out = capsys.readouterr().out
+    assert "training the teacher first" not in out
+    assert f"teacher accuracy: {summary['teacher_acc']:.2f} %" in out
+
+    teacher.write_text(teacher.read_text() + "SOLVER:\n  EPOCHS: 2\n")
+    words = ["--cfg", str(tmp_path / "toy.yaml"), "EXPERIMENT.SEED", "2"]
+    assert train_command.main(words) == 2
+    assert "was trained with SOLVER.EPOCHS = 1" in capsys.readouterr().err
+
+
+def test_held_out_images_select_and_the_test_set_is_used_at_the_end(tmp_path):
+    run = train(tmp_path, epochs=3, text="DATASET:\n  VAL_SPLIT: 40\n")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["selected_on"] == "40 held-out training images"
+    assert {"test_acc_last", "test_acc_best"} <= set(summary)
+    scores = [row["test_acc"] for row in metrics(run)]
+    assert all(score * 40 / 100 == pytest.approx(round(score * 40 / 100)) for score in scores)
+    # The selected weights' test accuracy, measured independently.
+    net = get_model_entry("resnet8", "cifar")(num_classes=10)
+    net.load_state_dict(load(run / "student_best")["model"])
+    from mdistiller.dataset import load_test_loader
+    from mdistiller.distillers import Vanilla
+    from mdistiller.engine.utils import validate
+
+    loader = load_test_loader(load_config(tmp_path / "toy.yaml")).loader
+    assert validate(loader, Vanilla(net))[0] == pytest.approx(summary["test_acc_best"])
+
+
+def test_run_folder_names_follow_the_original():
+    words = ["SOLVER.LR", "0.1", "LOG.PREFIX", "x", "DATASET.ROOT", "a/b"]
+    cfg = load_config("configs/cifar100/kd.yaml", words)
+    name = experiment_name(cfg, words)
+    assert name == "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.1,DATASET.ROOT:a_b"
+    named = load_config("configs/cifar100/kd.yaml", ["EXPERIMENT.NAME", "mine"])
+    assert experiment_name(named, ["EXPERIMENT.NAME", "mine"]) == "cifar100_baselines/mine"
+
+
+NON_FINITE = """
+from mdistiller.distillers import DISTILLERS, Distiller
+
+@DISTILLERS.register("Diverges")
+class Diverges(Distiller):
+    def distill(self, student, teacher, target, *, epoch, **batch):
+        self.calls = getattr(self, "calls", 0) + 1
+        return student.logits.sum() * (float("nan") if self.calls == 8 else 0.0)
+"""
+
+
+def test_a_non_finite_loss_stops_with_every_term_epoch_and_step(tmp_path, capsys):
+    (tmp_path / "bad.py").write_text(NON_FINITE)
+    teacher = saved_teacher(tmp_path)
+    config = write_config(tmp_path, method="Diverges", TEACHER="resnet8", TEACHER_CKPT=str(teacher))
+    code = train_command.main(["--cfg", str(config), "--import", str(tmp_path / "bad.py")])
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "non-finite loss in epoch 2, step 3: loss_ce=" in error
+    assert "loss_kd=nan" in error
+    assert error.count("\n") == 1
+    latest = load(tmp_path / "out" / "toy" / "run" / "latest")
+    assert latest["epoch"] == 1
+    assert all(torch.isfinite(v).all() for v in latest["model"].values())
+
+
+README_METHOD = """
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ._base import Distiller
+
+
+class MyDistiller(Distiller):
+    def __init__(self, student, teacher, cfg):
+        super(MyDistiller, self).__init__(student, teacher)
+        self.weight = cfg.MyDistiller.WEIGHT
+        self.extra = nn.Linear(10, 10)
+
+    def forward_train(self, image, target, **kwargs):
+        logits_student, _ = self.student(image)
+        with torch.no_grad():
+            logits_teacher, _ = self.teacher(image)
+        loss_ce = F.cross_entropy(logits_student, target)
+        loss_kd = self.weight * F.mse_loss(self.extra(logits_student), logits_teacher)
+        return logits_student, {"loss_ce": loss_ce, "loss_kd": loss_kd}
+
+    def get_learnable_parameters(self):
+        return super().get_learnable_parameters() + list(self.extra.parameters())
+"""
+
+
+@pytest.mark.parametrize("place", ["imports", "package"])
+def test_a_distiller_of_the_original_trains_unchanged(tmp_path, place, monkeypatch):
+    """One file, no registration: named in IMPORTS, or dropped into distillers/."""
+    words = []
+    if place == "imports":
+        (tmp_path / "mine.py").write_text(README_METHOD)
+        words = ["--import", tmp_path / "mine.py"]
+    else:
+        for folder in ("mdistiller", "tools", "configs"):
+            shutil.copytree(REPO / folder, tmp_path / "copy" / folder)
+        shutil.copy(REPO / "pyproject.toml", tmp_path / "copy")
+        (tmp_path / "copy" / "mdistiller" / "distillers" / "mine.py").write_text(README_METHOD)
+        monkeypatch.setattr("support.REPO", tmp_path / "copy")
+    config = write_config(
+        tmp_path,
+        method="MyDistiller",
+        TEACHER="resnet8",
+        TEACHER_CKPT=str(saved_teacher(tmp_path)),
+        text="MyDistiller:\n  WEIGHT: 0.5\n",
+    )
+    done = command("--cfg", config, *words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "toy" / "run"
+    rows = metrics(run)
+    assert rows[-1]["train_loss_kd"] < rows[0]["train_loss_kd"]
+    state = load(run / "latest")["model"]
+    assert "extra.weight" in state
+
+
+OLD_TRAINER = """
+from mdistiller.engine import trainer_dict
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.utils import accuracy
+
+
+class OldTrainer(BaseTrainer):
+    def train_iter(self, data, epoch, train_meters):
+        self.optimizer.zero_grad()
+        image, target, index = data
+        preds, losses_dict = self.distiller(image=image, target=target, epoch=epoch)
+        loss = sum([l.mean() for l in losses_dict.values()])
+        loss.backward()
+        self.optimizer.step()
+        batch_size = image.size(0)
+        acc1, acc5 = accuracy(preds, target, topk=(1, 5))
+        train_meters["losses"].update(loss.cpu().detach().numpy().mean(), batch_size)
+        train_meters["top1"].update(acc1[0], batch_size)
+        train_meters["top5"].update(acc5[0], batch_size)
+        return "Loss:{:.4f}".format(train_meters["losses"].avg)
+
+
+trainer_dict["old"] = OldTrainer
+"""
+
+
+def test_a_trainer_of_the_original_gives_the_same_run(tmp_path):
+    (tmp_path / "old.py").write_text(OLD_TRAINER)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours = metrics(train(tmp_path / "a"))
+    text = "SOLVER:\n  TRAINER: old\n"
+    old = metrics(train(tmp_path / "b", "--import", tmp_path / "old.py", text=text))
+    for mine, theirs in zip(ours, old, strict=True):
+        for key in ("train_loss", "train_acc", "test_acc"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-6)
