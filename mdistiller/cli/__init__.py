@@ -16,7 +16,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
-        sys.argv = [f"mdistiller {args[0]}", *args[1:]]
         return int(importlib.import_module(f"mdistiller.cli.{args[0]}").main(args[1:]))
     lines = [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
     known = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])

@@ -124,14 +124,14 @@ class DataSource:
         mean, std: per channel, for images in [0, 1]; empty to compute them from the training
             images.
         augment: what `DATASET.AUGMENT: default` means (a name in `augment.AUGMENTS`).
-        zoo: model zoo that fits, "cifar" or "tiny_imagenet"; empty to choose by image size.
+        zoo: model zoo that fits, "cifar" or "tiny_imagenet".
     """
 
     root: str | None = "data"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: str = "crop_flip"
-    zoo: str = ""
+    zoo: str = "cifar"
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
         """Read one split.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ class Data:
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
-        zoo: model zoo that fits the image size, "cifar" or "tiny_imagenet".
+        zoo: model zoo that fits, "cifar" or "tiny_imagenet".
         image_size: (height, width) in pixels.
         mean, std: what images are normalised with, per channel, for images in [0, 1].
     """
@@ -98,15 +98,23 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
         num_data=len(train),
         num_classes=len(train.classes),
         classes=train.classes,
-        zoo=source.zoo or ("cifar" if min(size) < 48 else "tiny_imagenet"),
+        zoo=source.zoo,
         image_size=size,
         mean=mean,
         std=std,
     )
 
 
-def load_test_loader(cfg: Any, device: torch.device | None = None) -> tuple[EvalLoader, int]:
-    """The test set alone, for evaluation: (loader, num_classes).
+class TestData(NamedTuple):
+    """The test set alone: its loader, number of classes, and the model zoo that fits it."""
+
+    loader: EvalLoader
+    num_classes: int
+    zoo: str
+
+
+def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
+    """The test set alone, for evaluation.
 
     The training images are not read, with one exception: an image folder without DATASET.MEAN and
     STD is normalised with statistics of its training images, so these must be there.
@@ -118,7 +126,7 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> tuple[Eval
         statistics = source.load(root, "train", options).channel_statistics()
     test = source.load(root, "test", options)
     loader = EvalLoader(test, node["TEST"]["BATCH_SIZE"], *statistics, device)
-    return loader, len(test.classes)
+    return TestData(loader, len(test.classes), source.zoo)
 
 
 def _node(cfg: Any) -> dict[str, Any]:

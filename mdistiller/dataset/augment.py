@@ -115,7 +115,7 @@ class CropFlip(Crop):
 
     def apply(self, store: Tensor, parameters: Tensor, index: Tensor) -> Tensor:
         crops = super().apply(store, parameters, index)
-        column = _columns(self.width, parameters[index, 2])
+        column = _columns(self.width, parameters[index, 2, None, None])
         return crops.gather(3, column[:, None].expand_as(crops))
 
 
@@ -129,6 +129,7 @@ class RotateFlip(Identity):
     """
 
     degrees = 20.0
+    pad = 1
     num_views = None
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
@@ -160,15 +161,16 @@ class RotateFlip(Identity):
         return parameters.new_full((len(parameters),), -1)
 
     def apply(self, store: Tensor, parameters: Tensor, index: Tensor) -> Tensor:
-        a, b, c, d, e, f, flip = parameters[index, :, None, None].unbind(1)  # each [B, 1, 1]
-        out_x = _columns(self.width, flip[:, :, 0])
-        out_y = torch.arange(self.height, device=store.device)[:, None]
-        x = (a * out_x + b * out_y + c) >> 16  # [B, H, W]
-        y = (d * out_x + e * out_y + f) >> 16
-        outside = (x < 0) | (x >= self.width) | (y < 0) | (y >= self.height)
-        source = (y * self.width + x).masked_fill_(outside, 0).flatten(1)[:, None]
+        terms = parameters[index].int()[:, :, None, None]
+        a, b, c, d, e, f, flip = terms.unbind(1)  # each [B, 1, 1]
+        out_x = _columns(self.width, flip)
+        out_y = torch.arange(self.height, dtype=torch.int32, device=store.device)[:, None]
+        x = ((a * out_x + (b * out_y + c)) >> 16) + self.pad  # [B, H, W]
+        y = ((d * out_x + (e * out_y + f)) >> 16) + self.pad
+        x, y = x.clamp_(0, self.width + 1), y.clamp_(0, self.height + 1)  # outside: the zeros
+        source = y.mul_(store.shape[3]).add_(x).long().flatten(1)[:, None]
         pixels = store[index].flatten(2).gather(2, source.expand(-1, 3, -1))
-        return pixels.unflatten(2, (self.height, self.width)).masked_fill_(outside[:, None], 0)
+        return pixels.unflatten(2, (self.height, self.width))
 
 
 def _draw_flips(num: int, generator: torch.Generator) -> Tensor:
@@ -177,9 +179,8 @@ def _draw_flips(num: int, generator: torch.Generator) -> Tensor:
 
 
 def _columns(width: int, flip: Tensor) -> Tensor:
-    """Column order, mirrored where `flip` ([B] or [B, 1], 0 or 1) is 1: int64, [B, 1, W]."""
-    column = torch.arange(width, device=flip.device)
-    flip = flip.reshape(-1, 1, 1)
+    """Column order, mirrored where `flip` (0 or 1, [B, 1, 1]) is 1: of flip's type, [B, 1, W]."""
+    column = torch.arange(width, dtype=flip.dtype, device=flip.device)
     return column + flip * (width - 1 - 2 * column)
 
 

@@ -151,7 +151,9 @@ def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = overlay(merged, read_yaml(path.parent / base, (*chain, resolved)))
+        beside = path.parent / base
+        file = beside if beside.is_file() else Path(base)  # "configs/..." works from anywhere
+        merged = overlay(merged, read_yaml(file, (*chain, resolved)))
     return overlay(merged, table)
 
 

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mdistiller import __version__
 from mdistiller.dataset import Data, load_data
 from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.build import build_distiller, check_models, measure_teacher
 from mdistiller.engine.cfg import Config, find_config, load_config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.distributed import barrier, process_group, world_size, wrap
+from mdistiller.engine.distributed import barrier, process_group, wrap
+from mdistiller.engine.record import RunRecord
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, rank, resolve_device
+from mdistiller.runtime import rank, resolve_device
 
 # Keys that say where files go, not what is trained: they stay out of a run folder's name.
 _PLACES = ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "LOG.PREFIX", "IMPORTS")
@@ -79,7 +73,6 @@ def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[s
     distiller = build_distiller(cfg, data, device, teacher_ckpt)
     if rank() == 0:
         show_cfg(cfg)
-        write_record(folder, cfg, device)
     teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
     trainer = trainer_class(
         name,
@@ -89,6 +82,8 @@ def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[s
         cfg,
         test_loader=data.test,
     )
+    if rank() == 0:
+        trainer.hooks.insert(0, RunRecord())
     trainer.train(resume=resume)
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
@@ -157,60 +152,6 @@ def _same_settings(folder: Path, cfg: Config) -> None:
                     f"the teacher in {folder} was trained with {section}.{key} = {before}, its "
                     f"config now says {value}: remove that folder, or set EXPERIMENT.NAME there"
                 )
-
-
-def write_record(folder: Path, cfg: Config, device: torch.device) -> None:
-    """`config.yaml` (resolved) and `run.json`: one entry for each start of this run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump(sort_keys=False))
-    path = folder / "run.json"
-    try:
-        starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    except (ValueError, KeyError):
-        starts = []
-    starts.append(
-        {
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
-            "seed": cfg.EXPERIMENT.SEED,
-            "device": describe_device(device),
-            "processes": world_size(),
-            "threads": torch.get_num_threads(),
-            "git": git_revision(),
-            "versions": versions(),
-        }
-    )
-    path.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
-
-
-def describe_device(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.processor() or platform.machine()})"
-
-
-def git_revision() -> str:
-    """Commit of the checkout, with "+changes" if files differ from it; empty without git."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(project_root()), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about numbers."""
-    found = {"python": platform.python_version(), "mdistiller": __version__}
-    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
-    for package in ("torchvision", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""The commands as users call them: their output, and one line for everything that cannot work."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import REPO, command, saved_teacher, write_config
+
+from mdistiller.cli import COMMANDS
+from mdistiller.cli import eval as eval_command
+from mdistiller.cli import main as mdistiller
+from mdistiller.cli import train as train_command
+from mdistiller.distillers import Vanilla
+from mdistiller.engine.utils import validate
+from mdistiller.models import get_model_entry
+
+
+def refused(capsys, words, main=train_command.main):
+    """Exit code not 0 and one line of error; returns the line."""
+    assert main([str(word) for word in words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def image_folder(root, classes=("cat", "dog", "eel"), size=32):
+    """Eight training and four validation images a class, each class of its own colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (size, size, 3), dtype=np.uint8)
+                pixels[..., k % 3] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+BAD = {
+    "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
+    "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number",
+    "DISTILLER.STUDENT resnet9": "DISTILLER.STUDENT: unknown CIFAR model 'resnet9'; did you mean",
+    "DISTILLER.TYPE KDD": "unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean 'KD'?",
+    "DATASET.TYPE cifar1000": "unknown data set 'cifar1000'; did you mean 'cifar100'?",
+    "SOLVER.TRAINER bass": "unknown trainer (SOLVER.TRAINER) 'bass'; did you mean 'base'?",
+    "SOLVER.TYPE RMS": "unknown optimizer (SOLVER.TYPE) 'RMS'",
+    "SOLVER.BATCH_SIZE 999": "999",
+    "DATASET.TYPE imagefolder": "DATASET.ROOT",
+    "DATASET.TYPE imagefolder DATASET.ROOT nowhere": "nowhere",
+    "--resume": "--resume: there is no checkpoint",
+    "DISTILLER.TYPE KD DISTILLER.TEACHER resnet56": "no weights for the teacher resnet56",
+    "DISTILLER.TYPE KD DISTILLER.TEACHER_CKPT none.pth": "TEACHER_CKPT: none.pth does not exist",
+    "DISTILLER.TYPE KD DISTILLER.TEACHER_CFG none.yaml": "config file 'none.yaml' not found",
+    "DEVICE tpu": "DEVICE 'tpu' is no device",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, words):
+    line = refused(capsys, ["--cfg", write_config(tmp_path), *words.split()])
+    assert BAD[words] in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent(tmp_path, capsys):
+    line = refused(capsys, ["--cfg", write_config(tmp_path), "DEVICE", "cuda"])
+    assert "this machine has 0 usable CUDA devices" in line
+
+
+def test_bad_files_get_one_line(tmp_path, capsys):
+    assert "'no.yaml' not found" in refused(capsys, ["--cfg", "no.yaml"])
+    (tmp_path / "x.py").write_text("")
+    assert "not a .yaml file" in refused(capsys, ["--cfg", tmp_path / "x.py"])
+    assert "no file nothing.py" in refused(capsys, ["--import", "nothing.py"])
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "cut", "says"),
+    [
+        ("resnet8", 100, 0, "is of a resnet8 for 100 classes, but 10 are wanted"),
+        ("vgg8", 10, 0, "do not fit together"),
+        ("resnet8", 10, 1000, "truncated"),
+    ],
+)
+def test_a_wrong_teacher_is_refused(tmp_path, capsys, model, classes, cut, says):
+    path = saved_teacher(tmp_path, model, classes)
+    if cut:
+        path.write_bytes(path.read_bytes()[:-cut])
+    config = write_config(tmp_path, method="KD", TEACHER="resnet8", TEACHER_CKPT=str(path))
+    assert says in refused(capsys, ["--cfg", config])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsys):
+    config = write_config(tmp_path, epochs=1)
+    run = tmp_path / "out" / "toy" / "run"
+    assert train_command.main(["--cfg", str(config)]) == 0
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert "holds a run already" in refused(capsys, ["--cfg", config])
+    other = ["--cfg", config, "--resume", "DISTILLER.STUDENT", "vgg8", "EXPERIMENT.NAME", "run"]
+    os.rename(run, run.parent / "runDISTILLER.STUDENT:vgg8")
+    assert "do not fit together" in refused(capsys, other)
+    os.rename(run.parent / "runDISTILLER.STUDENT:vgg8", run)
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert before == after
+    (run / "latest").write_bytes(before["latest"][:-100])
+    assert "latest is truncated" in refused(capsys, ["--cfg", config, "--resume"])
+
+
+def test_errors_reach_the_shell_as_one_line(tmp_path):
+    done = command("--cfg", write_config(tmp_path), "SOLVER.LRR", "1")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?\n"
+
+
+def test_resume_may_stand_behind_the_overrides():
+    args = train_command.parser().parse_intermixed_args(
+        ["--cfg", "a.yaml", "SOLVER.LR", "0.1", "--resume", "SOLVER.MIN_LR", "-1"]
+    )
+    assert args.resume
+    assert args.opts == ["SOLVER.LR", "0.1", "SOLVER.MIN_LR", "-1"]
+
+
+def test_image_folder_from_training_to_evaluation(tmp_path, capsys):
+    root = image_folder(tmp_path / "data")
+    words = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(root)]
+    solver = ["SOLVER.EPOCHS", "6", "SOLVER.BATCH_SIZE", "8", "EXPERIMENT.NAME", "run"]
+    places = ["LOG.PREFIX", str(tmp_path / "out"), "DEVICE", "cpu"]
+    assert (
+        train_command.main(["--cfg", "configs/cifar10/vanilla.yaml", *words, *solver, *places]) == 0
+    )
+    (run,) = (tmp_path / "out" / "cifar10").iterdir()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["test_acc"] > 60  # colours are easy; chance is 33
+    capsys.readouterr()
+    ckpt = str(run / "student_latest")
+    evaluate = ["-m", "resnet8", "-c", ckpt, "-d", "imagefolder", "-bs", "5", "DEVICE", "cpu"]
+    assert eval_command.main([*evaluate, "DATASET.ROOT", str(root)]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert f"resnet8 on imagefolder (12 images): top-1 {last['test_acc']:.2f}" in line
+    assert f"loss {last['test_loss']:.4f}" in line
+
+
+def test_eval_equals_a_measurement_by_hand(tmp_path, capsys):
+    path = saved_teacher(tmp_path)
+    assert eval_command.main(["-m", "resnet8", "-c", str(path), "-d", "digits"]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    from mdistiller.dataset import load_test_loader
+    from mdistiller.engine.cfg import load_config
+
+    net = get_model_entry("resnet8", "cifar")(num_classes=10)
+    net.load_state_dict(torch.load(path)["model"])
+    loader = load_test_loader(load_config("", ["DATASET.TYPE", "digits"])).loader
+    top1, top5, loss = validate(loader, Vanilla(net))
+    assert f"top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.4f}" in line
+
+
+def test_eval_refuses_with_one_line(tmp_path, capsys):
+    def check(*words):
+        return refused(capsys, ["-d", "digits", *words], main=eval_command.main)
+
+    assert "unknown CIFAR model 'resnet9'" in check("-m", "resnet9")
+    assert "resnet8 has no released weights" in check("-m", "resnet8")
+    assert "does not exist" in check("-m", "resnet8", "-c", tmp_path / "no")
+    path = saved_teacher(tmp_path, num_classes=7)
+    assert "for 7 classes, but 10 are wanted" in check("-m", "resnet8", "-c", path)
+    assert "TEST.BATCH_SIZE must be at least 1" in check("-m", "resnet8", "-bs", "0")
+
+
+def test_the_mdistiller_command_knows_its_subcommands(capsys):
+    assert mdistiller(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    assert all((REPO / "tools" / f"{name}.py").is_file() for name in COMMANDS)
+    assert mdistiller(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
+    assert mdistiller(["train", "--cfg", "no.yaml"]) == 2
+
+
+def test_demo_tables_and_plots(tmp_path, capsys):
+    from mdistiller.cli import demo
+
+    runs = [{"last_acc": acc, "parameters": 1234, "seconds": 2.0} for acc in (90.0, 92.0)]
+    assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in demo.table({"KD": runs})
+    demo.plot({"KD": [[10.0, 20.0], [12.0, 22.0]]}, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size > (500, 300)
