@@ -81,7 +81,8 @@ class ImageSet:
             weights = counts.double() / channel.numel()
             mean = float(weights @ levels)
             means.append(mean)
-            stds.append(math.sqrt(float(weights @ (levels - mean) ** 2)) or 1.0)
+            variance = float(weights @ (levels - mean) ** 2)
+            stds.append(math.sqrt(variance) or 1.0)  # a constant channel is only shifted
         return tuple(means), tuple(stds)
 
 

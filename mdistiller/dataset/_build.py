@@ -123,7 +123,7 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
     source, root, options = _source(node)
     statistics = _statistics(node, source)
     if statistics is None:
-        statistics = source.load(root, "train", options).channel_statistics()
+        statistics = _training_statistics(source, root, options)
     test = source.load(root, "test", options)
     loader = EvalLoader(test, node["TEST"]["BATCH_SIZE"], *statistics, device)
     return TestData(loader, len(test.classes), source.zoo)
@@ -162,12 +162,22 @@ def _statistics(
     mean, std = tuple(node["MEAN"]), tuple(node["STD"])
     if not mean and not std:
         return (source.mean, source.std) if source.mean else None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or max(*mean, *std) > 1 or min(std) <= 0:
         raise UserError(
-            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values, "
-            "those of STD above 0, or both be empty"
+            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values up "
+            "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
         )
     return mean, std
+
+
+def _training_statistics(
+    source: DataSource, root: Path, options: Options
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of training images that are read for nothing else."""
+    try:
+        return source.load(root, "train", options).channel_statistics()
+    except UserError as error:
+        raise UserError(f"{error}; or set DATASET.MEAN and DATASET.STD as in training") from error
 
 
 def _common_size(train: ImageSet, test: ImageSet) -> tuple[int, int]:

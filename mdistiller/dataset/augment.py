@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mdistiller.registry import Registry
 
-AUGMENTS = Registry("augmentation")
+AUGMENTS = Registry("augmentation (DATASET.AUGMENT)")
 
 
 @AUGMENTS.register("none")

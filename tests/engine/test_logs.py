@@ -1,0 +1,63 @@
+import struct
+import sys
+import types
+
+import pytest
+from support import write_config
+from tensorboardX.proto import event_pb2
+
+from mdistiller.cli import train as train_command
+
+
+def scalars(folder):
+    """(tag, step) -> value of all event files directly in a folder."""
+    found = {}
+    for path in sorted(folder.glob("events*")):
+        raw = path.read_bytes()
+        while raw:
+            (length,) = struct.unpack("<Q", raw[:8])
+            event = event_pb2.Event.FromString(raw[12 : 12 + length])
+            raw = raw[16 + length :]
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def test_tensorboard_has_the_originals_tags_by_epoch_and_curves_by_step(tmp_path):
+    config = write_config(tmp_path, text="LOG:\n  TENSORBOARD_FREQ: 4\n")
+    assert train_command.main(["--cfg", str(config)]) == 0
+    events = tmp_path / "out" / "toy" / "run" / "train.events"
+    found = scalars(events)
+    for tag in ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"):
+        assert {step for name, step in found if name == tag} == {1, 2}
+    steps = scalars(events / "steps")
+    assert {step for name, step in steps if name == "step/losses"} == {4, 8}  # 5 steps an epoch
+
+
+@pytest.mark.parametrize("moment", ["init", "log"])
+def test_wandb_trouble_never_stops_a_run(tmp_path, capsys, monkeypatch, moment):
+    def fails(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    run = types.SimpleNamespace(log=fails, summary={}, finish=lambda: None)
+    fake = types.SimpleNamespace(init=fails if moment == "init" else lambda **kwargs: run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = write_config(tmp_path, text="LOG:\n  WANDB: True\n")
+    assert train_command.main(["--cfg", str(config)]) == 0
+    assert capsys.readouterr().out.count("wandb is off: ConnectionError: no network") == 1
+
+
+def test_wandb_gets_the_originals_names(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), summary={}, finish=lambda: None
+    )
+    started = {}
+    fake = types.SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    text = "LOG:\n  WANDB: True\nEXPERIMENT:\n  TAG: a,b\n"
+    assert train_command.main(["--cfg", str(write_config(tmp_path, text=text))]) == 0
+    assert (started["project"], started["tags"]) == ("toy", ["a", "b"])
+    assert [step for step, _ in logged] == [1, 2]
+    assert {"current lr", "train_acc", "test_acc", "test_loss"} <= set(logged[0][1])
+    assert run.summary["best_acc"] == max(values["test_acc"] for _, values in logged)

@@ -1,0 +1,62 @@
+"""Checks that need a CUDA device: `pytest -m gpu`. Elsewhere they are left out."""
+
+import json
+
+import pytest
+import torch
+from support import saved_teacher, write_config
+
+from mdistiller.cli import train as train_command
+from mdistiller.dataset import load_data
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.metrics import Meters
+from mdistiller.engine.trainer import BaseTrainer
+
+pytestmark = pytest.mark.gpu
+
+
+def settings(folder):
+    return {
+        "method": "DKD",
+        "TEACHER": "resnet8",
+        "TEACHER_CKPT": str(saved_teacher(folder)),
+        "epochs": 2,
+    }
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_run_on_the_gpu_follows_the_cpu(tmp_path, amp):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        (tmp_path / device).mkdir()
+        text = f"DEVICE: {device}\nSOLVER:\n  AMP: {amp if device == 'cuda' else 'none'}\n"
+        config = write_config(tmp_path / device, text=text, **settings(tmp_path))
+        assert train_command.main(["--cfg", str(config)]) == 0
+        log = tmp_path / device / "out" / "toy" / "run" / "metrics.jsonl"
+        losses[device] = [json.loads(line)["train_loss"] for line in log.read_text().splitlines()]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02 if amp == "none" else 0.1)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_no_step_waits_for_the_gpu(tmp_path, amp):
+    config = write_config(
+        tmp_path, text=f"DEVICE: cuda\nSOLVER:\n  AMP: {amp}\n", **settings(tmp_path)
+    )
+    cfg = load_config(config)
+    device = torch.device("cuda")
+    data = load_data(cfg, device)
+    distiller = build_distiller(cfg, data, device).train()
+    trainer = BaseTrainer("x", distiller, data.train, data.val, cfg)
+    meters = Meters(interval=10**6)
+    data.train.set_epoch(1)
+    batches = iter(data.train)
+    for trainer.step in (1, 2):  # warm-up: cuDNN and the optimizer set themselves up
+        trainer.train_iter(next(batches), 1, meters)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for trainer.step in (3, 4):
+            trainer.train_iter(next(batches), 1, meters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(meters._waiting) == 4
