@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mdistiller.runtime import distributed, local_rank, rank, world_size
+from mdistiller.runtime import distributed, rank, world_size
 
 __all__ = [
     "barrier",
+    "broadcast_buffers",
     "is_main_process",
     "process_group",
     "rank",
@@ -48,11 +49,6 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def is_local_main_process() -> bool:
-    """Whether this process is the first of its machine."""
-    return local_rank() == 0
-
-
 def barrier() -> None:
     """Wait for all processes."""
     if distributed():
@@ -64,6 +60,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if distributed():
         dist.all_reduce(values)
     return values
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers (batch-norm statistics), as its checkpoint has."""
+    if distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
-from mdistiller.engine.distributed import is_main_process, unwrap
+from mdistiller.engine.distributed import broadcast_buffers, is_main_process, unwrap
 from mdistiller.engine.hooks import Hook, default_hooks
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler
@@ -121,6 +121,7 @@ class BaseTrainer:
             "seconds": seconds,
         }
         self.scheduler.step()
+        broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
         for hook in self.hooks:
             hook.after_epoch(self, epoch, record)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import command, saved_teacher, torchrun, write_config
+from support import command, same_state, saved_teacher, torchrun, write_config
 
 RECORDER = """
 import json
@@ -89,3 +89,34 @@ def test_one_process_writes(runs):
     record = json.loads((runs / "two" / "out" / "toy" / "run" / "run.json").read_text())
     assert len(record["starts"]) == 1
     assert record["starts"][0]["processes"] == 2
+
+
+BUFFERS = """
+import os
+import torch
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+
+class Keep(Hook):
+    def after_epoch(self, trainer, epoch, record):
+        path = os.path.join(os.environ["SEEN"], "rank" + os.environ["RANK"])
+        torch.save({"state": trainer.model.state_dict(), "acc": record["test_acc"]}, path)
+
+@trainer_dict.register("keeps")
+class Keeps(BaseTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.hooks.append(Keep())
+"""
+
+
+def test_all_processes_evaluate_the_network_that_is_saved(tmp_path, monkeypatch):
+    """With batch norm each process has statistics of its own until they are made to agree."""
+    (tmp_path / "keep.py").write_text(BUFFERS)
+    monkeypatch.setenv("SEEN", str(tmp_path))
+    config = write_config(tmp_path, epochs=1, text="SOLVER:\n  TRAINER: keeps\n")
+    done = command("--cfg", config, "--import", tmp_path / "keep.py", prefix=torchrun(2))
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert first["acc"] == second["acc"]
+    assert same_state(first["state"], second["state"])
