@@ -1,5 +1,6 @@
 """The engine: configuration, building, training, checkpoints."""
 
-from mdistiller.engine.trainer import trainer_dict
+from mdistiller.engine.dot import DOTTrainer
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 
-__all__ = ["trainer_dict"]
+__all__ = ["BaseTrainer", "DOTTrainer", "trainer_dict"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mdistiller.runtime import distributed, rank, world_size
 
 __all__ = [
+    "average_gradients",
     "barrier",
     "broadcast_buffers",
     "is_main_process",
@@ -67,6 +68,21 @@ def broadcast_buffers(module: nn.Module) -> None:
     if distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def average_gradients(params: Iterable[Tensor]) -> None:
+    """Average `.grad` over all processes, in place and in one message; every process has the same.
+
+    For trainers that DistributedDataParallel cannot serve.
+    """
+    if not distributed():
+        return
+    grads = [param.grad for param in params if param.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
 
 
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:

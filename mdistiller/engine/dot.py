@@ -1,0 +1,201 @@
+"""DOT. Zhao et al.: DOT: A Distillation-Oriented Trainer, ICCV 2023, arXiv 2307.08436.
+
+The gradients of the task loss and of the distillation loss have a momentum buffer each, the
+distillation's with the larger coefficient: mu - Delta for the task, mu + Delta for distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from mdistiller.engine.distributed import average_gradients, unwrap
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.registry import UserError
+
+
+class DistillationOrientedTrainer(Optimizer):
+    """SGD with separate momentum for two losses.
+
+    One step: backward of the distillation loss, :meth:`step_kd`, `zero_grad()`, backward of the
+    task loss, :meth:`step`. A parameter that only one of the losses reaches uses the mean of the
+    two momenta. Weight decay acts once: with the task gradient, or, for parameters of the
+    distillation loss alone, with its gradient from the second step on (as published).
+
+    Args:
+        momentum, momentum_kd: coefficients for task and distillation gradients.
+        dampening: for both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        momentum_kd: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+    ):
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "momentum_kd": momentum_kd,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+        }
+        for name in ("lr", "momentum", "momentum_kd", "weight_decay"):
+            if settings[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {settings[name]}")
+        super().__init__(params, settings)
+        self._kd_gradients: dict[int, Tensor] = {}
+
+    def step_kd(self) -> None:
+        """Keep the present gradients as those of the distillation loss; nothing moves yet."""
+        self._kd_gradients = {
+            id(param): param.grad
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        }
+
+    def kd_gradients(self) -> dict[int, Tensor]:
+        """What :meth:`step_kd` kept for the coming step, by id of the parameter."""
+        return self._kd_gradients
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move by the task gradients in `.grad` and the kept distillation gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kept, self._kd_gradients = self._kd_gradients, {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                task, distillation = param.grad, kept.get(id(param))
+                if task is not None:
+                    self._move_by_task(param, task, group, shared=distillation is not None)
+                if distillation is not None:
+                    self._move_by_kd(param, distillation, group, shared=task is not None)
+        return loss
+
+    def _move_by_task(self, param: Tensor, gradient: Tensor, group: Any, shared: bool) -> None:
+        gradient = gradient.add(param, alpha=group["weight_decay"])
+        if group["momentum"]:
+            momentum = group["momentum"] if shared else self._mean_momentum(group)
+            gradient = self._buffer(param, "momentum_buffer", gradient, momentum, group)
+        param.sub_(gradient, alpha=group["lr"])
+
+    def _move_by_kd(self, param: Tensor, gradient: Tensor, group: Any, shared: bool) -> None:
+        if not shared and "momentum_kd_buffer" in self.state[param]:
+            gradient = gradient.add(param, alpha=group["weight_decay"])
+        momentum = group["momentum_kd"] if shared else self._mean_momentum(group)
+        buffer = self._buffer(param, "momentum_kd_buffer", gradient, momentum, group)
+        param.sub_(buffer, alpha=group["lr"])
+
+    def _buffer(
+        self, param: Tensor, name: str, gradient: Tensor, momentum: float, group: Any
+    ) -> Tensor:
+        """The named buffer after this step; it starts as the first gradient, undampened."""
+        state = self.state[param]
+        if name not in state:
+            state[name] = gradient.clone()
+        else:
+            state[name].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
+        return state[name]
+
+    @staticmethod
+    def _mean_momentum(group: Any) -> float:
+        return (group["momentum"] + group["momentum_kd"]) / 2
+
+
+@trainer_dict.register("crd_dot")
+@trainer_dict.register("dot")
+class DOTTrainer(BaseTrainer):
+    """Trains `loss_ce` as the task and `loss_kd` as distillation under DOT; SOLVER.TYPE SGD only.
+
+    Each step has one forward and two backwards, which DistributedDataParallel does not allow: with
+    several processes the gradients are averaged here.
+    """
+
+    def __init__(self, experiment_name: str, distiller: Any, *args: Any, **kwargs: Any):
+        super().__init__(experiment_name, unwrap(distiller), *args, **kwargs)
+        # Only for unscaling: fp16's scaler wants an optimizer of its own for the second gradients.
+        groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
+        self._kd_view = SGD(groups, lr=0.0)
+
+    def init_optimizer(self, cfg: Any) -> Optimizer:
+        solver = cfg.SOLVER
+        if solver.TYPE != "SGD":
+            raise UserError(f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD")
+        if not 0 <= solver.DOT.DELTA <= solver.MOMENTUM:
+            raise UserError(
+                f"SOLVER.DOT.DELTA {solver.DOT.DELTA} must lie between 0 and "
+                f"SOLVER.MOMENTUM {solver.MOMENTUM}"
+            )
+        return DistillationOrientedTrainer(
+            self.model.param_groups(),
+            lr=solver.LR,
+            momentum=solver.MOMENTUM - solver.DOT.DELTA,
+            momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+
+    def optimize(self, losses: dict[str, Tensor]) -> None:
+        if set(losses) != {"loss_ce", "loss_kd"}:
+            raise UserError(
+                f"trainer {self.cfg.SOLVER.TRAINER} needs the two terms loss_ce and loss_kd, but "
+                f"{self.cfg.DISTILLER.TYPE} gives {', '.join(losses)}; use SOLVER.TRAINER base"
+            )
+        weight = self.loss_weight()
+        self._backward(losses["loss_kd"].mean() * weight, self._kd_view, retain_graph=True)
+        self.optimizer.step_kd()  # type: ignore[attr-defined]
+        self._backward(losses["loss_ce"].mean() * weight, self.optimizer)
+        self.clip_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, loss: Tensor, view: Optimizer, retain_graph: bool = False) -> None:
+        """Leave the gradients of one loss in `.grad`: averaged over processes, and unscaled."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward(retain_graph=retain_graph)
+        average_gradients(self._parameters())
+        if view is self.optimizer:
+            self._show_overflow_of_kd()
+        self.scaler.unscale_(view)
+
+    def _show_overflow_of_kd(self) -> None:
+        """fp16: make an overflow of the kept gradients visible among the task's, without a sync.
+
+        The scaler decides by the task gradients whether to step; infinity times zero puts a NaN
+        among them.
+        """
+        if self.scaler.is_enabled():
+            overflow = torch.stack([g.sum() for g in self._kept()]).sum() * 0.0
+            next(p.grad for p in self._parameters() if p.grad is not None).add_(overflow)
+
+    def clip_gradients(self) -> None:
+        """Scale both gradients by one factor, so that their sum keeps within the limit."""
+        limit = self.cfg.SOLVER.CLIP_GRAD_NORM
+        if not limit:
+            return
+        kept = self.optimizer.kd_gradients()  # type: ignore[attr-defined]
+        norms = []
+        for param in self._parameters():
+            parts = [g for g in (param.grad, kept.get(id(param))) if g is not None]
+            if parts:
+                norms.append(torch.linalg.vector_norm(torch.stack(parts).sum(dim=0)))
+        factor = (limit / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        for gradient in [*gradients, *kept.values()]:
+            gradient.mul_(factor)
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def _kept(self) -> list[Tensor]:
+        return list(self.optimizer.kd_gradients().values())  # type: ignore[attr-defined]
