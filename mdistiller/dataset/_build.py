@@ -75,6 +75,8 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
     augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
     train, test = source.load(root, "train", options), source.load(root, "test", options)
     same_classes(train.classes, test.classes, root)
+    if len(train.classes) < 2:
+        raise UserError(f"{root} has one class only ({train.classes[0]}); two are needed")
     size = _common_size(train, test)
     mean, std = _statistics(node, source) or train.channel_statistics()
     eval_size = node["TEST"]["BATCH_SIZE"]

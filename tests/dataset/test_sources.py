@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_support import config, flat, one_line, write_folders, write_image
+from PIL import Image
 
 from mdistiller.dataset import DATASETS, load_data, load_test_loader
 from mdistiller.registry import UserError
@@ -165,3 +166,21 @@ def test_evaluation_notices_a_class_that_training_lacks(tmp_path):
         load_test_loader(config("tiny_imagenet", ROOT=tiny))
     with pytest.raises(UserError, match=r"only in train: dog; only in test/val: ant"):
         load_test_loader(config("imagefolder", ROOT=folders, **known))
+
+
+def test_images_of_16_bits_are_refused_instead_of_cut_off(tmp_path):
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(ramp).save(tmp_path / split / name / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png has more than 8 bits a channel"):
+        load_data(config("imagefolder", ROOT=tmp_path))
+
+
+def test_one_class_is_not_enough(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "only" / "a.png")
+    with pytest.raises(UserError, match=r"one class only \(only\); two are needed"):
+        load_data(config("imagefolder", ROOT=tmp_path))
