@@ -55,9 +55,7 @@ class Registry(dict[str, Any]):
     def add(self, name: str, item: Any, *, config: dict[str, Any] | None = None) -> None:
         """Enter `item` under `name`; see :meth:`register`."""
         if name in self and self[name] is not item:
-            raise ValueError(
-                f"{self.kind} {name!r} is taken by {self[name]!r}; choose another name"
-            )
+            raise UserError(f"{self.kind} {name!r} is taken by {self[name]!r}; choose another name")
         self[name] = item
         if config is not None:
             self.config[name] = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,9 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        who = "error" if rank == "0" else f"error (rank {rank})"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; continue a training run with --resume", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli._run import guarded
+from mdistiller.registry import UserError
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
 Curves = dict[str, list[list[float]]]
@@ -82,6 +83,8 @@ def plot(curves: Curves, path: Path) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """Train what is missing, then print the table and write it and the plot."""
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {args.seeds}")
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     epochs = ["SOLVER.EPOCHS", str(args.epochs)] if args.epochs else []

@@ -29,16 +29,14 @@ def evaluate(args: argparse.Namespace) -> None:
     from mdistiller.dataset import load_test_loader
     from mdistiller.distillers import Vanilla
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.imports import import_user_modules
     from mdistiller.engine.utils import log_msg, validate
     from mdistiller.models import get_model_entry
     from mdistiller.runtime import resolve_device
     from mdistiller.weights import load_network
 
-    import_user_modules(args.imports)
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
     batch = ["DATASET.TEST.BATCH_SIZE", str(args.batch_size)]
-    cfg = load_config(args.cfg, [*dataset, *batch, *args.opts])
+    cfg = load_config(args.cfg, [*dataset, *batch, *args.opts], args.imports)
     device = resolve_device(cfg.DEVICE)
     test = load_test_loader(cfg, device)
     entry = get_model_entry(args.model, test.zoo)

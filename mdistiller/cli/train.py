@@ -24,10 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         from mdistiller.engine.cfg import load_config
-        from mdistiller.engine.imports import import_user_modules
         from mdistiller.engine.run import train
 
-        import_user_modules(args.imports)
-        train(load_config(args.cfg, args.opts), args.opts, resume=args.resume)
+        train(load_config(args.cfg, args.opts, args.imports), args.opts, resume=args.resume)
 
     return guarded(run)

@@ -58,6 +58,11 @@ class ImageSet:
                 f"targets must be int64 [{shape[0]}], one for each image, "
                 f"got {self.targets.dtype} {list(self.targets.shape)}"
             )
+        if len(self) and not 0 <= self.targets.min() <= self.targets.max() < len(self.classes):
+            low, high = int(self.targets.min()), int(self.targets.max())
+            raise UserError(
+                f"targets from {low} to {high} do not number {len(self.classes)} classes from 0"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -22,6 +22,8 @@ from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
+
 
 @dataclass
 class Data:
@@ -62,8 +64,7 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
     """Read the data set that `cfg.DATASET` names and put it on the device.
 
     Args:
-        cfg: yacs node; read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED
-            and DEVICE.
+        cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
         device: in place of what DEVICE says.
 
     Raises:
@@ -74,6 +75,8 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
     augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
     train, test = source.load(root, "train", options), source.load(root, "test", options)
     same_classes(train.classes, test.classes, root)
+    if len(train.classes) < 2:
+        raise UserError(f"{root} has one class only ({train.classes[0]}); two are needed")
     size = _common_size(train, test)
     mean, std = _statistics(node, source) or train.channel_statistics()
     eval_size = node["TEST"]["BATCH_SIZE"]
@@ -155,9 +158,7 @@ def _source(node: dict[str, Any]) -> tuple[DataSource, Path, Options]:
     return source, project_root() / source.root, options
 
 
-def _statistics(
-    node: dict[str, Any], source: DataSource
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     """Mean and std of the config, else of the data set; None if they must be computed."""
     mean, std = tuple(node["MEAN"]), tuple(node["STD"])
     if not mean and not std:
@@ -170,9 +171,7 @@ def _statistics(
     return mean, std
 
 
-def _training_statistics(
-    source: DataSource, root: Path, options: Options
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _training_statistics(source: DataSource, root: Path, options: Options) -> Statistics:
     """Mean and std of training images that are read for nothing else."""
     try:
         return source.load(root, "train", options).channel_statistics()

@@ -90,12 +90,15 @@ def _decode(path: Path, side: int) -> np.ndarray:
     """One image as uint8 [H, W, 3], resized to `side` x `side` (bilinear, antialiased) if not 0."""
     try:
         with Image.open(path) as file:
+            mode = file.mode
             image = file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path} cannot be read as an image ({reason}); replace or remove it"
         ) from error
+    if mode == "F" or mode.startswith("I"):  # Pillow cuts such values off at 255
+        raise UserError(f"{path} has more than 8 bits a channel (mode {mode}); convert it to 8")
     if side and image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -8,8 +8,6 @@ integer arithmetic, hence the same bits everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -182,22 +180,3 @@ def _columns(width: int, flip: Tensor) -> Tensor:
     """Column order, mirrored where `flip` (0 or 1, [B, 1, 1]) is 1: of flip's type, [B, 1, W]."""
     column = torch.arange(width, dtype=flip.dtype, device=flip.device)
     return column + flip * (width - 1 - 2 * column)
-
-
-class Normalize:
-    """uint8 images to float32 (x / 255 - mean) / std, as one multiply and add.
-
-    Args:
-        mean, std: one value for each channel, for images in [0, 1].
-        device: where the images are.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
-        scale = [1 / (255 * s) for s in std]
-        shift = [-m / s for m, s in zip(mean, std, strict=True)]
-        self.scale = torch.tensor(scale, device=device).view(-1, 1, 1)
-        self.shift = torch.tensor(shift, device=device).view(-1, 1, 1)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] uint8 -> [B, 3, H, W] float32."""
-        return images.float().mul_(self.scale).add_(self.shift)

@@ -49,7 +49,8 @@ class _CIFAR(DataSource):
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise UserError(
                 f"{self.dataset} is not in {root} and its download failed ({reason}); get "
-                f"{reader.url} and put {reader.filename}, or its folder {reader.base_folder}, there"
+                f"{reader.url} and put {reader.filename}, or its folder {reader.base_folder}, "
+                "there, or set DATASET.ROOT"
             ) from e
 
 

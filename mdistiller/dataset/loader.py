@@ -16,8 +16,27 @@ from torch import Tensor
 from mdistiller import runtime
 from mdistiller.dataset._base import ImageSet
 from mdistiller.dataset._plan import BatchPlan, share
-from mdistiller.dataset.augment import Identity, Normalize
+from mdistiller.dataset.augment import Identity
 from mdistiller.registry import UserError
+
+
+class Normalize:
+    """uint8 images to float32 (x / 255 - mean) / std, as one multiply and add.
+
+    Args:
+        mean, std: one value for each channel, for images in [0, 1].
+        device: where the images are.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        scale = [1 / (255 * s) for s in std]
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        self.scale = torch.tensor(scale, device=device).view(-1, 1, 1)
+        self.shift = torch.tensor(shift, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] uint8 -> [B, 3, H, W] float32."""
+        return images.float().mul_(self.scale).add_(self.shift)
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,7 @@ class TrainLoader:
     """Shuffled, augmented batches `(image, target, index)`.
 
     image: float32 [B, 3, H, W], normalised; target: int64 [B]; index: int64 [B], the positions in
-    the set; all on the device. The tensors are fresh: they may be changed in place.
+    the set; all on the device. Changing them in place does not change the data.
 
     Every iteration is a new epoch, counting from 1; `set_epoch` chooses the one that comes next
     (to resume, or to see an epoch again).
@@ -128,7 +147,7 @@ class TrainLoader:
     def _batches(self, drawn: _Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for step in range(len(self.plan)):
             start, stop = self.plan.local_batch(step)
-            index = drawn.order[start:stop].clone()
+            index = drawn.order[start:stop]
             images = self.augment.apply(self._store, drawn.parameters, index)
             yield self.normalize(images), self.dataset.targets[index], index
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import (
     IGNORE_INDEX,
-    full_precision,
     require_positive,
+    soften,
     warmup_factor,
 )
 
@@ -56,7 +56,7 @@ def dkd_terms(
     labelled = target != IGNORE_INDEX
     classes = logits_student.shape[1]
     is_target = F.one_hot(target.masked_fill(~labelled, 0), classes).bool()
-    scaled = (full_precision(z) / temperature for z in (logits_student, logits_teacher))
+    scaled = (soften(z, temperature) for z in (logits_student, logits_teacher))
     (s_target, s_rest, s_within), (t_target, t_rest, t_within) = (
         decoupled_log_probs(z, is_target) for z in scaled
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive
+from mdistiller.distillers._common import require_positive, soften
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
@@ -24,8 +24,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
         logits_student, logits_teacher: [N, C].
         temperature: T > 0.
     """
-    log_p = F.log_softmax(full_precision(logits_student) / temperature, dim=1)
-    log_q = F.log_softmax(full_precision(logits_teacher) / temperature, dim=1)
+    log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
+    log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from types import ModuleType
@@ -67,7 +68,15 @@ class Distiller(nn.Module):
         """Construct from a config; `num_data` goes to constructors that have such an argument."""
         wanted = inspect.signature(cls.__init__).parameters
         extra = {"num_data": num_data} if "num_data" in wanted else {}
-        return cls(student, teacher, cfg, **extra)  # type: ignore[call-arg]
+        try:
+            return cls(student, teacher, cfg, **extra)  # type: ignore[call-arg]
+        except AttributeError as error:
+            if " " not in str(error):  # yacs: nothing but the name of a key that is not there
+                raise UserError(
+                    f"{cls.__name__} reads the config key {error}, which is not set: give it in "
+                    f"the config, or declare defaults (docs/method.md)"
+                ) from error
+            raise
 
     @property
     def module(self) -> Distiller:
@@ -95,8 +104,13 @@ class Distiller(nn.Module):
         return [*self.student.parameters(), *self.extra_parameters()]
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`."""
-        return [{"params": self.get_learnable_parameters()}]
+        """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`.
+
+        Classes of the original add their modules in `get_learnable_parameters` once more: a
+        parameter that is listed twice counts once.
+        """
+        learnable = {id(p): p for p in self.get_learnable_parameters()}
+        return [{"params": list(learnable.values())}]
 
     def get_extra_parameters(self) -> int:
         """Number of values the method adds to the student while training (0 at test time)."""
@@ -145,10 +159,23 @@ class Distiller(nn.Module):
         return self.student(image)[0]
 
     def forward(self, **kwargs: Any) -> Any:
-        """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`."""
-        if self.training:
-            return self.forward_train(**kwargs)
-        return self.forward_test(kwargs["image"])
+        """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
+
+        A `forward_train` without `**batch` gets the arguments it names.
+        """
+        if not self.training:
+            return self.forward_test(kwargs["image"])
+        if self._accepted is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
+        return self.forward_train(**kwargs)
+
+    @functools.cached_property
+    def _accepted(self) -> set[str] | None:
+        """Names of the arguments of `forward_train`; None if it takes any."""
+        parameters = inspect.signature(self.forward_train).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        return set(parameters)
 
 
 @DISTILLERS.register("NONE")
@@ -176,7 +203,8 @@ def adopt(module: ModuleType) -> None:
     """Register the Distiller subclasses of a module that registers none itself, by class name.
 
     Such classes come from files written for the original library, where a table elsewhere listed
-    them. They have no defaults: their config node takes any key.
+    them. A class attribute `config` gives the defaults of their node; without it the node takes
+    any key.
     """
     own = [
         item
@@ -187,4 +215,4 @@ def adopt(module: ModuleType) -> None:
     ]
     if not any(cls in DISTILLERS.values() for cls in own):
         for cls in own:
-            DISTILLERS.add(cls.__name__, cls)
+            DISTILLERS.add(cls.__name__, cls, config=vars(cls).get("config"))

@@ -26,6 +26,14 @@ def full_precision(value: Any) -> Any:
     return value
 
 
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """`logits / temperature` in full precision, within ±1e30.
+
+    Beyond that bound, differences of float32 numbers would overflow.
+    """
+    return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
+
+
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled samples; 0 if there are none.
 
@@ -33,7 +41,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         logits: [N, C].
         target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities.
     """
-    logits = full_precision(logits)
+    logits = soften(logits, 1.0)
     if target.is_floating_point():
         return F.cross_entropy(logits, target)
     total = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE_INDEX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,40 @@ def build_distiller(
     under every method and teacher.
 
     Args:
-        teacher_ckpt: overrides where :func:`find_teacher` looks.
+        teacher_ckpt: the teacher's weights; by default what :func:`find_teacher` finds.
     """
     method = DISTILLERS[cfg.DISTILLER.TYPE]
     seed_everything(cfg.EXPERIMENT.SEED)
     student = model_entry(cfg, "STUDENT", data).constructor(num_classes=data.num_classes)
+    check_input(student, cfg.DISTILLER.STUDENT, data)
     teacher = None
     if method.uses_teacher:
-        entry = model_entry(cfg, "TEACHER", data)
-        teacher = entry.constructor(num_classes=data.num_classes)
-        path = teacher_ckpt or find_teacher(cfg, entry)
+        teacher = model_entry(cfg, "TEACHER", data).constructor(num_classes=data.num_classes)
+        check_input(teacher, cfg.DISTILLER.TEACHER, data)
+        path = teacher_ckpt or find_teacher(cfg, data)
+        if path is None:
+            raise UserError(no_teacher(cfg, data))
         load_network(teacher, path, cfg.DISTILLER.TEACHER, data.num_classes)
     distiller = method.build(student, teacher, cfg, data.num_data).to(device)
     freeze_teacher(distiller)
     return distiller
+
+
+@torch.no_grad()
+def check_input(net: nn.Module, name: str, data: Data) -> None:
+    """Refuse a network that cannot take images of the data's size; leaves it as it was."""
+    was_training = net.training
+    net.eval()
+    try:
+        net(torch.zeros(1, 3, *data.image_size))
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        height, width = data.image_size
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
+    finally:
+        net.train(was_training)
 
 
 def check_models(cfg: Any, data: Data) -> None:
@@ -68,24 +89,35 @@ def freeze_teacher(distiller: Distiller) -> None:
                 param.requires_grad_(False)
 
 
-def find_teacher(cfg: Any, entry: ModelEntry | None) -> Path:
+def find_teacher(cfg: Any, data: Data) -> Path | None:
     """The file of the teacher's weights: DISTILLER.TEACHER_CKPT, else the zoo's usual place.
 
+    None if neither is there. With a TEACHER_CFG, the zoo's file counts only for data with the
+    number of classes it was released for.
+
     Raises:
-        UserError: neither is there; the text lists what can be done.
+        UserError: TEACHER_CKPT is given and does not exist.
     """
     if cfg.DISTILLER.TEACHER_CKPT:
         path = Path(cfg.DISTILLER.TEACHER_CKPT)
-        candidates = [path, project_root() / path]
-        found = next((place for place in candidates if place.is_file()), None)
+        found = next((p for p in (path, project_root() / path) if p.is_file()), None)
         if found is None:
             raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
         return found
-    usual = entry.checkpoint if entry is not None else None
-    if usual is not None and Path(usual).is_file():
-        return Path(usual)
+    entry = model_entry(cfg, "TEACHER", data)
+    if entry.checkpoint is None or not Path(entry.checkpoint).is_file():
+        return None
+    released = inspect.signature(entry.constructor).parameters["num_classes"].default
+    if cfg.DISTILLER.TEACHER_CFG and released != data.num_classes:
+        return None
+    return Path(entry.checkpoint)
+
+
+def no_teacher(cfg: Any, data: Data) -> str:
+    """The error for a teacher whose weights are nowhere."""
+    usual = model_entry(cfg, "TEACHER", data).checkpoint
     looked = f" (looked for {usual})" if usual else ""
-    raise UserError(
+    return (
         f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
         "to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first"
     )
@@ -105,3 +137,9 @@ def measure_teacher(distiller: Distiller, data: Data) -> float:
                 log_msg("WARNING: the teacher is near chance on this data; is it the right file?")
             )
     return top1
+
+
+def guessing(data: Data) -> float:
+    """Accuracy in percent of naming the most frequent class of the validation set."""
+    targets = data.val.dataset.targets
+    return 100.0 * targets.bincount().max().item() / len(targets)

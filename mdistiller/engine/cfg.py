@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
-from mdistiller.engine.imports import import_user_modules
+from mdistiller.engine.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -67,7 +67,7 @@ class Config(CfgNode):
 
     def merge_from_file(self, cfg_filename: str | Path) -> None:
         """Merge a YAML file, its `_BASE_` files first; modules under IMPORTS are imported."""
-        self._merge_root(read_yaml(Path(cfg_filename)), folder=Path(cfg_filename).parent)
+        self._merge_root(read_yaml(Path(cfg_filename)))
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         """Merge `[key, value, key, value, ...]`; string values are read as Python literals."""
@@ -87,17 +87,15 @@ class Config(CfgNode):
         """Merge another config or a nested mapping."""
         self._merge_root(cfg_other)
 
-    def _merge_root(self, incoming: Mapping[str, Any], folder: Path | None = None) -> None:
+    def _merge_root(self, incoming: Mapping[str, Any]) -> None:
         if self.is_frozen():
             raise AttributeError("this config is frozen; clone() and defrost() it to change it")
-        modules = literal(incoming.get("IMPORTS", []))
-        if isinstance(modules, str):
-            modules = [modules]
-            incoming = {**incoming, "IMPORTS": modules}
-        if isinstance(modules, (list, tuple)) and modules:
-            import_user_modules(list(modules), folder)
+        modules = resolve_imports(literal(incoming.get("IMPORTS") or []), Path())
+        if modules:  # they add up; what they register has to be known before its keys are read
+            import_user_modules(modules)
             add_registered_nodes(self)
-        merge(self, incoming, (), root=self)
+            self["IMPORTS"] = list(dict.fromkeys([*self["IMPORTS"], *modules]))
+        merge(self, {k: v for k, v in incoming.items() if k != "IMPORTS"}, (), root=self)
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,6 +104,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 where = key_node.start_mark.line + 1
@@ -113,7 +113,8 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        result: dict[Any, Any] = super().construct_mapping(node, deep)
+        return result
 
 
 def find_config(name: str | Path) -> Path:
@@ -149,12 +150,25 @@ def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {bases!r}")
+    resolve_paths(table, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
         beside = path.parent / base
         file = beside if beside.is_file() else Path(base)  # "configs/..." works from anywhere
         merged = overlay(merged, read_yaml(file, (*chain, resolved)))
-    return overlay(merged, table)
+    imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
+    return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
+
+
+def resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make the files that a config names relative to itself absolute, in place."""
+    if table.get("IMPORTS"):
+        table["IMPORTS"] = resolve_imports(table["IMPORTS"], folder)
+    settings = table.get("DISTILLER")
+    if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
+        teacher = folder / settings["TEACHER_CFG"]
+        if teacher.is_file():
+            settings["TEACHER_CFG"] = str(teacher.resolve())
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,11 +184,11 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
     """Write `incoming` into `node` in place, checking every key and type."""
     for key, value in incoming.items():
         name = ".".join((*path, str(key)))
+        if value is None:  # "KEY:" without a value leaves the default
+            value = {} if isinstance(node.get(key), CfgNode) else node.get(key)
         if key not in node:
             if not node.is_new_allowed():
-                raise UserError(
-                    f"unknown config key {name}{suggest(name, [*root, *flatten(root)])}"
-                )
+                raise UserError(unknown_key(name, node, path, root))
             node[key] = (
                 Config(dict(value), new_allowed=True)
                 if isinstance(value, Mapping)
@@ -188,6 +202,14 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
             merge(node[key], value, (*path, key), root)
         else:
             node[key] = coerce(value, node[key], name)
+
+
+def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) -> str:
+    """The error for a key that does not exist: the nearest beside it, else the nearest of all."""
+    siblings = [".".join((*path, key)) for key in node]
+    nearest = suggest(name, siblings) or (suggest(name, flatten(root)) if not path else "")
+    known = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
+    return f"unknown config key {name}{nearest}{known}"
 
 
 def coerce(value: Any, default: Any, name: str) -> Any:
@@ -267,10 +289,18 @@ def default_config() -> Config:
     return cfg
 
 
-def load_config(path: str | Path = "", overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the file, then `[key, value, ...]`; checked, and frozen."""
+def load_config(
+    path: str | Path = "", overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> Config:
+    """Defaults, then the file, then `[key, value, ...]`; checked, and frozen.
+
+    Args:
+        imports: further IMPORTS, relative to the working directory.
+    """
     cfg = CFG.clone()
     add_registered_nodes(cfg)
+    if imports:
+        cfg.merge_from_list(["IMPORTS", list(imports)])
     if path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides)
@@ -300,6 +330,8 @@ def check_values(cfg: CfgNode) -> None:
         value = lookup(cfg, section)[key]
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")
+    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if cfg.SOLVER.LR <= 0:
         raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
     for name, value, allowed in (
@@ -317,11 +349,16 @@ def lookup(cfg: CfgNode, name: str) -> Any:
     return cfg
 
 
+def dump_cfg(cfg: CfgNode) -> str:
+    """YAML of all that matters for a run: every common key, and its method's node."""
+    keys = [*ENGINE_CONFIG, "DATASET", *cfg.DISTILLER.TYPE.split("+")]
+    text: str = CfgNode({key: cfg[key] for key in keys if key in cfg}).dump(sort_keys=False)
+    return text
+
+
 def show_cfg(cfg: CfgNode) -> str:
-    """Print and return the sections that matter for a run: the common ones and its method's."""
-    sections = ["EXPERIMENT", "DATASET", "DISTILLER", "SOLVER", "LOG"]
-    sections += [name for name in cfg.DISTILLER.TYPE.split("+") if name in cfg]
-    text = CfgNode({name: cfg[name] for name in sections}).dump(sort_keys=False)
+    """Print and return :func:`dump_cfg`."""
+    text = dump_cfg(cfg)
     print(text)
     return text
 

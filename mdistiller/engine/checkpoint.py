@@ -18,7 +18,7 @@ __all__ = ["load_checkpoint", "load_state", "save_checkpoint", "strip_prefix"]
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write `obj` so that `path` holds either the old or the whole new file, also after a crash."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one process writes; a stray one is reused
     try:
         with temporary.open("wb") as handle:
             torch.save(obj, handle)

@@ -88,16 +88,17 @@ def average_gradients(params: Iterable[Tensor]) -> None:
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     """`distiller` in DistributedDataParallel if there are several processes.
 
-    The frozen teacher stays out of it: its parameters get no gradient and its buffers are the same
-    everywhere, so nothing of it needs to travel.
+    A teacher in eval mode without trained parameters stays out of it: it is the same everywhere,
+    so nothing of it needs to travel.
     """
     if not distributed():
         return distiller
-    frozen = [
-        name
-        for name, _ in [*distiller.named_parameters(), *distiller.named_buffers()]
-        if name.startswith("teacher.")
-    ]
+    teacher = getattr(distiller, "teacher", None)
+    frozen: list[str] = []
+    if isinstance(teacher, nn.Module) and not any(p.requires_grad for p in teacher.parameters()):
+        distiller.train()
+        tensors = [*teacher.named_parameters(), *teacher.named_buffers()]
+        frozen = [f"teacher.{name}" for name, _ in tensors if not teacher.training]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, frozen)
     return DistributedDataParallel(distiller, find_unused_parameters=find_unused)
 

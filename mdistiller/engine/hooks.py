@@ -50,14 +50,11 @@ class Hook:
 
 
 class Evaluate(Hook):
-    """Validates, and keeps the best accuracy."""
+    """Adds validation accuracy and loss to the epoch's record."""
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         top1, top5, loss = validate(trainer.val_loader, trainer.distiller)
         record.update(test_acc=top1, test_acc_top5=top5, test_loss=loss)
-        if top1 > trainer.best_acc:
-            trainer.best_acc, trainer.best_epoch = top1, epoch
-        trainer.history.append({"epoch": epoch, **record})
 
 
 class Log(Hook):
@@ -214,16 +211,16 @@ class Checkpoint(Hook):
         names = [("latest", "student_latest")]
         if epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
             names.insert(0, (f"epoch_{epoch}", f"student_{epoch}"))
-        if record["test_acc"] >= trainer.best_acc:
+        if trainer.best_epoch == epoch:
             names.insert(0, ("best", "student_best"))
         for whole, bare in names:
             save_checkpoint(student, trainer.log_path / bare)
             save_checkpoint(state, trainer.log_path / whole)
 
 
-def default_hooks(cfg: Any) -> list[Hook]:
-    """The hooks of a run; without a config, those of a process that writes nothing."""
-    if cfg is None:
+def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
+    """The hooks of a run; only one of its processes `writes` files."""
+    if not writes:
         return [Evaluate(), Log()]
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]
     if cfg.LOG.WANDB:

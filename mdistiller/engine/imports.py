@@ -8,40 +8,56 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mdistiller.distillers import adopt
 from mdistiller.registry import UserError
 
 
-def import_user_modules(names: list[str], folder: Path | None = None) -> None:
-    """Import files and modules, so that they register what they define; each once.
-
-    A file is looked for in the working directory, then beside the config that names it. It may use
-    the relative imports of a file in `mdistiller/distillers/`.
+def resolve_imports(names: Any, folder: Path) -> list[str]:
+    """IMPORTS with files as absolute paths: beside the config that names them, or in the cwd.
 
     Raises:
-        UserError: a file or module is not there, or it fails while it is imported.
+        UserError: a file is not there, or `names` is no list of names.
     """
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)):
+        raise UserError(f"IMPORTS wants a list of files or modules, got {names!r}")
+    resolved = []
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"IMPORTS wants names of files or modules, got {name!r}")
+        if name.endswith(".py"):
+            places = list(dict.fromkeys([folder / name, Path(name)]))
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                raise UserError(f"IMPORTS: no file {' or '.join(map(str, places))}")
+            name = str(found.resolve())
+        resolved.append(name)
+    return resolved
+
+
+def import_user_modules(names: list[str]) -> None:
+    """Import files and modules, as :func:`resolve_imports` gives them, each once.
+
+    What they define registers itself. A file may use the relative imports of a file in
+    `mdistiller/distillers/`.
+
+    Raises:
+        UserError: one fails while it is imported.
+    """
+    for name in names:
         try:
-            module = _import_file(name, folder) if name.endswith(".py") else _import_module(name)
+            adopt(_import_file(Path(name)) if name.endswith(".py") else _import_module(name))
         except UserError:
             raise
         except Exception as error:
             raise UserError(
                 f"IMPORTS: {name} fails when imported: {type(error).__name__}: {error}"
             ) from error
-        adopt(module)
 
 
-def _import_file(name: str, folder: Path | None) -> ModuleType:
-    places = [Path(name), *([folder / name] if folder else [])]
-    path = next((place.resolve() for place in places if place.is_file()), None)
-    if path is None:
-        looked = " or ".join(str(place) for place in places)
-        raise UserError(f"IMPORTS: no file {looked}")
+def _import_file(path: Path) -> ModuleType:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     # The parent package makes `from ._base import Distiller` mean what it means over there.
     full_name = f"mdistiller.distillers._user_{path.stem}_{digest}"

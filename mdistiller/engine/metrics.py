@@ -85,6 +85,8 @@ class Meters(dict[str, AverageMeter]):
     def averages(self, device: torch.device) -> dict[str, float]:
         """Means over all processes, by name."""
         self.flush()
+        if not math.isfinite(self["losses"].avg):  # of a trainer that keeps its own meters
+            raise NonFiniteLossError("non-finite loss: the mean over the epoch is no number")
         names = sorted(self)
         sums = [[self[name].sum, self[name].count] for name in names]
         totals = sum_over_ranks(torch.tensor(sums, device=device).reshape(-1, 2)).tolist()

@@ -49,6 +49,11 @@ def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
         groups: as torch takes them; groups may set their own `lr` and `weight_decay`.
         solver: the SOLVER node.
     """
+    seen: set[int] = set()
+    for group in groups:  # a parameter in two places would be stepped twice
+        own = {id(p): p for p in group["params"] if id(p) not in seen}
+        seen |= set(own)
+        group["params"] = list(own.values())
     return OPTIMIZERS[solver.TYPE](groups, solver)
 
 

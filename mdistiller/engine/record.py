@@ -9,14 +9,18 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from mdistiller import __version__
+from mdistiller.engine.cfg import dump_cfg, flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
+from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ class RunRecord(Hook):
 def write_record(folder: Path, cfg: Any, device: torch.device) -> None:
     """Write the two files; what is known of earlier starts is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump(sort_keys=False))
+    (folder / "config.yaml").write_text(dump_cfg(cfg))
     path = folder / "run.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.is_file() else []
@@ -52,6 +56,53 @@ def write_record(folder: Path, cfg: Any, device: torch.device) -> None:
         }
     )
     path.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
+
+
+def changed_settings(folder: Path, cfg: Any) -> list[str]:
+    """What differs, of all that decides about weights, between a run's recorded config and `cfg`.
+
+    Returns:
+        Texts "KEY was A, is now B".
+    """
+    path = folder / "config.yaml"
+    try:
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recorded["EXPERIMENT"]["SEED"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    sections = ["DATASET", "DISTILLER", "SOLVER", *cfg.DISTILLER.TYPE.split("+")]
+    keys = ["EXPERIMENT.SEED"]
+    keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
+    changes = []
+    for key in keys:
+        if key.startswith(_WITHOUT_EFFECT):
+            continue
+        before, now = _get(recorded, key), _get(cfg, key)
+        if key == "DATASET.ROOT":
+            before, now = (str(Path(value or "").resolve()) for value in (before, now))
+        if before is not None and before != now:
+            changes.append(f"{key} was {before}, is now {now}")
+    return changes
+
+
+# Keys of the compared sections that leave the trained weights as they are.
+_WITHOUT_EFFECT = (
+    "DATASET.NUM_WORKERS",
+    "DATASET.TEST",
+    "DATASET.MAX_MEMORY_GB",
+    "DISTILLER.TEACHER_CKPT",
+    "DISTILLER.TEACHER_CFG",
+    "SOLVER.FIND_UNUSED_PARAMETERS",
+    "SOLVER.DETERMINISTIC",
+)
+
+
+def _get(node: Any, name: str) -> Any:
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return list(node) if isinstance(node, tuple) else node
 
 
 def describe_device(device: torch.device) -> str:

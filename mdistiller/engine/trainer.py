@@ -52,7 +52,6 @@ class BaseTrainer:
         train_loader: Any,
         val_loader: Any,
         cfg: Any,
-        test_loader: Any = None,
     ):
         self.cfg = cfg
         self.distiller = distiller
@@ -60,7 +59,6 @@ class BaseTrainer:
         self.device = next(self.model.parameters()).device
         self.train_loader = train_loader
         self.val_loader = val_loader
-        self.test_loader = test_loader
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
         self.optimizer = self.init_optimizer(cfg)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -71,7 +69,7 @@ class BaseTrainer:
         self.best_acc = -1.0
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
-        self.hooks: list[Hook] = default_hooks(cfg) if is_main_process() else default_hooks(None)
+        self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
         """The optimizer over the distiller's parameter groups."""
@@ -86,10 +84,13 @@ class BaseTrainer:
         """Run all epochs, or those after the last checkpoint."""
         if resume:
             self.resume()
+        if is_main_process():
+            self.log_path.mkdir(parents=True, exist_ok=True)
         for hook in self.hooks:
             hook.before_train(self)
         for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
             self.train_epoch(epoch)
+            self.epoch, self.step = epoch, 0
         for hook in self.hooks:
             hook.after_train(self)
 
@@ -176,7 +177,11 @@ class BaseTrainer:
             torch.nn.utils.clip_grad_norm_(params, limit)
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
-        """Write an epoch's numbers to every log; override to add your own."""
+        """Keep an epoch's numbers, and write them to every log; override to add your own."""
+        accuracy = float(log_dict.get("test_acc", -1.0))
+        if accuracy >= self.best_acc:  # ties: the later one, as the files have it
+            self.best_acc, self.best_epoch = accuracy, epoch
+        self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         for hook in self.hooks:
             hook.write(self, epoch, {"lr": lr, **log_dict})
 
@@ -199,11 +204,6 @@ class BaseTrainer:
     def resume(self) -> None:
         """Continue from the run's `latest` checkpoint; checkpoints of the original work as well."""
         path = self.log_path / "latest"
-        if not path.is_file():
-            raise UserError(
-                f"--resume: there is no checkpoint {path}; start without --resume, "
-                "or give the same config and overrides as the run to continue"
-            )
         state = load_checkpoint(path)
         if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
             raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
@@ -213,7 +213,7 @@ class BaseTrainer:
         except ValueError as error:
             raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
         self.epoch = int(state["epoch"])
-        self.best_acc = float(state["best_acc"])
+        self.best_acc = float(state.get("best_acc", -1.0))
         self.best_epoch = int(state.get("best_epoch", 0))
         self.history = state.get("history", [])
         self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())

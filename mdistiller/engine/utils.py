@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -17,6 +18,7 @@ from mdistiller.engine.distributed import is_main_process, sum_over_ranks, unwra
 __all__ = [
     "AverageMeter",
     "accuracy",
+    "adjust_learning_rate",
     "load_checkpoint",
     "log_msg",
     "progress",
@@ -111,6 +113,15 @@ def progress(items: Iterable[Any], title: str) -> tqdm:
 
 
 _COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
+
+
+def adjust_learning_rate(epoch: int, cfg: Any, optimizer: Optimizer) -> float:
+    """Set and return the multistep rate of an epoch, for trainers that do without the scheduler."""
+    passed = sum(epoch > stage for stage in cfg.SOLVER.LR_DECAY_STAGES)
+    rate: float = cfg.SOLVER.LR * cfg.SOLVER.LR_DECAY_RATE**passed
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def log_msg(msg: str, mode: str = "INFO") -> str:

@@ -192,7 +192,10 @@ def register_model(
 def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """The entry `name` of a zoo ("cifar", "tiny_imagenet" or "imagenet").
 
+    A plain tuple (constructor, checkpoint), as the original's tables hold, is an entry as well.
+
     Raises:
         UnknownNameError: there is no such zoo, or no such model in it.
     """
-    return cast(ModelEntry, _ZOOS[zoo][name])
+    entry = _ZOOS[zoo][name]
+    return entry if isinstance(entry, ModelEntry) else ModelEntry(*entry)

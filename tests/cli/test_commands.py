@@ -1,7 +1,6 @@
 """The commands as users call them: their output, and one line for everything that cannot work."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -56,6 +55,10 @@ BAD = {
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CKPT none.pth": "TEACHER_CKPT: none.pth does not exist",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CFG none.yaml": "config file 'none.yaml' not found",
     "DEVICE tpu": "DEVICE 'tpu' is no device",
+    "SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0",
+    "DISTILLER.STUDENT BabyStudent DATASET.TYPE tiny16": "take 32x32 images, not 16x16",
+    "EXPERIMENT.PROJECT a/../../b": "make no folder name",
+    f"LOG.PREFIX {__file__}": "is a file",
 }
 
 
@@ -104,13 +107,68 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert "holds a run already" in refused(capsys, ["--cfg", config])
     other = ["--cfg", config, "--resume", "DISTILLER.STUDENT", "vgg8", "EXPERIMENT.NAME", "run"]
-    os.rename(run, run.parent / "runDISTILLER.STUDENT:vgg8")
+    assert "DISTILLER.STUDENT was resnet8, is now vgg8" in refused(capsys, other)
+    (run / "config.yaml").rename(tmp_path / "config.yaml")  # as in a run of the original
     assert "do not fit together" in refused(capsys, other)
-    os.rename(run.parent / "runDISTILLER.STUDENT:vgg8", run)
+    (tmp_path / "config.yaml").rename(run / "config.yaml")
     after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert before == after
     (run / "latest").write_bytes(before["latest"][:-100])
     assert "latest is truncated" in refused(capsys, ["--cfg", config, "--resume"])
+
+
+README = (REPO / "README.md").read_text()
+
+
+def test_the_readmes_own_data_recipe(tmp_path, monkeypatch):
+    """Its two commands as they stand, on a folder of small images, for one epoch."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "data" / "flowers", size=40)
+    block = next(b for b in README.split("```sh") if "data/flowers" in b and "train.py" in b)
+    lines = block.split("```")[0].replace("\\\n", " ").strip().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        words = [*line.split()[2:], "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "8"]
+        assert train_command.main(words) == 0
+    assert (tmp_path / "output" / "cifar10" / "dkd" / "student_latest").is_file()
+
+
+def test_the_readmes_own_method_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, config = (
+        README.split(f"```{kind}\n# my_method")[1].split("```")[0] for kind in ("python", "yaml")
+    )
+    (tmp_path / "my_method.py").write_text(code.partition("\n")[2])
+    (tmp_path / "my_method.yaml").write_text(config.partition("\n")[2])
+    words = "DATASET.TYPE toy DISTILLER.STUDENT resnet8 DISTILLER.TEACHER resnet8 SOLVER.EPOCHS 1"
+    teacher = ["DISTILLER.TEACHER_CKPT", str(saved_teacher(tmp_path))]
+    toy = ["--import", str(REPO / "tests" / "toy.py")]
+    assert train_command.main(["--cfg", "my_method.yaml", *toy, *words.split(), *teacher]) == 0
+
+
+def test_the_recorded_config_can_be_used_again_elsewhere(tmp_path, monkeypatch):
+    """It names what was imported, whether by --import or beside the config, by whole paths."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text(
+        "from mdistiller.distillers import DISTILLERS, KD\n"
+        "DISTILLERS.add('MINE', type('MINE', (KD,), {}), config={'X': 1})\n"
+    )
+    config = write_config(
+        tmp_path / "sub",
+        text="IMPORTS: [mine.py]\n",
+        method="MINE",
+        epochs=1,
+        TEACHER="resnet8",
+        TEACHER_CKPT=str(saved_teacher(tmp_path)),
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train_command.main(["--cfg", str(config)]) == 0
+    recorded = tmp_path / "sub" / "out" / "toy" / "run" / "config.yaml"
+    (tmp_path / "elsewhere").mkdir()
+    student = str(recorded.parent / "student_latest")
+    words = ["-m", "resnet8", "-c", student, "--cfg", str(recorded)]
+    done = command(*words, module="eval", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
 
 
 def test_errors_reach_the_shell_as_one_line(tmp_path):

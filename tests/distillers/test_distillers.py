@@ -160,3 +160,23 @@ def test_cross_entropy_without_labels_is_zero_and_takes_soft_targets():
     hard = torch.tensor([0, 1, 2, 1])
     soft = nn.functional.one_hot(hard, 3).float()
     assert cross_entropy(logits, hard).item() == pytest.approx(cross_entropy(logits, soft).item())
+
+
+def test_forward_train_gets_the_arguments_it_names():
+    class Strict(Distiller):
+        def forward_train(self, image, target, epoch):
+            logits = self.student(image)[0]
+            return logits, {"loss_ce": cross_entropy(logits, target) * epoch}
+
+    _, losses = Strict(*networks()).train()(**batch())
+    assert set(losses) == {"loss_ce"}
+
+
+def test_a_config_key_that_is_not_set_is_named():
+    class Reads(Distiller):
+        def __init__(self, student, teacher, cfg):
+            super().__init__(student, teacher)
+            self.weight = cfg.NOTHING.WEIGHT
+
+    with pytest.raises(UserError, match="Reads reads the config key NOTHING, which is not set"):
+        Reads.build(*networks(), default_config(), 50)

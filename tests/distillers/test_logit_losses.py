@@ -87,6 +87,7 @@ def hostile_logits():
         "duplicates": row.repeat(5, 1),
         "target far above": 1e4 * one_hot.repeat(5, 1),
         "target far below": -1e4 * one_hot.repeat(5, 1),
+        "largest": 3.4e38 * (2.0 * (row % 2) - 1).repeat(5, 1),
         "huge": 1e30 * torch.randn(5, 10, generator=torch.Generator().manual_seed(0)),
     }
 

@@ -73,6 +73,7 @@ BAD = {
     "SOLVER.LR_DECAY_STAGES ['a']": "SOLVER.LR_DECAY_STAGES wants a list like [150, 180, 210]",
     "SOLVER 3": "SOLVER is a section with keys",
     "SOLVER.LR": "'SOLVER.LR' has no partner",
+    "DKD.TEMPERATURE 4": "unknown config key DKD.TEMPERATURE (keys of DKD: CE_WEIGHT, ALPHA,",
     "SOLVER..LR 3": "'SOLVER..LR' is no config key",
     "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
     "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
@@ -141,6 +142,46 @@ def test_a_failing_import_is_named_with_its_error(tmp_path):
     path = write(tmp_path, "broken.py", "1 / 0\n")
     with pytest.raises(UserError, match=r"broken\.py fails when imported: ZeroDivisionError"):
         load_config("", ["IMPORTS", f"['{path}']"])
+
+
+def test_empty_values_leave_the_defaults_and_merge_keys_work(tmp_path):
+    path = write(
+        tmp_path, "a.yaml", "EXPERIMENT:\n  TAG:\nKD:\nSOLVER:\n  <<: {LR: 0.3}\n  EPOCHS: 3\n"
+    )
+    cfg = load_config(path)
+    assert (cfg.EXPERIMENT.TAG, cfg.KD.TEMPERATURE) == ("default", 4.0)
+    assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS) == (0.3, 3)
+
+
+def test_imports_of_a_base_are_beside_it_and_add_up(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for folder, name in (("sub", "one"), (".", "two")):
+        code = "from mdistiller.distillers import DISTILLERS, KD\n"
+        code += f"DISTILLERS.add('{name}', type('{name}', (KD,), {{}}), config={{'X': 1}})\n"
+        write(tmp_path / folder, f"{name}.py", code)
+    write(tmp_path / "sub", "base.yaml", "IMPORTS: [one.py]\none: {X: 2}\n")
+    path = write(tmp_path, "a.yaml", "_BASE_: sub/base.yaml\nIMPORTS: [two.py]\ntwo: {X: 3}\n")
+    cfg = load_config(path)
+    assert (cfg.one.X, cfg.two.X) == (2, 3)
+    assert [str(tmp_path / "sub" / "one.py"), str(tmp_path / "two.py")] == cfg.IMPORTS
+
+
+def test_a_teacher_config_beside_the_config_is_found(tmp_path):
+    write(tmp_path, "teacher.yaml", "SOLVER: {EPOCHS: 1}\n")
+    path = write(tmp_path, "a.yaml", "DISTILLER: {TEACHER_CFG: teacher.yaml}\n")
+    assert str(tmp_path / "teacher.yaml") == load_config(path).DISTILLER.TEACHER_CFG
+
+
+def test_defaults_of_an_undecorated_class(tmp_path):
+    code = "from mdistiller.distillers import Distiller\n"
+    code += "class Plainer(Distiller):\n    config = {'LOSS': {'WEIGHT': 2.0}}\n"
+    write(tmp_path, "mine2.py", code)
+    path = write(tmp_path, "mine2.yaml", "IMPORTS: [mine2.py]\n")
+    assert load_config(path).Plainer.LOSS.WEIGHT == 2.0
+    with pytest.raises(
+        UserError, match=r"Plainer\.LOSS\.WEIHT; did you mean 'Plainer\.LOSS\.WEIGHT'"
+    ):
+        load_config(path, ["Plainer.LOSS.WEIHT", "1"])
 
 
 def test_frozen_configs_do_not_change():

@@ -69,6 +69,7 @@ def test_a_run_leaves_the_files_of_the_original(tmp_path):
     assert record["versions"]["torch"] == torch.__version__
     assert "SOLVER" in (run / "config.yaml").read_text()
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_epoch"] == best["epoch"]
     assert summary["last_acc"] == rows[-1]["test_acc"]
     assert summary["selected_on"] == "test set"
 
@@ -237,7 +238,8 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
     first = json.loads((run.parent / "teacher" / "summary.json").read_text())
     assert summary["teacher_acc"] == first["last_acc"]
 
-    train(tmp_path, "EXPERIMENT.SEED", 1, **settings)
+    harmless = ["DATASET.NUM_WORKERS", 1, "DATASET.TEST.BATCH_SIZE", 30]
+    train(tmp_path, "EXPERIMENT.SEED", 1, *harmless, **settings)
     out = capsys.readouterr().out
     assert "training the teacher first" not in out
     assert f"teacher accuracy: {summary['teacher_acc']:.2f} %" in out
@@ -245,7 +247,58 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
     teacher.write_text(teacher.read_text() + "SOLVER:\n  EPOCHS: 2\n")
     words = ["--cfg", str(tmp_path / "toy.yaml"), "EXPERIMENT.SEED", "2"]
     assert train_command.main(words) == 2
-    assert "was trained with SOLVER.EPOCHS = 1" in capsys.readouterr().err
+    assert "SOLVER.EPOCHS was 1, is now 2" in capsys.readouterr().err
+
+
+def test_ties_are_kept_by_the_later_epoch_in_files_and_summary(tmp_path):
+    """A learning rate of nearly nothing: every epoch scores the same."""
+    run = train(tmp_path, epochs=3, text="SOLVER:\n  LR: 1.0e-30\n  MOMENTUM: 0.0\n")
+    rows = metrics(run)
+    tied = [row["epoch"] for row in rows if row["test_acc"] == max(r["test_acc"] for r in rows)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert load(run / "best")["epoch"] == summary["best_epoch"] == tied[-1]
+    assert len(tied) > 1 or tied == [3]
+
+
+def test_resume_refuses_other_mathematics_and_takes_more_epochs(tmp_path, capsys):
+    run = train(tmp_path, epochs=2)
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    for text, says in (
+        ("SOLVER:\n  LR: 0.2\n", "SOLVER.LR was 0.05, is now 0.2"),
+        ("EXPERIMENT:\n  SEED: 3\n", "EXPERIMENT.SEED was 0, is now 3"),
+        ("SOLVER:\n  EPOCHS: 3\n  SCHEDULE: cosine\n", "SOLVER.SCHEDULE was multistep"),
+    ):
+        path = write_config(tmp_path, text=text)
+        assert train_command.main(["--cfg", str(path), "--resume"]) == 2
+        assert says in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    path = write_config(tmp_path, epochs=3)
+    assert train_command.main(["--cfg", str(path), "--resume"]) == 0
+    assert [row["epoch"] for row in metrics(run)] == [1, 2, 3]
+
+
+def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monkeypatch, capsys):
+    from mdistiller.models import ModelEntry, cifar_model_dict
+
+    path = str(saved_teacher(tmp_path, num_classes=10))
+    entry = cifar_model_dict["resnet8"]
+
+    def ten(num_classes=10):
+        return entry.constructor(num_classes=num_classes)
+
+    (tmp_path / "t").mkdir()
+    config = str(write_config(tmp_path / "t", epochs=1))
+    settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CFG": config, "epochs": 1}
+    monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(ten, path))
+    run = train(tmp_path, **settings)
+    assert "training the teacher first" not in capsys.readouterr().out
+    used, released = load(run / "latest")["model"], load(path)["model"]
+    assert all(torch.equal(used[f"teacher.{key}"], value) for key, value in released.items())
+    # Released for 100 classes, it is none for this data: the config is what counts then.
+    monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(entry.constructor, path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mdistiller.engine.run.train_teacher", lambda cfg, device: path)
+        train(tmp_path, "EXPERIMENT.NAME", "second", **settings)
 
 
 def test_held_out_images_select_and_the_test_set_is_used_at_the_end(tmp_path):
@@ -272,7 +325,10 @@ def test_run_folder_names_follow_the_original():
     name = experiment_name(cfg, words)
     assert name == "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.1,DATASET.ROOT:a_b"
     named = load_config("configs/cifar100/kd.yaml", ["EXPERIMENT.NAME", "mine"])
-    assert experiment_name(named, ["EXPERIMENT.NAME", "mine"]) == "cifar100_baselines/mine"
+    assert experiment_name(named, ["EXPERIMENT.NAME", "mine", *words]) == "cifar100_baselines/mine"
+    long = [experiment_name(cfg, ["DATASET.ROOT", "é" * 300 + end]) for end in "ab"]
+    assert long[0] != long[1]
+    assert len(long[0].encode()) < 230
 
 
 NON_FINITE = """
@@ -353,6 +409,9 @@ def test_a_distiller_of_the_original_trains_unchanged(tmp_path, place, monkeypat
     run = tmp_path / "out" / "toy" / "run"
     rows = metrics(run)
     assert rows[-1]["train_loss_kd"] < rows[0]["train_loss_kd"]
+    groups = load(run / "latest")["optimizer"]["param_groups"]
+    network = get_model_entry("resnet8", "cifar")(num_classes=10)
+    assert len(groups[0]["params"]) == len(list(network.parameters())) + 2  # extra counts once
     state = load(run / "latest")["model"]
     assert "extra.weight" in state
 
@@ -360,10 +419,16 @@ def test_a_distiller_of_the_original_trains_unchanged(tmp_path, place, monkeypat
 OLD_TRAINER = """
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import accuracy
+from mdistiller.engine.utils import (
+    AverageMeter, accuracy, validate, adjust_learning_rate, save_checkpoint, load_checkpoint,
+    log_msg,
+)
 
 
 class OldTrainer(BaseTrainer):
+    def __init__(self, experiment_name, distiller, train_loader, val_loader, cfg):
+        super(OldTrainer, self).__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+
     def train_iter(self, data, epoch, train_meters):
         self.optimizer.zero_grad()
         image, target, index = data
@@ -379,16 +444,38 @@ class OldTrainer(BaseTrainer):
         return "Loss:{:.4f}".format(train_meters["losses"].avg)
 
 
+class OlderTrainer(OldTrainer):
+    def train_epoch(self, epoch):
+        lr = adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        train_meters = {name: AverageMeter() for name in ("losses", "top1", "top5")}
+        self.distiller.train()
+        for idx, data in enumerate(self.train_loader):
+            msg = self.train_iter(data, epoch, train_meters)
+        test_acc, test_acc_top5, test_loss = validate(self.val_loader, self.distiller)
+        log_dict = {
+            "train_acc": train_meters["top1"].avg,
+            "train_loss": train_meters["losses"].avg,
+            "test_acc": test_acc,
+            "test_acc_top5": test_acc_top5,
+            "test_loss": test_loss,
+        }
+        self.log(lr, epoch, log_dict)
+        save_checkpoint({"model": self.distiller.module.state_dict()}, self.log_path / "mine")
+
+
 trainer_dict["old"] = OldTrainer
+trainer_dict["older"] = OlderTrainer
 """
 
 
-def test_a_trainer_of_the_original_gives_the_same_run(tmp_path):
+@pytest.mark.parametrize("name", ["old", "older"])
+def test_a_trainer_of_the_original_gives_the_same_run(tmp_path, name):
+    """One overrides an iteration, the other the whole epoch."""
     (tmp_path / "old.py").write_text(OLD_TRAINER)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     ours = metrics(train(tmp_path / "a"))
-    text = "SOLVER:\n  TRAINER: old\n"
+    text = f"SOLVER:\n  TRAINER: {name}\n"
     old = metrics(train(tmp_path / "b", "--import", tmp_path / "old.py", text=text))
     for mine, theirs in zip(ours, old, strict=True):
         for key in ("train_loss", "train_acc", "test_acc"):
