@@ -103,11 +103,7 @@ class ABF(nn.Module):
 def review(
     blocks: Iterable[nn.Module], features: Iterable[Tensor], sizes: Iterable[Sequence[int]]
 ) -> list[Tensor]:
-    """Outputs of the fusion blocks from the shallowest level to the deepest.
-
-    Args:
-        blocks, features, sizes: ABFs, student maps and output sizes from the deepest level on.
-    """
+    """Outputs of ABFs, shallow to deep; blocks, student maps, output sizes come deep to shallow."""
     outputs, residual = [], None
     for block, feature, size in zip(blocks, features, sizes, strict=True):
         out, residual = block(feature, residual, size)
@@ -180,10 +176,7 @@ class ReviewKD(Distiller):
                 "(its stages have no last ReLU); leave it at False"
             )
         if "preact_feats" not in teacher:
-            raise UserError(
-                "REVIEWKD needs a teacher that returns preact_feats; this one's stages have no "
-                "last ReLU"
-            )
+            raise UserError("REVIEWKD needs a teacher that returns preact_feats; this one does not")
 
     def _lists(self, student: FeatureShapes, teacher: FeatureShapes) -> dict[str, list[int]]:
         s_maps = student[self.student_key][-self.stages :]

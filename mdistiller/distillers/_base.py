@@ -43,10 +43,9 @@ class Distiller(nn.Module):
 
     Class attributes:
         uses_teacher: False for methods that learn without one; they are built with None.
-        teacher_in_eval_mode: False for methods whose teacher normalises by batch statistics while
-            the student trains; its running statistics then move, nothing else of it.
-        own_state: prefixes of buffers that the method itself keeps equal in all processes; nobody
-            else needs to send them around.
+        teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
+            trains; its running statistics then move, nothing else of it.
+        own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
     """
 
@@ -73,12 +72,9 @@ class Distiller(nn.Module):
         image_size: tuple[int, int] | None = None,
         targets: Tensor | None = None,
     ) -> Distiller:
-        """Construct from a config and facts of the data, which go to constructors that ask.
+        """Construct from a config and facts of the training images, for constructors that ask.
 
-        Args:
-            num_data: number of training images.
-            image_size: their (height, width), None if unknown.
-            targets: their classes, int64 [num_data], None if unknown.
+        These are their number, (height, width) and classes (int64 [num_data]); None: unknown.
         """
         facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
         wanted = inspect.signature(cls.__init__).parameters
