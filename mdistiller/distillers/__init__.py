@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output, Vanilla, adopt
+from mdistiller.distillers._compose import get_distiller
 
 distiller_dict = DISTILLERS
 
@@ -19,4 +20,12 @@ for _module in pkgutil.iter_modules(__path__):
 # reaches the module, which the import system looks up elsewhere.
 globals().update({cls.__name__: cls for cls in DISTILLERS.values()})
 
-__all__ = ["DISTILLERS", "Distiller", "Output", "Vanilla", "adopt", "distiller_dict"]
+__all__ = [
+    "DISTILLERS",
+    "Distiller",
+    "Output",
+    "Vanilla",
+    "adopt",
+    "distiller_dict",
+    "get_distiller",
+]

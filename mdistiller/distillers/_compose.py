@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,17 @@ class Composed(Distiller):
     DISTILLER.CE_WEIGHT. What the parts add to the networks is under `parts.NAME`.
     """
 
-    methods: dict[str, type[Distiller]] = {}
+    methods: ClassVar[dict[str, type[Distiller]]] = {}
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, cfg: Any, parts: dict[str, Distiller]
+        self, student: nn.Module, teacher: nn.Module | None, cfg: Any, parts: dict[str, Distiller]
     ):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.DISTILLER.CE_WEIGHT
+        self.teacher_in_eval_mode = all(part.teacher_in_eval_mode for part in parts.values())
+        self.own_state = tuple(
+            f"parts.{name}.{prefix}" for name, part in parts.items() for prefix in part.own_state
+        )
         for part in parts.values():
             # The networks are registered once, here; the parts only refer to them.
             for role in ("student", "teacher"):
@@ -63,26 +67,26 @@ class Composed(Distiller):
 
     @classmethod
     def build(
-        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, **data: Any
+        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, *args: Any, **facts: Any
     ) -> Distiller:
-        assert teacher is not None
         parts = {
-            name: method.build(student, teacher, cfg, **data)
+            name: method.build(student, teacher, cfg, *args, **facts)
             for name, method in cls.methods.items()
         }
         return cls(student, teacher, cfg, parts)
 
-    def train(self, mode: bool = True) -> Distiller:
+    def train(self, mode: bool = True) -> Composed:
         super().train(mode)
-        for part in self.parts.values():  # a part may want the teacher in another mode
-            part.train(mode)
+        assert self.teacher is not None
+        self.teacher.train(mode and not self.teacher_in_eval_mode)  # one part may differ
         return self
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        terms = {}
+        terms: dict[str, Tensor] = {}
         self.metrics = {}
         for name, part in self.parts.items():
-            terms[name] = part.distill(student, teacher, target, **batch)  # type: ignore[operator]
-            self.metrics |= part.metrics  # type: ignore[operator]
-        self.metrics |= {f"loss_{name}": term.detach().mean() for name, term in terms.items()}
-        return torch.stack([term.mean() for term in terms.values()]).sum()
+            assert isinstance(part, Distiller)
+            terms[name] = part.distill(student, teacher, target, **batch)
+            self.metrics |= part.metrics
+        self.metrics |= {f"loss_{name}": term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum()

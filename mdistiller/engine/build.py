@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data
-from mdistiller.distillers import DISTILLERS, Distiller, Vanilla
+from mdistiller.distillers import Distiller, Vanilla, get_distiller
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
@@ -30,7 +30,7 @@ def build_distiller(
     Args:
         teacher_ckpt: the teacher's weights; by default what :func:`find_teacher` finds.
     """
-    method = DISTILLERS[cfg.DISTILLER.TYPE]
+    method = get_distiller(cfg.DISTILLER.TYPE)
     seed_everything(cfg.EXPERIMENT.SEED)
     student = model_entry(cfg, "STUDENT", data).constructor(num_classes=data.num_classes)
     check_input(student, cfg.DISTILLER.STUDENT, data)
@@ -42,7 +42,10 @@ def build_distiller(
         if path is None:
             raise UserError(no_teacher(cfg, data))
         load_network(teacher, path, cfg.DISTILLER.TEACHER, data.num_classes)
-    distiller = method.build(student, teacher, cfg, data.num_data).to(device)
+    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
+    distiller = method.build(
+        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
+    ).to(device)
     freeze_teacher(distiller)
     return distiller
 
@@ -67,7 +70,7 @@ def check_input(net: nn.Module, name: str, data: Data) -> None:
 def check_models(cfg: Any, data: Data) -> None:
     """Refuse a method or model name that does not exist."""
     model_entry(cfg, "STUDENT", data)
-    if DISTILLERS[cfg.DISTILLER.TYPE].uses_teacher:
+    if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
         model_entry(cfg, "TEACHER", data)
 
 

@@ -25,7 +25,8 @@ from mdistiller.runtime import config_root
 ENGINE_CONFIG: dict[str, Any] = {
     "EXPERIMENT": {"PROJECT": "distill", "NAME": "", "TAG": "default", "SEED": 0},
     "DISTILLER": {
-        "TYPE": "NONE",
+        "TYPE": "NONE",  # a method, or several: "KD+AT"
+        "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
         "TEACHER": "ResNet50",
         "STUDENT": "resnet32",
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG

@@ -89,17 +89,18 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     """`distiller` in DistributedDataParallel if there are several processes.
 
     A teacher in eval mode without trained parameters stays out of it: it is the same everywhere,
-    so nothing of it needs to travel.
+    so nothing of it needs to travel; nor do buffers that a method keeps equal itself.
     """
     if not distributed():
         return distiller
     teacher = getattr(distiller, "teacher", None)
-    frozen: list[str] = []
+    own_state = tuple(getattr(distiller, "own_state", ()))
+    still = [name for name, _ in distiller.named_buffers() if name.startswith(own_state)]
     if isinstance(teacher, nn.Module) and not any(p.requires_grad for p in teacher.parameters()):
         distiller.train()
         tensors = [*teacher.named_parameters(), *teacher.named_buffers()]
-        frozen = [f"teacher.{name}" for name, _ in tensors if not teacher.training]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, frozen)
+        still += [f"teacher.{name}" for name, _ in tensors if not teacher.training]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, still)
     return DistributedDataParallel(distiller, find_unused_parameters=find_unused)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mdistiller.dataset import Data, load_data
-from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import (
     build_distiller,
     check_models,
@@ -82,7 +82,7 @@ def set_determinism(wanted: bool) -> None:
 
 def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[str, Any]:
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
-    method = DISTILLERS[cfg.DISTILLER.TYPE]
+    method = get_distiller(cfg.DISTILLER.TYPE)
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
     data = load_data(cfg, device)
