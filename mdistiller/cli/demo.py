@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,37 @@ def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]
     cfg = load_config(f"configs/digits/{config}.yaml", overrides)
     folder = out / experiment_name(cfg, overrides)
     if not (folder / "summary.json").is_file():
-        with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        with (out / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
             train(cfg, overrides, resume=(folder / "latest").is_file())
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {**summary, "curve": [json.loads(line)["test_acc"] for line in lines]}
+
+
+def one_thread() -> None:
+    """Small networks run best on one thread, several runs side by side."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def student_runs(seeds: int, epochs: list[str], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """All students' runs by method, in as many processes as there are cores."""
+    workers = max(1, min(os.cpu_count() or 1, seeds * len(METHODS)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, one_thread) as pool:
+        waiting = {
+            (name, seed): pool.submit(
+                finished_run, config, ["EXPERIMENT.SEED", str(seed), *epochs], out
+            )
+            for seed in range(seeds)
+            for name, config in METHODS.items()
+        }
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+        for (name, seed), run in waiting.items():
+            results[name].append(run.result())
+            print(f"{name}, seed {seed}: {results[name][-1]['last_acc']:.2f} %", flush=True)
+    return results
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -88,13 +117,9 @@ def demo(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     epochs = ["SOLVER.EPOCHS", str(args.epochs)] if args.epochs else []
-    print("teacher: resnet20", flush=True)
-    results = {"teacher": [finished_run("teacher", [], args.out)]}
-    for name, config in METHODS.items():
-        runs = results.setdefault(name, [])
-        for seed in range(args.seeds):
-            runs.append(finished_run(config, ["EXPERIMENT.SEED", str(seed), *epochs], args.out))
-            print(f"{name}, seed {seed}: {runs[-1]['last_acc']:.2f} %", flush=True)
+    teacher = finished_run("teacher", [], args.out)
+    print(f"teacher: {teacher['last_acc']:.2f} %", flush=True)
+    results = {"teacher": [teacher], **student_runs(args.seeds, epochs, args.out)}
     text = table(results)
     (args.out / "table.md").write_text(text + "\n")
     students = {name: [run["curve"] for run in results[name]] for name in METHODS}
