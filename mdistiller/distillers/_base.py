@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import cross_entropy, full_precision
-from mdistiller.registry import Registry, UserError
+from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
+from mdistiller.registry import Registry
 
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
 Losses = dict[str, Tensor]
@@ -29,10 +29,7 @@ class Output:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.features:
-            raise UserError(
-                f"this method needs {name!r}, which the network does not return "
-                f"(it returns {', '.join(self.features) or 'no features'})"
-            )
+            raise missing_feature(name, self.features)
         return full_precision(self.features[name])
 
 
@@ -46,10 +43,15 @@ class Distiller(nn.Module):
 
     Class attributes:
         uses_teacher: False for methods that learn without one; they are built with None.
+        teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
+            trains; its running statistics then move, nothing else of it.
+        own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
     """
 
     uses_teacher = True
+    teacher_in_eval_mode = True
+    own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
@@ -62,12 +64,21 @@ class Distiller(nn.Module):
 
     @classmethod
     def build(
-        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, num_data: int
+        cls,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        cfg: Any,
+        num_data: int,
+        image_size: tuple[int, int] | None = None,
+        targets: Tensor | None = None,
     ) -> Distiller:
-        """Construct from a config; `num_data` goes to constructors that have such an argument."""
+        """Construct from a config and facts of the training images, for constructors that ask.
+
+        These are their number, (height, width) and classes (int64 [num_data]); None: unknown.
+        """
+        facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
         wanted = inspect.signature(cls.__init__).parameters
-        extra = {"num_data": num_data} if "num_data" in wanted else {}
-        return cls(student, teacher, cfg, **extra)  # type: ignore[call-arg]
+        return cls(student, teacher, cfg, **{k: v for k, v in facts.items() if k in wanted})
 
     @property
     def module(self) -> Distiller:
@@ -75,11 +86,11 @@ class Distiller(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set training mode; the teacher stays in eval mode."""
+        """Set training mode; the teacher stays in eval mode (see `teacher_in_eval_mode`)."""
         if not isinstance(mode, bool):
             raise ValueError(f"train(mode) takes a bool, got {mode!r}")
         super().train(mode)
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher_in_eval_mode:
             self.teacher.eval()
         return self
 
@@ -162,7 +173,7 @@ class Vanilla(Distiller):
 
     @classmethod
     def build(
-        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, num_data: int
+        cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, *facts: Any, **more: Any
     ) -> Distiller:
         return cls(student)
 

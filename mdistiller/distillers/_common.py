@@ -1,12 +1,13 @@
-"""Pieces that several methods share: precision, cross-entropy, warm-up, checks of settings."""
+"""What several methods share: precision, cross-entropy, warm-up, settings, shapes, connectors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.registry import UserError
 
@@ -60,3 +61,119 @@ def require_positive(key: str, value: float) -> float:
     if not value > 0:
         raise UserError(f"{key} must be positive, got {value}")
     return value
+
+
+def missing_feature(name: str, known: Iterable[str]) -> UserError:
+    """The error for a feature that a network does not return."""
+    return UserError(
+        f"this method needs {name!r}, which the network does not return "
+        f"(it returns {', '.join(known) or 'no features'})"
+    )
+
+
+class FeatureShapes(dict[str, Any]):
+    """Name of a feature -> its shape, or the list of its shapes; what is absent is named."""
+
+    def __missing__(self, name: str) -> Any:
+        raise missing_feature(name, self)
+
+
+@torch.no_grad()
+def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
+    """Shapes of what `net` returns for one image, found by running it on a blank one.
+
+    It runs in eval mode. Parameters, buffers, the modes of its parts and the global random
+    generators are afterwards as they were.
+
+    Args:
+        image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
+    """
+    height, width = image_size or (32, 32)
+    modes = [(module, module.training) for module in net.modules()]
+    some = next(net.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, height, width, dtype=some.dtype, device=some.device)
+    gpus = [some.device] if some.is_cuda else []
+    net.eval()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            _, features = net(image)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return FeatureShapes({name: _shapes(value) for name, value in features.items()})
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_shapes(item) for item in value]
+    return value.shape
+
+
+def get_feat_shapes(
+    student: nn.Module, teacher: nn.Module, input_size: Sequence[int]
+) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Shapes of the `feats` of both networks for one image of `input_size` (height, width)."""
+    return probe(student, input_size)["feats"], probe(teacher, input_size)["feats"]
+
+
+def settle(key: str, value: Any, default: Any, found: Any) -> Any:
+    """What to use for a setting that the networks determine: `found`.
+
+    Raises:
+        UserError: `value` is neither that nor the default, so somebody meant something else.
+    """
+    if isinstance(found, (list, tuple)):
+        value, default, found = list(value), list(default), list(found)
+    if value not in (found, default):
+        raise UserError(
+            f"{key} is {value}, but these networks need {found}; set that, or leave the key out"
+        )
+    return found
+
+
+def probe_size(
+    method: str, cfg: Any, default: Sequence[int], image_size: Sequence[int] | None
+) -> Sequence[int]:
+    """(height, width) of the images: `image_size`, or what the method's INPUT_SIZE says."""
+    if image_size is None:
+        return cfg[method].INPUT_SIZE
+    return settle(f"{method}.INPUT_SIZE", cfg[method].INPUT_SIZE, default, image_size)
+
+
+def pool_to(x: Tensor, like: Tensor) -> Tensor:
+    """`x` [N, C, H, W] averaged to the height and width of `like`; itself where they agree."""
+    height, width = like.shape[2:]
+    return x if x.shape[2:] == like.shape[2:] else F.adaptive_avg_pool2d(x, (height, width))
+
+
+class ConvReg(nn.Module):
+    """Convolution, batch norm and ReLU that bring a student's map to the shape of a teacher's.
+
+    Twice the teacher's size: 3x3, stride 2. Half of it: transposed 4x4, stride 2. Not smaller on
+    either side: a kernel that just fits, without padding. Otherwise 1x1; the map keeps its size,
+    and the teacher's is to be pooled to it.
+
+    Args:
+        s_shape, t_shape: [N, C, H, W] of student and teacher.
+        use_relu: end with a ReLU.
+    """
+
+    def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True):
+        super().__init__()
+        (_, s_width, *s_size), (_, t_width, *t_size) = s_shape, t_shape
+        self.conv: nn.Module
+        if s_size == [2 * side for side in t_size]:
+            self.conv = nn.Conv2d(s_width, t_width, 3, stride=2, padding=1)
+        elif [2 * side for side in s_size] == t_size:
+            self.conv = nn.ConvTranspose2d(s_width, t_width, 4, stride=2, padding=1)
+        else:
+            height, width = (1 + s - t for s, t in zip(s_size, t_size, strict=True))
+            fits = min(height, width) >= 1
+            self.conv = nn.Conv2d(s_width, t_width, (height, width) if fits else (1, 1))
+        self.bn = nn.BatchNorm2d(t_width)
+        self.relu = nn.ReLU()
+        self.use_relu = use_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return self.relu(x) if self.use_relu else x

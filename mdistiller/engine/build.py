@@ -38,7 +38,10 @@ def build_distiller(
         teacher = entry.constructor(num_classes=data.num_classes)
         path = teacher_ckpt or find_teacher(cfg, entry)
         load_network(teacher, path, cfg.DISTILLER.TEACHER, data.num_classes)
-    distiller = method.build(student, teacher, cfg, data.num_data).to(device)
+    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
+    distiller = method.build(
+        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
+    ).to(device)
     freeze_teacher(distiller)
     return distiller
 

@@ -70,14 +70,15 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     """`distiller` in DistributedDataParallel if there are several processes.
 
     The frozen teacher stays out of it: its parameters get no gradient and its buffers are the same
-    everywhere, so nothing of it needs to travel.
+    everywhere, so nothing of it needs to travel; nor do buffers that a method keeps equal itself.
     """
     if not distributed():
         return distiller
+    still = ("teacher.", *getattr(distiller, "own_state", ()))
     frozen = [
         name
         for name, _ in [*distiller.named_parameters(), *distiller.named_buffers()]
-        if name.startswith("teacher.")
+        if name.startswith(still)
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, frozen)
     return DistributedDataParallel(distiller, find_unused_parameters=find_unused)

@@ -1,0 +1,74 @@
+"""FITNET. Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets,
+ICLR 2015, arXiv 1412.6550.
+
+With a regressor R (convolution, batch norm, ReLU) and the feature maps F of one layer:
+
+    loss = mean((R(F_student) - F_teacher)^2)
+
+Trained in one stage with the cross-entropy; the paper trains the lower half of the student by hints
+first. R ends in a ReLU, so it never reaches the negative values of teachers with signed maps (WRN).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._common import (
+    ConvReg,
+    full_precision,
+    get_feat_shapes,
+    pool_to,
+    probe_size,
+)
+from mdistiller.registry import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "HINT_LAYER": 2,
+    "INPUT_SIZE": (32, 32),
+    "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
+}
+
+
+def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference, a scalar.
+
+    Args:
+        hint: the regressed student map, [N, C, H, W].
+        teacher: [N, C, H', W']; averaged to H x W first where that differs.
+    """
+    hint = full_precision(hint)
+    return F.mse_loss(hint, pool_to(full_precision(teacher), hint))
+
+
+@DISTILLERS.register("FITNET", config=DEFAULTS)
+class FitNet(Distiller):
+    """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        cfg: Any,
+        image_size: tuple[int, int] | None = None,
+    ):
+        super().__init__(student, teacher)
+        self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
+        self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
+        self.hint_layer = cfg.FITNET.HINT_LAYER
+        size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
+        shapes = get_feat_shapes(student, teacher, size)
+        layers = min(map(len, shapes))
+        if not 0 <= self.hint_layer < layers:
+            raise UserError(
+                f"FITNET.HINT_LAYER must be one of 0 to {layers - 1} for these networks, "
+                f"got {self.hint_layer}"
+            )
+        self.conv_reg = ConvReg(*(maps[self.hint_layer] for maps in shapes))
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        hint = self.conv_reg(student["feats"][self.hint_layer])
+        return self.feat_loss_weight * fitnet_loss(hint, teacher["feats"][self.hint_layer])

@@ -1,0 +1,197 @@
+"""REVIEWKD. Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021,
+arXiv 2104.09044.
+
+Student features are walked from deep (the pooled vector as a 1x1 map) to shallow. Each is mapped
+to MID channels, mixed with the residual r of the deeper ones by two learned gates (ABF), resized to
+the teacher's size and mapped to its width:
+
+    x = conv1(F_student);  x <- g0 * x + g1 * resize(r);  r <- resize(x);  out = conv2(r)
+
+Each output is compared with the teacher's pre-activation of that level by HCL, a mean of squared
+distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 and 1 positions a side
+(1/2, 1/4, 1/8), as far as these are smaller than the maps.
+
+    loss = REVIEWKD_WEIGHT * min(epoch / WARMUP_EPOCHS, 1) * sum over levels of HCL
+
+MID is min(512, width of the student's pooled features) as in the original library, whose
+MAX_MID_CHANNEL has no effect either. Both networks need the same number of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._common import (
+    FeatureShapes,
+    full_precision,
+    probe,
+    settle,
+    warmup_factor,
+)
+from mdistiller.registry import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "CE_WEIGHT": 1.0,
+    "REVIEWKD_WEIGHT": 1.0,
+    "WARMUP_EPOCHS": 20,
+    "SHAPES": [1, 8, 16, 32],
+    "OUT_SHAPES": [1, 8, 16, 32],
+    "IN_CHANNELS": [64, 128, 256, 256],
+    "OUT_CHANNELS": [64, 128, 256, 256],
+    "MAX_MID_CHANNEL": 512,
+    "STU_PREACT": False,
+}
+
+
+def hcl_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Hierarchical context loss, summed over pairs of maps [N, C, H, W] of equal shape."""
+    total = torch.zeros((), device=student[0].device)
+    for s, t in zip(map(full_precision, student), map(full_precision, teacher), strict=True):
+        weight, weights, loss = 1.0, 1.0, F.mse_loss(s, t)
+        for side in (4, 2, 1):
+            if side < s.shape[2]:
+                weight /= 2
+                weights += weight
+                s_mean, t_mean = (F.adaptive_avg_pool2d(x, side) for x in (s, t))
+                loss = loss + weight * F.mse_loss(s_mean, t_mean)
+        total = total + loss / weights
+    return total
+
+
+class ABF(nn.Module):
+    """Attention-based fusion of a map with the residual of the deeper levels.
+
+    Args:
+        fuse: False for the deepest level, which has no residual.
+    """
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool):
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels)
+        )
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.att_conv = (
+            nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
+        )
+        for part in (self.conv1, self.conv2):
+            nn.init.kaiming_uniform_(cast(nn.Conv2d, part[0]).weight, a=1)
+
+    def forward(
+        self, feature: Tensor, residual: Tensor | None, size: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The output [N, out, *size], and the residual [N, mid, *size] for the next level."""
+        x = self.conv1(feature)
+        if self.att_conv is not None and residual is not None:
+            residual = F.interpolate(residual, x.shape[2:], mode="nearest")
+            gates = self.att_conv(torch.cat([x, residual], dim=1))
+            x = x * gates[:, :1] + residual * gates[:, 1:]
+        if x.shape[2:] != tuple(size):
+            x = F.interpolate(x, tuple(size), mode="nearest")
+        return self.conv2(x), x
+
+
+def review(
+    blocks: Iterable[nn.Module], features: Iterable[Tensor], sizes: Iterable[Sequence[int]]
+) -> list[Tensor]:
+    """Outputs of ABFs, shallow to deep; blocks, student maps, output sizes come deep to shallow."""
+    outputs, residual = [], None
+    for block, feature, size in zip(blocks, features, sizes, strict=True):
+        out, residual = block(feature, residual, size)
+        outputs.append(out)
+    return outputs[::-1]
+
+
+def levels(features: Any, key: str, count: int) -> list[Tensor]:
+    """The last `count` maps of `features[key]`, then the pooled vector as a 1x1 map."""
+    return [*features[key][-count:], features["pooled_feat"].flatten(1)[:, :, None, None]]
+
+
+def count_stages(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> int:
+    """Number of stages both networks have.
+
+    The first map is the stem's and no stage; a student that returns none (MobileNetV1) shows it
+    by sizes that equal those of the teacher's stages.
+    """
+    stages = len(teacher) - 1
+    s_sizes, t_sizes = ([shape[2:] for shape in shapes] for shapes in (student, teacher))
+    if len(student) - 1 == stages or s_sizes == t_sizes[1:]:
+        return stages
+    raise UserError(
+        f"REVIEWKD needs networks with the same number of stages; the student has "
+        f"{len(student) - 1}, the teacher {stages}"
+    )
+
+
+@DISTILLERS.register("REVIEWKD", config=DEFAULTS)
+class ReviewKD(Distiller):
+    """Knowledge review: deep student features help shallow ones to match the teacher's.
+
+    The lists SHAPES, OUT_SHAPES (sides, deep to shallow), IN_CHANNELS, OUT_CHANNELS (shallow to
+    deep) follow from the networks. Given ones are checked; sides only if `image_size` is known.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        cfg: Any,
+        image_size: tuple[int, int] | None = None,
+    ):
+        super().__init__(student, teacher)
+        node = cfg.REVIEWKD
+        self.ce_loss_weight = node.CE_WEIGHT
+        self.reviewkd_loss_weight = node.REVIEWKD_WEIGHT
+        self.warmup_epochs = node.WARMUP_EPOCHS
+        self.student_key = "preact_feats" if node.STU_PREACT else "feats"
+        s_shapes, t_shapes = (probe(net, image_size) for net in (student, teacher))
+        self._require(s_shapes, t_shapes)
+        self.stages = count_stages(s_shapes[self.student_key], t_shapes["preact_feats"])
+        found = self._lists(s_shapes, t_shapes)
+        for key, value in found.items():
+            if image_size is not None or "CHANNELS" in key:
+                settle(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
+        mid_channels = min(512, found["IN_CHANNELS"][-1])
+        blocks = [
+            ABF(s, mid_channels, t, fuse=level < self.stages)
+            for level, (s, t) in enumerate(
+                zip(found["IN_CHANNELS"], found["OUT_CHANNELS"], strict=True)
+            )
+        ]
+        self.abfs = nn.ModuleList(blocks[::-1])
+
+    def _require(self, student: FeatureShapes, teacher: FeatureShapes) -> None:
+        if self.student_key not in student:
+            raise UserError(
+                "REVIEWKD.STU_PREACT is set, but the student returns no preact_feats "
+                "(its stages have no last ReLU); leave it at False"
+            )
+        if "preact_feats" not in teacher:
+            raise UserError("REVIEWKD needs a teacher that returns preact_feats; this one does not")
+
+    def _lists(self, student: FeatureShapes, teacher: FeatureShapes) -> dict[str, list[int]]:
+        s_maps = student[self.student_key][-self.stages :]
+        t_maps = teacher["preact_feats"][-self.stages :]
+        return {
+            "SHAPES": [1, *(shape[2] for shape in s_maps[::-1])],
+            "OUT_SHAPES": [1, *(shape[2] for shape in t_maps[::-1])],
+            "IN_CHANNELS": [*(shape[1] for shape in s_maps), student["pooled_feat"][1:].numel()],
+            "OUT_CHANNELS": [*(shape[1] for shape in t_maps), teacher["pooled_feat"][1:].numel()],
+        }
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        s_levels = levels(student, self.student_key, self.stages)
+        t_levels = levels(teacher, "preact_feats", self.stages)
+        sizes = [level.shape[2:] for level in t_levels]
+        outputs = review(self.abfs, s_levels[::-1], sizes[::-1])
+        weight = self.reviewkd_loss_weight * warmup_factor(batch["epoch"], self.warmup_epochs)
+        return weight * hcl_loss(outputs, t_levels)

@@ -1,0 +1,101 @@
+"""The draw of positives and negatives for contrastive methods, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.registry import UserError
+
+DRAW_BLOCK = 2**26
+"""Most random numbers that are held at once while negatives are drawn."""
+
+
+class Negatives(nn.Module):
+    """Draws positives and negatives for samples of known class, on the device.
+
+    Negatives are K distinct samples of other classes, every set of K equally likely; where fewer
+    than K exist, they are drawn with replacement.
+
+    Args:
+        targets: classes of the training images, int64 [n]; None: each image is its own class.
+        num_data: n.
+        k: negatives for each sample.
+    """
+
+    targets: Tensor
+    order: Tensor
+    place: Tensor
+    start: Tensor
+    count: Tensor
+
+    def __init__(self, targets: Tensor | None, num_data: int, k: int):
+        super().__init__()
+        self.has_classes = targets is not None
+        if targets is None:
+            targets = torch.arange(num_data)
+        targets = torch.as_tensor(targets, dtype=torch.int64).cpu()
+        if tuple(targets.shape) != (num_data,):
+            raise UserError(f"CRD: want {num_data} training targets, got {list(targets.shape)}")
+        _, targets = targets.unique(return_inverse=True)
+        count = targets.bincount()
+        if len(count) < 2:
+            raise UserError("CRD needs training images of at least two classes")
+        self.k = k
+        others = num_data - count
+        self.some_distinct = bool((others >= k).any())
+        self.all_distinct = bool((others >= k).all())
+        order = targets.argsort(stable=True)
+        tables = {
+            "targets": targets,
+            "order": order,  # the images by class ...
+            "place": order.argsort(),  # ... the place of each in there ...
+            "start": count.cumsum(0) - count,  # ... where each class begins in there ...
+            "count": count,  # ... and its size
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    @torch.no_grad()
+    def draw(self, index: Tensor) -> Tensor:
+        """Negatives of the images `index` [N]: their numbers, [N, K]."""
+        if self.all_distinct:
+            return self._distinct(index)
+        repeated = self._repeated(index)
+        if not self.some_distinct:
+            return repeated
+        enough = len(self.targets) - self.count[self.targets[index]] >= self.k
+        return torch.where(enough[:, None], self._distinct(index), repeated)
+
+    def _distinct(self, index: Tensor) -> Tensor:
+        """The K largest of random keys, own class last."""
+        rows = max(1, DRAW_BLOCK // len(self.targets))
+        return torch.cat([self._largest_keys(part) for part in index.split(rows)])
+
+    def _largest_keys(self, index: Tensor) -> Tensor:
+        keys = torch.rand(len(index), len(self.targets), device=index.device)
+        keys.masked_fill_(self.targets == self.targets[index, None], -1.0)
+        return keys.topk(self.k, dim=1, sorted=False).indices
+
+    def _repeated(self, index: Tensor) -> Tensor:
+        """Uniform over the images by class, jumping over the own class."""
+        own = self.targets[index, None]
+        others = len(self.targets) - self.count[own]
+        place = random_below(others.expand(-1, self.k))
+        return self.order[place + self.count[own] * (place >= self.start[own])]
+
+    @torch.no_grad()
+    def same_class(self, index: Tensor) -> Tensor:
+        """Another image of the same class for each of `index` [N]; itself if there is none."""
+        if not self.has_classes:
+            raise UserError("CRD.MODE relax needs the classes of the training images")
+        own = self.targets[index]
+        start, count = self.start[own], self.count[own]
+        shift = random_below((count - 1).clamp(min=1)) + 1
+        offset = self.place[index] - start + shift * (count > 1)
+        return self.order[start + offset % count]
+
+
+def random_below(bound: Tensor) -> Tensor:
+    """Uniform whole numbers in [0, bound), elementwise; int64."""
+    return torch.randint(2**62, bound.shape, device=bound.device) % bound
