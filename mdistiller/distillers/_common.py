@@ -49,6 +49,16 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
+def unit(x: Tensor, dim: int = -1) -> Tensor:
+    """`x` with vectors of length 1 along `dim`; those shorter than 1e-12 become 0.
+
+    The usual division by max(length, 1e-12) gives a zero vector a gradient of 1e12; here it is 0.
+    """
+    squares = x.square().sum(dim=dim, keepdim=True)
+    is_zero = squares <= 1e-24
+    return x * squares.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+
+
 def warmup_factor(epoch: int, warmup: int) -> float:
     """Linear warm-up of a loss weight: min(epoch / warmup, 1), epochs counted from 1."""
     return min(epoch / warmup, 1.0) if warmup > 0 else 1.0

@@ -1,0 +1,60 @@
+"""PKT. Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer,
+ECCV 2018, arXiv 1803.10837.
+
+Cosine similarities c_ij of the pooled features become conditional probabilities
+P_ij = (c_ij + 1) / sum_k (c_ik + 1), the diagonal included. With q = P of the teacher and p = P of
+the student:
+
+    loss = 1 / N^2 * sum_ij q_ij log((q_ij + eps) / (p_ij + eps))
+
+Since rows of q and p have the same sum, q_ij - p_ij can be subtracted from every term. So written,
+with log1p((q - p) / (p + eps)), the loss keeps its digits where q and p nearly agree, which is the
+usual case: the logarithm of the quotient alone rounds to noise there. The batch is that of all
+processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._common import full_precision
+from mdistiller.distillers._gather import gather_batch
+
+
+def conditional_probabilities(features: Tensor, eps: float) -> Tensor:
+    """P as above of features [N, ...]: [N, N], rows sum to 1; a zero row has cosine 0 to all."""
+    flat = full_precision(features).flatten(1)
+    squares = flat.square().sum(dim=1, keepdim=True)
+    lengths = squares.masked_fill(squares == 0, 1.0).sqrt()
+    directions = flat / (lengths + eps)
+    similarities = (directions @ directions.T + 1) / 2
+    return similarities / similarities.sum(dim=1, keepdim=True)
+
+
+def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
+    """Divergence of the conditional probabilities, a scalar.
+
+    Args:
+        f_s, f_t: [N, D] and [N, D'] of student and teacher.
+        eps: added to lengths and probabilities.
+    """
+    p, q = (conditional_probabilities(features, eps) for features in (f_s, f_t))
+    difference = q - p
+    return (q * (difference / (p + eps)).log1p() - difference).mean()
+
+
+@DISTILLERS.register("PKT", config={"LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 30000.0}})
+class PKT(Distiller):
+    """Probabilistic knowledge transfer: samples have the same probable neighbours."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher)
+        self.ce_loss_weight = cfg.PKT.LOSS.CE_WEIGHT
+        self.feat_loss_weight = cfg.PKT.LOSS.FEAT_WEIGHT
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        own, other = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
+        return self.feat_loss_weight * pkt_loss(own, other)

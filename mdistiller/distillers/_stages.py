@@ -1,0 +1,71 @@
+"""Which stage of the student learns from which of the teacher, and at what map size."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdistiller.distillers._base import Output
+from mdistiller.registry import UserError
+
+
+def pair_by_height(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
+    """Indices (student stage, teacher stage) that belong together, from shallow to deep.
+
+    Networks with equally many stages are paired in order, as in the original library. Otherwise
+    every stage of the shorter list gets a partner of its own in the longer one, in the same order,
+    such that heights agree best: the sum over pairs of |log(student height / teacher height)| is
+    smallest, and of equally good choices the shallowest is taken. The other stages of the longer
+    list have no partner and no part in the loss: those of heights 32, 16, 8, 4 against 28, 14, 7
+    are joined 32-28, 16-14, 8-7, and 4 is left over. :func:`paired_stages` says which.
+
+    Args:
+        student, teacher: heights of the stages' maps from shallow to deep, stem excluded.
+    """
+    if not student or not teacher:
+        raise UserError("this method needs the features of at least one stage after the stem")
+    short, long = sorted((student, teacher), key=len)
+
+    def mismatch(chosen: tuple[int, ...]) -> float:
+        ratios = (short[i] / long[j] for i, j in enumerate(chosen))
+        return round(sum(abs(math.log(ratio)) for ratio in ratios), 9)
+
+    partners = min(itertools.combinations(range(len(long)), len(short)), key=mismatch)
+    pairs = enumerate(partners)
+    return list(pairs) if len(student) <= len(teacher) else [(j, i) for i, j in pairs]
+
+
+def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[Tensor]]:
+    """The stage outputs of both networks that belong together; warns of stages left over.
+
+    Returns:
+        Two equally long lists of maps [N, C, H, W] in full precision, stem excluded.
+    """
+    own, other = student["feats"][1:], teacher["feats"][1:]
+    pairs = pair_by_height([f.shape[2] for f in own], [f.shape[2] for f in other])
+    for name, stages, side in (("student", own, 0), ("teacher", other, 1)):
+        unused = {i + 1 for i in range(len(stages))} - {pair[side] + 1 for pair in pairs}
+        if unused:
+            warnings.warn(
+                f"student and teacher have {len(own)} and {len(other)} stages; left over, without "
+                f"part in the loss: {name} stage {', '.join(map(str, sorted(unused)))}",
+                stacklevel=3,
+            )
+    return [own[i] for i, _ in pairs], [other[j] for _, j in pairs]
+
+
+def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [N, C, H, W] at the size of the lower one: the other is average-pooled to it."""
+    height, width = min(student.shape[2:], teacher.shape[2:])
+    first, second = (
+        stage
+        if tuple(stage.shape[2:]) == (height, width)
+        else F.adaptive_avg_pool2d(stage, (height, width))
+        for stage in (student, teacher)
+    )
+    return first, second

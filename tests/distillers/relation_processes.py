@@ -1,0 +1,71 @@
+"""Losses that relate samples, in several processes: under torchrun, the first one saves them."""
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from support import golden_values
+from torch import nn
+
+from mdistiller.dataset._plan import BatchPlan
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cfg import default_config
+from mdistiller.engine.distributed import sum_over_ranks, wrap
+from mdistiller.runtime import rank, world_size
+
+METHODS = {
+    "SP": ("SP", []),
+    "RKD": ("RKD", []),
+    "PKT": ("PKT", []),
+    "CC neighbour": ("CC", ["CC.LOSS.FEAT_WEIGHT", 1.0]),
+    "CC kernel": ("CC", ["CC.FORM", "kernel", "CC.LOSS.FEAT_WEIGHT", 100.0]),
+    "NST": ("NST", []),
+    "AT": ("AT", []),
+    "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
+}
+GLOBAL_BATCH = 9
+
+
+class Net(nn.Module):
+    """Image [N, 3, 8, 8] -> logits, two maps and their pooled feature."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3), nn.Conv2d(width, 2 * width, 3)
+        self.head = nn.Linear(2 * width, 4)
+
+    def forward(self, image):
+        first = self.first(image).tanh()
+        second = self.second(first).tanh()
+        pooled = second.mean((2, 3))
+        features = {"feats": [image, first, second], "pooled_feat": pooled}
+        return self.head(pooled), features
+
+
+def step(name):
+    """KD loss and its gradients on a fixed global batch, as the trainer weights shares of it."""
+    torch.manual_seed(0)
+    method, settings = METHODS[name]
+    cfg = default_config()
+    cfg.merge_from_list(settings)
+    size = (8, 8)
+    distiller = distiller_dict[method].build(Net(3), Net(5), cfg, 0, size).double().train()
+    parallel = wrap(distiller)
+    plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
+    start, stop = plan.local_batch(0)
+    image = golden_values((GLOBAL_BATCH, 3, 8, 8), 7)[start:stop]
+    _, losses = parallel(image=image, target=torch.arange(GLOBAL_BATCH)[start:stop] % 4, epoch=1)
+    weight = plan.loss_weight(0)
+    (weight * sum(losses.values())).backward()
+    gradients = [parameter.grad for parameter in distiller.get_learnable_parameters()]
+    loss = sum_over_ranks(losses["loss_kd"].detach() * weight / world_size())
+    return {"loss": loss.item(), "gradients": gradients, "share": stop - start}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {name: step(name) for name in METHODS}
+    if rank() == 0:
+        torch.save(results, sys.argv[1])
+    dist.destroy_process_group()

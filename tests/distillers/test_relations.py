@@ -1,0 +1,43 @@
+"""Two gloo processes give value and gradient of one process on the same global batch."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import relation_processes
+import torch
+from support import REPO, torchrun
+
+from mdistiller.distillers._gather import gather_batch
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("relations") / "two"
+    folders = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    done = subprocess.run(
+        [*torchrun(2), str(Path(relation_processes.__file__)), str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("name", relation_processes.METHODS)
+def test_two_processes_equal_one_on_an_uneven_batch(two_processes, name):
+    one, two = relation_processes.step(name), two_processes[name]
+    assert (one["share"], two["share"]) == (9, 5)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    assert max(g.abs().max() for g in one["gradients"]) > 0
+    torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-7, atol=1e-12)
+
+
+def test_alone_a_batch_stays_as_it_is():
+    parts = torch.ones(3, 2), torch.zeros(3, 4, requires_grad=True)
+    got = gather_batch(*parts)
+    assert got[0] is parts[0]
+    assert got[1] is parts[1]
