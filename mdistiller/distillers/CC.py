@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, probe, unit
+from mdistiller.distillers._common import full_precision, gram, probe, unit
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.registry import UserError
 
@@ -43,8 +43,7 @@ def neighbour_loss(e_s: Tensor, e_t: Tensor) -> Tensor:
 
 def kernel_matrix(features: Tensor, gamma: float, order: int) -> Tensor:
     """K as above of features [N, ...]: [N, N]."""
-    rows = unit(full_precision(features).flatten(1))
-    cosine = rows @ rows.T
+    cosine = gram(unit(full_precision(features).flatten(1)))
     terms = ((2 * gamma) ** q / math.factorial(q) * cosine**q for q in range(1, order + 1))
     return math.exp(-2 * gamma) * sum(terms, cosine.new_ones(()))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision
+from mdistiller.distillers._common import full_precision, gram
 from mdistiller.distillers._gather import gather_batch
 
 ANGLES_AT_ONCE = 2**24
@@ -34,7 +34,7 @@ ANGLES_AT_ONCE = 2**24
 class Geometry(NamedTuple):
     """Relations of N points: Gram matrix, squared distances, and which pairs are apart; [N, N]."""
 
-    gram: Tensor
+    products: Tensor
     squares: Tensor
     apart: Tensor
 
@@ -43,13 +43,13 @@ class Geometry(NamedTuple):
         """Of features [N, ...]; pairs are apart if their squared distance exceeds `eps`."""
         flat = full_precision(features).flatten(1)
         flat = flat - flat.mean(dim=0)
-        gram = flat @ flat.T
-        lengths = gram.diagonal()
+        products = gram(flat)
+        lengths = products.diagonal()
         sums = lengths[:, None] + lengths
-        squares = sums - 2 * gram
-        rounding = 4 * torch.finfo(gram.dtype).eps * sums.detach()
+        squares = sums - 2 * products
+        rounding = 4 * torch.finfo(flat.dtype).eps * sums.detach()
         apart = (squares > eps) & (squares > rounding)
-        return cls(gram, squares, apart.fill_diagonal_(False))
+        return cls(products, squares, apart.fill_diagonal_(False))
 
     def distances(self, squared: bool, eps: float) -> Tensor:
         """Distances over their mean [N, N]."""
@@ -61,16 +61,16 @@ class Geometry(NamedTuple):
 
     def angles(self, first: int, stop: int) -> Tensor:
         """Cosines at the points from `first` up to `stop`: [stop - first, N, N]."""
-        gram, rows = self.gram, slice(first, stop)
+        rows = slice(first, stop)
         inverse = torch.where(self.apart, self.squares, 1.0).rsqrt() * self.apart
-        offset = gram.diagonal()[rows, None] - gram[rows]
-        products = gram + offset[:, :, None] - gram[rows, None, :]
+        offset = self.products.diagonal()[rows, None] - self.products[rows]
+        products = self.products + offset[:, :, None] - self.products[rows, None, :]
         return products * inverse[rows, :, None] * inverse[rows, None, :]
 
 
 def angle_loss(student: Geometry, teacher: Geometry) -> Tensor:
     """Mean Huber difference of all N^3 angles."""
-    count = len(student.gram)
+    count = len(student.products)
     step = max(1, ANGLES_AT_ONCE // max(1, count * count))
 
     def part(first: int) -> Tensor:

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, unit
+from mdistiller.distillers._common import full_precision, gram, unit
 from mdistiller.distillers._gather import gather_batch
 
 
 def similarities(features: Tensor) -> Tensor:
     """Scalar products of samples [N, ...], rows scaled to length 1: [N, N]; 0 for zero samples."""
-    flat = full_precision(features).flatten(1)
-    return unit(flat @ flat.T)
+    return unit(gram(full_precision(features).flatten(1)))
 
 
 def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -54,9 +55,29 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
     The usual division by max(length, 1e-12) gives a zero vector a gradient of 1e12; here it is 0.
     """
-    squares = x.square().sum(dim=dim, keepdim=True)
-    is_zero = squares <= 1e-24
-    return x * squares.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / length.masked_fill(length <= 1e-12, math.inf)
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return (grads[0] + grads[0].T) @ rows
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Scalar products of all rows [N, D] with each other, [N, N].
+
+    `rows @ rows.T`, but the backward pass needs one product instead of two.
+    """
+    product: Tensor = _Gram.apply(rows)
+    return product
 
 
 def warmup_factor(epoch: int, warmup: int) -> float:
