@@ -34,14 +34,14 @@ def one_step(method: str, teacher: str, student: str) -> str:
     cfg = default_config()
     if "CRD" in cfg:
         cfg.merge_from_list(["CRD.NCE.K", 32])
-    nets = [get_model_entry(name, "cifar")(num_classes=100) for name in (student, teacher)]
+    pupil, master = (get_model_entry(n, "cifar")(num_classes=100) for n in (student, teacher))
     facts: dict[str, Any] = {
         "num_data": 64,
         "image_size": (32, 32),
         "targets": torch.arange(64) % 16,
     }
     try:
-        distiller = get_distiller(method).build(*nets, cfg, **facts).train()
+        distiller = get_distiller(method).build(pupil, master, cfg, **facts).train()
         image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
         _, losses = distiller(image=image, target=target, index=torch.arange(4), epoch=1)
         total = torch.stack(list(losses.values())).sum()
