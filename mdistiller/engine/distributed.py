@@ -96,7 +96,8 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     teacher = getattr(distiller, "teacher", None)
     own_state = tuple(getattr(distiller, "own_state", ()))
     still = [name for name, _ in distiller.named_buffers() if name.startswith(own_state)]
-    if isinstance(teacher, nn.Module) and not any(p.requires_grad for p in teacher.parameters()):
+    learnable = {id(p) for p in distiller.get_learnable_parameters()}  # type: ignore[operator]
+    if isinstance(teacher, nn.Module) and learnable.isdisjoint(map(id, teacher.parameters())):
         distiller.train()
         tensors = [*teacher.named_parameters(), *teacher.named_buffers()]
         still += [f"teacher.{name}" for name, _ in tensors if not teacher.training]

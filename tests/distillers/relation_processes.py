@@ -10,7 +10,6 @@ from torch import nn
 
 from mdistiller.dataset._plan import BatchPlan
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.build import freeze_teacher
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
@@ -52,7 +51,6 @@ def step(name):
     cfg.merge_from_list(settings)
     size = (8, 8)
     distiller = distiller_dict[method].build(Net(3), Net(5), cfg, 0, size).double().train()
-    freeze_teacher(distiller)
     parallel = wrap(distiller)
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
     start, stop = plan.local_batch(0)
