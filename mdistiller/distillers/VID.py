@@ -14,7 +14,6 @@ makes the loss a weighted mean squared error. Trained, the loss can be negative.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from mdistiller.distillers._common import (
     probe_size,
     require_positive,
 )
+from mdistiller.distillers._stages import pair_by_height
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -57,24 +57,6 @@ def vid_loss(
     variance = (F.softplus(log_scale) + eps)[:, None, None]
     error = (regressor(student) - teacher).square()
     return 0.5 * (error / variance + variance.log()).mean()
-
-
-def pair_stages(
-    student: Sequence[torch.Size], teacher: Sequence[torch.Size]
-) -> list[tuple[int, int]]:
-    """(student stage, teacher stage): in order if the lists have the same length; otherwise each
-    student stage goes with the teacher's of nearest height (by ratio), the deeper one of equals.
-    """
-    if len(student) == len(teacher):
-        return [(i, i) for i in range(len(student))]
-
-    def distance(i: int, j: int) -> tuple[float, int]:
-        return abs(math.log(student[i][2] / teacher[j][2])), -j
-
-    return [
-        (i, min(range(len(teacher)), key=lambda j, i=i: distance(i, j)))  # type: ignore[misc]
-        for i in range(len(student))
-    ]
 
 
 def make_regressor(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -109,7 +91,8 @@ class VID(Distiller):
         start = excess + math.log(-math.expm1(-excess))  # softplus(start) = excess
         size = probe_size("VID", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         s_maps, t_maps = (maps[1:] for maps in get_feat_shapes(student, teacher, size))
-        self.pairs = pair_stages(s_maps, t_maps)
+        heights = ([shape[2] for shape in maps] for maps in (s_maps, t_maps))
+        self.pairs = pair_by_height(*heights)
         widths = [(s_maps[i][1], t_maps[j][1]) for i, j in self.pairs]
         self.regressors = nn.ModuleList(make_regressor(s, t) for s, t in widths)
         self.log_scales = nn.ParameterList(torch.full((t,), start) for _, t in widths)

@@ -6,7 +6,6 @@ from torch import nn
 
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe, settle
-from mdistiller.distillers.VID import pair_stages
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -97,16 +96,6 @@ def test_settings_are_the_found_value_or_refused():
     assert settle("A.B", (32, 32), [64, 64], (32, 32)) == [32, 32]
     with pytest.raises(UserError, match=r"^A\.B is 128, but these networks need 64"):
         settle("A.B", 128, 256, 64)
-
-
-def test_stages_are_paired_in_order_or_by_height():
-    def maps(*sides):
-        return [torch.Size((1, 4, side, side)) for side in sides]
-
-    assert pair_stages(maps(8, 4, 2), maps(16, 8, 4)) == [(0, 0), (1, 1), (2, 2)]
-    assert pair_stages(maps(16, 8, 4, 2), maps(32, 16, 8)) == [(0, 1), (1, 2), (2, 2), (3, 2)]
-    assert pair_stages(maps(32, 16, 8), maps(16, 8, 4, 4)) == [(0, 0), (1, 0), (2, 1)]
-    assert pair_stages(maps(4), maps(4, 4)) == [(0, 1)]
 
 
 COUNTS = [
