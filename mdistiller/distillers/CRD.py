@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, probe, require_positive, settle
-from mdistiller.distillers._contrast import Bank, unit
+from mdistiller.distillers._common import full_precision, probe, require_positive, settle, unit
+from mdistiller.distillers._contrast import Bank
 from mdistiller.distillers._negatives import Negatives
 from mdistiller.registry import UserError
 

@@ -5,36 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mdistiller.runtime import distributed, world_size
+from mdistiller.distillers._common import unit
+from mdistiller.distillers._gather import gather_batch
 
 DENSE_BANK = 2**18
 """Banks with at most so many rows are multiplied whole, and the scores picked from the product;
 from larger ones the wanted rows are copied first (2 N (K + 1) d numbers instead of N n)."""
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of `x` divided by their length; zero rows stay zero, with a finite gradient."""
-    squares = x.square().sum(dim=1, keepdim=True)
-    return x * torch.where(squares > 0, squares, 1.0).rsqrt()
-
-
-@torch.no_grad()
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in rank order; their numbers may differ. Carries no gradient."""
-    if not distributed() or world_size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    sizes = torch.cat(counts).tolist()
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 class Bank(nn.Module):
@@ -93,7 +71,8 @@ class Bank(nn.Module):
         """Z = number of rows * mean of exp(score) over the batches of all processes."""
         sums = [scores.flatten().logsumexp(0) for scores in (student, teacher)]
         count = torch.full_like(sums[0], student.numel()).log()
-        parts = gather_rows(torch.stack([*sums, count])[None]).logsumexp(0)
+        (parts,) = gather_batch(torch.stack([*sums, count])[None])
+        parts = parts.logsumexp(0)
         log_z = math.log(len(self.memory_v1)) + parts[:2] - parts[2]
         self.params[2:4] = log_z.clamp(-80, 80).exp()
         self._z_is_set = True
@@ -104,7 +83,7 @@ class Bank(nn.Module):
 
         Of an image that comes twice the last embedding counts.
         """
-        index, student, teacher = (gather_rows(x.detach()) for x in (index, student, teacher))
+        index, student, teacher = gather_batch(index, student.detach(), teacher.detach())
         order = torch.arange(len(index), device=index.device)
         last = order.new_zeros(len(self.memory_v1)).scatter_reduce_(0, index, order, "amax")[index]
         momentum = self.params[4]

@@ -11,7 +11,8 @@ import torch
 from support import REPO, golden_values, torchrun
 
 from mdistiller.distillers import Output, _contrast
-from mdistiller.distillers._contrast import Bank, unit
+from mdistiller.distillers._common import unit
+from mdistiller.distillers._contrast import Bank
 from mdistiller.distillers._negatives import Negatives, random_below
 from mdistiller.distillers.CRD import CRD, Embed, crd_loss
 from mdistiller.engine.cfg import default_config
