@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "eval": "accuracy of a checkpoint on a data set",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
+    "benchmark": "measured speed of the parts",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
         return int(importlib.import_module(f"mdistiller.cli.{args[0]}").main(args[1:]))
-    lines = [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<11}{text}" for name, text in COMMANDS.items()]
     known = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])
     if args and args[0] in ("-h", "--help"):
         print(known)

@@ -1,0 +1,57 @@
+"""The benchmark command: its figures, its files, its refusals."""
+
+import json
+import sys
+
+import pytest
+
+from mdistiller.cli import _timing, benchmark
+
+
+def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
+    path = tmp_path / "losses.json"
+    words = ["losses", "--device", "cpu", "--batch", "8", "--rounds", "3", "--only", "KD", "NST"]
+    assert benchmark.main([*words, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in printed[1:]] == ["loss", "---", "KD", "NST"]
+    report = json.loads(path.read_text())
+    assert report["device"] == "cpu"
+    assert report["batch"] == 8
+    assert {"hardware", "torch", "threads"} <= set(report)
+    for row in report["losses"]:
+        assert row["ratio"] == pytest.approx(row["textbook"]["ms"] / row["ours"]["ms"])
+        assert 0 < row["ours"]["low"] <= row["ours"]["ms"] <= row["ours"]["high"]
+    assert report["losses"][1]["ratio"] > 5  # 60 and more at batch 64: the two are not mixed up
+
+
+def test_forms_take_turns_and_are_warmed_up():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    assert set(_timing.race(steps, "cpu", 3)) == {"a", "b"}
+    assert calls == ["a", "b"] * 4
+
+
+def allocate(megabytes):
+    return lambda: bytearray(megabytes << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from Linux's /proc")
+def test_peak_memory_is_that_of_the_step():
+    small, large = (_timing.peak_growth(allocate, size, device="cpu") for size in (40, 200))
+    assert small == pytest.approx(40, abs=15)
+    assert large == pytest.approx(200, abs=15)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "NTS"], "unknown loss case 'NTS'"),
+        (["--rounds", "0"], "--rounds, --batch and --threads must be at least 1"),
+        (["--json", "nowhere/at/all.json"], "--json: there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert benchmark.main(["losses", "--batch", "4", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
