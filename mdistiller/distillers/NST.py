@@ -1,4 +1,4 @@
-"""NST. Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
+"""NST. Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017,
 arXiv 1707.01219.
 
 Squared maximum mean discrepancy with the kernel k(a, b) = (a . b)^2 between the channels of two

@@ -1,0 +1,266 @@
+"""methods: what every method is, uses and needs, found out by running it, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mdistiller.cli._run import guarded
+from mdistiller.registry import UserError
+
+PAIR = ("resnet32x4", "resnet8x4")
+COLUMNS = [
+    "method",
+    "paper",
+    "student uses",
+    "teacher gives",
+    "needs",
+    "extra",
+    "published",
+    "configs",
+]
+PREFACE = f"""# Methods
+
+Made by `python tools/methods.py --write docs/methods.md`; a test holds it to the code. Columns:
+
+- **student uses**: the outputs of the student that the loss sends a gradient to; **teacher gives**:
+  those of the teacher that it depends on. The cross-entropy on the student's logits is left out.
+- **needs**: what else the method asks for.
+- **extra**: for {PAIR[0]} -> {PAIR[1]} on 100 classes, the parameters it trains beside the student,
+  what it keeps in buffers (for 50,000 images), and forwards of a network in a step if not one.
+- **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50 and the teacher
+  79.42; the best epoch on the test set, as papers report it. [All numbers and their
+  sources](results/published.csv).
+- **configs**: folders under `configs/` with ready ones.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="methods", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="some methods (default all)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
+    return parser
+
+
+def paper(method: type) -> str:
+    """Title, venue and link, from the first paragraph of the docstring of the method's file.
+
+    That is "NAME. Authors: Title, Venue, arXiv NUMBER." or, without a paper, a sentence.
+    """
+    document = inspect.getdoc(sys.modules[method.__module__]) or ""
+    text = " ".join(document.split("\n\n")[0].split())
+    cited = text.partition(". ")[2].partition(": ")[2] or text.partition(". ")[2]
+    link = r"[arXiv \1](https://arxiv.org/abs/\1)"
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", link, cited.rstrip("."))
+
+
+def needs(method: type[Any]) -> str:
+    """What a method asks for beyond one forward of a frozen teacher and a student."""
+    from mdistiller.distillers import Distiller
+
+    asked = {
+        name
+        for function in (method.__init__, method.forward_train, method.distill)
+        for name in inspect.signature(function).parameters
+    }
+    facts = {
+        "no teacher": not method.uses_teacher,
+        "sample numbers": "index" in asked,
+        "training labels": "targets" in asked,
+        "teacher in train mode": not method.teacher_in_eval_mode,
+        "more than the student at test time": method.forward_test is not Distiller.forward_test,
+    }
+    return ", ".join(name for name, holds in facts.items() if holds)
+
+
+def built(name: str, pair: tuple[str, str], num_data: int) -> Any:
+    """The distiller of a method by its default config, on 100 classes, untrained."""
+    import torch
+
+    from mdistiller.distillers import get_distiller
+    from mdistiller.engine.cfg import default_config
+    from mdistiller.models import get_model_entry
+
+    torch.manual_seed(0)
+    teacher, student = (get_model_entry(net, "cifar")(num_classes=100) for net in pair)
+    return get_distiller(name).build(
+        student,
+        teacher,
+        default_config(),
+        num_data,
+        image_size=(32, 32),
+        targets=torch.arange(num_data) % 100,
+    )
+
+
+class Watch:
+    """Cuts the outputs of a network off from it, and may replace one of them by noise."""
+
+    def __init__(self, net: Any):
+        self.forwards = 0
+        self.outputs: dict[str, list[Any]] = {}
+        self.noisy: str | None = None
+        net.register_forward_hook(self)
+
+    def __call__(self, net: Any, inputs: Any, output: Any) -> Any:
+        import torch
+
+        self.forwards += 1
+
+        def cut(name: str, value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [cut(name, item) for item in value]
+            if name == self.noisy:
+                value = value + torch.randn(value.shape, generator=torch.Generator())
+            leaf = value.detach().requires_grad_(torch.is_grad_enabled())
+            self.outputs.setdefault(name, []).append(leaf)
+            return leaf
+
+        logits, features = output
+        return cut("logits", logits), {name: cut(name, x) for name, x in features.items()}
+
+
+def one_loss(distiller: Any) -> Any:
+    """The distillation term of a training step on random images."""
+    import torch
+
+    torch.manual_seed(0)
+    image, target = torch.randn(8, 3, 32, 32), torch.arange(8)
+    _, losses = distiller(image=image, target=target, index=torch.arange(8), epoch=30)
+    return losses["loss_kd"]
+
+
+def tensors_used(name: str) -> tuple[list[str], list[str], int]:
+    """Outputs of the student that get a gradient, and of the teacher that the loss depends on.
+
+    Also how often the student runs in a step.
+    """
+    import torch
+
+    distiller = built(name, ("resnet20", "resnet8"), 400).train()
+    watch = Watch(distiller.student)
+    loss = one_loss(distiller)
+    student = [
+        key
+        for key, leaves in watch.outputs.items()
+        if any(
+            g is not None for g in torch.autograd.grad(loss, leaves, None, True, allow_unused=True)
+        )
+    ]
+    forwards = watch.forwards
+    if distiller.teacher is None:
+        return student, [], forwards
+    teacher = []
+    watch = Watch(distiller.teacher)
+    state = copy.deepcopy(distiller.state_dict())
+    for key in [None, "logits", "feats", "preact_feats", "final_map", "pooled_feat"]:
+        distiller.load_state_dict(state)
+        watch.noisy = key
+        changed = one_loss(distiller).item()
+        if key is None:
+            loss = changed
+        elif changed != loss:
+            teacher.append(key)
+    return student, teacher, forwards
+
+
+def extras(name: str, forwards: int) -> str:
+    """What a method trains and keeps beside the two networks."""
+    from torch import nn
+
+    distiller = built(name, PAIR, 50_000)
+    trained = sum(p.numel() for p in distiller.extra_parameters())
+    networks = [net for net in (distiller.student, distiller.teacher) if net is not None]
+    norms = [m for m in distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    other = {id(buffer) for part in [*networks, *norms] for buffer in part.buffers()}
+    kept = sum(b.numel() for b in distiller.buffers() if id(b) not in other)
+    parts = [f"{trained:,} parameters"] if trained else []
+    parts += [f"{kept:,} in buffers"] if kept else []
+    parts += [f"{forwards} forwards"] if forwards > 1 else []
+    return ", ".join(parts)
+
+
+def published(name: str) -> str:
+    """What papers report for the usual pair."""
+    from mdistiller.runtime import project_root
+
+    with (project_root() / "docs/results/published.csv").open(newline="") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["type"], row["teacher"], row["student"]) == (name, *PAIR)
+        ]
+    return "; ".join(
+        f"{row['top1']} ({row['source'] if row['method'] == name else row['method']})"
+        for row in rows
+    )
+
+
+def configs(name: str) -> str:
+    """Folders below `configs/` with files for a method, and how many."""
+    import yaml
+
+    from mdistiller.runtime import config_root
+
+    counts: dict[str, int] = {}
+    for path in sorted(config_root().rglob("*.yaml")):
+        settings = (yaml.safe_load(path.read_text()) or {}).get("DISTILLER") or {}
+        if settings.get("TYPE") == name:
+            folder = path.parent.relative_to(config_root()).as_posix()
+            counts[folder] = counts.get(folder, 0) + 1
+    return ", ".join(f"`{folder}` ({count})" for folder, count in counts.items())
+
+
+def row(name: str) -> list[str]:
+    """The cells of a method."""
+    from mdistiller.distillers import distiller_dict
+
+    method = distiller_dict[name]
+    student, teacher, forwards = tensors_used(name)
+    return [
+        f"`{name}`",
+        paper(method),
+        ", ".join(student),
+        ", ".join(teacher),
+        needs(method),
+        extras(name, forwards),
+        published(name),
+        configs(name),
+    ]
+
+
+def table(names: list[str]) -> str:
+    """The methods as a Markdown table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(row(name)) + " |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def methods(args: argparse.Namespace) -> None:
+    """Print the table, or write the page."""
+    from mdistiller.distillers import distiller_dict
+
+    names = args.only or sorted(name for name in distiller_dict if name != "NONE")
+    text = table([name for name in names if distiller_dict[name]])
+    if args.write is None:
+        print(text, end="")
+        return
+    if args.only:
+        raise UserError("--write makes the whole page: leave out --only")
+    try:
+        args.write.write_text(f"{PREFACE}\n{text}")
+    except OSError as error:
+        raise UserError(f"--write: {args.write}: {error.strerror}") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: methods(args))
