@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "eval": "accuracy of a checkpoint on a data set",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
+    "models": "networks with parameters, operations and stage shapes",
     "methods": "what every method is, uses and needs: a table",
     "benchmark": "measured speed of the parts",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",

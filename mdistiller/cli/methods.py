@@ -34,7 +34,7 @@ Made by `python tools/methods.py --write docs/methods.md`; a test holds it to th
 - **needs**: what else the method asks for.
 - **extra**: for {PAIR[0]} -> {PAIR[1]} on 100 classes, the parameters it trains beside the student,
   what it keeps in buffers (for 50,000 images), and forwards of a network in a step if not one.
-- **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50 and the teacher
+- **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50, the teacher
   79.42; the best epoch on the test set, as papers report it. [All numbers and their
   sources](results/published.csv).
 - **configs**: folders under `configs/` with ready ones.

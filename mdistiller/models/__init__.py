@@ -19,6 +19,7 @@ from mdistiller.models._base import (
     get_model_entry,
     imagenet_model_dict,
     tiny_imagenet_model_dict,
+    zoo_names,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "get_model_entry",
     "imagenet_model_dict",
     "tiny_imagenet_model_dict",
+    "zoo_names",
 ]
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):

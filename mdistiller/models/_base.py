@@ -199,3 +199,8 @@ def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """
     entry = _ZOOS[zoo][name]
     return entry if isinstance(entry, ModelEntry) else ModelEntry(*entry)
+
+
+def zoo_names(zoo: str) -> list[str]:
+    """Names of the networks of a zoo ("cifar", "tiny_imagenet" or "imagenet")."""
+    return list(_ZOOS[zoo])

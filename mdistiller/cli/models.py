@@ -1,0 +1,94 @@
+"""models: what networks there are, with parameters, operations and the shapes of their stages."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from typing import Any
+
+from mdistiller.cli._run import guarded
+from mdistiller.registry import UserError
+
+SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
+CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
+COLUMNS = ["network", "parameters", "MFLOPs", "stages (stem first)", "embedding"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="models", description=__doc__)
+    parser.add_argument("names", nargs="*", help="names or patterns like 'wrn*' (default all)")
+    parser.add_argument("--zoo", choices=SIZES, default="cifar")
+    parser.add_argument("--size", type=int, help="side of the images (default: the zoo's)")
+    parser.add_argument("--classes", type=int, help="number of classes (default: the zoo's)")
+    return parser
+
+
+def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
+    """Parameters, operations and shapes of a network, for one image.
+
+    Operations are those of convolutions and matrix products, a multiplication and an addition
+    counted as two (torch.utils.flop_counter).
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mdistiller.models import get_model_entry
+
+    net = get_model_entry(name, zoo)(num_classes=classes).eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            _, features = net(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
+    return {
+        "name": name,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "flops": counter.get_total_flops(),
+        "stages": [tuple(feature.shape[1:]) for feature in features["feats"]],
+        "embedding": features["pooled_feat"][0].numel(),
+    }
+
+
+def chosen(patterns: list[str], zoo: str) -> list[str]:
+    """The zoo's names that match; a name without wildcards is looked up as it is."""
+    from mdistiller.models import get_model_entry, zoo_names
+
+    names: list[str] = []
+    for pattern in patterns or ["*"]:
+        if not set(pattern) & set("*?["):
+            get_model_entry(pattern, zoo)
+            names.append(pattern)
+            continue
+        found = fnmatch.filter(zoo_names(zoo), pattern)
+        if not found:
+            raise UserError(f"no network of the {zoo} zoo matches {pattern!r}")
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print a line a network."""
+    size = SIZES[args.zoo] if args.size is None else args.size
+    classes = CLASSES[args.zoo] if args.classes is None else args.classes
+    if size < 1 or classes < 1:
+        raise UserError("--size and --classes must be at least 1")
+    names = chosen(args.names, args.zoo)
+    print(f"one {size}x{size} image, {classes} classes\n")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for name in names:
+        found = facts(name, args.zoo, size, classes)
+        stages = " ".join("x".join(map(str, shape)) for shape in found["stages"])
+        print(
+            f"| {name} | {found['parameters']:,} | {found['flops'] / 1e6:,.1f} | {stages} | "
+            f"{found['embedding']} |",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: show(args))
