@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.models._neck import Neck, read_neck, with_inputs
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network
@@ -43,6 +44,8 @@ class StagedNet(nn.Module):
     calls :meth:`declare_stage` for each stage. It defines :meth:`stem`, and overrides
     :meth:`last_map` or :meth:`embed` where its head is more than pooling.
 
+    :meth:`add_neck` gives a network another head; `final_map` is then what the neck returns.
+
     No ReLU or sum here works in place: a tensor in `features` stays what it was.
     """
 
@@ -55,6 +58,7 @@ class StagedNet(nn.Module):
         super().__init__()
         self.stem_channels = stem_channels
         self.stages: list[StageInfo] = []
+        self.neck: Neck | None = None
 
     def declare_stage(self, *paths: str, channels: int, norm: str | None = None) -> None:
         """Declare the next stage.
@@ -93,6 +97,8 @@ class StagedNet(nn.Module):
         """Logits [N, classes] and the features described above."""
         outputs = self.run_stages(x)
         final_map = self.last_map(*outputs[-1])
+        if self.neck is not None:
+            final_map = self.neck(final_map)
         pooled = self.embed(final_map)
         logits = self.classifier()(pooled).flatten(1)
         features: dict[str, Any] = {"feats": [out for out, _ in outputs]}
@@ -111,6 +117,45 @@ class StagedNet(nn.Module):
         return cast(
             "nn.Linear | nn.Conv2d", layer[-1] if isinstance(layer, nn.Sequential) else layer
         )
+
+    def add_neck(self, hidden: int, outputs: int, size: tuple[int, int]) -> None:
+        """Put a :class:`Neck` behind the last map, and a new classifier of its width after it.
+
+        Files of such a network load into a plain one of its kind by :func:`load_network`.
+
+        Raises:
+            UnsupportedError: the head is more than a linear layer on an average, or has a neck.
+        """
+        if not self.globally_pooled or self.neck is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} takes no neck: its head has to be one linear layer on the "
+                "average of its last map; choose another network"
+            )
+        self._insert(Neck(self.classifier().weight.shape[1], hidden, outputs, size))
+
+    def accept_neck(self, state: Mapping[str, Tensor]) -> None:
+        """Take on the neck that a state dict brings, if the whole of it then fits."""
+        neck = read_neck(state)
+        if neck is None or not self.globally_pooled or self.neck is not None:
+            return
+        own = self.state_dict()
+
+        def fits(key: str) -> bool:
+            axes = 1 if key.startswith(f"{self.head}.") else None  # the classifier's inputs differ
+            return key in state and state[key].shape[:axes] == own[key].shape[:axes]
+
+        if neck.inputs == self.classifier().weight.shape[1] and all(map(fits, own)):
+            self._insert(neck)
+
+    def _insert(self, neck: Neck) -> None:
+        owner = self._modules.pop(self.head)  # entered again behind the neck
+        self.neck = neck
+        if isinstance(owner, nn.Sequential):
+            owner[-1] = with_inputs(owner[-1], neck.outputs)
+        else:
+            owner = with_inputs(owner, neck.outputs)
+        self._modules[self.head] = owner
+        self.neck.to(next(self.parameters()))
 
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""
