@@ -23,8 +23,11 @@ METHODS = {
     "NST": ("NST", []),
     "AT": ("AT", []),
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
+    "SEMCKD": ("SEMCKD", []),
+    "SEMCKD short": ("SEMCKD", []),
 }
 GLOBAL_BATCH = 9
+EXPECTED = {"SEMCKD": 8, "SEMCKD short": 12}  # SOLVER.BATCH_SIZE of all processes
 
 
 class Net(nn.Module):
@@ -49,9 +52,13 @@ def step(name):
     method, settings = METHODS[name]
     cfg = default_config()
     cfg.merge_from_list(settings)
+    cfg.SOLVER.BATCH_SIZE = EXPECTED.get(name, GLOBAL_BATCH) // world_size()
     size = (8, 8)
     distiller = distiller_dict[method].build(Net(3), Net(5), cfg, 0, size).double().train()
     parallel = wrap(distiller)
+    for module in distiller.modules():
+        if isinstance(module, nn.BatchNorm2d):  # its statistics are each process's own
+            module.eval()
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
     start, stop = plan.local_batch(0)
     image = golden_values((GLOBAL_BATCH, 3, 8, 8), 7)[start:stop]
