@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._neck import Neck, read_neck, with_inputs
+from mdistiller.models._neck import Neck, fits_with_neck, insert_neck, read_neck
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network
@@ -131,31 +131,13 @@ class StagedNet(nn.Module):
                 f"{type(self).__name__} takes no neck: its head has to be one linear layer on the "
                 "average of its last map; choose another network"
             )
-        self._insert(Neck(self.classifier().weight.shape[1], hidden, outputs, size))
+        insert_neck(self, Neck(self.classifier().weight.shape[1], hidden, outputs, size))
 
     def accept_neck(self, state: Mapping[str, Tensor]) -> None:
         """Take on the neck that a state dict brings, if the whole of it then fits."""
         neck = read_neck(state)
-        if neck is None or not self.globally_pooled or self.neck is not None:
-            return
-        own = self.state_dict()
-
-        def fits(key: str) -> bool:
-            axes = 1 if key.startswith(f"{self.head}.") else None  # the classifier's inputs differ
-            return key in state and state[key].shape[:axes] == own[key].shape[:axes]
-
-        if neck.inputs == self.classifier().weight.shape[1] and all(map(fits, own)):
-            self._insert(neck)
-
-    def _insert(self, neck: Neck) -> None:
-        owner = self._modules.pop(self.head)  # entered again behind the neck
-        self.neck = neck
-        if isinstance(owner, nn.Sequential):
-            owner[-1] = with_inputs(owner[-1], neck.outputs)
-        else:
-            owner = with_inputs(owner, neck.outputs)
-        self._modules[self.head] = owner
-        self.neck.to(next(self.parameters()))
+        if neck is not None and fits_with_neck(self, neck, state):
+            insert_neck(self, neck)
 
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""
