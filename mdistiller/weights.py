@@ -116,11 +116,17 @@ def load_network(
 ) -> None:
     """Load the weights of one network from a file.
 
+    A student may have been trained with another head: the network takes on what the file holds of
+    it, if it can (`accept_neck`).
+
     Args:
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
     """
     state = network_state(load_checkpoint(path), path)
+    accept = getattr(net, "accept_neck", None)
+    if accept is not None:
+        accept(state)
     own = net.state_dict()
     differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     head = [k for k in list(own)[-2:] if k in state and state[k].ndim]

@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import (
     IGNORE_INDEX,
+    mean_of_labelled,
     require_positive,
     soften,
     warmup_factor,
 )
 
+Split = tuple[Tensor, Tensor, Tensor]
 
-def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> Split:
     """Split log-softmax into target, rest, and the distribution within the rest.
 
     Args:
@@ -43,6 +46,33 @@ def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tens
     return log_target, log_rest, (log_p - log_rest[:, None]).masked_fill(is_target, 0.0)
 
 
+def split_logits(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
+) -> tuple[Split, Split]:
+    """:func:`decoupled_log_probs` of both networks' logits / T; class 0 stands for no label."""
+    is_target = F.one_hot(target.masked_fill(target == IGNORE_INDEX, 0), logits_student.shape[1])
+    student, teacher = (
+        decoupled_log_probs(soften(z, temperature), is_target.bool())
+        for z in (logits_student, logits_teacher)
+    )
+    return student, teacher
+
+
+def dkd_rows(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD of each sample, [N] both, with the factor T²; rows without label mean nothing.
+
+    Args: as for :func:`dkd_terms`.
+    """
+    (s_target, s_rest, s_within), (t_target, t_rest, t_within) = split_logits(
+        logits_student, logits_teacher, target, temperature
+    )
+    binary = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
+    within = (t_within.exp() * (t_within - s_within)).sum(dim=1)
+    return binary * temperature**2, within * temperature**2
+
+
 def dkd_terms(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -53,18 +83,8 @@ def dkd_terms(
         target: [N] class indices; rows with IGNORE_INDEX count neither in sum nor in mean.
         temperature: T > 0.
     """
-    labelled = target != IGNORE_INDEX
-    classes = logits_student.shape[1]
-    is_target = F.one_hot(target.masked_fill(~labelled, 0), classes).bool()
-    scaled = (soften(z, temperature) for z in (logits_student, logits_teacher))
-    (s_target, s_rest, s_within), (t_target, t_rest, t_within) = (
-        decoupled_log_probs(z, is_target) for z in scaled
-    )
-    binary = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
-    within = (t_within.exp() * (t_within - s_within)).sum(dim=1)
-    scale = temperature**2 / labelled.sum().clamp(min=1)
-    tckd, nckd = (row.masked_fill(~labelled, 0.0).sum() * scale for row in (binary, within))
-    return tckd, nckd
+    tckd, nckd = dkd_rows(logits_student, logits_teacher, target, temperature)
+    return mean_of_labelled(tckd, target), mean_of_labelled(nckd, target)
 
 
 def dkd_loss(

@@ -17,8 +17,8 @@ from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import require_positive, soften
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened predictions times T², a scalar.
+def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened predictions times T², for each sample: [N].
 
     Args:
         logits_student, logits_teacher: [N, C].
@@ -26,7 +26,12 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     """
     log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
     log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1) * temperature**2
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """Mean of :func:`kd_rows`, a scalar."""
+    return kd_rows(logits_student, logits_teacher, temperature).mean()
 
 
 @DISTILLERS.register(

@@ -46,12 +46,14 @@ class Distiller(nn.Module):
         uses_teacher: False for methods that learn without one; they are built with None.
         teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
             trains; its running statistics then move, nothing else of it.
+        alone: why the method is no part of a sum ("it ..."); empty if it can be.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
     """
 
     uses_teacher = True
     teacher_in_eval_mode = True
+    alone: str = ""
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
 

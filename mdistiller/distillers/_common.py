@@ -50,6 +50,12 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
+def mean_of_labelled(rows: Tensor, target: Tensor) -> Tensor:
+    """Mean of the rows [N] whose target is not IGNORE_INDEX; 0 if there are none."""
+    labelled = target != IGNORE_INDEX
+    return rows.masked_fill(~labelled, 0.0).sum() / labelled.sum().clamp(min=1)
+
+
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """`x` with vectors of length 1 along `dim`; those shorter than 1e-12 become 0.
 

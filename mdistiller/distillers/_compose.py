@@ -38,7 +38,7 @@ def why_alone(cls: type[Distiller]) -> str:
         return "it has a training step of its own"
     if cls.forward_test is not Distiller.forward_test:
         return "it predicts with more than the student"
-    return ""
+    return cls.alone
 
 
 class Composed(Distiller):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.models._neck import Neck, fits_with_neck, insert_neck, read_neck
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network
@@ -43,6 +44,8 @@ class StagedNet(nn.Module):
     calls :meth:`declare_stage` for each stage. It defines :meth:`stem`, and overrides
     :meth:`last_map` or :meth:`embed` where its head is more than pooling.
 
+    :meth:`add_neck` gives a network another head; `final_map` is then what the neck returns.
+
     No ReLU or sum here works in place: a tensor in `features` stays what it was.
     """
 
@@ -55,6 +58,7 @@ class StagedNet(nn.Module):
         super().__init__()
         self.stem_channels = stem_channels
         self.stages: list[StageInfo] = []
+        self.neck: Neck | None = None
 
     def declare_stage(self, *paths: str, channels: int, norm: str | None = None) -> None:
         """Declare the next stage.
@@ -93,6 +97,8 @@ class StagedNet(nn.Module):
         """Logits [N, classes] and the features described above."""
         outputs = self.run_stages(x)
         final_map = self.last_map(*outputs[-1])
+        if self.neck is not None:
+            final_map = self.neck(final_map)
         pooled = self.embed(final_map)
         logits = self.classifier()(pooled).flatten(1)
         features: dict[str, Any] = {"feats": [out for out, _ in outputs]}
@@ -111,6 +117,27 @@ class StagedNet(nn.Module):
         return cast(
             "nn.Linear | nn.Conv2d", layer[-1] if isinstance(layer, nn.Sequential) else layer
         )
+
+    def add_neck(self, hidden: int, outputs: int, size: tuple[int, int]) -> None:
+        """Put a :class:`Neck` behind the last map, and a new classifier of its width after it.
+
+        Files of such a network load into a plain one of its kind by :func:`load_network`.
+
+        Raises:
+            UnsupportedError: the head is more than a linear layer on an average, or has a neck.
+        """
+        if not self.globally_pooled or self.neck is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} takes no neck: its head has to be one linear layer on the "
+                "average of its last map; choose another network"
+            )
+        insert_neck(self, Neck(self.classifier().weight.shape[1], hidden, outputs, size))
+
+    def accept_neck(self, state: Mapping[str, Tensor]) -> None:
+        """Take on the neck that a state dict brings, if the whole of it then fits."""
+        neck = read_neck(state)
+        if neck is not None and fits_with_neck(self, neck, state):
+            insert_neck(self, neck)
 
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""

@@ -16,6 +16,18 @@ REFUSED = {
     ("vgg8", "MobileNetV2"): {"KDSVD": "widths"},
     ("resnet20", "MobileNetV2"): {"KDSVD": "widths", "REVIEWKD": "number of stages"},
     ("vgg8", "resnet8"): {"KDSVD": "widths", "REVIEWKD": "number of stages"},
+    ("resnet20", "BabyStudent"): {
+        "KDSVD": "only one",
+        "REVIEWKD": "number of stages",
+        "FITNET": "HINT_LAYER",
+        **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the student (BabyNet)"),
+    },
+    ("BabyTeacher", "resnet8"): {
+        "KDSVD": "only one",
+        "REVIEWKD": "number of stages",
+        "FITNET": "HINT_LAYER",
+        **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the teacher (BabyNet)"),
+    },
 }
 
 

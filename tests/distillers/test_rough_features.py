@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from mdistiller.distillers._common import unit
+from mdistiller.distillers._common import full_precision, unit
 from mdistiller.distillers.AT import at_loss
+from mdistiller.distillers.CATKD import catkd_loss
 from mdistiller.distillers.CC import cc_loss
+from mdistiller.distillers.DKD import dkd_rows
+from mdistiller.distillers.KD import kd_rows
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LOGITS import logits_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.RKD import rkd_loss
+from mdistiller.distillers.SDD import complementary, nkd_rows, sdd_loss
+from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss
+from mdistiller.distillers.SimKD import simkd_loss
 from mdistiller.distillers.SP import sp_loss
 
 MAPS = [(4, 8, 8), (48, 4, 4)]  # NST takes another form for each
@@ -28,7 +34,35 @@ LOSSES = {
     "CC neighbour": (lambda s, t: cc_loss(s[0], t[0]), [(12,)]),
     "CC kernel": (lambda s, t: cc_loss(s[0], t[0], form="kernel"), [(12,)]),
     "LOGITS": (lambda s, t: logits_loss(s[0], t[0]), [(10,)]),
+    "SDD KD": (lambda s, t: sdd(s[0], t[0], lambda *z: kd_rows(*z[:2], 4.0)), [(10, 5)]),
+    "SDD DKD": (lambda s, t: sdd(s[0], t[0], lambda *z: sum(dkd_rows(*z, 4.0))), [(10, 5)]),
+    "SDD NKD": (lambda s, t: sdd(s[0], t[0], lambda *z: nkd_rows(*z, 4.0, 8.0)), [(10, 5)]),
+    "SDD NKD fixed": (
+        lambda s, t: sdd(s[0], t[0], lambda *z: nkd_rows(*z, 1.0, 1.5, "fixed")),
+        [(10, 5)],
+    ),
+    "CATKD": (lambda s, t: catkd_loss(s[0], t[0]), MAPS[:1]),
+    "CATKD binary, raw": (
+        lambda s, t: catkd_loss(s[0], t[0], 4, normalize=False, binary=True, top=2),
+        MAPS[:1],
+    ),
+    "SIMKD": (lambda s, t: simkd_loss(s[0], t[0]), MAPS[:1]),
+    "SEMCKD": (lambda s, t: semckd(s[:1], t), MAPS[:1]),
 }
+
+
+def sdd(student, teacher, rows):
+    student, teacher = student.float(), teacher.float()  # as the classifier in full precision does
+    target = torch.arange(len(student)) % 10
+    weights = 1.0 + complementary(teacher, target)
+    return sdd_loss(student, teacher, target, rows, weights)
+
+
+def semckd(student, teacher):
+    torch.manual_seed(0)
+    student, teacher = full_precision(student), full_precision(teacher)
+    attention = Attention(8, 1, 2, 1.0)(student, [teacher[0], teacher[0].relu()])
+    return semckd_loss(layer_errors([*student, *student], [*teacher, *teacher])[:, None], attention)
 
 
 def rough(kind, shape, batch, seed):
