@@ -59,7 +59,7 @@ def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
     assert torch.isfinite(total)
     total.backward()
     for name, param in distiller.named_parameters():
-        if name.startswith("teacher."):
+        if name.startswith("teacher.") or not param.requires_grad:  # of another stage
             continue
         assert param.grad is not None, name
         assert torch.isfinite(param.grad).all(), name
