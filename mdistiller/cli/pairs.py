@@ -1,4 +1,7 @@
-"""pairs: which method runs on which teacher-student pair: one training step each, as a table."""
+"""pairs: which method runs on which teacher-student pair, as a table.
+
+Tried is one training step, and before it one of each initialisation stage that the method has.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def one_step(method: str, teacher: str, student: str) -> str:
-    """Try a training step on random 32x32 images: "ok", or why it does not work."""
+    """Try a step of every stage on random 32x32 images: "ok", or why it does not work."""
     import torch
 
     from mdistiller.distillers import get_distiller
     from mdistiller.engine.cfg import default_config
+    from mdistiller.engine.init_stage import running
     from mdistiller.models import get_model_entry
 
     torch.manual_seed(0)
@@ -41,16 +45,27 @@ def one_step(method: str, teacher: str, student: str) -> str:
         "targets": torch.arange(64) % 16,
     }
     try:
-        distiller = get_distiller(method).build(pupil, master, cfg, **facts).train()
-        image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
-        _, losses = distiller(image=image, target=target, index=torch.arange(4), epoch=1)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
+        distiller = get_distiller(method).build(pupil, master, cfg, **facts)
+        finite = []
+        for stage in distiller.init_stages():
+            with running(distiller, stage):
+                finite.append(finite_step(distiller))
+        finite.append(finite_step(distiller))
     except UserError as error:
         return str(error)
-    gradients = [p.grad.sum().item() for p in distiller.student.parameters() if p.grad is not None]
-    finite = math.isfinite(total.item()) and all(map(math.isfinite, gradients))
-    return "ok" if finite else "not finite"
+    return "ok" if all(finite) else "not finite"
+
+
+def finite_step(distiller: Any) -> bool:
+    """Whether losses and gradients of a step of the present stage are finite."""
+    import torch
+
+    image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    _, losses = distiller.train()(image=image, target=target, index=torch.arange(4), epoch=1)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    gradients = [p.grad.sum().item() for p in distiller.parameters() if p.grad is not None]
+    return math.isfinite(total.item()) and all(map(math.isfinite, gradients))
 
 
 def rows(teachers: list[str], students: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, unit
+from mdistiller.distillers._common import (
+    full_precision,
+    require_choice,
+    require_positive,
+    unit,
+)
 from mdistiller.distillers._stages import paired_stages
 from mdistiller.registry import UserError
 
@@ -150,9 +155,7 @@ class KDSVD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))
-        self.signs = cfg.KDSVD.SIGNS
-        if self.signs not in SIGNS:
-            raise UserError(f"KDSVD.SIGNS {self.signs!r} is none of {', '.join(SIGNS)}")
+        self.signs = require_choice("KDSVD.SIGNS", cfg.KDSVD.SIGNS, SIGNS)
         self.ce_loss_weight = cfg.KDSVD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.KDSVD.LOSS.FEAT_WEIGHT
 

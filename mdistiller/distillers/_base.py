@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
+from mdistiller.distillers._init_stage import InitPlan
 from mdistiller.registry import Registry, UserError
 
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
@@ -49,6 +50,9 @@ class Distiller(nn.Module):
         alone: why the method is no part of a sum ("it ..."); empty if it can be.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
+        distills: False where the main stage is cross-entropy alone; the teacher then rests.
+        init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
+        init_stage: name of that stage while it runs.
     """
 
     uses_teacher = True
@@ -56,6 +60,9 @@ class Distiller(nn.Module):
     alone: str = ""
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
+    distills: bool = True
+    init: InitPlan | None = None
+    init_stage: str = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Hold the two networks; `cfg` is for subclasses, which read their own node of it."""
@@ -98,20 +105,28 @@ class Distiller(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set training mode; the teacher stays in eval mode (see `teacher_in_eval_mode`)."""
+        """Set training mode; the teacher stays in eval mode (see `teacher_in_eval_mode`).
+
+        In an initialisation stage, what it does not train is in eval mode.
+        """
         if not isinstance(mode, bool):
             raise ValueError(f"train(mode) takes a bool, got {mode!r}")
         super().train(mode)
         if self.teacher is not None and self.teacher_in_eval_mode:
             self.teacher.eval()
+        if mode and self.init_stage:
+            for child in self.children():
+                child.eval()
+            for module in self.init_stages()[self.init_stage].init_modules():
+                module.train()
         return self
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the method adds to the two networks."""
+        """Trainable parameters that the method adds to the two networks; no frozen ones."""
         networks = {id(p) for p in self.student.parameters()}
         if self.teacher is not None:
             networks |= {id(p) for p in self.teacher.parameters()}
-        return [p for p in self.parameters() if id(p) not in networks]
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in networks]
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """The student's parameters, then the method's own, each in registration order."""
@@ -147,13 +162,37 @@ class Distiller(nn.Module):
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Student logits and the terms of the objective, which the trainer sums."""
         student = self.run_student(image)
-        teacher = self.run_teacher(image)
+        teacher = self.run_teacher(image) if self.distills else None
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
-                "loss_kd": self.distill(student, teacher, target, **batch),
+                "loss_kd": (student.logits * 0).sum()
+                if teacher is None
+                else self.distill(student, teacher, target, **batch),
             }
         return student.logits, losses
+
+    def init_stages(self) -> dict[str, Distiller]:
+        """The stages to train before the main one, in order: name -> the method it is of."""
+        return {"init": self} if self.init is not None and self.init.epochs else {}
+
+    def init_modules(self) -> list[nn.Module]:
+        """What the initialisation stage trains, and has in train mode; the rest stays as it is."""
+        raise TypeError(f"{type(self).__name__} must override init_modules()")
+
+    def init_param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer parameter groups of the initialisation stage: those of its modules."""
+        return [{"params": [p for module in self.init_modules() for p in module.parameters()]}]
+
+    def init_loss(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        """What the initialisation stage minimises, a scalar; arguments as of :meth:`distill`."""
+        raise TypeError(f"{type(self).__name__} must override init_loss(...) or forward_init(...)")
+
+    def forward_init(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
+        """Logits and loss terms of a step of the initialisation stage."""
+        student, teacher = self.run_student(image), self.run_teacher(image)
+        with torch.autocast(image.device.type, enabled=False):
+            return student.logits, {"loss_init": self.init_loss(student, teacher, target, **batch)}
 
     def run_student(self, image: Tensor) -> Output:
         """The student's output, with gradient."""
@@ -175,10 +214,13 @@ class Distiller(nn.Module):
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
 
-        A `forward_train` without `**batch` gets the arguments it names.
+        A `forward_train` without `**batch` gets the arguments it names. In an initialisation stage
+        it is the :meth:`forward_init` of the stage's method.
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
+        if self.init_stage:
+            return self.init_stages()[self.init_stage].forward_init(**kwargs)
         if self._accepted is not None:
             kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
         return self.forward_train(**kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,13 @@ def require_positive(key: str, value: float) -> float:
     return value
 
 
+def require_choice(key: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` if it is one of `allowed`; the error names the config key."""
+    if value not in allowed:
+        raise UserError(f"{key} {value!r} is none of {', '.join(allowed)}")
+    return value
+
+
 def missing_feature(name: str, known: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""
     return UserError(
@@ -113,6 +121,27 @@ class FeatureShapes(dict[str, Any]):
         raise missing_feature(name, self)
 
 
+@contextlib.contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """`net` in eval mode; afterwards its parts' modes and the random generators are as before."""
+    modes = [(module, module.training) for module in net.modules()]
+    gpus = {param.device for param in net.parameters() if param.is_cuda}
+    net.eval()
+    try:
+        with torch.random.fork_rng(devices=list(gpus)):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def blank_image(net: nn.Module, image_size: Sequence[int] | None = None) -> Tensor:
+    """An image [1, 3, height, width] of zeros as `net` takes it; 32 x 32 without a size."""
+    height, width = image_size or (32, 32)
+    some = next(net.parameters(), torch.empty(0))
+    return torch.zeros(1, 3, height, width, dtype=some.dtype, device=some.device)
+
+
 @torch.no_grad()
 def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
     """Shapes of what `net` returns for one image, found by running it on a blank one.
@@ -123,18 +152,8 @@ def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureSha
     Args:
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
     """
-    height, width = image_size or (32, 32)
-    modes = [(module, module.training) for module in net.modules()]
-    some = next(net.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, height, width, dtype=some.dtype, device=some.device)
-    gpus = [some.device] if some.is_cuda else []
-    net.eval()
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            _, features = net(image)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with undisturbed(net):
+        _, features = net(blank_image(net, image_size))
     return FeatureShapes({name: _shapes(value) for name, value in features.items()})
 
 

@@ -55,6 +55,7 @@ class Composed(Distiller):
     ):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.DISTILLER.CE_WEIGHT
+        self.distills = any(part.distills for part in parts.values())
         self.teacher_in_eval_mode = all(part.teacher_in_eval_mode for part in parts.values())
         self.own_state = tuple(
             f"parts.{name}.{prefix}" for name, part in parts.items() for prefix in part.own_state
@@ -78,14 +79,25 @@ class Composed(Distiller):
     def train(self, mode: bool = True) -> Composed:
         super().train(mode)
         assert self.teacher is not None
-        self.teacher.train(mode and not self.teacher_in_eval_mode)  # one part may differ
+        # one part may differ from the others in this
+        self.teacher.train(mode and not self.teacher_in_eval_mode and not self.init_stage)
         return self
+
+    def init_stages(self) -> dict[str, Distiller]:
+        """Those of the parts, one after the other."""
+        return {
+            f"{stage}-{name}": owner
+            for name, part in self.parts.items()
+            for stage, owner in part.init_stages().items()  # type: ignore[operator]
+        }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         terms: dict[str, Tensor] = {}
         self.metrics = {}
         for name, part in self.parts.items():
             assert isinstance(part, Distiller)
+            if not part.distills:
+                continue
             terms[name] = part.distill(student, teacher, target, **batch)
             self.metrics |= part.metrics
         self.metrics |= {f"loss_{name}": term.detach() for name, term in terms.items()}

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers._base import Output
+from mdistiller.distillers._common import require_choice
 from mdistiller.registry import UserError
+
+FORMS = ("sum", "mean")
+"""How a loss over stages is reduced, where a method offers both."""
 
 
 def pair_by_height(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
@@ -40,6 +44,20 @@ def pair_by_height(student: Sequence[int], teacher: Sequence[int]) -> list[tuple
     return list(pairs) if len(student) <= len(teacher) else [(j, i) for i, j in pairs]
 
 
+def pair_stages(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
+    """:func:`pair_by_height`, with a warning that names the stages left over."""
+    pairs = pair_by_height(student, teacher)
+    for name, stages, side in (("student", student, 0), ("teacher", teacher, 1)):
+        unused = {i + 1 for i in range(len(stages))} - {pair[side] + 1 for pair in pairs}
+        if unused:
+            warnings.warn(
+                f"student and teacher have {len(student)} and {len(teacher)} stages; left over, "
+                f"without part in the loss: {name} stage {', '.join(map(str, sorted(unused)))}",
+                stacklevel=3,
+            )
+    return pairs
+
+
 def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[Tensor]]:
     """The stage outputs of both networks that belong together; warns of stages left over.
 
@@ -47,15 +65,7 @@ def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[
         Two equally long lists of maps [N, C, H, W] in full precision, stem excluded.
     """
     own, other = student["feats"][1:], teacher["feats"][1:]
-    pairs = pair_by_height([f.shape[2] for f in own], [f.shape[2] for f in other])
-    for name, stages, side in (("student", own, 0), ("teacher", other, 1)):
-        unused = {i + 1 for i in range(len(stages))} - {pair[side] + 1 for pair in pairs}
-        if unused:
-            warnings.warn(
-                f"student and teacher have {len(own)} and {len(other)} stages; left over, without "
-                f"part in the loss: {name} stage {', '.join(map(str, sorted(unused)))}",
-                stacklevel=3,
-            )
+    pairs = pair_stages([f.shape[2] for f in own], [f.shape[2] for f in other])
     return [own[i] for i, _ in pairs], [other[j] for _, j in pairs]
 
 
@@ -69,3 +79,10 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         for stage in (student, teacher)
     )
     return first, second
+
+
+def reduce_stages(losses: Sequence[Tensor], form: str) -> Tensor:
+    """Sum or mean of the losses of the stages, a scalar; `form` is one of FORMS."""
+    require_choice("form", form, FORMS)
+    total = sum(losses[1:], losses[0])
+    return total / len(losses) if form == "mean" else total

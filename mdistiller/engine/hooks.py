@@ -85,7 +85,8 @@ class AppendedFile(Hook):
         return trainer.log_path / self.name
 
     def before_train(self, trainer: BaseTrainer) -> None:
-        if trainer.epoch == 0:  # what a run left behind that died before its first checkpoint
+        if trainer.epoch == 0 and not trainer.init_state:
+            # what a run left behind that died before its first checkpoint
             self.path(trainer).unlink(missing_ok=True)
 
     def on_resume(self, trainer: BaseTrainer, log_sizes: Mapping[str, int]) -> None:
@@ -110,24 +111,33 @@ class WorkLog(AppendedFile):
     def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         numbers = [f"{key}: {record[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in record]
         rule = "-" * 25
-        self.append(trainer, "\n".join([rule, f"epoch: {epoch}", *numbers, rule, ""]))
+        title = f"{trainer.stage} epoch: {epoch}".strip()
+        self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
 
     def after_train(self, trainer: BaseTrainer) -> None:
         self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
 
 
 class MetricsFile(AppendedFile):
-    """`metrics.jsonl`: one JSON object an epoch, with every number and the time of day (UTC)."""
+    """`metrics.jsonl`: one JSON object an epoch, with every number and the time of day (UTC).
+
+    Those of an initialisation stage have `stage` and `stage_epoch` in place of `epoch`.
+    """
 
     name = "metrics.jsonl"
 
     def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.append(trainer, json.dumps({"epoch": epoch, **record, "time": now}) + "\n")
+        stage = {"stage": trainer.stage, "stage_epoch": epoch}
+        head = stage if trainer.stage else {"epoch": epoch}
+        self.append(trainer, json.dumps({**head, **record, "time": now}) + "\n")
 
 
 class TensorBoard(Hook):
-    """Event files in `train.events/` (x axis: epochs) and `train.events/steps/`."""
+    """Event files in `train.events/` (x axis: epochs) and `train.events/steps/`.
+
+    Those of an initialisation stage are in a folder of its name below.
+    """
 
     def __init__(self) -> None:
         self.epochs: SummaryWriter | None = None
@@ -135,7 +145,7 @@ class TensorBoard(Hook):
 
     def before_train(self, trainer: BaseTrainer) -> None:
         # purge_step hides what an interrupted run wrote after its last checkpoint.
-        folder = trainer.log_path / "train.events"
+        folder = trainer.log_path / "train.events" / trainer.stage
         self.epochs = SummaryWriter(str(folder), purge_step=trainer.epoch + 1)
         self.steps = SummaryWriter(str(folder / "steps"), purge_step=trainer.global_step + 1)
 

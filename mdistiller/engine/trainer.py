@@ -42,8 +42,10 @@ class BaseTrainer:
     Attributes that hooks and subclasses read: `cfg`, `distiller` (perhaps wrapped for several
     processes), `model` (never wrapped), `optimizer`, `scheduler`, `log_path`, `epoch` (the last
     finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
-    epoch), `hooks`.
+    epoch), `hooks`, `stage` ("" but in a method's initialisation stage).
     """
+
+    stage = ""
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class BaseTrainer:
         self.best_acc = -1.0
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
+        self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
         self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
@@ -88,22 +91,33 @@ class BaseTrainer:
             self.log_path.mkdir(parents=True, exist_ok=True)
         for hook in self.hooks:
             hook.before_train(self)
+        if self.epoch == 0:
+            self.initialize()
         for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
             self.train_epoch(epoch)
             self.epoch, self.step = epoch, 0
         for hook in self.hooks:
             hook.after_train(self)
 
-    def train_epoch(self, epoch: int) -> None:
-        """One pass over the training data, then the hooks: evaluate, log, save."""
-        # All randomness of an epoch follows from (seed, epoch, rank): a resumed run repeats it.
+    def initialize(self) -> None:
+        """Run the stages that the method has before the main one."""
+        from mdistiller.engine.init_stage import run_init_stages  # which builds on this trainer
+
+        run_init_stages(self)
+
+    def seed_epoch(self, epoch: int) -> None:
+        """Settle all randomness of an epoch by (seed, epoch, rank): a resumed run repeats it."""
         seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank())
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass over the training data, then the hooks: evaluate, log, save."""
+        self.seed_epoch(epoch)
         self.distiller.train()
         meters = Meters(interval=1 if self.device.type == "cpu" else 50)
         started = time.perf_counter()
-        bar = progress(self.train_loader, f"epoch {epoch}")
+        bar = progress(self.train_loader, f"{self.stage} epoch {epoch}".strip())
         for self.step, data in enumerate(bar, start=1):
             message = self.train_iter(data, epoch, meters)
             bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
@@ -135,7 +149,7 @@ class BaseTrainer:
         target = inputs["target"]
         hits = correct_counts(logits, target) * (100.0 / len(target))
         train_meters.add(
-            f"epoch {epoch}, step {self.step}",
+            f"{self.stage} epoch {epoch}, step {self.step}".strip(),
             losses,
             {"top1": hits[0], "top5": hits[1], **getattr(self.model, "metrics", {})},
             len(target),
@@ -216,6 +230,7 @@ class BaseTrainer:
         self.best_acc = float(state.get("best_acc", -1.0))
         self.best_epoch = int(state.get("best_epoch", 0))
         self.history = state.get("history", [])
+        self.init_state = state.get("init")
         self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
         self._restore_schedule(state.get("scheduler"))
         for hook in self.hooks:

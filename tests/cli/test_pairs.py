@@ -9,20 +9,26 @@ METHODS = [name for name in sorted(distiller_dict) if name != "NONE"]
 # teacher, student: the only methods that may refuse, and a word of the reason
 REFUSED = {
     ("resnet20", "resnet8"): {},
-    ("wrn_16_2", "wrn_16_1"): {},
+    ("wrn_16_2", "wrn_16_1"): {"FSP": "equal widths"},
     ("vgg8", "vgg8"): {},
-    ("resnet8x4", "ShuffleV1"): {"KDSVD": "widths"},
-    ("wrn_16_1", "ShuffleV2"): {"KDSVD": "widths"},
-    ("vgg8", "MobileNetV2"): {"KDSVD": "widths"},
-    ("resnet20", "MobileNetV2"): {"KDSVD": "widths", "REVIEWKD": "number of stages"},
-    ("vgg8", "resnet8"): {"KDSVD": "widths", "REVIEWKD": "number of stages"},
+    ("resnet8x4", "ShuffleV1"): {"FSP": "equal widths", "KDSVD": "widths"},
+    ("wrn_16_1", "ShuffleV2"): {"FSP": "equal widths", "KDSVD": "widths"},
+    ("vgg8", "MobileNetV2"): {"FSP": "equal widths", "KDSVD": "widths"},
+    ("resnet20", "MobileNetV2"): {
+        "FSP": "equal widths",
+        "KDSVD": "widths",
+        "REVIEWKD": "number of stages",
+    },
+    ("vgg8", "resnet8"): {"FSP": "equal widths", "KDSVD": "widths", "REVIEWKD": "number of stages"},
     ("resnet20", "BabyStudent"): {
+        "FSP": "equal widths",
         "KDSVD": "only one",
         "REVIEWKD": "number of stages",
         "FITNET": "HINT_LAYER",
         **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the student (BabyNet)"),
     },
     ("BabyTeacher", "resnet8"): {
+        "FSP": "equal widths",
         "KDSVD": "only one",
         "REVIEWKD": "number of stages",
         "FITNET": "HINT_LAYER",
@@ -51,3 +57,15 @@ def test_the_table_is_printed_with_each_reason_once(capsys):
     assert sum(line.startswith("KDSVD, 2 pairs (vgg8 -> resnet8, ...): ") for line in lines) == 1
     assert pairs.main(["--teachers", "vgg9"]) == 2
     assert "unknown CIFAR model 'vgg9'" in capsys.readouterr().err
+
+
+def test_the_step_before_the_main_stage_counts_too(monkeypatch):
+    from mdistiller.distillers.FSP import FSP
+
+    whole = FSP.init_loss
+
+    def infinite(self, *args, **batch):
+        return whole(self, *args, **batch) * float("inf")
+
+    monkeypatch.setattr(FSP, "init_loss", infinite)
+    assert pairs.one_step("FSP", "resnet8", "resnet8") == "not finite"
