@@ -7,6 +7,8 @@ binary probabilities and r = softmax over the classes j != t, both of logits / T
     NCKD = T^2 / N * sum_n KL(r_teacher || r_student)
     loss = min(epoch / WARMUP, 1) * (ALPHA * TCKD + BETA * NCKD)
 
+MODE "tckd" or "nckd" leaves the other term out, "dkd" has both.
+
 Everything is evaluated on log-probabilities: log(1 - p_t) is a logsumexp over j != t, never the log
 of a rounded probability, so the loss stays finite where the textbook form gives inf and NaN.
 """
@@ -15,55 +17,37 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    IGNORE_INDEX,
-    require_positive,
-    soften,
-    warmup_factor,
-)
+from mdistiller.distillers._common import require_positive, soften, warmup_factor
+from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
+from mdistiller.registry import UserError
 
-
-def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split log-softmax into target, rest, and the distribution within the rest.
-
-    Args:
-        logits: [N, C], already divided by the temperature.
-        is_target: [N, C] bool, one True a row.
-
-    Returns:
-        log p_t [N]; log(1 - p_t) [N]; log r [N, C] with 0 in the target's place.
-    """
-    log_p = F.log_softmax(logits, dim=1)
-    log_target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
-    log_rest = log_p.masked_fill(is_target, float("-inf")).logsumexp(dim=1)
-    return log_target, log_rest, (log_p - log_rest[:, None]).masked_fill(is_target, 0.0)
+MODES = ("dkd", "tckd", "nckd")
 
 
 def dkd_terms(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD, two scalars, each with the factor T².
 
     Args:
         logits_student, logits_teacher: [N, C], C >= 2 (with two classes NCKD is 0).
         target: [N] class indices; rows with IGNORE_INDEX count neither in sum nor in mean.
-        temperature: T > 0.
+        temperature: T > 0; as a tensor with one value, or [N, 1] for one of each sample.
     """
-    labelled = target != IGNORE_INDEX
-    classes = logits_student.shape[1]
-    is_target = F.one_hot(target.masked_fill(~labelled, 0), classes).bool()
+    is_target, labelled = target_mask(target, logits_student.shape[1])
     scaled = (soften(z, temperature) for z in (logits_student, logits_teacher))
     (s_target, s_rest, s_within), (t_target, t_rest, t_within) = (
         decoupled_log_probs(z, is_target) for z in scaled
     )
     binary = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
     within = (t_within.exp() * (t_within - s_within)).sum(dim=1)
-    scale = temperature**2 / labelled.sum().clamp(min=1)
-    tckd, nckd = (row.masked_fill(~labelled, 0.0).sum() * scale for row in (binary, within))
+    tckd, nckd = (
+        labelled_mean((rows[:, None] * temperature**2).flatten(), labelled)
+        for rows in (binary, within)
+    )
     return tckd, nckd
 
 
@@ -73,16 +57,30 @@ def dkd_loss(
     target: Tensor,
     alpha: float,
     beta: float,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Tensor:
     """alpha * TCKD + beta * NCKD (equation 7 of the paper), a scalar; see :func:`dkd_terms`."""
     tckd, nckd = dkd_terms(logits_student, logits_teacher, target, temperature)
     return alpha * tckd + beta * nckd
 
 
+def mode_weights(mode: str, alpha: float, beta: float) -> tuple[float, float]:
+    """Weights of TCKD and NCKD under DKD.MODE: "tckd" and "nckd" keep only the one of that name."""
+    if mode not in MODES:
+        raise UserError(f"DKD.MODE {mode!r} is none of {', '.join(MODES)}")
+    return (0.0 if mode == "nckd" else alpha), (0.0 if mode == "tckd" else beta)
+
+
 @DISTILLERS.register(
     "DKD",
-    config={"CE_WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0, "WARMUP": 20},
+    config={
+        "CE_WEIGHT": 1.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "T": 4.0,
+        "WARMUP": 20,
+        "MODE": "dkd",  # both terms; tckd or nckd: one of them
+    },
 )
 class DKD(Distiller):
     """Target-class and non-target-class knowledge with a weight each, after a linear warm-up.
@@ -90,11 +88,12 @@ class DKD(Distiller):
     The unweighted terms are kept as metrics `tckd` and `nckd`.
     """
 
+    takes_standardized_logits = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.ce_loss_weight = cfg.DKD.CE_WEIGHT
-        self.alpha = cfg.DKD.ALPHA
-        self.beta = cfg.DKD.BETA
+        self.alpha, self.beta = mode_weights(cfg.DKD.MODE, cfg.DKD.ALPHA, cfg.DKD.BETA)
         self.temperature = require_positive("DKD.T", cfg.DKD.T)
         self.warmup = cfg.DKD.WARMUP
 

@@ -28,10 +28,11 @@ def full_precision(value: Any) -> Any:
     return value
 
 
-def soften(logits: Tensor, temperature: float) -> Tensor:
+def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """`logits / temperature` in full precision, within ±1e30.
 
-    Beyond that bound, differences of float32 numbers would overflow.
+    Beyond that bound, differences of float32 numbers would overflow. A temperature that is a tensor
+    has one value, or one for every sample: [N, 1].
     """
     return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
 
@@ -57,6 +58,16 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
     """
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / length.masked_fill(length <= 1e-12, math.inf)
+
+
+def centre(x: Tensor, dim: int) -> Tensor:
+    """`x` minus its mean along `dim`; 0, without gradient, where `x` is constant up to rounding.
+
+    What is left there is noise, which a division by its own length would blow up.
+    """
+    centred = x - x.mean(dim=dim, keepdim=True)
+    largest, spread = (v.detach().abs().amax(dim=dim, keepdim=True) for v in (x, centred))
+    return centred.masked_fill(spread <= 8 * torch.finfo(x.dtype).eps * largest, 0.0)
 
 
 class _Gram(torch.autograd.Function):
@@ -111,8 +122,9 @@ class FeatureShapes(dict[str, Any]):
 def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
     """Shapes of what `net` returns for one image, found by running it on a blank one.
 
-    It runs in eval mode. Parameters, buffers, the modes of its parts and the global random
-    generators are afterwards as they were.
+    They go by the features' names; "logits" is that of the logits. The network runs in eval mode.
+    Parameters, buffers, the modes of its parts and the global random generators are afterwards as
+    they were.
 
     Args:
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
@@ -125,11 +137,12 @@ def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureSha
     net.eval()
     try:
         with torch.random.fork_rng(devices=gpus):
-            _, features = net(image)
+            logits, features = net(image)
     finally:
         for module, mode in modes:
             module.training = mode
-    return FeatureShapes({name: _shapes(value) for name, value in features.items()})
+    outputs = {"logits": logits, **features}
+    return FeatureShapes({name: _shapes(value) for name, value in outputs.items()})
 
 
 def _shapes(value: Any) -> Any:
