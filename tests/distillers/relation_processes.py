@@ -23,6 +23,12 @@ METHODS = {
     "NST": ("NST", []),
     "AT": ("AT", []),
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
+    "DIST": ("DIST", []),
+    "USKD": ("USKD", []),
+    "DGKD log": ("DGKD", ["DGKD.WARMUP", 0]),
+    "DGKD plain": ("DGKD", ["DGKD.TERM", "plain", "DGKD.EPSILON", 1000.0]),
+    "CTKD": ("CTKD", []),
+    "CTKD instance": ("CTKD", ["CTKD.MODE", "instance", "CTKD.BASE", "dkd"]),
 }
 GLOBAL_BATCH = 9
 
