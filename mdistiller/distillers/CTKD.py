@@ -32,10 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import probe, require_positive, soften, warmup_factor
+from mdistiller.distillers._common import (
+    probe,
+    require_one_of,
+    require_positive,
+    soften,
+    warmup_factor,
+)
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.KD import kd_loss
-from mdistiller.registry import UserError
 
 EPS = 1e-7
 """Added to the teacher's probabilities where every sample has its own temperature."""
@@ -128,9 +133,8 @@ class CTKD(Distiller):
     ):
         super().__init__(student, teacher, cfg)
         node = cfg.CTKD
-        for key, known in (("BASE", ("kd", "dkd")), ("MODE", ("global", "instance"))):
-            if node[key] not in known:
-                raise UserError(f"CTKD.{key} {node[key]!r} is none of {', '.join(known)}")
+        require_one_of("CTKD.BASE", node.BASE, ("kd", "dkd"))
+        require_one_of("CTKD.MODE", node.MODE, ("global", "instance"))
         self.ce_loss_weight = node.LOSS.CE_WEIGHT
         self.node = node
         require_positive("CTKD.T_START", node.T_START)

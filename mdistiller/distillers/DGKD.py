@@ -34,13 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
-from mdistiller.distillers._common import require_positive, soften, unit, warmup_factor
+from mdistiller.distillers._common import (
+    require_one_of,
+    require_positive,
+    soften,
+    unit,
+    warmup_factor,
+)
 from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.distillers.DKD import dkd_terms
-from mdistiller.registry import UserError
-
-TERMS = ("off", "plain", "log")
 
 
 def term_gradients(
@@ -131,8 +134,6 @@ class DGKD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
         node = cfg.DGKD
-        if node.TERM not in TERMS:
-            raise UserError(f"DGKD.TERM {node.TERM!r} is none of {', '.join(TERMS)}")
         self.ce_loss_weight = node.CE_WEIGHT
         self.warmup = node.WARMUP
         self.temperature = require_positive("DGKD.T", node.T)
@@ -141,7 +142,7 @@ class DGKD(Distiller):
             "beta": node.BETA,
             "epsilon": node.EPSILON,
             "temperature": self.temperature,
-            "term": node.TERM,
+            "term": require_one_of("DGKD.TERM", node.TERM, ("off", "plain", "log")),
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:

@@ -20,11 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_positive, soften, warmup_factor
+from mdistiller.distillers._common import require_one_of, require_positive, soften, warmup_factor
 from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
-from mdistiller.registry import UserError
-
-MODES = ("dkd", "tckd", "nckd")
 
 
 def dkd_terms(
@@ -34,7 +31,8 @@ def dkd_terms(
 
     Args:
         logits_student, logits_teacher: [N, C], C >= 2 (with two classes NCKD is 0).
-        target: [N] class indices; rows with IGNORE_INDEX count neither in sum nor in mean.
+        target: [N] class indices, or [N, C] probabilities of which the largest counts; rows with
+            IGNORE_INDEX count neither in sum nor in mean.
         temperature: T > 0; as a tensor with one value, or [N, 1] for one of each sample.
     """
     is_target, labelled = target_mask(target, logits_student.shape[1])
@@ -66,8 +64,7 @@ def dkd_loss(
 
 def mode_weights(mode: str, alpha: float, beta: float) -> tuple[float, float]:
     """Weights of TCKD and NCKD under DKD.MODE: "tckd" and "nckd" keep only the one of that name."""
-    if mode not in MODES:
-        raise UserError(f"DKD.MODE {mode!r} is none of {', '.join(MODES)}")
+    require_one_of("DKD.MODE", mode, ("dkd", "tckd", "nckd"))
     return (0.0 if mode == "nckd" else alpha), (0.0 if mode == "tckd" else beta)
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, unit
+from mdistiller.distillers._common import full_precision, require_one_of, require_positive, unit
 from mdistiller.distillers._stages import paired_stages
 from mdistiller.registry import UserError
 
@@ -40,7 +40,6 @@ EXTRA = 3
 """The student offers so many vectors more than the teacher."""
 GAP = 1e-6
 """Squared singular values nearer than this share of the largest count as equal in backward."""
-SIGNS = ("lapack", "canonical")
 
 
 class _RightVectors(torch.autograd.Function):
@@ -150,9 +149,7 @@ class KDSVD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))
-        self.signs = cfg.KDSVD.SIGNS
-        if self.signs not in SIGNS:
-            raise UserError(f"KDSVD.SIGNS {self.signs!r} is none of {', '.join(SIGNS)}")
+        self.signs = require_one_of("KDSVD.SIGNS", cfg.KDSVD.SIGNS, ("lapack", "canonical"))
         self.ce_loss_weight = cfg.KDSVD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.KDSVD.LOSS.FEAT_WEIGHT
 

@@ -31,12 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import IGNORE_INDEX, cross_entropy, probe, soften
+from mdistiller.distillers._common import IGNORE_INDEX, cross_entropy, probe, require_one_of, soften
 from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean
 from mdistiller.distillers._gather import gather_batch
-from mdistiller.registry import UserError
-
-RANKS = ("log", "prob")
 
 
 def label_weights(target: Tensor, classes: int) -> Tensor:
@@ -126,11 +123,9 @@ class USKD(Distiller):
     ):
         super().__init__(student, None)
         node = cfg.USKD
-        if node.RANK not in RANKS:
-            raise UserError(f"USKD.RANK {node.RANK!r} is none of {', '.join(RANKS)}")
         self.ce_loss_weight = node.LOSS.CE_WEIGHT
         self.weights = {"target": node.ALPHA, "others": node.BETA, "weak": node.MU}
-        self.rank = node.RANK
+        self.rank = require_one_of("USKD.RANK", node.RANK, ("log", "prob"))
         shapes = probe(student, image_size)
         self.head = nn.Linear(shapes["feats"][-2][1], shapes["logits"][1])
 

@@ -103,6 +103,13 @@ def require_positive(key: str, value: float) -> float:
     return value
 
 
+def require_one_of(key: str, value: str, known: Sequence[str]) -> str:
+    """`value` if it is among `known`; the error names the config key."""
+    if value not in known:
+        raise UserError(f"{key} {value!r} is none of {', '.join(known)}")
+    return value
+
+
 def missing_feature(name: str, known: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""
     return UserError(
