@@ -36,7 +36,7 @@ from mdistiller.distillers._common import (
     full_precision,
     pool_to,
     probe,
-    require_choice,
+    require_one_of,
     require_positive,
 )
 from mdistiller.distillers._init_stage import INIT, InitPlan, require_transfer, stage_modules
@@ -94,7 +94,7 @@ class AB(Distiller):
         self.ce_loss_weight = cfg.AB.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.AB.LOSS.FEAT_WEIGHT
         self.distills = self.feat_loss_weight != 0
-        self.form = require_choice("AB.FORM", cfg.AB.FORM, FORMS)
+        self.form = require_one_of("AB.FORM", cfg.AB.FORM, FORMS)
         self.margin = require_positive("AB.MARGIN", cfg.AB.MARGIN)
         self.init, self.init_weight = InitPlan.read("AB", cfg), cfg.AB.INIT.WEIGHT
         require_transfer("AB", self.init, self.feat_loss_weight)

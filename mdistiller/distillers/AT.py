@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import (
     full_precision,
-    require_choice,
+    require_one_of,
     require_positive,
     unit,
 )
@@ -77,7 +77,7 @@ class AT(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.p = require_positive("AT.P", cfg.AT.P)
-        self.form = require_choice("AT.FORM", cfg.AT.FORM, FORMS)
+        self.form = require_one_of("AT.FORM", cfg.AT.FORM, FORMS)
         self.ce_loss_weight = cfg.AT.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.AT.LOSS.FEAT_WEIGHT
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, get_feat_shapes, require_choice
+from mdistiller.distillers._common import full_precision, get_feat_shapes, require_one_of
 from mdistiller.distillers._init_stage import INIT, InitPlan, require_transfer, stage_modules
 from mdistiller.distillers._stages import FORMS, match_size, reduce_stages
 from mdistiller.registry import UserError
@@ -75,7 +75,7 @@ class FSP(Distiller):
         self.ce_loss_weight = cfg.FSP.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FSP.LOSS.FEAT_WEIGHT
         self.distills = self.feat_loss_weight != 0
-        self.form = require_choice("FSP.FORM", cfg.FSP.FORM, FORMS)
+        self.form = require_one_of("FSP.FORM", cfg.FSP.FORM, FORMS)
         self.init, self.init_weight = InitPlan.read("FSP", cfg), cfg.FSP.INIT.WEIGHT
         require_transfer("FSP", self.init, self.feat_loss_weight)
         shapes = get_feat_shapes(student, teacher, image_size or (32, 32))

@@ -29,7 +29,7 @@ from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
 from mdistiller.distillers._common import (
     full_precision,
     probe,
-    require_choice,
+    require_one_of,
     require_positive,
     unit,
 )
@@ -106,10 +106,10 @@ class FT(Distiller):
         node = cfg.FT
         self.ce_loss_weight = node.LOSS.CE_WEIGHT
         self.feat_loss_weight = node.LOSS.FEAT_WEIGHT
-        self.form = require_choice("FT.FORM", node.FORM, ("attention", "factor"))
+        self.form = require_one_of("FT.FORM", node.FORM, ("attention", "factor"))
         self.p = require_positive("FT.P", node.P)
         self.init = InitPlan.read("FT", cfg)
-        norm = require_choice("FT.BATCH_NORM", node.BATCH_NORM, ("translator", "both", "none"))
+        norm = require_one_of("FT.BATCH_NORM", node.BATCH_NORM, ("translator", "both", "none"))
         s_width, t_width = (probe(net, image_size)["feats"][-1][1] for net in (student, teacher))
         factor_width = int(t_width * node.RATE)
         if factor_width < 1:

@@ -17,19 +17,19 @@ from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import require_positive, soften
 
 
-def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """Kullback-Leibler divergence of softened predictions times T², for each sample: [N].
 
     Args:
         logits_student, logits_teacher: [N, C].
-        temperature: T > 0.
+        temperature: T > 0, a number or a tensor with one value.
     """
     log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
     log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1) * temperature**2
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """Mean of :func:`kd_rows`, a scalar."""
     return kd_rows(logits_student, logits_teacher, temperature).mean()
 
@@ -40,8 +40,10 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 class KD(Distiller):
     """Soft targets: the student matches the teacher's softened class probabilities."""
 
+    takes_standardized_logits = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.temperature = require_positive("KD.TEMPERATURE", cfg.KD.TEMPERATURE)
         self.ce_loss_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT

@@ -32,12 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    require_choice,
-    require_positive,
-    unit,
-)
+from mdistiller.distillers._common import full_precision, require_one_of, require_positive, unit
 from mdistiller.distillers._stages import paired_stages
 from mdistiller.registry import UserError
 
@@ -45,7 +40,6 @@ EXTRA = 3
 """The student offers so many vectors more than the teacher."""
 GAP = 1e-6
 """Squared singular values nearer than this share of the largest count as equal in backward."""
-SIGNS = ("lapack", "canonical")
 
 
 class _RightVectors(torch.autograd.Function):
@@ -155,7 +149,7 @@ class KDSVD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))
-        self.signs = require_choice("KDSVD.SIGNS", cfg.KDSVD.SIGNS, SIGNS)
+        self.signs = require_one_of("KDSVD.SIGNS", cfg.KDSVD.SIGNS, ("lapack", "canonical"))
         self.ce_loss_weight = cfg.KDSVD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.KDSVD.LOSS.FEAT_WEIGHT
 

@@ -26,8 +26,10 @@ def logits_loss(logits_student: Tensor, logits_teacher: Tensor) -> Tensor:
 class LOGITS(Distiller):
     """The student regresses the teacher's logits."""
 
+    takes_standardized_logits = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.ce_loss_weight = cfg.LOGITS.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.LOGITS.LOSS.KD_WEIGHT
 

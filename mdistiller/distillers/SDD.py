@@ -39,14 +39,16 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import (
-    mean_of_labelled,
+    IGNORE_INDEX,
     require_positive,
     soften,
     warmup_factor,
 )
+from mdistiller.distillers._decoupled import labelled_mean
 from mdistiller.distillers._heads import classify, linear_head
-from mdistiller.distillers.DKD import dkd_rows, split_logits
+from mdistiller.distillers.DKD import dkd_rows
 from mdistiller.distillers.KD import kd_rows
+from mdistiller.distillers.NKD import nkd_rows
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -87,7 +89,7 @@ def region_logits(head: nn.Linear | nn.Conv2d, maps: Tensor, scales: Sequence[in
     return classify(head, maps.flatten(2) @ grid)
 
 
-def nkd_rows(
+def region_nkd(
     logits_student: Tensor,
     logits_teacher: Tensor,
     target: Tensor,
@@ -96,15 +98,12 @@ def nkd_rows(
     form: str = "code",
 ) -> Tensor:
     """NKD of each row [N], see the module's text; `form` is code or fixed."""
-    student, teacher = split_logits(logits_student, logits_teacher, target, 1.0)
-    of_target = -teacher[0].exp() * student[0]
+    own, others = nkd_rows(logits_student, logits_teacher, target, temperature)
     if form == "code":
         log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
         log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
-    else:
-        student, teacher = split_logits(logits_student, logits_teacher, target, temperature)
-        log_p, log_q = student[2], teacher[2]  # the target's log p is 0
-    return of_target - gamma * temperature**2 * (log_q.exp() * log_p).sum(dim=1)
+        others = -(log_q.exp() * log_p).sum(dim=1) * temperature**2
+    return own + gamma * others
 
 
 def complementary(teacher: Tensor, target: Tensor, consistency: str = "label") -> Tensor:
@@ -141,7 +140,7 @@ def sdd_loss(
     own, other = (logits.transpose(1, 2).flatten(0, 1) for logits in (student, teacher))
     rows = row_loss(own, other, target[:, None].expand(-1, count).flatten())
     total = (weights * rows.unflatten(0, (-1, count))).sum(dim=1)
-    return mean_of_labelled(total / count if norm == "mean" else total, target)
+    return labelled_mean(total / count if norm == "mean" else total, target != IGNORE_INDEX)
 
 
 @DISTILLERS.register("SDD", config=DEFAULTS)
@@ -151,8 +150,10 @@ class SDD(Distiller):
     The metric `complementary` is the share of regions with the weight COMP_WEIGHT.
     """
 
+    takes_standardized_logits = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, cfg)
         self.node = check(cfg.SDD)
         base = self.node[self.node.BASE]
         self.ce_loss_weight = base.CE_WEIGHT
@@ -170,6 +171,7 @@ class SDD(Distiller):
             differs = complementary(other, target, node.CONSISTENCY)
         self.metrics = {"complementary": differs.float().mean()}
         weights = 1.0 + (node.COMP_WEIGHT - 1.0) * differs
+        own, other = self.standardize(own), self.standardize(other)
         loss = sdd_loss(own, other, target, self.row_loss, weights, node.NORM)
         return warmup_factor(batch["epoch"], self.warmup) * loss
 
@@ -186,7 +188,7 @@ def base_loss(name: str, node: Any) -> RowLoss:
         return node.ALPHA * tckd + node.BETA * nckd
 
     def nkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        return nkd_rows(student, teacher, target, temperature, node.GAMMA, node.FORM)
+        return region_nkd(student, teacher, target, temperature, node.GAMMA, node.FORM)
 
     return {"KD": kd, "DKD": dkd, "NKD": nkd}[name]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
 from mdistiller.distillers._init_stage import InitPlan
+from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
 
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
@@ -48,6 +49,8 @@ class Distiller(nn.Module):
         teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
             trains; its running statistics then move, nothing else of it.
         alone: why the method is no part of a sum ("it ..."); empty if it can be.
+        takes_standardized_logits: True if what :meth:`distill` does with logits makes sense for
+            standardised ones (LSKD); it then gets such where the config says so.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
@@ -58,6 +61,7 @@ class Distiller(nn.Module):
     uses_teacher = True
     teacher_in_eval_mode = True
     alone: str = ""
+    takes_standardized_logits = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
     distills: bool = True
@@ -65,12 +69,16 @@ class Distiller(nn.Module):
     init_stage: str = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
-        """Hold the two networks; `cfg` is for subclasses, which read their own node of it."""
+        """Hold the two networks; `cfg` says whether logits are standardised.
+
+        Only a class that `takes_standardized_logits` has to hand it on to here.
+        """
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.metrics: Losses = {}
         """Diagnostics of the last training forward: detached scalars, never part of the loss."""
+        self._lskd = lskd_settings(cfg) if self.takes_standardized_logits else None
 
     @classmethod
     def build(
@@ -150,7 +158,7 @@ class Distiller(nn.Module):
 
         Args:
             student, teacher: outputs of the two networks on the same images; the teacher's carry
-                no gradient.
+                no gradient. Their logits are standardised where the config says so.
             target: [N] class indices.
             batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
@@ -168,9 +176,19 @@ class Distiller(nn.Module):
                 "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
                 "loss_kd": (student.logits * 0).sum()
                 if teacher is None
-                else self.distill(student, teacher, target, **batch),
+                else self.distill(
+                    self.standardized(student), self.standardized(teacher), target, **batch
+                ),
             }
         return student.logits, losses
+
+    def standardize(self, logits: Tensor) -> Tensor:
+        """Logits [N, C, ...] as the distillation loss is to see them; see `_standardize.py`."""
+        return logits if self._lskd is None else standardize(logits, **self._lskd)
+
+    def standardized(self, output: Output) -> Output:
+        """`output` with logits as the distillation loss is to see them."""
+        return Output(self.standardize(output.logits), output.features)
 
     def init_stages(self) -> dict[str, Distiller]:
         """The stages to train before the main one, in order: name -> the method it is of."""

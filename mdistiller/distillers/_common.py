@@ -29,10 +29,11 @@ def full_precision(value: Any) -> Any:
     return value
 
 
-def soften(logits: Tensor, temperature: float) -> Tensor:
+def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """`logits / temperature` in full precision, within ±1e30.
 
-    Beyond that bound, differences of float32 numbers would overflow.
+    Beyond that bound, differences of float32 numbers would overflow. A temperature that is a tensor
+    has one value, or one for every sample: [N, 1].
     """
     return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
 
@@ -51,12 +52,6 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def mean_of_labelled(rows: Tensor, target: Tensor) -> Tensor:
-    """Mean of the rows [N] whose target is not IGNORE_INDEX; 0 if there are none."""
-    labelled = target != IGNORE_INDEX
-    return rows.masked_fill(~labelled, 0.0).sum() / labelled.sum().clamp(min=1)
-
-
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """`x` with vectors of length 1 along `dim`; those shorter than 1e-12 become 0.
 
@@ -64,6 +59,16 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
     """
     length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / length.masked_fill(length <= 1e-12, math.inf)
+
+
+def centre(x: Tensor, dim: int) -> Tensor:
+    """`x` minus its mean along `dim`; 0, without gradient, where `x` is constant up to rounding.
+
+    What is left there is noise, which a division by its own length would blow up.
+    """
+    centred = x - x.mean(dim=dim, keepdim=True)
+    largest, spread = (v.detach().abs().amax(dim=dim, keepdim=True) for v in (x, centred))
+    return centred.masked_fill(spread <= 8 * torch.finfo(x.dtype).eps * largest, 0.0)
 
 
 class _Gram(torch.autograd.Function):
@@ -99,10 +104,10 @@ def require_positive(key: str, value: float) -> float:
     return value
 
 
-def require_choice(key: str, value: str, allowed: Sequence[str]) -> str:
-    """`value` if it is one of `allowed`; the error names the config key."""
-    if value not in allowed:
-        raise UserError(f"{key} {value!r} is none of {', '.join(allowed)}")
+def require_one_of(key: str, value: str, known: Sequence[str]) -> str:
+    """`value` if it is among `known`; the error names the config key."""
+    if value not in known:
+        raise UserError(f"{key} {value!r} is none of {', '.join(known)}")
     return value
 
 
@@ -146,15 +151,17 @@ def blank_image(net: nn.Module, image_size: Sequence[int] | None = None) -> Tens
 def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
     """Shapes of what `net` returns for one image, found by running it on a blank one.
 
-    It runs in eval mode. Parameters, buffers, the modes of its parts and the global random
-    generators are afterwards as they were.
+    They go by the features' names; "logits" is that of the logits. The network runs in eval mode.
+    Parameters, buffers, the modes of its parts and the global random generators are afterwards as
+    they were.
 
     Args:
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
     """
     with undisturbed(net):
-        _, features = net(blank_image(net, image_size))
-    return FeatureShapes({name: _shapes(value) for name, value in features.items()})
+        logits, features = net(blank_image(net, image_size))
+    outputs = {"logits": logits, **features}
+    return FeatureShapes({name: _shapes(value) for name, value in outputs.items()})
 
 
 def _shapes(value: Any) -> Any:

@@ -27,7 +27,8 @@ def get_distiller(name: str) -> type[Distiller]:
         reason = why_alone(cls)
         if reason:
             raise UserError(f"DISTILLER.TYPE {name}: {part} cannot be combined, since {reason}")
-    return type("Composed", (Composed,), {"methods": methods})
+    takes = any(cls.takes_standardized_logits for cls in methods.values())
+    return type("Composed", (Composed,), {"methods": methods, "takes_standardized_logits": takes})
 
 
 def why_alone(cls: type[Distiller]) -> str:
@@ -45,7 +46,8 @@ class Composed(Distiller):
     """One forward of each network, one cross-entropy, and the sum of several methods' losses.
 
     Each part reads its own config node for everything but the cross-entropy, which has the weight
-    DISTILLER.CE_WEIGHT. What the parts add to the networks is under `parts.NAME`.
+    DISTILLER.CE_WEIGHT. Standardised logits go to the parts that take them. What the parts add to
+    the networks is under `parts.NAME`.
     """
 
     methods: ClassVar[dict[str, type[Distiller]]] = {}
@@ -91,6 +93,21 @@ class Composed(Distiller):
             for stage, owner in part.init_stages().items()  # type: ignore[operator]
         }
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group for everything, but for what a part gives settings of its own."""
+        common: list[nn.Parameter] = list(self.student.parameters())
+        special = []
+        for part in self.parts.values():
+            assert isinstance(part, Distiller)
+            own = {id(p) for p in part.extra_parameters()}
+            for group in part.param_groups():
+                params = [p for p in group["params"] if id(p) in own]
+                if group.keys() == {"params"}:
+                    common += params
+                elif params:
+                    special.append({**group, "params": params})
+        return [{"params": common}, *special]
+
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         terms: dict[str, Tensor] = {}
         self.metrics = {}
@@ -98,7 +115,8 @@ class Composed(Distiller):
             assert isinstance(part, Distiller)
             if not part.distills:
                 continue
-            terms[name] = part.distill(student, teacher, target, **batch)
+            outputs = part.standardized(student), part.standardized(teacher)
+            terms[name] = part.distill(*outputs, target, **batch)
             self.metrics |= part.metrics
         self.metrics |= {f"loss_{name}": term.detach() for name, term in terms.items()}
         return torch.stack(list(terms.values())).sum()

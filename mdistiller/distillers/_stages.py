@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers._base import Output
-from mdistiller.distillers._common import require_choice
+from mdistiller.distillers._common import require_one_of
 from mdistiller.registry import UserError
 
 FORMS = ("sum", "mean")
@@ -83,6 +83,6 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def reduce_stages(losses: Sequence[Tensor], form: str) -> Tensor:
     """Sum or mean of the losses of the stages, a scalar; `form` is one of FORMS."""
-    require_choice("form", form, FORMS)
+    require_one_of("form", form, FORMS)
     total = sum(losses[1:], losses[0])
     return total / len(losses) if form == "mean" else total

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data
-from mdistiller.distillers import Distiller, Vanilla, get_distiller
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
@@ -68,9 +68,20 @@ def check_input(net: nn.Module, name: str, data: Data) -> None:
 
 
 def check_models(cfg: Any, data: Data) -> None:
-    """Refuse a method or model name that does not exist."""
+    """Refuse a method or model name that does not exist, and a switch the method does not have."""
     model_entry(cfg, "STUDENT", data)
-    if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    if cfg.LSKD.ENABLE and not method.takes_standardized_logits:
+        takers = sorted(
+            name
+            for name, cls in distiller_dict.items()
+            if getattr(cls, "takes_standardized_logits", False)
+        )
+        raise UserError(
+            f"LSKD.ENABLE: {cfg.DISTILLER.TYPE} has no use for standardised logits; set it to "
+            f"False, or choose one of {', '.join(takers)}"
+        )
+    if method.uses_teacher:
         model_entry(cfg, "TEACHER", data)
 
 

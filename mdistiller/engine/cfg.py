@@ -18,12 +18,19 @@ from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers._standardize import LSKD_CONFIG
 from mdistiller.engine.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
 ENGINE_CONFIG: dict[str, Any] = {
-    "EXPERIMENT": {"PROJECT": "distill", "NAME": "", "TAG": "default", "SEED": 0},
+    "EXPERIMENT": {
+        "PROJECT": "distill",
+        "NAME": "",
+        "TAG": "default",
+        "SEED": 0,
+        "LOGIT_STAND": False,  # LSKD.ENABLE by the name that forks use
+    },
     "DISTILLER": {
         "TYPE": "NONE",  # a method, or several: "KD+AT"
         "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
@@ -32,6 +39,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
     },
+    "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
     "SOLVER": {
         "TRAINER": "base",
         "BATCH_SIZE": 64,  # per process
@@ -325,6 +333,7 @@ def check_values(cfg: CfgNode) -> None:
         "LOG.TENSORBOARD_FREQ": 1,
         "LOG.SAVE_CHECKPOINT_FREQ": 1,
         "EXPERIMENT.SEED": 0,
+        "LSKD.EPS": 0,
     }
     for name, low in at_least.items():
         section, key = name.rsplit(".", 1)

@@ -70,8 +70,8 @@ def changed_settings(folder: Path, cfg: Any) -> list[str]:
         recorded["EXPERIMENT"]["SEED"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
-    sections = ["DATASET", "DISTILLER", "SOLVER", *cfg.DISTILLER.TYPE.split("+")]
-    keys = ["EXPERIMENT.SEED"]
+    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *cfg.DISTILLER.TYPE.split("+")]
+    keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     changes = []
     for key in keys:

@@ -25,6 +25,12 @@ METHODS = {
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
     "SEMCKD": ("SEMCKD", []),
     "SEMCKD short": ("SEMCKD", []),
+    "DIST": ("DIST", []),
+    "USKD": ("USKD", []),
+    "DGKD log": ("DGKD", ["DGKD.WARMUP", 0]),
+    "DGKD plain": ("DGKD", ["DGKD.TERM", "plain", "DGKD.EPSILON", 1000.0]),
+    "CTKD": ("CTKD", []),
+    "CTKD instance": ("CTKD", ["CTKD.MODE", "instance", "CTKD.BASE", "dkd"]),
 }
 GLOBAL_BATCH = 9
 EXPECTED = {"SEMCKD": 8, "SEMCKD short": 12}  # SOLVER.BATCH_SIZE of all processes

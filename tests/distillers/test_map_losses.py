@@ -12,7 +12,7 @@ from mdistiller.distillers._heads import classify
 from mdistiller.distillers.CATKD import binarize, catkd_loss
 from mdistiller.distillers.DKD import dkd_rows
 from mdistiller.distillers.KD import kd_rows
-from mdistiller.distillers.SDD import cells, complementary, nkd_rows, region_logits, sdd_loss
+from mdistiller.distillers.SDD import cells, complementary, region_logits, region_nkd, sdd_loss
 from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss
 from mdistiller.distillers.SimKD import simkd_loss
 
@@ -57,7 +57,7 @@ def test_sdd_over_dkd(case):
 @pytest.mark.parametrize("scales", ["M12", "M124"])
 def test_sdd_over_nkd(scales, form):
     def loss(t, h):
-        rows = lambda s, v, y: nkd_rows(s, v, y, h["temp"], h["gamma"], form)  # noqa: E731
+        rows = lambda s, v, y: region_nkd(s, v, y, h["temp"], h["gamma"], form)  # noqa: E731
         return sdd(t, rows, h["complementary_weight"])
 
     check_golden(f"sdd_nkd_{scales}" + "_fixed" * (form == "fixed"), loss)

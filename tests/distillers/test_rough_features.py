@@ -14,7 +14,7 @@ from mdistiller.distillers.LOGITS import logits_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.PKT import pkt_loss
 from mdistiller.distillers.RKD import rkd_loss
-from mdistiller.distillers.SDD import complementary, nkd_rows, sdd_loss
+from mdistiller.distillers.SDD import complementary, region_nkd, sdd_loss
 from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss
 from mdistiller.distillers.SimKD import simkd_loss
 from mdistiller.distillers.SP import sp_loss
@@ -36,9 +36,9 @@ LOSSES = {
     "LOGITS": (lambda s, t: logits_loss(s[0], t[0]), [(10,)]),
     "SDD KD": (lambda s, t: sdd(s[0], t[0], lambda *z: kd_rows(*z[:2], 4.0)), [(10, 5)]),
     "SDD DKD": (lambda s, t: sdd(s[0], t[0], lambda *z: sum(dkd_rows(*z, 4.0))), [(10, 5)]),
-    "SDD NKD": (lambda s, t: sdd(s[0], t[0], lambda *z: nkd_rows(*z, 4.0, 8.0)), [(10, 5)]),
+    "SDD NKD": (lambda s, t: sdd(s[0], t[0], lambda *z: region_nkd(*z, 4.0, 8.0)), [(10, 5)]),
     "SDD NKD fixed": (
-        lambda s, t: sdd(s[0], t[0], lambda *z: nkd_rows(*z, 1.0, 1.5, "fixed")),
+        lambda s, t: sdd(s[0], t[0], lambda *z: region_nkd(*z, 1.0, 1.5, "fixed")),
         [(10, 5)],
     ),
     "CATKD": (lambda s, t: catkd_loss(s[0], t[0]), MAPS[:1]),

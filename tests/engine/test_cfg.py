@@ -16,7 +16,7 @@ def write(folder, name, text):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(REPO).as_posix())
 def test_every_shipped_config_loads_and_names_things_that_exist(path):
     from mdistiller.dataset import DATASETS
-    from mdistiller.distillers import distiller_dict
+    from mdistiller.distillers import get_distiller
     from mdistiller.engine import trainer_dict
     from mdistiller.models import get_model_entry
 
@@ -24,7 +24,7 @@ def test_every_shipped_config_loads_and_names_things_that_exist(path):
     zoo = DATASETS[cfg.DATASET.TYPE].zoo or "cifar"
     get_model_entry(cfg.DISTILLER.STUDENT, zoo)
     assert cfg.SOLVER.TRAINER in trainer_dict
-    if distiller_dict[cfg.DISTILLER.TYPE].uses_teacher:
+    if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
         teacher = get_model_entry(cfg.DISTILLER.TEACHER, zoo)
         assert teacher.checkpoint or cfg.DISTILLER.TEACHER_CFG or cfg.DISTILLER.TEACHER_CKPT
     if cfg.DISTILLER.TEACHER_CFG:
