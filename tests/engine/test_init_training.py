@@ -16,6 +16,7 @@ from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.init_stage import STRIDE, InitTrainer
 from mdistiller.engine.trainer import BaseTrainer, seed_everything
+from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
 
@@ -258,26 +259,38 @@ def test_a_changed_stage_is_not_resumed(tmp_path, monkeypatch, capsys):
     assert "FSP.INIT.EPOCHS was 2, is now 3" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_a_stage_that_is_not_there_is_refused(tmp_path):
+    path = config(tmp_path, "FSP")
+    distiller, data = before(path)
+    main = BaseTrainer("x", distiller, data.train, data.val, load_config(path))
+    main.init_state = {"stage": "init-AB", "epoch": 1}
+    with pytest.raises(UserError, match="of the stage 'init-AB', which this config does not have"):
+        main.initialize()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Records of FSP's stage under the plain trainer in full precision."""
+    path = config(tmp_path_factory.mktemp("plain"), "FSP", init=1, epochs=1)
+    return rows(train(path))[0]
+
+
 @pytest.mark.parametrize("trainer", ["dot", "crd", "older"])
-def test_every_trainer_has_the_stage(tmp_path, trainer):
+def test_every_trainer_has_the_stage(tmp_path, plain, trainer):
     """Its steps are plain ones, whatever the main stage's are."""
     (tmp_path / "old.py").write_text(OLD_TRAINER)
-    plain = rows(train(config(tmp_path / "base", "FSP", epochs=1)))
-    text = f"SOLVER: {{TRAINER: {trainer}}}\n"
-    path = config(tmp_path / trainer, "FSP", text, epochs=1)
-    run = train(path, "--import", tmp_path / "old.py")
-    assert rows(run)[0] == plain[0]
-    assert len(rows(run)[1]) == 1
+    path = config(tmp_path, "FSP", f"SOLVER: {{TRAINER: {trainer}}}\n", init=1, epochs=1)
+    init, main = rows(train(path, "--import", tmp_path / "old.py"))
+    assert init == plain
+    assert len(main) == 1
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_follows_full_precision(tmp_path, amp):
-    full, _ = rows(train(config(tmp_path / "full", "FSP", epochs=1)))
+def test_mixed_precision_follows_full_precision(tmp_path, plain, amp):
     text = f"SOLVER: {{AMP: {amp}, CLIP_GRAD_NORM: 1.0e+4}}\n"
-    path = config(tmp_path / amp, "FSP", text, epochs=1)
-    half, _ = rows(train(path))
-    assert half[0]["train_loss"] != full[0]["train_loss"]
-    assert half[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=0.05)
+    half, _ = rows(train(config(tmp_path, "FSP", text, init=1, epochs=1)))
+    assert half[0]["train_loss"] != plain[0]["train_loss"]
+    assert half[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.05)
 
 
 def test_clipping_bounds_the_step(tmp_path, monkeypatch):
