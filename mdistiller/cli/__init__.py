@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "eval": "accuracy of a checkpoint on a data set",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
+    "sweep": "grids, seeds and searches from one file, in parallel: a table",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

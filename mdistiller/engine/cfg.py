@@ -92,6 +92,8 @@ class Config(CfgNode):
     def _merge_root(self, incoming: Mapping[str, Any]) -> None:
         if self.is_frozen():
             raise AttributeError("this config is frozen; clone() and defrost() it to change it")
+        if "SWEEP" in incoming:
+            raise UserError(f"SWEEP: {incoming['SWEEP']} is a sweep: run it with tools/sweep.py")
         modules = resolve_imports(literal(incoming.get("IMPORTS") or []), Path())
         if modules:  # they add up; what they register has to be known before its keys are read
             import_user_modules(modules)

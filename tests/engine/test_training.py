@@ -324,7 +324,7 @@ def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monke
     # Released for 100 classes, it is none for this data: the config is what counts then.
     monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(entry.constructor, path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdistiller.engine.run.train_teacher", lambda cfg, device: path)
+        patch.setattr("mdistiller.engine.teacher.train_teacher", lambda *_: path)
         train(tmp_path, "EXPERIMENT.NAME", "second", **settings)
 
 
