@@ -12,6 +12,7 @@ COMMANDS = {
     "models": "networks with parameters, operations and stage shapes",
     "methods": "what every method is, uses and needs: a table",
     "benchmark": "measured speed of the parts",
+    "sweep": "grids, seeds and searches from one file, in parallel: a table",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

@@ -23,7 +23,8 @@ def guarded(command: Callable[[], None]) -> int:
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; continue a training run with --resume", file=sys.stderr, flush=True)
+        advice = "continue a training run with --resume, a sweep by the same command"
+        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 

@@ -33,15 +33,14 @@ def parser() -> argparse.ArgumentParser:
 def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Summary and accuracy curve of a run, trained unless it is there; unfinished ones continue."""
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.run import experiment_name, train
+    from mdistiller.engine.record import experiment_name
+    from mdistiller.engine.run import train_or_continue
 
     overrides = ["LOG.PREFIX", str(out), *overrides]
     cfg = load_config(f"configs/digits/{config}.yaml", overrides)
     folder = out / experiment_name(cfg, overrides)
-    if not (folder / "summary.json").is_file():
-        with (out / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
-            train(cfg, overrides, resume=(folder / "latest").is_file())
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    with (out / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
+        summary = train_or_continue(cfg, overrides)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return {**summary, "curve": [json.loads(line)["test_acc"] for line in lines]}
 
@@ -74,17 +73,17 @@ def student_runs(seeds: int, epochs: list[str], out: Path) -> dict[str, list[dic
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table: last-epoch accuracy (mean ± sample std over seeds), parameters, seconds."""
+    from mdistiller.engine.sweep.table import mean_std
+
     rows = [
         "| run | last top-1 % | seeds | parameters | seconds per run |",
         "|---|---|---|---|---|",
     ]
     for name, runs in results.items():
-        last = [run["last_acc"] for run in runs]
-        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        last = mean_std([run["last_acc"] for run in runs])
         seconds = statistics.mean(run["seconds"] for run in runs)
         rows.append(
-            f"| {name} | {statistics.mean(last):.2f}{spread} | {len(runs)} | "
-            f"{runs[0]['parameters']:,} | {seconds:.1f} |"
+            f"| {name} | {last} | {len(runs)} | {runs[0]['parameters']:,} | {seconds:.1f} |"
         )
     return "\n".join(rows)
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.dataset import Data
+from mdistiller.dataset import DATASETS, Data, DataSource
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
-from mdistiller.engine.trainer import seed_everything
+from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.registry import UserError
@@ -67,7 +68,19 @@ def check_input(net: nn.Module, name: str, data: Data) -> None:
         net.train(was_training)
 
 
-def check_models(cfg: Any, data: Data) -> None:
+def check_names(cfg: Any) -> None:
+    """Refuse a config that names what does not exist, without reading any data."""
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    OPTIMIZERS[cfg.SOLVER.TYPE]
+    trainer_dict[cfg.SOLVER.TRAINER]
+    source = DATASETS[cfg.DATASET.TYPE]
+    check_models(cfg, source)
+    needs_file = method.uses_teacher and not cfg.DISTILLER.TEACHER_CFG
+    if needs_file and find_teacher(cfg, source) is None:
+        raise UserError(no_teacher(cfg, source))
+
+
+def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse a method or model name that does not exist, and a switch the method does not have."""
     model_entry(cfg, "STUDENT", data)
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -85,7 +98,7 @@ def check_models(cfg: Any, data: Data) -> None:
         model_entry(cfg, "TEACHER", data)
 
 
-def model_entry(cfg: Any, role: str, data: Data) -> ModelEntry:
+def model_entry(cfg: Any, role: str, data: Data | DataSource) -> ModelEntry:
     """The zoo's entry for the network in a role, "STUDENT" or "TEACHER"."""
     try:
         return get_model_entry(cfg.DISTILLER[role], data.zoo)
@@ -127,7 +140,7 @@ def find_teacher(cfg: Any, data: Data) -> Path | None:
     return Path(entry.checkpoint)
 
 
-def no_teacher(cfg: Any, data: Data) -> str:
+def no_teacher(cfg: Any, data: Data | DataSource) -> str:
     """The error for a teacher whose weights are nowhere."""
     usual = model_entry(cfg, "TEACHER", data).checkpoint
     looked = f" (looked for {usual})" if usual else ""

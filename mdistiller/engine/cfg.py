@@ -45,9 +45,10 @@ ENGINE_CONFIG: dict[str, Any] = {
         "BATCH_SIZE": 64,  # per process
         "EPOCHS": 240,
         "LR": 0.05,
-        "SCHEDULE": "multistep",  # multistep, cosine or constant
+        "SCHEDULE": "multistep",  # multistep, cosine, plateau or constant
         "LR_DECAY_STAGES": [150, 180, 210],
         "LR_DECAY_RATE": 0.1,
+        "PATIENCE": 10,  # plateau: epochs without a lower training loss that are put up with
         "WARMUP_EPOCHS": 0,  # epochs of linear warm-up of the learning rate
         "MIN_LR": 0.0,  # where the cosine ends
         "WEIGHT_DECAY": 0.0001,
@@ -99,6 +100,8 @@ class Config(CfgNode):
     def _merge_root(self, incoming: Mapping[str, Any]) -> None:
         if self.is_frozen():
             raise AttributeError("this config is frozen; clone() and defrost() it to change it")
+        if "SWEEP" in incoming:
+            raise UserError(f"SWEEP: {incoming['SWEEP']} is a sweep: run it with tools/sweep.py")
         modules = resolve_imports(literal(incoming.get("IMPORTS") or []), Path())
         if modules:  # they add up; what they register has to be known before its keys are read
             import_user_modules(modules)
@@ -324,6 +327,7 @@ def check_values(cfg: CfgNode) -> None:
         "SOLVER.BATCH_SIZE": 1,
         "SOLVER.EPOCHS": 1,
         "SOLVER.WARMUP_EPOCHS": 0,
+        "SOLVER.PATIENCE": 0,
         "SOLVER.WEIGHT_DECAY": 0,
         "SOLVER.MOMENTUM": 0,
         "SOLVER.CLIP_GRAD_NORM": 0,
@@ -342,11 +346,19 @@ def check_values(cfg: CfgNode) -> None:
             raise UserError(f"{name} must be at least {low}, got {value}")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
+    if cfg.SOLVER.SCHEDULE == "plateau":
+        if cfg.SOLVER.WARMUP_EPOCHS:
+            raise UserError("SOLVER.SCHEDULE plateau has no warm-up: set SOLVER.WARMUP_EPOCHS 0")
+        if not 0 < cfg.SOLVER.LR_DECAY_RATE < 1:
+            raise UserError(
+                "SOLVER.SCHEDULE plateau needs a SOLVER.LR_DECAY_RATE between 0 and 1, got "
+                f"{cfg.SOLVER.LR_DECAY_RATE}"
+            )
     if cfg.SOLVER.LR <= 0:
         raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
     for name, value, allowed in (
         ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
-        ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "constant")),
+        ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "plateau", "constant")),
     ):
         if value not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     LRScheduler,
     MultiStepLR,
+    ReduceLROnPlateau,
     SequentialLR,
 )
 
@@ -61,7 +62,8 @@ def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
     """The schedule of `cfg.SOLVER`, to be stepped once after every epoch.
 
     A stage s of LR_DECAY_STAGES is the last epoch (counted from 1) at the old rate. WARMUP_EPOCHS
-    epochs rise linearly to LR and are part of EPOCHS; the stages are not shifted by them.
+    epochs rise linearly to LR and are part of EPOCHS; the stages are not shifted by them. "plateau"
+    multiplies by LR_DECAY_RATE after more than PATIENCE epochs without a lower training loss.
     """
     warmup = solver.WARMUP_EPOCHS
     main: LRScheduler
@@ -71,12 +73,23 @@ def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
     elif solver.SCHEDULE == "cosine":
         epochs = max(solver.EPOCHS - warmup, 1)
         main = CosineAnnealingLR(optimizer, epochs, eta_min=solver.MIN_LR)
+    elif solver.SCHEDULE == "plateau":
+        factor, patience = solver.LR_DECAY_RATE, solver.PATIENCE
+        return ReduceLROnPlateau(optimizer, "min", factor, patience, min_lr=solver.MIN_LR)
     else:
         main = ConstantLR(optimizer, factor=1.0)
     if not warmup:
         return main
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+
+def step_scheduler(scheduler: LRScheduler, train_loss: float) -> None:
+    """Move a schedule on by one epoch, whose mean training loss was `train_loss`."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(train_loss)
+    else:
+        scheduler.step()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -1,15 +1,17 @@
-"""How a run was made: config, command, revision, versions, seed, device."""
+"""A run's folder, and how it was made: config, command, revision, versions, seed, device."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 import yaml
 
 from mdistiller import __version__
-from mdistiller.engine.cfg import dump_cfg, flatten
+from mdistiller.engine.cfg import Config, dump_cfg, flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
 from mdistiller.registry import UserError
@@ -25,6 +27,31 @@ from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
     from mdistiller.engine.trainer import BaseTrainer
+
+_LONGEST = 200  # bytes of a folder name; file systems allow 255
+# Keys that say where files go, not what is trained: they stay out of a run folder's name.
+_PLACES = ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "LOG.PREFIX", "IMPORTS")
+
+
+def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
+    """`PROJECT/NAME` of a run folder: NAME, else TAG, and the overrides behind it.
+
+    A NAME among the overrides is the whole name. Long names end in a hash.
+    """
+    given = dict(zip(overrides[0::2], overrides[1::2], strict=True))
+    items = [f"{key}:{value}" for key, value in given.items() if key not in _PLACES]
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    if "EXPERIMENT.NAME" not in given:
+        name += ",".join(items)
+    name = name.replace("/", "_").replace(os.sep, "_")
+    raw = name.encode()
+    if len(raw) > _LONGEST:
+        digest = hashlib.sha256(raw).hexdigest()[:10]
+        name = f"{raw[: _LONGEST - 11].decode(errors='ignore')}-{digest}"
+    parts = [*Path(cfg.EXPERIMENT.PROJECT).parts, name]
+    if name in ("", ".") or any(part in ("..", "/") for part in parts):
+        raise UserError(f"EXPERIMENT.PROJECT and NAME make no folder name: {'/'.join(parts)!r}")
+    return "/".join(parts)
 
 
 class RunRecord(Hook):
@@ -70,6 +97,11 @@ def changed_settings(folder: Path, cfg: Any) -> list[str]:
         recorded["EXPERIMENT"]["SEED"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    return differences(recorded, cfg)
+
+
+def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
+    """:func:`changed_settings` for a config that was recorded as a nested mapping."""
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *cfg.DISTILLER.TYPE.split("+")]
     keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]

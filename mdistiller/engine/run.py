@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -16,52 +15,33 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import (
     build_distiller,
     check_models,
-    find_teacher,
     measure_teacher,
-    no_teacher,
 )
-from mdistiller.engine.cfg import Config, find_config, load_config, show_cfg
+from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.distributed import barrier, process_group, wrap
-from mdistiller.engine.record import RunRecord, changed_settings
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
+from mdistiller.engine.teacher import resolve_teacher
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
 
-# Keys that say where files go, not what is trained: they stay out of a run folder's name.
-_LONGEST = 200  # bytes of a folder name; file systems allow 255
-_PLACES = ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "LOG.PREFIX", "IMPORTS")
 
-
-def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
-    """`PROJECT/NAME` of a run folder: NAME, else TAG, and the overrides behind it.
-
-    A NAME among the overrides is the whole name. Long names end in a hash.
-    """
-    given = dict(zip(overrides[0::2], overrides[1::2], strict=True))
-    items = [f"{key}:{value}" for key, value in given.items() if key not in _PLACES]
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    if "EXPERIMENT.NAME" not in given:
-        name += ",".join(items)
-    name = name.replace("/", "_").replace(os.sep, "_")
-    raw = name.encode()
-    if len(raw) > _LONGEST:
-        digest = hashlib.sha256(raw).hexdigest()[:10]
-        name = f"{raw[: _LONGEST - 11].decode(errors='ignore')}-{digest}"
-    parts = [*Path(cfg.EXPERIMENT.PROJECT).parts, name]
-    if name in ("", ".") or any(part in ("..", "/") for part in parts):
-        raise UserError(f"EXPERIMENT.PROJECT and NAME make no folder name: {'/'.join(parts)!r}")
-    return "/".join(parts)
-
-
-def train(cfg: Config, overrides: Sequence[str] = (), resume: bool = False) -> dict[str, Any]:
+def train(
+    cfg: Config,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, Any]:
     """Train what a config describes.
 
     Args:
         cfg: the whole config.
         overrides: the command line's `[key, value, ...]`, already merged; they name the run folder.
         resume: continue the run in that folder.
+        hooks: run before all others.
 
     Returns:
         The run's summary, which is also `summary.json` in its folder.
@@ -69,7 +49,22 @@ def train(cfg: Config, overrides: Sequence[str] = (), resume: bool = False) -> d
     device = resolve_device(cfg.DEVICE)
     set_determinism(cfg.SOLVER.DETERMINISTIC)
     with process_group(device):
-        return _train(cfg, experiment_name(cfg, overrides), resume, device)
+        return _train(cfg, experiment_name(cfg, overrides), resume, device, hooks)
+
+
+def train_or_continue(
+    cfg: Config, overrides: Sequence[str] = (), hooks: Sequence[Hook] = ()
+) -> dict[str, Any]:
+    """The summary of a run: of a finished one as it stands, else after training what is missing."""
+    folder = Path(cfg.LOG.PREFIX) / experiment_name(cfg, overrides)
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):  # not there, or cut off while it was written
+        return train(cfg, overrides, resume=(folder / "latest").is_file(), hooks=hooks)
+    changes = changed_settings(folder, cfg)
+    if changes:
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(changes)})")
+    return summary
 
 
 def set_determinism(wanted: bool) -> None:
@@ -80,14 +75,16 @@ def set_determinism(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[str, Any]:
+def _train(
+    cfg: Config, name: str, resume: bool, device: torch.device, hooks: Sequence[Hook] = ()
+) -> dict[str, Any]:
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     method = get_distiller(cfg.DISTILLER.TYPE)
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
     data = load_data(cfg, device)
     check_models(cfg, data)  # before hours go into a teacher
-    teacher_ckpt = resolve_teacher(cfg, data, device) if method.uses_teacher else None
+    teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None
     distiller = build_distiller(cfg, data, device, teacher_ckpt)
     if rank() == 0:
         show_cfg(cfg)
@@ -95,7 +92,7 @@ def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[s
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
-        trainer.hooks.insert(0, RunRecord())
+        trainer.hooks[:0] = [*hooks, RunRecord()]
     trainer.train(resume=resume)
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
@@ -132,50 +129,6 @@ def check_folder(folder: Path, cfg: Config, resume: bool) -> None:
                 f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
                 "change them back, or start another run under EXPERIMENT.NAME"
             )
-
-
-def resolve_teacher(cfg: Config, data: Data, device: torch.device) -> Path:
-    """The teacher's weights: TEACHER_CKPT, the zoo's file, or TEACHER_CFG, trained if need be."""
-    found = find_teacher(cfg, data)
-    if found is not None:
-        return found
-    if not cfg.DISTILLER.TEACHER_CFG:
-        raise UserError(no_teacher(cfg, data))
-    return train_teacher(cfg, device)
-
-
-def train_teacher(cfg: Config, device: torch.device) -> Path:
-    """The weights that DISTILLER.TEACHER_CFG leads to, trained where that has not been done.
-
-    The teacher sees the student's data, device and output folder; the rest is its own config. Its
-    last epoch is taken, so that no test accuracy selects it.
-    """
-    settings = cfg.DISTILLER
-    own = load_config(find_config(settings.TEACHER_CFG)).clone()
-    own.defrost()
-    own.DATASET, own.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
-    own.LOG.PREFIX, own.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB
-    own.freeze()
-    if own.DISTILLER.STUDENT != settings.TEACHER:
-        raise UserError(
-            f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
-            f"but DISTILLER.TEACHER is {settings.TEACHER}"
-        )
-    name = experiment_name(own)
-    folder = Path(own.LOG.PREFIX) / name
-    started = (folder / "latest").is_file()
-    if started:
-        changes = changed_settings(folder, own)
-        if changes:
-            raise UserError(
-                f"the teacher in {folder} was trained with other settings ({'; '.join(changes)}): "
-                f"set EXPERIMENT.NAME in {settings.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
-            )
-    if not started or load_checkpoint(folder / "latest")["epoch"] < own.SOLVER.EPOCHS:
-        if rank() == 0:
-            print(log_msg(f"training the teacher first: {settings.TEACHER_CFG}"), flush=True)
-        _train(own, name, started, device)
-    return folder / "student_latest"
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:

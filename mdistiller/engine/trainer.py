@@ -18,7 +18,7 @@ from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_pref
 from mdistiller.engine.distributed import broadcast_buffers, is_main_process, unwrap
 from mdistiller.engine.hooks import Hook, default_hooks
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
-from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler
+from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_scheduler
 from mdistiller.engine.utils import correct_counts, progress
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank
@@ -135,7 +135,7 @@ class BaseTrainer:
             "images_per_second": len(self.train_loader.dataset) / seconds,
             "seconds": seconds,
         }
-        self.scheduler.step()
+        step_scheduler(self.scheduler, record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
         for hook in self.hooks:
@@ -240,6 +240,11 @@ class BaseTrainer:
         if saved is not None:
             self.scheduler.load_state_dict(saved)
             return
+        if self.cfg.SOLVER.SCHEDULE == "plateau":
+            raise UserError(
+                f"{self.log_path / 'latest'} holds no schedule, and a plateau depends on all "
+                "epochs before: choose another SOLVER.SCHEDULE"
+            )
         # The original saved no schedule: run a fresh one up to this epoch.
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = group["initial_lr"] = rate

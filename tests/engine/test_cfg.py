@@ -77,7 +77,9 @@ BAD = {
     "SOLVER..LR 3": "'SOLVER..LR' is no config key",
     "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
     "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
-    "SOLVER.SCHEDULE poly": "SOLVER.SCHEDULE must be one of multistep, cosine, constant",
+    "SOLVER.SCHEDULE poly": "SOLVER.SCHEDULE must be one of multistep, cosine, plateau, constant",
+    "SOLVER.SCHEDULE plateau SOLVER.WARMUP_EPOCHS 2": "SOLVER.SCHEDULE plateau has no warm-up",
+    "SOLVER.SCHEDULE plateau SOLVER.LR_DECAY_RATE 1": "between 0 and 1, got 1",
     "IMPORTS nowhere.py": "IMPORTS: no file nowhere.py",
     "IMPORTS [3]": "IMPORTS wants names of files or modules, got 3",
 }

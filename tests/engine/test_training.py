@@ -10,6 +10,7 @@ import torch
 from support import REPO, command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
+from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.optim import build_optimizer, build_scheduler
 from mdistiller.engine.run import experiment_name
@@ -106,6 +107,32 @@ def test_schedules():
     assert rates(6, SCHEDULE="cosine", WARMUP_EPOCHS=2) == pytest.approx([1 / 3, 2 / 3, *cosine])
     warm = rates(5, LR_DECAY_STAGES="[3]", WARMUP_EPOCHS=2)
     assert warm == pytest.approx([1 / 3, 2 / 3, 1, 0.1, 0.1])
+
+
+def test_a_plateau_lowers_the_rate_and_resumes_exactly(tmp_path, monkeypatch, capsys):
+    """Epochs 3 to 5 improve nothing, one more than PATIENCE: a tenth from epoch 6 on."""
+    losses = iter([2.0, 1.0, 1.0, 1.5, 1.0, 0.9, 0.8, 0.9, 0.95, 0.9])
+
+    class Scripted(trainer_dict["base"]):
+        def train_iter(self, data, epoch, train_meters):
+            if self.step == 1:
+                self.loss = next(losses)
+            train_meters["losses"].update(self.loss)
+            return ""
+
+    monkeypatch.setitem(trainer_dict, "base", Scripted)
+    text = "SOLVER: {TYPE: Adam, LR: 1.0, SCHEDULE: plateau, PATIENCE: 2}\n"
+    run = train(tmp_path, epochs=4, text=text)
+    train(tmp_path, "--resume", epochs=10, text=text)
+    rates = [1.0] * 5 + [0.1] * 5
+    assert [row["lr"] for row in metrics(run)] == pytest.approx(rates)
+    state = load(run / "latest")
+    del state["scheduler"]
+    torch.save(state, run / "latest")
+    assert (
+        train_command.main(["--cfg", str(write_config(tmp_path, text, epochs=11)), "--resume"]) == 2
+    )
+    assert "holds no schedule, and a plateau" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
@@ -297,7 +324,7 @@ def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monke
     # Released for 100 classes, it is none for this data: the config is what counts then.
     monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(entry.constructor, path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdistiller.engine.run.train_teacher", lambda cfg, device: path)
+        patch.setattr("mdistiller.engine.teacher.train_teacher", lambda *_: path)
         train(tmp_path, "EXPERIMENT.NAME", "second", **settings)
 
 

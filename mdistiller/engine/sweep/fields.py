@@ -1,0 +1,184 @@
+"""Keys and values of a sweep file, checked one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cfg import Config, coerce, flatten, literal, lookup, overlay
+from mdistiller.registry import UserError, suggest
+
+# In a run's summary; with held-out images the first two are measured on those.
+METRICS = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
+DEFAULTS: dict[str, Any] = {
+    "SWEEP": "",
+    "CONFIG": "",
+    "OVERRIDES": {},
+    "VARIANTS": [],
+    "GRID": {},
+    "SPACE": {},
+    "TRIALS": 0,
+    "PRUNE": 0,
+    "SEEDS": 1,
+    "METRIC": "last_acc",
+    "LOSS_FALLS": False,
+}
+_VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}}
+# Config keys that a sweep sets for each run, and where they come from.
+_OWN = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    whole: bool = False
+
+
+Axis = Range | tuple[Any, ...]
+
+
+def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep file's table with its defaults, every key known and every value of its kind."""
+    table = _checked(table, DEFAULTS, "")
+    if not table["SWEEP"]:
+        raise UserError("SWEEP wants the name of the study")
+    if table["METRIC"] not in METRICS:
+        raise UserError(
+            f"METRIC {table['METRIC']!r} is none of {', '.join(METRICS)}"
+            f"{suggest(table['METRIC'], METRICS)}"
+        )
+    for key in ("TRIALS", "PRUNE"):
+        if table[key] < 0:
+            raise UserError(f"{key} must not be negative, got {table[key]}")
+        if table[key] and not table["SPACE"]:
+            raise UserError(f"{key} belongs to a search, and there is no SPACE")
+    if table["SPACE"]:
+        for key in ("VARIANTS", "GRID"):
+            if table[key]:
+                raise UserError(f"SPACE and {key} exclude each other: search, or try all")
+        if not table["TRIALS"]:
+            raise UserError("SPACE wants TRIALS, the number of points to try")
+        if table["METRIC"].startswith("test_"):
+            raise UserError(
+                f"METRIC {table['METRIC']}: a search must not select on the test set of a run that "
+                "holds out images for that; use last_acc or best_acc"
+            )
+    table["SEEDS"] = _seeds(table["SEEDS"])
+    table["VARIANTS"] = [_variant(given) for given in table["VARIANTS"]] or [dict(_VARIANT)]
+    return table
+
+
+def _variant(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or not given.get("NAME"):
+        raise UserError(f"VARIANTS: each wants a NAME, got {given!r}")
+    return _checked(given, _VARIANT, f"variant {given['NAME']}: ")
+
+
+def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`given` over `defaults`."""
+    table = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            near = suggest(key, defaults) or f" (keys: {', '.join(defaults)})"
+            raise UserError(f"{where}unknown sweep key {key}{near}")
+        if value is None or key == "SEEDS":
+            pass
+        elif isinstance(defaults[key], dict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}{key} wants config keys with values, got {value!r}")
+        elif isinstance(defaults[key], list):
+            if not isinstance(value, list):
+                raise UserError(f"{where}{key} wants a list, got {value!r}")
+        else:
+            value = coerce(value, defaults[key], f"{where}{key}")
+        table[key] = defaults[key] if value is None else value
+    return table
+
+
+def _seeds(value: Any) -> list[int]:
+    seeds = list(range(value)) if type(value) is int else value
+    if not isinstance(seeds, list) or not seeds or {type(seed) for seed in seeds} != {int}:
+        raise UserError(f"SEEDS wants their number or a list of whole numbers, got {value!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"SEEDS {seeds} has one twice")
+    return seeds
+
+
+def nested(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides as sections: `SOLVER: {LR: 1}` is kept, `SOLVER.LR: 1` becomes that."""
+    sections: dict[str, Any] = {}
+    for key, value in table.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        sections = overlay(sections, value)
+    return sections
+
+
+def words(sections: Mapping[str, Any]) -> list[Any]:
+    """Sections as `[key, value, ...]`."""
+    return [word for key in flatten(sections) for word in (key, lookup(sections, key))]
+
+
+def refuse_own(overrides: Sequence[Any], axes: Mapping[str, Any], where: str) -> None:
+    """Refuse overrides of what differs between the trials."""
+    for key in overrides[0::2]:
+        if key in _OWN:
+            raise UserError(f"{where} {key}: in a sweep that comes from {_OWN[key]}")
+        if key in axes:
+            raise UserError(f"{where} {key}: that is an axis of the sweep")
+
+
+def grid_axes(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The axes of a grid, each a list; `DISTILLER.TYPE: all` becomes every registered method."""
+    axes = {}
+    for key, values in grid.items():
+        if key == "DISTILLER.TYPE" and values == "all":
+            values = sorted(distiller_dict, key=str.casefold)
+        if not isinstance(values, list) or not values:
+            raise UserError(f"GRID: {key} wants a list of values, got {values!r}")
+        axes[key] = [literal(value) for value in values]
+    return axes
+
+
+def label(chosen: Mapping[str, Any]) -> list[str]:
+    """Short words for a point of a grid: a text stands for itself, a number gets its key's end."""
+    ends = [key.rpartition(".")[2] for key in chosen]
+    parts = []
+    for (key, value), end in zip(chosen.items(), ends, strict=True):
+        name = end if ends.count(end) == 1 else key
+        parts.append(value if isinstance(value, str) else f"{name}={value}")
+    return parts
+
+
+def space_axis(key: str, given: Any, cfg: Config) -> Axis:
+    """An axis of a search; whole numbers where the config key `key` holds one."""
+    if isinstance(given, list) and given:
+        values = [literal(value) for value in given]
+        return tuple(v if isinstance(v, (str, int, float, bool)) else str(v) for v in values)
+    if not isinstance(given, Mapping) or not {"LOW", "HIGH"} <= set(given):
+        raise UserError(f"SPACE: {key} wants a list of values or LOW and HIGH, got {given!r}")
+    where = f"SPACE: {key}: "
+    whole = type(lookup(cfg, key)) is int
+    number = 1 if whole else 1.0
+    kinds = {"LOW": number, "HIGH": number, "LOG": False, "STEP": number}
+    axis = _checked(given, kinds, where)
+    step = axis["STEP"] if "STEP" in given else None
+    if axis["LOW"] >= axis["HIGH"]:
+        raise UserError(f"{where}LOW {axis['LOW']} is not below HIGH {axis['HIGH']}")
+    if axis["LOG"] and (step is not None or axis["LOW"] <= 0):
+        raise UserError(f"{where}LOG wants a LOW above 0 and no STEP")
+    if step is not None and step <= 0:
+        raise UserError(f"{where}STEP must be positive, got {step}")
+    return Range(axis["LOW"], axis["HIGH"], axis["LOG"], step, whole)
+
+
+def ends(axis: Axis) -> tuple[Any, ...]:
+    """Values of an axis to check a config with: all that are listed, or the two ends."""
+    return (axis.low, axis.high) if isinstance(axis, Range) else axis

@@ -1,0 +1,133 @@
+"""Where the teacher's weights come from, and training it first if a config says how."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from mdistiller.dataset import Data
+from mdistiller.distillers import get_distiller
+from mdistiller.engine.build import find_teacher, no_teacher
+from mdistiller.engine.cfg import Config, find_config, load_config
+from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.distributed import barrier
+from mdistiller.engine.record import changed_settings, experiment_name
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import rank
+
+# (config, name of the run folder, resume, device)
+TrainRun = Callable[[Config, str, bool, torch.device], Any]
+
+
+def resolve_teacher(cfg: Config, data: Data, device: torch.device, train_run: TrainRun) -> Path:
+    """The teacher's weights: TEACHER_CKPT, the zoo's file, or TEACHER_CFG, trained if need be."""
+    found = find_teacher(cfg, data)
+    if found is not None:
+        return found
+    if not cfg.DISTILLER.TEACHER_CFG:
+        raise UserError(no_teacher(cfg, data))
+    return train_teacher(cfg, device, train_run)
+
+
+def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Path:
+    """The weights that DISTILLER.TEACHER_CFG leads to, trained where that has not been done.
+
+    Its last epoch is taken, so that no test accuracy selects it. Of several processes that need
+    it, one trains and the others wait.
+    """
+    own = teacher_config(cfg)
+    folder = teacher_folder(own)
+    with _only_one(folder):
+        started = (folder / "latest").is_file()
+        if started:
+            changes = changed_settings(folder, own)
+            if changes:
+                raise UserError(
+                    f"the teacher in {folder} was trained with other settings "
+                    f"({'; '.join(changes)}): set EXPERIMENT.NAME in "
+                    f"{cfg.DISTILLER.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
+                )
+        if not started or load_checkpoint(folder / "latest")["epoch"] < own.SOLVER.EPOCHS:
+            if rank() == 0:
+                message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
+                print(log_msg(message), flush=True)
+            train_run(own, experiment_name(own), started, device)
+    return folder / "student_latest"
+
+
+def teacher_config(cfg: Config) -> Config:
+    """The config of the teacher that DISTILLER.TEACHER_CFG trains.
+
+    It sees the student's data, device and output folder; the rest is its own config.
+    """
+    settings = cfg.DISTILLER
+    own = load_config(find_config(settings.TEACHER_CFG)).clone()
+    own.defrost()
+    own.DATASET, own.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
+    own.LOG.PREFIX, own.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB
+    own.freeze()
+    if own.DISTILLER.STUDENT != settings.TEACHER:
+        raise UserError(
+            f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
+            f"but DISTILLER.TEACHER is {settings.TEACHER}"
+        )
+    return own
+
+
+def teacher_folder(own: Config) -> Path:
+    """The run folder of a teacher with this config."""
+    return Path(own.LOG.PREFIX) / experiment_name(own)
+
+
+def being_trained(cfg: Config) -> Path | None:
+    """The folder of the teacher that this config waits for, if another process is training it."""
+    settings = cfg.DISTILLER
+    if settings.TEACHER_CKPT or not settings.TEACHER_CFG:
+        return None
+    if not get_distiller(settings.TYPE).uses_teacher:
+        return None
+    folder = teacher_folder(teacher_config(cfg))
+    lock = _lock(folder)
+    if not Path(lock.lock_file).is_file():
+        return None
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        return folder
+
+
+def _lock(folder: Path) -> FileLock:
+    """Beside the folder; the system frees it when its holder dies."""
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep other runs off a folder, after waiting for those that are in it.
+
+    The first process of a run holds the lock for all of them.
+    """
+    if rank():
+        barrier()
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting = f"waiting for another process to train the teacher in {folder}"
+        print(log_msg(f"{waiting} ({lock.lock_file} is locked)"), flush=True)
+        lock.acquire()
+    try:
+        barrier()
+        yield
+    finally:
+        lock.release()
