@@ -36,6 +36,7 @@ class Separable(ActivatedStage):
         )
 
 
+@register_model("imagenet", "MobileNetV1")
 class MobileNetV1(StagedNet):
     """3x3 stem with stride 2, and thirteen separable blocks in four stages."""
 
@@ -60,8 +61,3 @@ class MobileNetV1(StagedNet):
 
     def get_stage_channels(self) -> list[int]:
         return super().get_stage_channels()[1:]
-
-
-@register_model("imagenet", "MobileNetV1")
-def mobilenetv1(num_classes: int = 1000) -> MobileNetV1:
-    return MobileNetV1(num_classes)
