@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,3 +85,13 @@ def world_size() -> int:
 def local_rank() -> int:
     """Rank on this machine, as torchrun gives it."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def first_on_machine() -> Iterator[None]:
+    """Let one process of each machine go first, so that only one downloads."""
+    if distributed() and local_rank() != 0:
+        dist.barrier()
+    yield
+    if distributed() and local_rank() == 0:
+        dist.barrier()

@@ -65,12 +65,12 @@ def torchrun(processes):
     ]
 
 
-def saved_teacher(folder, model="resnet8", num_classes=10, seed=1):
+def saved_teacher(folder, model="resnet8", num_classes=10, seed=1, zoo="cifar"):
     """A file with the weights of an untrained network, as a run leaves it; returns its path."""
     from mdistiller.models import get_model_entry
 
     torch.manual_seed(seed)
-    net = get_model_entry(model, "cifar")(num_classes=num_classes)
+    net = get_model_entry(model, zoo)(num_classes=num_classes)
     path = Path(folder) / f"{model}_{num_classes}.pth"
     torch.save({"model": net.state_dict()}, path)
     return path

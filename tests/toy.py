@@ -23,3 +23,10 @@ class Tiny16(Toy):
     def load(self, root, split, options):
         whole = super().load(root, split, options)
         return ImageSet(whole.images[:, :, ::2, ::2].contiguous(), whole.targets, whole.classes)
+
+
+@DATASETS.register("toy_imagenet")
+class ToyImageNet(Toy):
+    """The same for networks of the ImageNet zoo."""
+
+    zoo = "imagenet"

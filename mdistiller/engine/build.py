@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, rank
+from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network
 
 
@@ -117,13 +116,13 @@ def freeze_teacher(distiller: Distiller) -> None:
 
 
 def find_teacher(cfg: Any, data: Data) -> Path | None:
-    """The file of the teacher's weights: DISTILLER.TEACHER_CKPT, else the zoo's usual place.
+    """The file of the teacher's weights: DISTILLER.TEACHER_CKPT, else the zoo's released ones.
 
     None if neither is there. With a TEACHER_CFG, the zoo's file counts only for data with the
-    number of classes it was released for.
+    number of classes it was released for, and is not downloaded.
 
     Raises:
-        UserError: TEACHER_CKPT is given and does not exist.
+        UserError: TEACHER_CKPT is given and does not exist, or a download fails.
     """
     if cfg.DISTILLER.TEACHER_CKPT:
         path = Path(cfg.DISTILLER.TEACHER_CKPT)
@@ -132,12 +131,11 @@ def find_teacher(cfg: Any, data: Data) -> Path | None:
             raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
         return found
     entry = model_entry(cfg, "TEACHER", data)
-    if entry.checkpoint is None or not Path(entry.checkpoint).is_file():
-        return None
-    released = inspect.signature(entry.constructor).parameters["num_classes"].default
-    if cfg.DISTILLER.TEACHER_CFG and released != data.num_classes:
-        return None
-    return Path(entry.checkpoint)
+    own = bool(cfg.DISTILLER.TEACHER_CFG)
+    with first_on_machine():
+        released = entry.released(data.num_classes, fetch=not own)
+    misfits = released and own and entry.default_classes() != data.num_classes
+    return None if misfits else released
 
 
 def no_teacher(cfg: Any, data: Data | DataSource) -> str:

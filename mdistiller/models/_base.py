@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.models._neck import Neck, fits_with_neck, insert_neck, read_neck
+from mdistiller.models._released import TORCHVISION, download, place_of, url_of
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network
@@ -159,7 +161,10 @@ class StagedNet(nn.Module):
 
 
 class ModelEntry(NamedTuple):
-    """A zoo's entry. Unpacks as `(constructor, checkpoint)`; calling it builds the network."""
+    """A zoo's entry. Unpacks as `(constructor, checkpoint)`; calling it builds the network.
+
+    `checkpoint` is a file of released weights, or `torchvision:` and torchvision's name of them.
+    """
 
     constructor: Callable[..., StagedNet]
     checkpoint: str | None = None
@@ -168,21 +173,52 @@ class ModelEntry(NamedTuple):
         """Build the network, with the released weights if `pretrained`.
 
         Raises:
-            UserError: there are no released weights, or their file is absent or does not fit.
+            UserError: there are no released weights, or they cannot be had or do not fit.
         """
         net = self.constructor(*args, **kwargs)
         if pretrained:
             name = self.constructor.__name__
             if self.checkpoint is None:
                 raise UserError(f"{name} has no released weights; name a checkpoint of your own")
-            if not Path(self.checkpoint).is_file():
+            classes = kwargs.get("num_classes", net.classifier().weight.shape[0])
+            path = self.released(classes)
+            if path is None:
                 raise UserError(
                     f"the released weights of {name} are not at {self.checkpoint}; put them there "
                     "(download_ckpts/README.md says where from), or name a checkpoint of your own"
                 )
-            classes = kwargs.get("num_classes", net.classifier().weight.shape[0])
-            load_network(net, self.checkpoint, name, classes)
+            load_network(net, path, name, classes)
         return net
+
+    def default_classes(self) -> int:
+        """The number of classes that the constructor takes if it is told none."""
+        return inspect.signature(self.constructor).parameters["num_classes"].default
+
+    def released(self, num_classes: int, fetch: bool = True) -> Path | None:
+        """The file of the released weights; None if it is not there.
+
+        Args:
+            num_classes: classes of the data.
+            fetch: download the file if it is not there and torchvision publishes it.
+
+        Raises:
+            UserError: the download fails, or would be of weights for another number of classes.
+        """
+        if self.checkpoint is None:
+            return None
+        path, url = place_of(self.checkpoint), url_of(self.checkpoint)
+        if path.is_file():
+            return path
+        if url is None or not fetch:
+            return None
+        name = self.constructor.__name__
+        if num_classes != self.default_classes():
+            raise UserError(
+                f"the released weights of {name} are for {self.default_classes()} classes, but "
+                f"{num_classes} are wanted; name a checkpoint of your own"
+            )
+        download(url, path, name)
+        return path
 
 
 cifar_model_dict = Registry("CIFAR model")
@@ -205,9 +241,12 @@ def register_model(
     Args:
         zoo: "cifar", "tiny_imagenet" or "imagenet".
         name: the name that configs use.
-        checkpoint: released weights, relative to `download_ckpts/`.
+        checkpoint: released weights, relative to `download_ckpts/`; or `torchvision:` and
+            torchvision's name of them.
     """
-    path = str(project_root() / "download_ckpts" / checkpoint) if checkpoint else None
+    path = checkpoint
+    if checkpoint and not checkpoint.startswith(TORCHVISION):
+        path = str(project_root() / "download_ckpts" / checkpoint)
 
     def enter(constructor: Constructor) -> Constructor:
         _ZOOS[zoo].add(name, ModelEntry(constructor, path))

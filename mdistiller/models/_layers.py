@@ -34,6 +34,14 @@ class ResidualStage(nn.Sequential):
         return x, preact
 
 
+class ActivatedStage(nn.Sequential):
+    """Layers in turn, and a ReLU that is not a child."""
+
+    def forward(self, x: Tensor) -> Staged:
+        preact = super().forward(x)
+        return F.relu(preact), preact
+
+
 class LinearStage(nn.Sequential):
     """Layers in turn whose output has no pre-activation to show."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPO, command, saved_teacher, write_config
+from support import REPO, TOY, command, saved_teacher, write_config
 
 from mdistiller.cli import COMMANDS
 from mdistiller.cli import eval as eval_command
@@ -52,6 +52,8 @@ BAD = {
     "DATASET.TYPE imagefolder DATASET.ROOT nowhere": "nowhere",
     "--resume": "--resume: there is no checkpoint",
     "DISTILLER.TYPE KD DISTILLER.TEACHER resnet56": "no weights for the teacher resnet56",
+    "DISTILLER.TYPE KD DISTILLER.TEACHER ResNet18 DISTILLER.STUDENT MobileNetV1 "
+    "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CKPT none.pth": "TEACHER_CKPT: none.pth does not exist",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CFG none.yaml": "config file 'none.yaml' not found",
     "DEVICE tpu": "DEVICE 'tpu' is no device",
@@ -217,6 +219,17 @@ def test_eval_equals_a_measurement_by_hand(tmp_path, capsys):
     loader = load_test_loader(load_config("", ["DATASET.TYPE", "digits"])).loader
     top1, top5, loss = validate(loader, Vanilla(net))
     assert f"top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.4f}" in line
+
+
+def test_eval_of_imagenet_networks(tmp_path, capsys):
+    words = ["-d", "toy_imagenet", "--import", TOY, "-m"]
+    path = str(saved_teacher(tmp_path, "ResNet18", zoo="imagenet"))
+    assert eval_command.main([*words, "ResNet18", "-c", path]) == 0
+    assert "ResNet18 on toy_imagenet (60 images): top-1" in capsys.readouterr().out
+    line = refused(capsys, [*words, "ResNet18"], main=eval_command.main)
+    assert "for 1000 classes, but 10 are wanted" in line
+    line = refused(capsys, [*words, "MobileNetV1"], main=eval_command.main)
+    assert "MobileNetV1 has no released weights" in line
 
 
 def test_eval_refuses_with_one_line(tmp_path, capsys):

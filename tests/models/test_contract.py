@@ -1,4 +1,4 @@
-"""What every network of the CIFAR and Tiny-ImageNet zoos must give (see StagedNet)."""
+"""What every network of the zoos must give (see StagedNet)."""
 
 import copy
 
@@ -6,12 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mdistiller.models import StagedNet, cifar_model_dict, tiny_imagenet_model_dict
+from mdistiller.models import (
+    StagedNet,
+    cifar_model_dict,
+    imagenet_model_dict,
+    tiny_imagenet_model_dict,
+)
 from mdistiller.registry import UserError
 
 ENTRIES = {
     f"{zoo}-{name}": entry
-    for zoo, table in (("cifar", cifar_model_dict), ("tiny", tiny_imagenet_model_dict))
+    for zoo, table in (
+        ("cifar", cifar_model_dict),
+        ("tiny", tiny_imagenet_model_dict),
+        ("imagenet", imagenet_model_dict),
+    )
     for name, entry in table.items()
 }
 LINEAR = {"cifar-MobileNetV2", "tiny-MobileNetV2"}  # no pre-activations
@@ -22,7 +31,8 @@ NO_NORM = {
     "cifar-BabyStudentReLU",
     "cifar-BabyTeacherReLU",
 }
-ACTIVATED = ("resnet", "ResNet", "vgg", "ShuffleV1")
+ACTIVATED = ("resnet", "ResNet", "vgg", "ShuffleV1", "MobileNetV1")
+NO_STEM = {"imagenet-MobileNetV1"}  # its lists begin with the first stage
 
 
 @pytest.fixture(scope="module", params=ENTRIES)
@@ -65,11 +75,11 @@ def test_preactivations_pair_with_features(name, output):
         return
     feats, preacts = features["feats"], features["preact_feats"]
     assert [preact.shape for preact in preacts] == [feat.shape for feat in feats]
-    assert preacts[0] is feats[0]
+    assert (preacts[0] is feats[0]) == (name not in NO_STEM)
     if name.split("-")[1].startswith(ACTIVATED):
         for feat, preact in zip(feats, preacts, strict=True):
             torch.testing.assert_close(F.relu(preact), feat)
-            assert feat is preacts[0] or preact.min() < 0
+            assert preact is feat or preact.min() < 0
 
 
 def test_head_is_pooling_and_classifier(net, output):
@@ -111,8 +121,25 @@ def test_norms_before_relu_fit_their_stages(name, net):
         with pytest.raises(NotImplementedError):  # what the original raises
             net.get_bn_before_relu()
         return
-    norms = net.get_bn_before_relu()
-    assert [norm.num_features for norm in norms] == net.get_stage_channels()[1:]
+    widths = net.get_stage_channels()
+    stages = widths if name in NO_STEM else widths[1:]
+    if name.startswith("imagenet-ResNet"):
+        stages = stages[1:]  # the original's OFD leaves out the first
+    assert [norm.num_features for norm in net.get_bn_before_relu()] == stages
+
+
+def test_norms_before_relu_make_the_preactivations(name, net):
+    """Each norm's output, plus at most a shortcut, is the stage's pre-activation."""
+    if name in NO_NORM | LINEAR:
+        return
+    twin, outputs = copy.deepcopy(net).eval(), []
+    norms = twin.get_bn_before_relu()
+    for norm in norms:
+        norm.register_forward_hook(lambda _, __, out: outputs.append(out))
+    preacts = twin(torch.randn(2, 3, 32, 32))[1]["preact_feats"][-len(norms) :]
+    for preact, output in zip(preacts, outputs, strict=True):
+        (grad,) = torch.autograd.grad(preact.sum(), output, retain_graph=True)
+        assert torch.equal(grad, torch.ones_like(grad))
 
 
 def test_eval_mode_is_deterministic_and_leaves_the_state(net, output):
@@ -148,5 +175,5 @@ def test_other_image_sizes(name, net):
 def test_construction_is_silent(name, capsys):
     net = ENTRIES[name]()
     assert isinstance(net, StagedNet)
-    assert net.classifier().weight.shape[0] == 100
+    assert net.classifier().weight.shape[0] == (1000 if name.startswith("imagenet") else 100)
     assert capsys.readouterr() == ("", "")

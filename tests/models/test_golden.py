@@ -12,8 +12,8 @@ from support import golden_values
 
 from mdistiller.models import get_model_entry
 
-CLASSES = {"cifar": 100, "tiny_imagenet": 200}
-SIDE = {"cifar": 32, "tiny_imagenet": 64}
+CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
+INPUT = {"cifar": (2, 3, 32, 32), "tiny_imagenet": (2, 3, 64, 64), "imagenet": (1, 3, 224, 224)}
 
 # zoo and name: first logits; norms of logits and pooled_feat; of feats; of preact_feats
 GOLDEN = """
@@ -42,6 +42,11 @@ cifar ShuffleV1 | 2.0393049 0.016211821 0.12101911 | 4.0093178 6.0980675 | 44.58
 cifar ShuffleV2 | 0.79178603 -0.058703919 0.068117038 | 1.5734455 1.5665345 | 44.58484 13.88043 9.456418 5.874922 | 44.58484 15.83906 10.87205 7.156369
 tiny_imagenet ResNet18 | 0.026243857 0.0240874 0.15578627 | 2.3826818 2.248183 | 135.9463 132.2043 65.07762 47.01649 18.08079 | 135.9463 134.0387 68.52593 49.9744 18.93413
 tiny_imagenet MobileNetV2 | 0.57943745 0.080584366 -0.042422455 | 2.1249835 2.8482935 | 90.74664 17.09139 15.47652 12.99293 25.63826 |
+imagenet ResNet18 | -0.87658953 -0.023409235 0.10090499 | 4.4535682 2.050055 | 167.7277 172.5997 56.82177 22.3893 14.40909 | 167.7277 172.8506 57.96912 23.95838 15.07754
+imagenet ResNet34 | -0.90942851 0.0040499482 0.079448008 | 5.0063267 2.2008311 | 167.7277 173.3376 58.32978 30.20394 15.51986 | 167.7277 173.4151 58.47094 30.69001 15.83411
+imagenet ResNet50 | -1.0524643 0.057734376 -0.093512207 | 4.4545949 3.987128 | 167.7277 165.4477 72.84031 63.63752 27.92344 | 167.7277 167.8743 73.49418 65.10547 29.16398
+imagenet ResNet101 | -0.74895759 0.32859651 -0.2409343 | 5.448398 5.1712609 | 167.7277 165.4477 72.84031 124.1228 36.22688 | 167.7277 167.8743 73.49418 124.3171 37.04385
+imagenet MobileNetV1 | 0.29325334 -0.072131005 0.058643747 | 2.431819 1.2589309 | 21.83242 21.60061 15.63822 8.816495 | 38.08582 27.22426 20.05398 15.18809
 """  # noqa: E501
 
 PARAMETERS = {
@@ -110,7 +115,7 @@ def test_numbers_of_the_original(model, want):
     net = get_model_entry(name, zoo)(num_classes=CLASSES[zoo]).double().eval()
     with torch.no_grad():
         fill(net)
-        logits, features = net(golden_values((2, 3, SIDE[zoo], SIDE[zoo]), 7))
+        logits, features = net(golden_values(INPUT[zoo], 7))
     got = [
         logits[0, :3].tolist(),
         norms([logits, features["pooled_feat"]]),
@@ -132,6 +137,21 @@ def test_parameter_count(name):
 )
 def test_parameter_count_at_200_classes(name, count):
     net = get_model_entry(name, "tiny_imagenet")(num_classes=200)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("ResNet18", 11689512),
+        ("ResNet34", 21797672),
+        ("ResNet50", 25557032),
+        ("ResNet101", 44549160),
+        ("MobileNetV1", 4231976),
+    ],
+)
+def test_parameter_count_at_1000_classes(name, count):
+    net = get_model_entry(name, "imagenet")()
     assert sum(p.numel() for p in net.parameters()) == count
 
 

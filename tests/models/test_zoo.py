@@ -17,6 +17,7 @@ from mdistiller.models.cifar.resnet import ResNet, resnet8, resnet32x4
 from mdistiller.registry import UnknownNameError, UserError
 from mdistiller.runtime import project_root
 
+RESNETS = ("ResNet18", "ResNet34", "ResNet50", "ResNet101")
 TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")
 
 
@@ -29,6 +30,10 @@ def test_released_checkpoints_are_where_the_original_keeps_them():
         "ResNet18": str(root / "tiny_imagenet_teachers" / "ResNet18_vanilla" / "ti_res18"),
         "MobileNetV2": None,
         "ShuffleV2": None,
+    }
+    assert {name: entry.checkpoint for name, entry in imagenet_model_dict.items()} == {
+        **{name: f"torchvision:{name}_Weights.IMAGENET1K_V1" for name in RESNETS},
+        "MobileNetV1": None,
     }
 
 

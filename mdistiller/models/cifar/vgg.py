@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.models._base import Staged, StagedNet, register_model
-from mdistiller.models._layers import init_weights
+from mdistiller.models._layers import ActivatedStage, init_weights
 
 WIDTHS = (64, 128, 256, 512, 512)
 
 
-class Block(nn.Sequential):
+class Block(ActivatedStage):
     """Convolutions with bias, each with batch norm and ReLU; the last ReLU is not a child.
 
     Args:
@@ -36,8 +36,7 @@ class Block(nn.Sequential):
     def forward(self, x: Tensor) -> Staged:
         if self.pool is True or self.pool == x.shape[2]:
             x = F.max_pool2d(x, 2)
-        preact = super().forward(x)
-        return F.relu(preact), preact
+        return super().forward(x)
 
 
 class VGG(StagedNet):

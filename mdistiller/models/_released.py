@@ -1,0 +1,49 @@
+"""Released weights: where their file is, and the download of those that torchvision publishes."""
+
+from __future__ import annotations
+
+import http.client
+import re
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import torch
+
+from mdistiller.registry import UserError
+
+TORCHVISION = "torchvision:"
+
+
+def url_of(checkpoint: str) -> str | None:
+    """The address of `torchvision:ResNet18_Weights.IMAGENET1K_V1` and the like; None for a file."""
+    if not checkpoint.startswith(TORCHVISION):
+        return None
+    from torchvision.models import get_weight  # a slow import that most runs do not need
+
+    return str(get_weight(checkpoint.removeprefix(TORCHVISION)).url)
+
+
+def place_of(checkpoint: str) -> Path:
+    """The file of released weights, there or not; downloads go where torch.hub keeps its own."""
+    url = url_of(checkpoint)
+    if url is None:
+        return Path(checkpoint)
+    return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(url).path).name)
+
+
+def download(url: str, path: Path, name: str) -> None:
+    """Fetch `url`, check it against the hash in its name, and put it at `path` in one move.
+
+    Args:
+        name: the network's name, for the error.
+    """
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest and digest[1])
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the released weights of {name} could not be downloaded ({reason}); get {url} and "
+            f"put it at {path}, or name a checkpoint of your own"
+        ) from error
