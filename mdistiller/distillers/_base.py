@@ -46,12 +46,16 @@ class Distiller(nn.Module):
         uses_teacher: False for methods that learn without one; they are built with None.
         teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
             trains; its running statistics then move, nothing else of it.
+        two_views: True for methods that train on two independently augmented views of an image. The
+            training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
+            `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
     """
 
     uses_teacher = True
     teacher_in_eval_mode = True
+    two_views = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
 
@@ -62,6 +66,11 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.metrics: Losses = {}
         """Diagnostics of the last training forward: detached scalars, never part of the loss."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "image_strong" in inspect.signature(cls.forward_train).parameters:
+            cls.two_views = True
 
     @classmethod
     def build(
@@ -173,10 +182,13 @@ class Distiller(nn.Module):
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
 
-        A `forward_train` without `**batch` gets the arguments it names.
+        In training, an `image` that is a pair is handed on as `image_weak` and `image_strong`. A
+        `forward_train` without `**batch` gets the arguments it names.
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
+        if isinstance(kwargs.get("image"), (list, tuple)):
+            kwargs["image_weak"], kwargs["image_strong"] = kwargs.pop("image")
         if self._accepted is not None:
             kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
         return self.forward_train(**kwargs)
