@@ -42,7 +42,8 @@ def one_step(method: str, teacher: str, student: str) -> str:
     }
     try:
         distiller = get_distiller(method).build(pupil, master, cfg, **facts).train()
-        image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+        views, target = torch.randn(2, 4, 3, 32, 32), torch.arange(4)
+        image = list(views) if distiller.two_views else views[0]
         _, losses = distiller(image=image, target=target, index=torch.arange(4), epoch=1)
         total = torch.stack(list(losses.values())).sum()
         total.backward()

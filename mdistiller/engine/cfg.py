@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers._standardize import LSKD_CONFIG
 from mdistiller.engine.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
@@ -32,6 +33,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
     },
+    "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
     "SOLVER": {
         "TRAINER": "base",
         "BATCH_SIZE": 64,  # per process

@@ -23,6 +23,8 @@ METHODS = {
     "NST": ("NST", []),
     "AT": ("AT", []),
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
+    "MLKD as coded": ("MLKD", []),
+    "MLKD per item": ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
 }
 GLOBAL_BATCH = 9
 
@@ -54,7 +56,8 @@ def step(name):
     parallel = wrap(distiller)
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
     start, stop = plan.local_batch(0)
-    image = golden_values((GLOBAL_BATCH, 3, 8, 8), 7)[start:stop]
+    views = golden_values((2, GLOBAL_BATCH, 3, 8, 8), 7)[:, start:stop]
+    image = list(views) if distiller.two_views else views[0]
     _, losses = parallel(image=image, target=torch.arange(GLOBAL_BATCH)[start:stop] % 4, epoch=1)
     weight = plan.loss_weight(0)
     (weight * sum(losses.values())).backward()
