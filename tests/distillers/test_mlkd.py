@@ -160,9 +160,7 @@ def test_each_view_has_a_student_forward_of_its_own():
     logits, _ = model(image=[images[0], images[1]], target=torch.arange(4), epoch=1)
     assert int(model.student.bn1.num_batches_tracked) == 2
     assert int(model.teacher.bn1.num_batches_tracked) == 0
-    again, _ = distiller(*networks())(
-        image=[images[0], images[2]], target=torch.arange(4), epoch=1
-    )
+    again, _ = distiller(*networks())(image=[images[0], images[2]], target=torch.arange(4), epoch=1)
     assert torch.equal(logits, again)
 
 
