@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mdistiller.cli._probe import random_step, untrained
 from mdistiller.cli._run import guarded
 from mdistiller.registry import UserError
 
@@ -72,32 +73,13 @@ def needs(method: type[Any]) -> str:
     }
     facts = {
         "no teacher": not method.uses_teacher,
+        "two views": method.two_views,
         "sample numbers": "index" in asked,
         "training labels": "targets" in asked,
         "teacher in train mode": not method.teacher_in_eval_mode,
         "more than the student at test time": method.forward_test is not Distiller.forward_test,
     }
     return ", ".join(name for name, holds in facts.items() if holds)
-
-
-def built(name: str, pair: tuple[str, str], num_data: int) -> Any:
-    """The distiller of a method by its default config, on 100 classes, untrained."""
-    import torch
-
-    from mdistiller.distillers import get_distiller
-    from mdistiller.engine.cfg import default_config
-    from mdistiller.models import get_model_entry
-
-    torch.manual_seed(0)
-    teacher, student = (get_model_entry(net, "cifar")(num_classes=100) for net in pair)
-    return get_distiller(name).build(
-        student,
-        teacher,
-        default_config(),
-        num_data,
-        image_size=(32, 32),
-        targets=torch.arange(num_data) % 100,
-    )
 
 
 class Watch:
@@ -127,14 +109,20 @@ class Watch:
         return cut("logits", logits), {name: cut(name, x) for name, x in features.items()}
 
 
-def one_loss(distiller: Any) -> Any:
-    """The distillation term of a training step on random images."""
-    import torch
+def distilled(distiller: Any) -> Any:
+    """What the method adds to the cross-entropy, in a step of the main stage and of those before.
 
-    torch.manual_seed(0)
-    image, target = torch.randn(8, 3, 32, 32), torch.arange(8)
-    _, losses = distiller(image=image, target=target, index=torch.arange(8), epoch=30)
-    return losses["loss_kd"]
+    Stages of cross-entropy alone add nothing.
+    """
+    from mdistiller.engine.init_stage import running
+
+    terms = []
+    for stage in distiller.init_stages():
+        with running(distiller, stage):
+            terms += random_step(distiller, 8).values()
+    if distiller.distills:
+        terms.append(random_step(distiller, 8, epoch=30)["loss_kd"])
+    return sum(terms)
 
 
 def tensors_used(name: str) -> tuple[list[str], list[str], int]:
@@ -144,9 +132,9 @@ def tensors_used(name: str) -> tuple[list[str], list[str], int]:
     """
     import torch
 
-    distiller = built(name, ("resnet20", "resnet8"), 400).train()
+    distiller = untrained(name, "resnet20", "resnet8", 400)
     watch = Watch(distiller.student)
-    loss = one_loss(distiller)
+    loss = distilled(distiller)
     student = [
         key
         for key, leaves in watch.outputs.items()
@@ -154,7 +142,7 @@ def tensors_used(name: str) -> tuple[list[str], list[str], int]:
             g is not None for g in torch.autograd.grad(loss, leaves, None, True, allow_unused=True)
         )
     ]
-    forwards = watch.forwards
+    forwards = watch.forwards // (len(distiller.init_stages()) + distiller.distills)
     if distiller.teacher is None:
         return student, [], forwards
     teacher = []
@@ -163,7 +151,7 @@ def tensors_used(name: str) -> tuple[list[str], list[str], int]:
     for key in [None, "logits", "feats", "preact_feats", "final_map", "pooled_feat"]:
         distiller.load_state_dict(state)
         watch.noisy = key
-        changed = one_loss(distiller).item()
+        changed = distilled(distiller).item()
         if key is None:
             loss = changed
         elif changed != loss:
@@ -175,7 +163,7 @@ def extras(name: str, forwards: int) -> str:
     """What a method trains and keeps beside the two networks."""
     from torch import nn
 
-    distiller = built(name, PAIR, 50_000)
+    distiller = untrained(name, *PAIR, 50_000)
     trained = sum(p.numel() for p in distiller.extra_parameters())
     networks = [net for net in (distiller.student, distiller.teacher) if net is not None]
     norms = [m for m in distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from mdistiller.cli._probe import random_step, untrained
 from mdistiller.cli._run import guarded
 from mdistiller.registry import UserError
 
@@ -27,25 +28,10 @@ def parser() -> argparse.ArgumentParser:
 
 def one_step(method: str, teacher: str, student: str) -> str:
     """Try a step of every stage on random 32x32 images: "ok", or why it does not work."""
-    import torch
-
-    from mdistiller.distillers import get_distiller
-    from mdistiller.engine.cfg import default_config
     from mdistiller.engine.init_stage import running
-    from mdistiller.models import get_model_entry
 
-    torch.manual_seed(0)
-    cfg = default_config()
-    if "CRD" in cfg:
-        cfg.merge_from_list(["CRD.NCE.K", 32])
-    pupil, master = (get_model_entry(n, "cifar")(num_classes=100) for n in (student, teacher))
-    facts: dict[str, Any] = {
-        "num_data": 64,
-        "image_size": (32, 32),
-        "targets": torch.arange(64) % 16,
-    }
     try:
-        distiller = get_distiller(method).build(pupil, master, cfg, **facts)
+        distiller = untrained(method, teacher, student, 200, ["CRD.NCE.K", 32])
         finite = []
         for stage in distiller.init_stages():
             with running(distiller, stage):
@@ -60,9 +46,7 @@ def finite_step(distiller: Any) -> bool:
     """Whether losses and gradients of a step of the present stage are finite."""
     import torch
 
-    image, target = torch.randn(4, 3, 32, 32), torch.arange(4)
-    _, losses = distiller.train()(image=image, target=target, index=torch.arange(4), epoch=1)
-    total = torch.stack(list(losses.values())).sum()
+    total = torch.stack(list(random_step(distiller, 4).values())).sum()
     total.backward()
     gradients = [p.grad.sum().item() for p in distiller.parameters() if p.grad is not None]
     return math.isfinite(total.item()) and all(map(math.isfinite, gradients))

@@ -60,12 +60,13 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
     return data.train, data.val, data.num_data, data.num_classes
 
 
-def load_data(cfg: Any, device: torch.device | None = None) -> Data:
+def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
     """Read the data set that `cfg.DATASET` names and put it on the device.
 
     Args:
         cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
         device: in place of what DEVICE says.
+        two_views: training items are ((weak, strong), target, index), see `_two_views.py`.
 
     Raises:
         UserError: a key cannot be satisfied, or the data are missing or broken.
@@ -84,7 +85,7 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
         val, test_loader = EvalLoader(held, eval_size, mean, std, device), val
-    train_loader = TrainLoader(
+    train_loader = _train_loader(two_views)(
         train,
         cfg.SOLVER.BATCH_SIZE,
         augment(size),
@@ -106,6 +107,14 @@ def load_data(cfg: Any, device: torch.device | None = None) -> Data:
         mean=mean,
         std=std,
     )
+
+
+def _train_loader(two_views: bool) -> type[TrainLoader]:
+    if not two_views:
+        return TrainLoader
+    from mdistiller.dataset._two_views import TwoViewLoader  # brings torchvision: a slow import
+
+    return TwoViewLoader
 
 
 class TestData(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdistiller.dataset._affine import BORDER, columns, fixed_point, resample, rotation
 from mdistiller.registry import Registry
 
 AUGMENTS = Registry("augmentation (DATASET.AUGMENT)")
@@ -113,7 +114,7 @@ class CropFlip(Crop):
 
     def apply(self, store: Tensor, parameters: Tensor, index: Tensor) -> Tensor:
         crops = super().apply(store, parameters, index)
-        column = _columns(self.width, parameters[index, 2, None, None])
+        column = columns(self.width, parameters[index, 2, None, None])
         return crops.gather(3, column[:, None].expand_as(crops))
 
 
@@ -122,12 +123,11 @@ class RotateFlip(Identity):
     """Rotation by a uniform angle in +-20 degrees, then a mirror, p = .5; no crop.
 
     torchvision's ``RandomRotation(20)`` (nearest pixel, zeros outside) and
-    ``RandomHorizontalFlip``. Source positions are 16.16 fixed-point integers, as in Pillow, so
-    the result is Pillow's to the pixel.
+    ``RandomHorizontalFlip``, to the pixel as Pillow does them.
     """
 
     degrees = 20.0
-    pad = 1
+    pad = BORDER
     num_views = None
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
@@ -137,46 +137,17 @@ class RotateFlip(Identity):
         return torch.cat([self.inverse_map(angle), flips], dim=1)
 
     def inverse_map(self, angle: Tensor) -> Tensor:
-        """Where the pixels of images turned counter-clockwise by `angle` degrees come from.
-
-        Args:
-            angle: [N], on the CPU.
-
-        Returns:
-            a, b, c, d, e, f in 1/65536 pixel, int64, [N, 6]: output pixel (X, Y) shows input pixel
-            (floor(a X + b Y + c), floor(d X + e Y + f)).
-        """
-        radians = torch.deg2rad(angle.double())
-        cos, sin = radians.cos(), radians.sin()
-        half_width, half_height = self.width / 2, self.height / 2
-        x0 = half_width - cos * half_width + sin * half_height
-        y0 = half_height - sin * half_width - cos * half_height
-        x0, y0 = x0 + (cos - sin) / 2, y0 + (sin + cos) / 2  # output pixels are read at centres
-        terms = torch.stack([cos, -sin, x0, sin, cos, y0], dim=1)
-        return torch.floor(terms * 65536 + 0.5).long()
+        """Where the pixels of images turned by `angle` degrees, [N], come from: int64, [N, 6]."""
+        return fixed_point(rotation(angle, self.height, self.width))
 
     def views(self, parameters: Tensor) -> Tensor:
         return parameters.new_full((len(parameters),), -1)
 
     def apply(self, store: Tensor, parameters: Tensor, index: Tensor) -> Tensor:
-        terms = parameters[index].int()[:, :, None, None]
-        a, b, c, d, e, f, flip = terms.unbind(1)  # each [B, 1, 1]
-        out_x = _columns(self.width, flip)
-        out_y = torch.arange(self.height, dtype=torch.int32, device=store.device)[:, None]
-        x = ((a * out_x + (b * out_y + c)) >> 16) + self.pad  # [B, H, W]
-        y = ((d * out_x + (e * out_y + f)) >> 16) + self.pad
-        x, y = x.clamp_(0, self.width + 1), y.clamp_(0, self.height + 1)  # outside: the zeros
-        source = y.mul_(store.shape[3]).add_(x).long().flatten(1)[:, None]
-        pixels = store[index].flatten(2).gather(2, source.expand(-1, 3, -1))
-        return pixels.unflatten(2, (self.height, self.width))
+        chosen = parameters[index]
+        return resample(store[index], chosen[:, :6], flip=chosen[:, 6])
 
 
 def _draw_flips(num: int, generator: torch.Generator) -> Tensor:
     """1 with probability 1/2, else 0: int64, [num, 1]."""
     return torch.randint(2, (num, 1), generator=generator)
-
-
-def _columns(width: int, flip: Tensor) -> Tensor:
-    """Column order, mirrored where `flip` (0 or 1, [B, 1, 1]) is 1: of flip's type, [B, 1, W]."""
-    column = torch.arange(width, dtype=flip.dtype, device=flip.device)
-    return column + flip * (width - 1 - 2 * column)

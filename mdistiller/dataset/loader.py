@@ -40,7 +40,7 @@ class Normalize:
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class Epoch:
     """All that is drawn for an epoch, on the device: order [N], parameters [N, P], views [N]."""
 
     order: Tensor
@@ -103,7 +103,7 @@ class TrainLoader:
         inner = inner[:, :, : augment.height, : augment.width]
         self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
         self.epoch = 0
-        self._drawn: _Epoch | None = None
+        self._drawn: Epoch | None = None
         self._begun = True  # whether the drawn epoch has been iterated
 
     def __len__(self) -> int:
@@ -114,11 +114,14 @@ class TrainLoader:
         self.epoch, self._begun = epoch, False
         seed = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed))
+        self._drawn = self._draw(generator)
+
+    def _draw(self, generator: torch.Generator) -> Epoch:
         order = torch.randperm(self.num_data, generator=generator)
         parameters = self.augment.draw(self.num_data, generator)
         views = self.augment.views(parameters)
         device = self._store.device
-        self._drawn = _Epoch(order.to(device), parameters.to(device), views.to(device))
+        return Epoch(order.to(device), parameters.to(device), views.to(device))
 
     @property
     def views(self) -> Tensor:
@@ -144,7 +147,7 @@ class TrainLoader:
         assert self._drawn is not None
         return self._batches(self._drawn)
 
-    def _batches(self, drawn: _Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for step in range(len(self.plan)):
             start, stop = self.plan.local_batch(step)
             index = drawn.order[start:stop]

@@ -51,6 +51,9 @@ class Distiller(nn.Module):
         alone: why the method is no part of a sum ("it ..."); empty if it can be.
         takes_standardized_logits: True if what :meth:`distill` does with logits makes sense for
             standardised ones (LSKD); it then gets such where the config says so.
+        two_views: True for methods that train on two independently augmented views of an image. The
+            training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
+            `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
@@ -62,6 +65,7 @@ class Distiller(nn.Module):
     teacher_in_eval_mode = True
     alone: str = ""
     takes_standardized_logits = False
+    two_views = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
     distills: bool = True
@@ -79,6 +83,11 @@ class Distiller(nn.Module):
         self.metrics: Losses = {}
         """Diagnostics of the last training forward: detached scalars, never part of the loss."""
         self._lskd = lskd_settings(cfg) if self.takes_standardized_logits else None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "image_strong" in inspect.signature(cls.forward_train).parameters:
+            cls.two_views = True
 
     @classmethod
     def build(
@@ -232,11 +241,14 @@ class Distiller(nn.Module):
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
 
-        A `forward_train` without `**batch` gets the arguments it names. In an initialisation stage
+        In training, an `image` that is a pair is handed on as `image_weak` and `image_strong`. A
+        `forward_train` without `**batch` gets the arguments it names. In an initialisation stage
         it is the :meth:`forward_init` of the stage's method.
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
+        if isinstance(kwargs.get("image"), (list, tuple)):
+            kwargs["image_weak"], kwargs["image_strong"] = kwargs.pop("image")
         if self.init_stage:
             return self.init_stages()[self.init_stage].forward_init(**kwargs)
         if self._accepted is not None:

@@ -82,7 +82,7 @@ def _train(
     method = get_distiller(cfg.DISTILLER.TYPE)
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
-    data = load_data(cfg, device)
+    data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
     teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None
     distiller = build_distiller(cfg, data, device, teacher_ckpt)

@@ -44,9 +44,11 @@ def image_set(num, classes=4, size=(32, 32)):
     )
 
 
-def train_loader(num=50, batch_size=8, augment="crop_flip", size=(32, 32), **options):
+def train_loader(
+    num=50, batch_size=8, augment="crop_flip", size=(32, 32), kind=TrainLoader, **options
+):
     data = image_set(num, size=size)
-    return TrainLoader(data, batch_size, AUGMENTS[augment](size), MEAN, STD, CPU, **options)
+    return kind(data, batch_size, AUGMENTS[augment](size), MEAN, STD, CPU, **options)
 
 
 def eval_loader(num=50, batch_size=8, **options):

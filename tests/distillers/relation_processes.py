@@ -31,6 +31,8 @@ METHODS = {
     "DGKD plain": ("DGKD", ["DGKD.TERM", "plain", "DGKD.EPSILON", 1000.0]),
     "CTKD": ("CTKD", []),
     "CTKD instance": ("CTKD", ["CTKD.MODE", "instance", "CTKD.BASE", "dkd"]),
+    "MLKD as coded": ("MLKD", []),
+    "MLKD per item": ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
 }
 GLOBAL_BATCH = 9
 EXPECTED = {"SEMCKD": 8, "SEMCKD short": 12}  # SOLVER.BATCH_SIZE of all processes
@@ -67,7 +69,8 @@ def step(name):
             module.eval()
     plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
     start, stop = plan.local_batch(0)
-    image = golden_values((GLOBAL_BATCH, 3, 8, 8), 7)[start:stop]
+    views = golden_values((2, GLOBAL_BATCH, 3, 8, 8), 7)[:, start:stop]
+    image = list(views) if distiller.two_views else views[0]
     _, losses = parallel(image=image, target=torch.arange(GLOBAL_BATCH)[start:stop] % 4, epoch=1)
     weight = plan.loss_weight(0)
     (weight * sum(losses.values())).backward()

@@ -50,8 +50,11 @@ def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
         if distiller.teacher is None
         else {k: v.clone() for k, v in distiller.teacher.state_dict().items()}
     )
+    items = batch()
+    if distiller.two_views:
+        items["image"] = items["image"], items["image"].flip(3)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        logits, losses = distiller(**batch())
+        logits, losses = distiller(**items)
     assert logits.shape == (6, 10)
     assert set(losses) == ({"loss_ce"} if method == "NONE" else {"loss_ce", "loss_kd"})
     total = sum(losses.values())

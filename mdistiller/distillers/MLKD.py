@@ -1,0 +1,146 @@
+"""MLKD. Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023 (no arXiv version).
+
+Student and teacher see a weakly and a strongly augmented view of each image. With P, Q the [N, C]
+softmax predictions of student and teacher on the weak view at temperature T, P', Q' those on the
+strong view, and masks m_n (samples) and m_c (classes) from the teacher's weak predictions at T = 1:
+
+    kd_weak   = sum_T T^2 / N * sum_n m_n KL(Q_n || P_n)
+    kd_strong = sum_T T^2 / N * sum_n KL(Q'_n || P'_n)
+    cc        = sum_T 1 / C * sum_cd m_c (P^T P - Q^T Q)_cd^2
+    bc        = sum_T 1 / N * sum_nk m_n (P P^T - Q Q^T)_nk^2
+    loss      = CE_WEIGHT * (CE(weak) + CE(strong)) + KD_WEIGHT * (kd_weak + kd_strong + cc + bc)
+
+m_n is 1 where the highest probability is at most its median over the batch, m_c where a class's
+probability summed over the batch is at most its median over classes; else 0. (Of an even number of
+values the lower middle one is the median.)
+
+Paper and authors' code part, and published numbers are the code's. MASK chooses: "per_item" is the
+above. "as_coded", the default: a loss is averaged before the mask is applied, so m_n and m_c are
+constants, their means (about 1/2); and from the fourth temperature on, kd_strong takes the weak
+view. The student runs once for each view, so batch norm sees them apart, and its running statistics
+move twice a step. Under LSKD, the kd terms take standardised logits, cc and bc plain ones.
+
+The batch is that of all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
+from mdistiller.distillers._common import cross_entropy, require_one_of, require_positive, soften
+from mdistiller.distillers._gather import gather_batch
+from mdistiller.registry import UserError
+
+MASKS = ("as_coded", "per_item")
+_STRONG_AS_CODED = 3  # as coded, so many temperatures of kd_strong are of the strong view
+Pair = tuple[Tensor, Tensor]
+
+
+def low_confidence(logits_teacher: Tensor) -> Pair:
+    """Masks m_n [N] and m_c [C] of the teacher's logits [N, C] on the weak view, 0 or 1."""
+    probs = soften(logits_teacher, 1.0).softmax(dim=1)
+    confidence, frequency = probs.amax(dim=1), probs.sum(dim=0)
+    samples, classes = confidence <= confidence.median(), frequency <= frequency.median()
+    return samples.to(probs.dtype), classes.to(probs.dtype)
+
+
+def log_probs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Log-softmax of logits [N, C] at K temperatures, [K, N, C]."""
+    return torch.stack([F.log_softmax(soften(logits, t), dim=1) for t in temperatures])
+
+
+def divergences(logits: Pair, temperatures: Sequence[float]) -> Tensor:
+    """T² KL(teacher || student) for K temperatures and N samples, [K, N]; logits 2 x [N, C]."""
+    log_p, log_q = (log_probs(part, temperatures) for part in logits)
+    rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=2)
+    return torch.stack([t**2 * row for t, row in zip(temperatures, rows, strict=True)])
+
+
+def masked_gram_error(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    """sum_k 1 / n * sum_ij mask_i (p_k p_k^T - q_k q_k^T)_ij²; [K, n, d], [K, n, d] and [n]."""
+    difference = p @ p.mT - q @ q.mT
+    return (mask[:, None] * difference.square()).sum() / len(mask)
+
+
+def mlkd_terms(
+    weak: Pair,
+    strong: Pair,
+    temperatures: Sequence[float],
+    mask: str = "as_coded",
+    standardize: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Losses:
+    """kd_weak, kd_strong, cc and bc as above, unweighted scalars.
+
+    Args:
+        weak, strong: logits of student and teacher on a view, [N, C] each.
+        temperatures: all above 0.
+        mask: "as_coded" or "per_item".
+        standardize: what the kd terms do with logits [N, C] first.
+    """
+    samples, classes = low_confidence(weak[1])
+    kd_weak, kd_strong = (
+        divergences((standardize(view[0]), standardize(view[1])), temperatures)
+        for view in (weak, strong)
+    )
+    if mask == "as_coded":
+        kd_strong = torch.cat([kd_strong[:_STRONG_AS_CODED], kd_weak[_STRONG_AS_CODED:]])
+        samples, classes = (m.mean().expand_as(m) for m in (samples, classes))
+    p, q = (log_probs(logits, temperatures).exp() for logits in weak)
+    return {
+        "kd_weak": (kd_weak * samples).sum() / len(samples),
+        "kd_strong": kd_strong.sum() / len(samples),
+        "cc": masked_gram_error(p.mT, q.mT, classes),
+        "bc": masked_gram_error(p, q, samples),
+    }
+
+
+@DISTILLERS.register(
+    "MLKD",
+    config={
+        "TEMPS": [4.0, 3.0, 5.0, 2.0, 6.0],
+        "MASK": "as_coded",  # or per_item
+        "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    },
+)
+class MLKD(Distiller):
+    """Predictions agree on two views, and so do relations between classes and between samples.
+
+    The unweighted terms are kept as metrics.
+    """
+
+    takes_standardized_logits = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher, cfg)
+        self.temperatures = [require_positive("MLKD.TEMPS", t) for t in cfg.MLKD.TEMPS]
+        self.mask = require_one_of("MLKD.MASK", cfg.MLKD.MASK, MASKS)
+        if not self.temperatures:
+            raise UserError("MLKD.TEMPS is empty; give one temperature or more")
+        self.ce_loss_weight = cfg.MLKD.LOSS.CE_WEIGHT
+        self.kd_loss_weight = cfg.MLKD.LOSS.KD_WEIGHT
+
+    def forward_train(  # type: ignore[override]
+        self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **batch: Any
+    ) -> tuple[Tensor, Losses]:
+        """Logits of the weak view, and the loss terms."""
+        images = image_weak, image_strong
+        weak, strong = (self.run_student(image).logits for image in images)
+        weak_teacher, strong_teacher = (self.run_teacher(image).logits for image in images)
+        with torch.autocast(target.device.type, enabled=False):
+            z, v, z_strong, v_strong = gather_batch(weak, weak_teacher, strong, strong_teacher)
+            terms = mlkd_terms(
+                (z, v), (z_strong, v_strong), self.temperatures, self.mask, self.standardize
+            )
+            self.metrics = {name: term.detach() for name, term in terms.items()}
+            loss_ce = cross_entropy(weak, target) + cross_entropy(strong, target)
+            loss_kd = torch.stack(list(terms.values())).sum()
+        return weak, {
+            "loss_ce": self.ce_loss_weight * loss_ce,
+            "loss_kd": self.kd_loss_weight * loss_kd,
+        }
