@@ -34,7 +34,8 @@ Made by `python tools/methods.py --write docs/methods.md`; a test holds it to th
   those of the teacher that it depends on. The cross-entropy on the student's logits is left out.
 - **needs**: what else the method asks for.
 - **extra**: for {PAIR[0]} -> {PAIR[1]} on 100 classes, the parameters it trains beside the student,
-  what it keeps in buffers (for 50,000 images), and forwards of a network in a step if not one.
+  what it keeps in buffers (for 50,000 images), forwards of a network in a step if not one, and the
+  epochs of a stage before the main one.
 - **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50, the teacher
   79.42; the best epoch on the test set, as papers report it. [All numbers and their
   sources](results/published.csv).
@@ -116,7 +117,7 @@ def distilled(distiller: Any) -> Any:
     """
     from mdistiller.engine.init_stage import running
 
-    terms = []
+    terms: list[Any] = []
     for stage in distiller.init_stages():
         with running(distiller, stage):
             terms += random_step(distiller, 8).values()
@@ -163,15 +164,22 @@ def extras(name: str, forwards: int) -> str:
     """What a method trains and keeps beside the two networks."""
     from torch import nn
 
+    from mdistiller.models import get_model_entry
+
     distiller = untrained(name, *PAIR, 50_000)
     trained = sum(p.numel() for p in distiller.extra_parameters())
     networks = [net for net in (distiller.student, distiller.teacher) if net is not None]
     norms = [m for m in distiller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     other = {id(buffer) for part in [*networks, *norms] for buffer in part.buffers()}
     kept = sum(b.numel() for b in distiller.buffers() if id(b) not in other)
-    parts = [f"{trained:,} parameters"] if trained else []
+    plain = get_model_entry(PAIR[1], "cifar")(num_classes=100)
+    sizes = (sum(p.numel() for p in net.parameters()) for net in (distiller.student, plain))
+    grown = next(sizes) - next(sizes)
+    parts = [f"{trained:,} parameter{'s' * (trained > 1)}"] if trained else []
+    parts += [f"{grown:,} parameters that the student keeps"] if grown > 0 else []
     parts += [f"{kept:,} in buffers"] if kept else []
     parts += [f"{forwards} forwards"] if forwards > 1 else []
+    parts += [f"{part.init.epochs} epochs before" for part in distiller.init_stages().values()]
     return ", ".join(parts)
 
 
