@@ -161,6 +161,11 @@ def train_teacher(cfg: Config, device: torch.device) -> Path:
             f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
             f"but DISTILLER.TEACHER is {settings.TEACHER}"
         )
+    if own.DISTILLER.STUDENT_ARGS != settings.TEACHER_ARGS:
+        raise UserError(
+            f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_ARGS "
+            f"{dict(own.DISTILLER.STUDENT_ARGS)}; set DISTILLER.TEACHER_ARGS to the same"
+        )
     name = experiment_name(own)
     folder = Path(own.LOG.PREFIX) / name
     started = (folder / "latest").is_file()
