@@ -32,12 +32,10 @@ def build_distiller(
     """
     method = get_distiller(cfg.DISTILLER.TYPE)
     seed_everything(cfg.EXPERIMENT.SEED)
-    student = model_entry(cfg, "STUDENT", data).constructor(num_classes=data.num_classes)
-    check_input(student, cfg.DISTILLER.STUDENT, data)
+    student = build_network(cfg, "STUDENT", data)
     teacher = None
     if method.uses_teacher:
-        teacher = model_entry(cfg, "TEACHER", data).constructor(num_classes=data.num_classes)
-        check_input(teacher, cfg.DISTILLER.TEACHER, data)
+        teacher = build_network(cfg, "TEACHER", data)
         path = teacher_ckpt or find_teacher(cfg, data)
         if path is None:
             raise UserError(no_teacher(cfg, data))
@@ -48,6 +46,39 @@ def build_distiller(
     ).to(device)
     freeze_teacher(distiller)
     return distiller
+
+
+def build_network(cfg: Any, role: str, data: Data) -> nn.Module:
+    """The network in a role, "STUDENT" or "TEACHER", with random weights."""
+    net = make_network(
+        model_entry(cfg, role, data),
+        data.num_classes,
+        data.image_size,
+        cfg.DISTILLER[f"{role}_ARGS"],
+        f"DISTILLER.{role}_ARGS",
+    )
+    check_input(net, cfg.DISTILLER[role], data)
+    return net
+
+
+def make_network(
+    entry: ModelEntry, num_classes: int, image_size: tuple[int, int], settings: Any, key: str
+) -> nn.Module:
+    """Call an entry's constructor.
+
+    Args:
+        image_size: (height, width), for constructors that ask.
+        settings: further keyword arguments; `key` is what the config calls them.
+    """
+    facts: dict[str, Any] = {"num_classes": num_classes}
+    if "image_size" in inspect.signature(entry.constructor).parameters:
+        facts["image_size"] = image_size
+    try:
+        return entry.constructor(**facts, **settings)
+    except TypeError as error:
+        if not settings:
+            raise
+        raise UserError(f"{key} {dict(settings)}: {error}") from error
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
         "TEACHER": "ResNet50",
         "STUDENT": "resnet32",
+        "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
+        "STUDENT_ARGS": {},
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
     },
@@ -297,6 +299,8 @@ def add_registered_nodes(cfg: CfgNode) -> None:
 def default_config() -> Config:
     """A fresh config that holds every default."""
     cfg = Config({**ENGINE_CONFIG, "DATASET": DATASET_CONFIG}).clone()
+    for role in ("TEACHER", "STUDENT"):
+        cfg.DISTILLER[f"{role}_ARGS"] = Config(new_allowed=True)
     add_registered_nodes(cfg)
     return cfg
 

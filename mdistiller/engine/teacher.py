@@ -77,6 +77,11 @@ def teacher_config(cfg: Config) -> Config:
             f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
             f"but DISTILLER.TEACHER is {settings.TEACHER}"
         )
+    if own.DISTILLER.STUDENT_ARGS != settings.TEACHER_ARGS:
+        raise UserError(
+            f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_ARGS "
+            f"{dict(own.DISTILLER.STUDENT_ARGS)}; set DISTILLER.TEACHER_ARGS to the same"
+        )
     return own
 
 

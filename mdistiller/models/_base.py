@@ -225,6 +225,9 @@ cifar_model_dict = Registry("CIFAR model")
 tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
 imagenet_model_dict = Registry("ImageNet model")
 
+#: Makers of entries by the part of a name before its slash: "LIBRARY/NAME".
+LIBRARIES = Registry("model library")
+
 _ZOOS = Registry("model zoo")
 _ZOOS.update(
     cifar=cifar_model_dict, tiny_imagenet=tiny_imagenet_model_dict, imagenet=imagenet_model_dict
@@ -258,11 +261,16 @@ def register_model(
 def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """The entry `name` of a zoo ("cifar", "tiny_imagenet" or "imagenet").
 
-    A plain tuple (constructor, checkpoint), as the original's tables hold, is an entry as well.
+    A plain tuple (constructor, checkpoint), as the original's tables hold, is an entry as well. A
+    name with a slash is that of another library's network, whatever the zoo.
 
     Raises:
-        UnknownNameError: there is no such zoo, or no such model in it.
+        UserError: there is no such zoo, library or model.
     """
+    library, slash, _ = name.partition("/")
+    if slash:
+        found: ModelEntry = LIBRARIES[library](name)
+        return found
     entry = _ZOOS[zoo][name]
     return entry if isinstance(entry, ModelEntry) else ModelEntry(*entry)
 

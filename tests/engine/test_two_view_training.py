@@ -1,4 +1,4 @@
-"""Runs on pairs of views: MLKD; a distiller and a trainer as forks of the original have them."""
+"""Runs on pairs of views: MLKD, and a distiller and a trainer as forks have them."""
 
 import pytest
 from support import same_state, saved_teacher

@@ -1,0 +1,175 @@
+"""Networks of other libraries behind the contract of StagedNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.models._base import StagedNet, UnsupportedError
+from mdistiller.registry import UserError
+
+_QUARTERS = 4
+MOST_WITHOUT_STEM = 4
+"""Of more stages than this the first counts as the stem."""
+
+
+class Collected(NamedTuple):
+    """What one forward of a wrapped network gives.
+
+    Attributes:
+        logits: [N, classes].
+        maps: of the stem and of every stage, [N, C, h, w].
+        class_tokens: of every stage, [N, P, C]; empty for networks without such.
+        final_map: what is pooled, [N, D, h, w].
+        pooled: the classifier's input, [N, D].
+    """
+
+    logits: Tensor
+    maps: list[Tensor]
+    class_tokens: list[Tensor]
+    final_map: Tensor
+    pooled: Tensor
+
+
+class ExternalNet(StagedNet):
+    """A wrapped network that gives `(logits, features)` as :class:`StagedNet` does.
+
+    `feats` are the last outputs of each resolution, or, of networks with one resolution, those at
+    each quarter of the depth; before them comes the stem's. Tokens are reshaped to maps
+    [N, C, h, w]; class tokens are kept apart in `class_tokens`, a list of [N, P, C] for each stage,
+    absent where there are none. There are no `preact_feats`.
+
+    The state dict is that of the wrapped network, so its own checkpoint files fit.
+
+    Args:
+        net: the network, which :meth:`collect` of the subclass knows how to run.
+        name: for errors.
+        image_size: (height, width) that it is tried on.
+
+    Raises:
+        UserError: it does not run on such images, or its head is more than a linear layer.
+    """
+
+    #: Whether the stages are made of tokens (transformers, mixers) rather than of channels.
+    tokens = False
+
+    def __init__(self, net: nn.Module, name: str, image_size: Sequence[int]):
+        super().__init__(stem_channels=0)
+        self.name = name
+        try:
+            image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                logits = net.eval()(image)
+                self.net = self.prepare(net, image)
+                self._declare(image, logits)
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
+            size = f"{image_size[1]}x{image_size[0]}"
+            raise UserError(f"{name} does not run on {size} images: {first_line(error)}") from error
+        self.register_state_dict_post_hook(_unwrap_keys)
+        self.register_load_state_dict_pre_hook(_wrap_keys)
+
+    def prepare(self, net: nn.Module, image: Tensor) -> nn.Module:
+        """The network as :meth:`collect` runs it; finds out what that needs.
+
+        Args:
+            net: in eval mode.
+            image: a batch of one.
+        """
+        return net
+
+    def collect(self, x: Tensor) -> Collected:
+        """Run the network."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        found = self.collect(x)
+        features: dict[str, Any] = {"feats": found.maps}
+        if found.class_tokens:
+            features["class_tokens"] = found.class_tokens
+        features |= {"pooled_feat": found.pooled, "final_map": found.final_map}
+        return found.logits, features
+
+    def _declare(self, image: Tensor, own: Tensor) -> None:
+        """Find the stages' channels, and hold the network to the contract; `own`: its logits."""
+        logits, features = self.eval()(image)
+        again = self.classifier()(features["pooled_feat"])
+        if not (_close(logits, own) and _close(again, own)):
+            raise self.unsupported("its logits are not the classifier of its pooled features")
+        self.globally_pooled = _close(features["final_map"].mean((2, 3)), features["pooled_feat"])
+        self.stem_channels, *widths = (feat.shape[1] for feat in features["feats"])
+        for width in widths:
+            self.declare_stage(channels=width)
+        self.train()
+
+    def unsupported(self, reason: str) -> UnsupportedError:
+        """The error for a network that does not fit the contract."""
+        return UnsupportedError(f"{self.name} cannot be used here: {reason}; choose another one")
+
+
+def stage_indices(heights: Sequence[int]) -> list[int]:
+    """Which of the outputs are stages: the last of every resolution, or each quarter of the depth.
+
+    Args:
+        heights: of the outputs, from shallow to deep.
+    """
+    count = len(heights)
+    if len(set(heights)) > 1:
+        return [k for k in range(count) if k + 1 == count or heights[k + 1] != heights[k]]
+    return sorted({-(-count * quarter // _QUARTERS) - 1 for quarter in range(1, _QUARTERS + 1)})
+
+
+def as_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens [N, P + h * w, C], the first P without a place, as a map [N, C, h, w]."""
+    height, width = grid
+    return tokens[:, -height * width :].mT.unflatten(2, (height, width))
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+
+
+def keep_output(layer: nn.Module) -> None:
+    """Have a layer keep its output of each forward, for :func:`take`."""
+    layer.register_forward_hook(_keep_output)
+
+
+def keep_input(layer: nn.Module) -> None:
+    """Have a layer keep its first input of each forward, for :func:`take`."""
+    layer.register_forward_pre_hook(_keep_input)
+
+
+def take(layer: Any) -> Tensor:
+    """What a layer kept; it keeps it no longer."""
+    kept: Tensor = layer.kept
+    layer.kept = None
+    return kept
+
+
+# The hooks refer to no network, so a copied network has hooks of its own.
+def _keep_output(layer: Any, inputs: Any, output: Any) -> None:
+    layer.kept = output
+
+
+def _keep_input(layer: Any, inputs: Any) -> None:
+    layer.kept = inputs[0]
+
+
+def first_line(error: Exception) -> str:
+    """An error's text, cut to a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unwrap_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    wrapped = f"{prefix}net."
+    for key in [key for key in state if key.startswith(wrapped)]:
+        state[prefix + key[len(wrapped) :]] = state.pop(key)
+
+
+def _wrap_keys(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}net.{key[len(prefix) :]}"] = state.pop(key)

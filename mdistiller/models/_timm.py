@@ -1,0 +1,75 @@
+"""Networks of timm, through its `forward_intermediates`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mdistiller.models._external import (
+    MOST_WITHOUT_STEM,
+    Collected,
+    ExternalNet,
+    as_map,
+    keep_output,
+    stage_indices,
+    take,
+)
+
+
+class TimmNet(ExternalNet):
+    """A classification network of timm.
+
+    Its `feature_info` says what the stages are. The first of five and more counts as the stem;
+    where there are fewer, the output of the network's first layer does.
+    """
+
+    def prepare(self, net: Any, image: Tensor) -> nn.Module:
+        if not hasattr(net, "forward_intermediates") or not net.feature_info:
+            raise self.unsupported("timm gives no features of it")
+        if not isinstance(net.get_classifier(), nn.Linear):
+            raise self.unsupported("its head is not one linear layer")
+        reductions = [info["reduction"] for info in net.feature_info]
+        self.indices = stage_indices(reductions)
+        self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.tokens = self.channels_last or len(set(reductions)) == 1
+        settings = inspect.signature(net.forward_intermediates).parameters
+        self.has_class_tokens = (
+            getattr(net, "num_prefix_tokens", 0) > 0 and "return_prefix_tokens" in settings
+        )
+        self.first_layer = ""
+        if len(self.indices) <= MOST_WITHOUT_STEM:
+            self.first_layer, layer = next(net.named_children())
+            keep_output(layer)
+        return net
+
+    def collect(self, x: Tensor) -> Collected:
+        settings = {"return_prefix_tokens": True} if self.has_class_tokens else {}
+        net: Any = self.net
+        last, maps = net.forward_intermediates(x, indices=self.indices, **settings)
+        class_tokens = []
+        if self.has_class_tokens:
+            maps, class_tokens = (list(part) for part in zip(*maps, strict=True))
+        if self.first_layer:
+            stem = take(net.get_submodule(self.first_layer))
+            maps = [self._stem_map(stem, maps[0].shape[2:]), *maps]
+        pooled = net.forward_head(last, pre_logits=True)
+        if last.ndim == 3:
+            last = as_map(last, maps[-1].shape[2:])
+        elif self.channels_last:
+            last = last.permute(0, 3, 1, 2)
+        return Collected(self.classifier()(pooled), maps, class_tokens, last, pooled)
+
+    def _stem_map(self, stem: Tensor, grid: Sequence[int]) -> Tensor:
+        """The first layer's output in the form of a map, of the first stage's size if of tokens."""
+        if stem.ndim == 3:
+            return as_map(stem, grid)
+        channels_last = stem.shape[1:3] == grid and stem.shape[2:] != grid
+        return stem.permute(0, 3, 1, 2) if channels_last else stem
+
+    def classifier(self) -> nn.Linear:
+        net: Any = self.net
+        layer: nn.Linear = net.get_classifier()
+        return layer

@@ -1,0 +1,198 @@
+"""Networks of timm and torchvision behind the contract of StagedNet."""
+
+import copy
+import sys
+
+import pytest
+import timm
+import torch
+from torchvision import models as torchvision_models
+
+from mdistiller.models import StagedNet, get_model_entry
+from mdistiller.models._external import stage_indices
+from mdistiller.registry import UserError
+from mdistiller.weights import load_network
+
+SMALL_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3}
+SMALL_SWIN = {"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+# name: (side of the images, arguments, heights of stem and stages, made of tokens)
+NETS = {
+    "timm/resnet10t": (64, {}, [32, 16, 8, 4, 2], False),
+    "timm/efficientnet_lite0": (64, {}, [32, 16, 8, 4, 2], False),
+    "timm/convnext_atto": (64, {"dims": (8, 12, 16, 24)}, [16, 16, 8, 4, 2], False),
+    "timm/vit_tiny_patch16_224": (32, SMALL_VIT, [8] * 5, True),
+    "timm/swin_tiny_patch4_window7_224": (32, SMALL_SWIN, [8, 8, 4, 2, 1], True),
+    "timm/mixer_s16_224": (64, {}, [4] * 5, True),
+    "timm/vit_tiny_r_s16_p8_224": (64, {"depth": 4}, [2] * 5, True),
+    "torchvision/resnet18": (32, {}, [16, 8, 4, 2, 1], False),
+    "torchvision/shufflenet_v2_x0_5": (64, {}, [32, 16, 8, 4, 2], False),
+    "torchvision/swin_t": (64, {}, [16, 16, 8, 4, 2], True),
+    "torchvision/vit_b_16": (32, {}, [2] * 5, True),
+}
+
+
+def build(name, side, settings):
+    torch.manual_seed(0)
+    return get_model_entry(name, "cifar")(num_classes=7, image_size=(side, side), **settings)
+
+
+@pytest.fixture(scope="module", params=NETS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def net(name):
+    return build(name, *NETS[name][:2])
+
+
+@pytest.fixture(scope="module")
+def image(name):
+    side = NETS[name][0]
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def output(net, image):
+    """Logits and features in evaluation, with their graph."""
+    return net.eval()(image)
+
+
+def test_stages_are_maps_of_the_declared_channels(name, net, output):
+    feats = output[1]["feats"]
+    assert isinstance(net, StagedNet)
+    assert [feat.shape[2] for feat in feats] == [feat.shape[3] for feat in feats] == NETS[name][2]
+    assert [feat.shape[1] for feat in feats] == net.get_stage_channels()
+    assert net.tokens is NETS[name][3]
+    with pytest.raises(UserError, match="another teacher"):
+        net.get_bn_before_relu()
+
+
+def library_net(name):
+    """The same network, built by the library with the same seed."""
+    side, settings, _, tokens = NETS[name]
+    torch.manual_seed(0)
+    library, short = name.split("/")
+    if library == "timm":
+        size = {"img_size": (side, side)} if tokens else {}
+        return timm.create_model(short, num_classes=7, **size, **settings)
+    size = {"image_size": side} if short.startswith("vit") else {}
+    return torchvision_models.get_model(short, num_classes=7, **size, **settings)
+
+
+def test_logits_and_names_are_those_of_the_library(name, net, image, output, tmp_path):
+    own = library_net(name).eval()
+    torch.testing.assert_close(output[0], own(image))
+    assert net.state_dict().keys() == own.state_dict().keys()
+    for value in own.parameters():
+        value.data += 0.01
+    torch.save(own.state_dict(), tmp_path / "own.pth")
+    twin = copy.deepcopy(net)
+    load_network(twin, tmp_path / "own.pth", name, 7)
+    torch.testing.assert_close(twin(image)[0], own(image))
+    torch.testing.assert_close(net(image)[0], output[0])  # the copy shares nothing
+
+
+def test_the_head_is_the_classifier_of_the_pooled_feature(net, output):
+    logits, features = output
+    torch.testing.assert_close(net.classifier()(features["pooled_feat"]), logits)
+    mean = features["final_map"].mean(dim=(2, 3))
+    if net.globally_pooled:
+        torch.testing.assert_close(features["pooled_feat"], mean, rtol=1e-4, atol=1e-5)
+    else:
+        assert mean.shape != features["pooled_feat"].shape or not torch.allclose(
+            mean, features["pooled_feat"], rtol=1e-2, atol=1e-2
+        )
+
+
+def test_gradients_reach_all_parameters_and_come_from_all_stages(net, image):
+    logits, features = net.train()(image)
+    parameters = list(net.parameters())
+    grads = torch.autograd.grad(logits.square().sum(), parameters, retain_graph=True)
+    assert all(grad.isfinite().all() for grad in grads)
+    for feat in [*features["feats"], features["final_map"]]:
+        found = torch.autograd.grad(
+            feat.square().sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        assert any(grad is not None and grad.any() for grad in found)
+
+
+def test_a_part_of_a_larger_module_keeps_the_names(net):
+    both = torch.nn.ModuleDict({"student": net, "teacher": copy.deepcopy(net)})
+    state = {key: value.clone() for key, value in both.state_dict().items()}
+    own = list(net.state_dict())
+    names = [*(f"student.{key}" for key in own), *(f"teacher.{key}" for key in own)]
+    assert list(state) == names
+    with torch.no_grad():
+        for value in both.parameters():
+            value.zero_()
+    both.load_state_dict(state)
+    assert all(torch.equal(state[key], value) for key, value in both.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "torchvision/vit_b_16"])
+def test_tokens_become_maps_in_place_and_class_tokens_are_apart(name):
+    net = build(name, *NETS[name][:2]).eval()
+    side = NETS[name][0]
+    image = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    _, features = net(image)
+    inner = net.net
+    embed = inner.patch_embed.proj if name.startswith("timm") else inner.conv_proj
+    torch.testing.assert_close(features["feats"][0], embed(image))
+    tokens = features["class_tokens"]
+    assert [token.shape[:2] for token in tokens] == [(2, 1)] * 4
+    norm = inner.norm if name.startswith("timm") else inner.encoder.ln
+    torch.testing.assert_close(norm(tokens[-1])[:, 0], features["pooled_feat"])
+    last = norm(features["feats"][-1].flatten(2).mT).mT.unflatten(
+        2, features["final_map"].shape[2:]
+    )
+    torch.testing.assert_close(last, features["final_map"])
+
+
+def test_stages_of_one_resolution_are_quarters_of_the_depth():
+    assert stage_indices([8] * 12) == [2, 5, 8, 11]
+    assert stage_indices([8] * 5) == [1, 2, 3, 4]
+    assert stage_indices([8] * 3) == [0, 1, 2]
+    assert stage_indices([16, 16, 8, 4, 4, 4]) == [1, 2, 5]
+
+
+def test_the_size_of_the_images_is_passed_on_where_it_is_fixed():
+    net = build("timm/vit_tiny_patch16_224", 48, SMALL_VIT)
+    assert net.net.pos_embed.shape[1] == 1 + 12 * 12
+    free = get_model_entry("timm/resnet10t", "tiny_imagenet")(num_classes=3)
+    assert free.eval()(torch.zeros(1, 3, 64, 64))[0].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "settings", "message"),
+    [
+        ("timm/resnet19", 32, {}, "timm has no network 'resnet19'; did you mean"),
+        ("torchvision/resnet8", 32, {}, "torchvision has no network 'resnet8'; did you mean"),
+        ("tinm/resnet18", 32, {}, "unknown model library 'tinm'; did you mean 'timm'"),
+        ("timm/resnet10t", 32, {"dept": 3}, "timm/resnet10t cannot be built with dept=3"),
+        ("timm/mixer_s16_224", 32, {"patch_size": 4}, "mixer_s16_224 cannot be built with"),
+        ("timm/inception_v3", 32, {}, "timm/inception_v3 does not run on 32x32 images"),
+        ("torchvision/maxvit_t", 32, {}, "torchvision/maxvit_t does not run on 32x32 images"),
+        ("timm/deit_tiny_distilled_patch16_224", 32, {}, "head is not one linear layer"),
+        ("torchvision/squeezenet1_1", 64, {}, "its head is no linear layer"),
+        ("torchvision/googlenet", 64, {"init_weights": False}, "it has auxiliary logits"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(name, side, settings, message, capfd):
+    with pytest.raises(UserError, match=message) as caught:
+        build(name, side, settings)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_without_timm_a_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        UserError, match=r"timm cannot be imported .*pip install mdistiller\[timm\]"
+    ):
+        get_model_entry("timm/resnet18", "cifar")
+
+
+def test_there_are_no_released_weights_to_load():
+    with pytest.raises(UserError, match="timm/resnet10t has no released weights"):
+        get_model_entry("timm/resnet10t", "cifar")(num_classes=3, pretrained=True)
