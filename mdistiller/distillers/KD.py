@@ -35,6 +35,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 class KD(Distiller):
     """Soft targets: the student matches the teacher's softened class probabilities."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.temperature = require_positive("KD.TEMPERATURE", cfg.KD.TEMPERATURE)

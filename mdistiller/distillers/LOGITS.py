@@ -26,6 +26,8 @@ def logits_loss(logits_student: Tensor, logits_teacher: Tensor) -> Tensor:
 class LOGITS(Distiller):
     """The student regresses the teacher's logits."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.LOGITS.LOSS.CE_WEIGHT

@@ -46,12 +46,15 @@ class Distiller(nn.Module):
         uses_teacher: False for methods that learn without one; they are built with None.
         teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
             trains; its running statistics then move, nothing else of it.
+        soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
+            probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
     """
 
     uses_teacher = True
     teacher_in_eval_mode = True
+    soft_labels = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
 
@@ -134,7 +137,7 @@ class Distiller(nn.Module):
         Args:
             student, teacher: outputs of the two networks on the same images; the teacher's carry
                 no gradient.
-            target: [N] class indices.
+            target: [N] class indices; with `soft_labels` perhaps probabilities, [N, C].
             batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
         raise TypeError(
@@ -195,6 +198,7 @@ class Vanilla(Distiller):
     """Plain training of a network by cross-entropy, without a teacher."""
 
     uses_teacher = False
+    soft_labels = True
 
     def __init__(self, student: nn.Module):
         super().__init__(student, None)

@@ -27,7 +27,8 @@ def get_distiller(name: str) -> type[Distiller]:
         reason = why_alone(cls)
         if reason:
             raise UserError(f"DISTILLER.TYPE {name}: {part} cannot be combined, since {reason}")
-    return type("Composed", (Composed,), {"methods": methods})
+    soft_labels = all(cls.soft_labels for cls in methods.values())
+    return type("Composed", (Composed,), {"methods": methods, "soft_labels": soft_labels})
 
 
 def why_alone(cls: type[Distiller]) -> str:

@@ -15,6 +15,7 @@ from mdistiller.dataset import Data, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import (
     build_distiller,
+    check_labels,
     check_models,
     find_teacher,
     measure_teacher,
@@ -85,6 +86,7 @@ def _train(cfg: Config, name: str, resume: bool, device: torch.device) -> dict[s
     method = get_distiller(cfg.DISTILLER.TYPE)
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
+    check_labels(cfg)
     data = load_data(cfg, device)
     check_models(cfg, data)  # before hours go into a teacher
     teacher_ckpt = resolve_teacher(cfg, data, device) if method.uses_teacher else None
