@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,6 +80,16 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if distributed() else 1
+
+
+@contextlib.contextmanager
+def first_on_machine() -> Iterator[None]:
+    """Let one process of each machine go first, to leave files for the others."""
+    if distributed() and local_rank() != 0:
+        dist.barrier()
+    yield
+    if distributed() and local_rank() == 0:
+        dist.barrier()
 
 
 def local_rank() -> int:

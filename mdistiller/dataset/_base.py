@@ -41,6 +41,7 @@ DATASET_CONFIG: dict[str, Any] = {
         "VAL": "val*.tar",
         "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample, the first that is there
         "TARGET": "cls",  # suffix of its class, a number in digits
+        "CLASSES": 0,  # their number; 0: the largest that occurs and one
         "SHUFFLE": 1000,  # places by which a sample may move within its stream
     },
 }

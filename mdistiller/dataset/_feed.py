@@ -15,10 +15,12 @@ from mdistiller.dataset._folder import FileSet, FileSource, decoded_gigabytes
 from mdistiller.dataset.augment import Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.resized_crop import ResizedCropFlip
+from mdistiller.dataset.shards import Shards
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.dataset._view import TestView
+    from mdistiller.dataset._workers import WorkerEvalLoader, WorkerTrainLoader
 
 Size = tuple[int, int]  # height, width
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
@@ -108,18 +110,16 @@ class WorkerFeed(MemoryFeed):
         self, train: Any, batch_size: int, size: Size, statistics: Statistics, **options: Any
     ) -> TrainLoader:
         from mdistiller.dataset._view import TrainView
-        from mdistiller.dataset._workers import WorkerTrainLoader
 
         view = TrainView(
             self.augment(size), self._fit(train, size), tuple(self.node["RANDAUGMENT"])
         )
         options["num_workers"] = self.node["NUM_WORKERS"]
-        return WorkerTrainLoader(train, batch_size, view, *statistics, self.device, **options)
+        loader = self._loaders()[0]
+        return loader(train, batch_size, view, *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
-        from mdistiller.dataset._workers import WorkerEvalLoader
-
-        return WorkerEvalLoader(
+        return self._loaders()[1](
             images,
             self.node["TEST"]["BATCH_SIZE"],
             self._fit(images, size),
@@ -127,6 +127,11 @@ class WorkerFeed(MemoryFeed):
             self.device,
             num_workers=self.node["NUM_WORKERS"],
         )
+
+    def _loaders(self) -> tuple[type[WorkerTrainLoader], type[WorkerEvalLoader]]:
+        from mdistiller.dataset import _workers  # brings torchvision: a slow import
+
+        return _workers.WorkerTrainLoader, _workers.WorkerEvalLoader
 
     @property
     def _keeps_shape(self) -> bool:
@@ -137,6 +142,19 @@ class WorkerFeed(MemoryFeed):
 
         exact = not (self.options.image_size or self._keeps_shape)
         return TestView(size, self._keeps_shape, exact, _name(images, 0))
+
+
+class ShardFeed(WorkerFeed):
+    """Images in shards, which workers read from front to back."""
+
+    def read(self, split: Split) -> Any:
+        assert isinstance(self.source, Shards)
+        return self.source.shards(self.root, split, self.options)
+
+    def _loaders(self) -> tuple[type[WorkerTrainLoader], type[WorkerEvalLoader]]:
+        from mdistiller.dataset import _shard_loaders
+
+        return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
 
 
 def _name(images: Any, index: int) -> str:
@@ -151,7 +169,8 @@ def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed
         split: which one has to fit into memory.
         args: as for :class:`MemoryFeed`, behind its `node`.
     """
-    memory, workers = MemoryFeed(node, *args), WorkerFeed(node, *args)
+    memory = MemoryFeed(node, *args)
+    workers = (ShardFeed if isinstance(memory.source, Shards) else WorkerFeed)(node, *args)
     kind, reason = node["LOADER"], _only_workers(memory)
     if kind not in ("auto", "memory", "workers"):
         raise UserError(f"DATASET.LOADER must be auto, memory or workers, got {kind!r}")
@@ -169,10 +188,10 @@ def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed
 
 def _only_workers(feed: MemoryFeed) -> str:
     """What cannot be done in memory, or ""."""
+    if feed.source.keep_shape:
+        return f"DATASET.TYPE {feed.node['TYPE']}"
     if issubclass(feed.augment, ResizedCropFlip):
         return "DATASET.AUGMENT resized_crop_flip"
     if feed.node["RANDAUGMENT"]:
         return "DATASET.RANDAUGMENT"
-    if feed.source.keep_shape:
-        return f"DATASET.TYPE {feed.node['TYPE']}"
     return ""

@@ -58,13 +58,14 @@ class BatchMaker:
 
     Attributes:
         reader: gives the images.
-        view: of one image, from its name and, for training, its parameters.
+        view: of one image, from its name and, for training, its parameters. Several views may be
+            stacked, [V, 3, H, W]: a batch, normalised or not, then is [B, V, 3, H, W].
     """
 
     reader: Reader
     view: Callable[..., Tensor]
 
-    def __getitem__(self, task: Task) -> Tensor | UserError:
+    def __getitem__(self, task: Task) -> Tensor | str:
         """uint8, [B, 3, H, W]; or what is wrong, since an exception would lose its one line."""
         rows = () if task.parameters is None else (task.parameters,)
         try:
@@ -73,7 +74,7 @@ class BatchMaker:
                 for (image, name), *row in zip(self.reader(task), *rows, strict=True)
             ]
         except UserError as error:
-            return error
+            return str(error)
         return torch.stack(views)
 
 
@@ -119,8 +120,8 @@ class Workers:
         """
         self._tasks.tasks = tasks
         for made in self._loader:
-            if isinstance(made, UserError):
-                raise made
+            if isinstance(made, str):
+                raise UserError(made)
             yield made.to(self.device, non_blocking=True)
 
 
@@ -136,6 +137,8 @@ class WorkerTrainLoader(TrainLoader):
         view: makes a view of one.
         num_workers: processes that do; of each process of the run.
     """
+
+    dataset: Any
 
     def __init__(
         self,
@@ -185,6 +188,8 @@ class WorkerTrainLoader(TrainLoader):
 class WorkerEvalLoader(EvalLoader):
     """Batches `(image, target)` without augmentation; see :class:`EvalLoader`."""
 
+    dataset: Any
+
     def __init__(
         self,
         dataset: Any,
@@ -213,6 +218,7 @@ class WorkerEvalLoader(EvalLoader):
             yield Task(torch.arange(start, stop))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = self._workers.batches(self._tasks())
-        for (start, stop), images in zip(self._shares(), batches, strict=True):
-            yield self.normalize(images), self._targets[start:stop].clone()
+        tasks = list(self._tasks())
+        for task, images in zip(tasks, self._workers.batches(tasks), strict=True):
+            index = task.index.to(self.device, non_blocking=True)
+            yield self.normalize(images), self._targets[index]

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import http.client
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mdistiller.dataset._base import DATASETS, DataSource, ImageSet, Options, Split
 from mdistiller.registry import UserError
-from mdistiller.runtime import distributed, local_rank
+from mdistiller.runtime import first_on_machine
 
 
 class _CIFAR(DataSource):
@@ -32,7 +29,7 @@ class _CIFAR(DataSource):
         from torchvision import datasets  # a slow import that other data sets do not need
 
         reader = getattr(datasets, self.dataset)
-        with _first_on_machine():
+        with first_on_machine():
             data = self._read(reader, root, split == "train")
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(data.targets), list(data.classes))
@@ -52,16 +49,6 @@ class _CIFAR(DataSource):
                 f"{reader.url} and put {reader.filename}, or its folder {reader.base_folder}, "
                 "there, or set DATASET.ROOT"
             ) from e
-
-
-@contextmanager
-def _first_on_machine() -> Iterator[None]:
-    """Let one process of each machine go first, so that only one downloads."""
-    if distributed() and local_rank() != 0:
-        dist.barrier()
-    yield
-    if distributed() and local_rank() == 0:
-        dist.barrier()
 
 
 @DATASETS.register("cifar100")
