@@ -34,11 +34,13 @@ def seconds(step: Step, device: str) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def race(steps: dict[str, Step], device: str, rounds: int) -> dict[str, dict[str, float]]:
+def race(
+    steps: dict[str, Step], device: str, rounds: int, *, wall: bool = False
+) -> dict[str, dict[str, float]]:
     """Time several forms of the same work in turns, so that a busy machine disturbs all alike.
 
     Each runs once before, unmeasured. On a CPU, time is CPU time: of other programs it knows
-    nothing.
+    nothing. Work that other processes share is timed on the `wall`.
 
     Returns:
         By name: `ms`, the median; `low` and `high`, the quartiles; `wall_ms`, the median on the
@@ -52,7 +54,7 @@ def race(steps: dict[str, Step], device: str, rounds: int) -> dict[str, dict[str
             taken[name].append(seconds(step, device))
     results = {}
     for name, pairs in taken.items():
-        own = [1e3 * pair[1 if device == "cpu" else 0] for pair in pairs]
+        own = [1e3 * pair[1 if device == "cpu" and not wall else 0] for pair in pairs]
         low, _, high = statistics.quantiles(own, n=4) if rounds > 1 else own * 3
         results[name] = {
             "ms": statistics.median(own),

@@ -1,4 +1,4 @@
-"""Data sets and the loaders that feed them: whole sets in memory, whole batches per operation.
+"""Data sets and the loaders that feed them: from memory, or through worker processes.
 
 Importing this package imports every module in it whose name has no leading underscore, so a new
 data set is one new file (see :class:`DataSource` for what to write in it).
@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 
 from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
-from mdistiller.dataset._build import Data, get_dataset, load_data, load_test_loader
+from mdistiller.dataset._build import Data, get_dataset, load_data, load_test_loader, mixes_labels
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -24,4 +24,5 @@ __all__ = [
     "get_dataset",
     "load_data",
     "load_test_loader",
+    "mixes_labels",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +19,34 @@ Split = Literal["train", "test"]
 
 DATASET_CONFIG: dict[str, Any] = {
     "TYPE": "cifar100",
-    "NUM_WORKERS": 2,  # threads that decode an image folder once, at the start; nothing else
+    "ZOO": "",  # model zoo: cifar, tiny_imagenet or imagenet; empty: the data set's
+    "LOADER": "auto",  # memory; workers: files are decoded in every epoch; auto: what is possible
+    "NUM_WORKERS": 2,  # of each process: workers, or threads that decode into memory at the start
     "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
     "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
     "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
     "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
-    "AUGMENT": "default",  # default, none, crop, crop_flip or rotate_flip (dataset/augment.py)
+    "AUGMENT": "default",  # default, none, crop, crop_flip, rotate_flip or resized_crop_flip
+    "RANDAUGMENT": [],  # [operations, magnitude of 0 to 30], such as [2, 9]; empty: none
+    "ERASING": 0.0,  # probability that a rectangle of a training image is blanked
+    "MIXUP": 0.0,  # alpha of the Beta distribution of mixing weights; 0: no mixing
+    "CUTMIX": 0.0,  # alpha for patches; with both, each batch takes one of the two by chance
     "MEAN": [],  # per channel, images in [0, 1]; empty: the data set's constants
     "STD": [],
-    "MAX_MEMORY_GB": 16.0,  # an image folder that decodes to more is refused
+    "MAX_MEMORY_GB": 16.0,  # image files that decode to more are left to workers
     "DROP_LAST": False,  # leave out the images of an epoch that do not fill a batch
     "TEST": {"BATCH_SIZE": 64},
+    "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
+        "TRAIN": "train*.tar",
+        "VAL": "val*.tar",
+        "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample, the first that is there
+        "TARGET": "cls",  # suffix of its class, a number in digits
+        "CLASSES": 0,  # their number; 0: the largest that occurs and one
+        "SHUFFLE": 1000,  # places by which a sample may move within its stream
+    },
 }
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -67,6 +84,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def image(self, index: int) -> Tensor:
+        """The image at a position: uint8, [3, H, W]."""
+        return self.images[index]
+
     def select(self, indices: Tensor) -> ImageSet:
         """The images at `indices` (int64, [M]), as a set of their own."""
         return ImageSet(self.images[indices], self.targets[indices], self.classes)
@@ -99,11 +120,13 @@ class Options:
         image_size: side in pixels to resize to, 0 to keep the size of the files.
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
+        shards: `DATASET.SHARDS`.
     """
 
     image_size: int = 0
     workers: int = 2
     max_memory_gb: float = 16.0
+    shards: Mapping[str, Any] = field(default_factory=dict)
 
 
 class DataSource:
@@ -130,13 +153,15 @@ class DataSource:
         mean, std: per channel, for images in [0, 1]; empty to compute them from the training
             images.
         augment: what `DATASET.AUGMENT: default` means (a name in `augment.AUGMENTS`).
-        zoo: model zoo that fits, "cifar" or "tiny_imagenet".
+        keep_shape: images are cut to a square where they have to be, never stretched.
+        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
     """
 
     root: str | None = "data"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: str = "crop_flip"
+    keep_shape: bool = False
     zoo: str = "cifar"
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:

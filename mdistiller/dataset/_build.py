@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +13,17 @@ from mdistiller.dataset._base import (
     DATASET_CONFIG,
     DATASETS,
     DataSource,
-    ImageSet,
     Options,
+    Split,
     same_classes,
 )
+from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset._mix import BatchAugment
 from mdistiller.dataset._split import hold_out
 from mdistiller.dataset.augment import AUGMENTS
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Data:
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
-        zoo: model zoo that fits, "cifar" or "tiny_imagenet".
+        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
         image_size: (height, width) in pixels.
         mean, std: what images are normalised with, per channel, for images in [0, 1].
     """
@@ -71,29 +72,27 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     Raises:
         UserError: a key cannot be satisfied, or the data are missing or broken.
     """
-    node, device = _node(cfg), _device(cfg, device)
-    source, root, options = _source(node)
-    augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
-    train, test = source.load(root, "train", options), source.load(root, "test", options)
-    same_classes(train.classes, test.classes, root)
+    node = _node(cfg)
+    feed = _feed(node, "train", _device(cfg, device))
+    train, test = feed.read("train"), feed.read("test")
+    same_classes(train.classes, test.classes, feed.root)
     if len(train.classes) < 2:
-        raise UserError(f"{root} has one class only ({train.classes[0]}); two are needed")
-    size = _common_size(train, test)
-    mean, std = _statistics(node, source) or train.channel_statistics()
-    eval_size = node["TEST"]["BATCH_SIZE"]
-    val, test_loader = EvalLoader(test, eval_size, mean, std, device), None
+        raise UserError(f"{feed.root} has one class only ({train.classes[0]}); two are needed")
+    size = feed.size(train, test)
+    statistics = _statistics(node, feed.source) or feed.statistics(train)
+    val, test_loader = feed.eval_loader(test, size, statistics), None
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
-        val, test_loader = EvalLoader(held, eval_size, mean, std, device), val
-    train_loader = _train_loader(two_views)(
+        val, test_loader = feed.eval_loader(held, size, statistics), val
+    train_loader = feed.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
-        augment(size),
-        mean,
-        std,
-        device,
+        size,
+        statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
+        mix=_mix(node, size, len(train.classes)),
+        two_views=two_views,
     )
     return Data(
         train=train_loader,
@@ -102,19 +101,22 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         num_data=len(train),
         num_classes=len(train.classes),
         classes=train.classes,
-        zoo=source.zoo,
+        zoo=node["ZOO"] or feed.source.zoo,
         image_size=size,
-        mean=mean,
-        std=std,
+        mean=statistics[0],
+        std=statistics[1],
     )
 
 
-def _train_loader(two_views: bool) -> type[TrainLoader]:
-    if not two_views:
-        return TrainLoader
-    from mdistiller.dataset._two_views import TwoViewLoader  # brings torchvision: a slow import
+def mixes_labels(cfg: Any) -> bool:
+    """Whether training targets are class probabilities: mixup or CutMix is on."""
+    node = _node(cfg)
+    return bool(node["MIXUP"] or node["CUTMIX"])
 
-    return TwoViewLoader
+
+def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+    chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
+    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
 
 
 class TestData(NamedTuple):
@@ -131,40 +133,57 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
     The training images are not read, with one exception: an image folder without DATASET.MEAN and
     STD is normalised with statistics of its training images, so these must be there.
     """
-    node, device = _node(cfg), _device(cfg, device)
-    source, root, options = _source(node)
-    statistics = _statistics(node, source)
+    node = _node(cfg)
+    feed = _feed(node, "test", _device(cfg, device))
+    statistics = _statistics(node, feed.source)
     if statistics is None:
-        statistics = _training_statistics(source, root, options)
-    test = source.load(root, "test", options)
-    loader = EvalLoader(test, node["TEST"]["BATCH_SIZE"], *statistics, device)
-    return TestData(loader, len(test.classes), source.zoo)
+        statistics = _training_statistics(feed)
+    test = feed.read("test")
+    loader = feed.eval_loader(test, feed.size(test), statistics)
+    return TestData(loader, len(test.classes), node["ZOO"] or feed.source.zoo)
 
 
 def _node(cfg: Any) -> dict[str, Any]:
     """cfg.DATASET over the defaults, so that a node written for the original will do."""
     node = {**DATASET_CONFIG, **cfg.DATASET}
-    for key in ("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS"):
+    for key in ("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "MIXUP", "CUTMIX", "ERASING"):
         if node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    if node["ERASING"] > 1:
+        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability, at most 1")
+    _check_randaugment(node["RANDAUGMENT"])
     return node
+
+
+def _check_randaugment(value: Sequence[Any]) -> None:
+    numbers = all(type(item) is int for item in value)
+    if value and not (numbers and len(value) == 2 and value[0] >= 1 and 0 <= value[1] <= 30):
+        raise UserError(
+            f"DATASET.RANDAUGMENT {list(value)} must be the number of operations and their "
+            "magnitude of 0 to 30, such as [2, 9], or empty"
+        )
 
 
 def _device(cfg: Any, device: torch.device | None) -> torch.device:
     return resolve_device(cfg.get("DEVICE", "auto")) if device is None else device
 
 
-def _source(node: dict[str, Any]) -> tuple[DataSource, Path, Options]:
-    """The registered data set, its folder, and how to read it."""
+def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFeed:
+    """The registered data set, its folder, and how it is read."""
     entry = DATASETS[node["TYPE"]]
-    source = entry() if isinstance(entry, type) else entry
-    options = Options(node["IMAGE_SIZE"], max(1, node["NUM_WORKERS"]), node["MAX_MEMORY_GB"])
+    source: DataSource = entry() if isinstance(entry, type) else entry
+    options = Options(
+        node["IMAGE_SIZE"], max(1, node["NUM_WORKERS"]), node["MAX_MEMORY_GB"], node["SHARDS"]
+    )
     if node["ROOT"]:
         root = Path(node["ROOT"]).expanduser()
-        return source, root if root.exists() else project_root() / root, options
-    if source.root is None:
+        root = root if root.exists() else project_root() / root
+    elif source.root is None:
         raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
-    return source, project_root() / source.root, options
+    else:
+        root = project_root() / source.root
+    augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
+    return choose_feed(node, split, source, root, options, augment, device)
 
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
@@ -180,27 +199,15 @@ def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     return mean, std
 
 
-def _training_statistics(source: DataSource, root: Path, options: Options) -> Statistics:
+def _training_statistics(feed: MemoryFeed) -> Statistics:
     """Mean and std of training images that are read for nothing else."""
     try:
-        return source.load(root, "train", options).channel_statistics()
+        return feed.statistics(feed.read("train"))
     except UserError as error:
         raise UserError(f"{error}; or set DATASET.MEAN and DATASET.STD as in training") from error
 
 
-def _common_size(train: ImageSet, test: ImageSet) -> tuple[int, int]:
-    """(height, width), the same in both splits."""
-    height, width = train.images.shape[2:]
-    test_height, test_width = test.images.shape[2:]
-    if (height, width) != (test_height, test_width):
-        raise UserError(
-            f"training images are {width}x{height} and test images {test_width}x{test_height} "
-            "pixels; set DATASET.IMAGE_SIZE to resize both"
-        )
-    return height, width
-
-
-def _hold_out(train: ImageSet, node: dict[str, Any]) -> tuple[ImageSet, ImageSet]:
+def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
     """(training images that remain, images held out for selection)."""
     try:
         kept, held = hold_out(train.targets, node["VAL_SPLIT"], node["VAL_SEED"])

@@ -1,25 +1,80 @@
-"""Reading folders of image files into memory."""
+"""Folders of image files: listed, and read into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
-from mdistiller.dataset._base import ImageSet, Options
+from mdistiller.dataset._base import DataSource, ImageSet, Options, Split
 from mdistiller.registry import UserError
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"])
 _CHUNK = 64  # files that a thread decodes at a time
 
 
-def is_image(path: Path) -> bool:
-    """Whether the name is that of an image; hidden files are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+@dataclass
+class FileSet:
+    """A split as files, read when they are needed.
+
+    Attributes:
+        folder: where they are.
+        names: their paths below it, as an array of bytes: worker processes share it.
+        targets: class indices, int64, [N].
+        classes: class names.
+    """
+
+    folder: Path
+    names: np.ndarray
+    targets: Tensor
+    classes: list[str]
+
+    @classmethod
+    def of(
+        cls, folder: Path, names: Iterable[str], targets: Sequence[int], classes: Sequence[str]
+    ) -> FileSet:
+        """The set of the files `names` below `folder`."""
+        encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        return cls(folder, encoded, torch.tensor(targets), list(classes))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """The file at a position."""
+        return self.folder / os.fsdecode(self.names[index])
+
+    def image(self, index: int) -> Tensor:
+        """The image at a position: uint8, [3, H, W], of any size."""
+        from mdistiller.dataset._images import read_image
+
+        return read_image(self.path(index))
+
+    def select(self, indices: Tensor) -> FileSet:
+        """The files at `indices` (int64, [M]), as a set of their own."""
+        return replace(self, names=self.names[indices.numpy()], targets=self.targets[indices])
+
+
+class FileSource(DataSource):
+    """Base of data sets that are files of images: `files` lists a split, without reading it."""
+
+    def files(self, root: Path, split: Split) -> FileSet:
+        """The files of one split; see :meth:`DataSource.load`."""
+        raise NotImplementedError
+
+    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+        return load_files(self.files(root, split), options)
+
+
+def is_image(name: str) -> bool:
+    """Whether the name of a file is that of an image; hidden files are not."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
@@ -30,75 +85,68 @@ def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
     return [name for name in names if name not in ignore]
 
 
-def load_class_folders(folder: Path, classes: Sequence[str], options: Options) -> ImageSet:
+def list_class_folders(folder: Path, classes: Sequence[str]) -> FileSet:
     """All images in ``folder/CLASS/``, at any depth, sorted by class and path."""
     if not classes:
         raise UserError(f"{folder} has no class folders; put the images of each class in one")
-    files: list[Path] = []
+    names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if is_image(path))
+        found = [
+            os.path.relpath(os.path.join(place, file), folder)
+            for place, _, files in os.walk(folder / name)
+            for file in files
+            if is_image(file)
+        ]
         if not found:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
-        files += found
+        names += sorted(found, key=lambda path: path.split(os.sep))
         targets += [target] * len(found)
-    return load_files(files, targets, classes, options)
+    return FileSet.of(folder, names, targets, classes)
 
 
-def load_files(
-    files: Sequence[Path], targets: Sequence[int], classes: Sequence[str], options: Options
-) -> ImageSet:
+def decoded_gigabytes(files: FileSet, height: int, width: int) -> float:
+    """What the images take in memory at that size, in 1e9 bytes."""
+    return len(files) * 3 * height * width / 1e9
+
+
+def load_files(files: FileSet, options: Options) -> ImageSet:
     """Decode image files to RGB, in threads.
-
-    Args:
-        files: N paths, at least one.
-        targets: N class indices.
-        classes: class names.
-        options: see :class:`Options`.
 
     Raises:
         UserError: a file is broken, sizes differ, or the images would not fit.
     """
+    from mdistiller.dataset._images import resize
+
     side = options.image_size
-    height, width = (side, side) if side else _decode(files[0], 0).shape[:2]
-    gigabytes = len(files) * 3 * height * width / 1e9
+    height, width = (side, side) if side else files.image(0).shape[1:]
+    gigabytes = decoded_gigabytes(files, height, width)
     if gigabytes > options.max_memory_gb:
         raise UserError(
-            f"{len(files)} images of {width}x{height} pixels beside {files[0]} take "
+            f"{len(files)} images of {width}x{height} pixels beside {files.path(0)} take "
             f"{gigabytes:.1f} GB, more than DATASET.MAX_MEMORY_GB {options.max_memory_gb:g}; "
-            "lower DATASET.IMAGE_SIZE or raise DATASET.MAX_MEMORY_GB"
+            "lower DATASET.IMAGE_SIZE, raise DATASET.MAX_MEMORY_GB, or set DATASET.LOADER workers"
         )
-    images = np.empty((len(files), 3, height, width), dtype=np.uint8)
+    images = torch.empty((len(files), 3, height, width), dtype=torch.uint8)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            pixels = _decode(files[i], side)
-            if pixels.shape != (height, width, 3):
-                raise UserError(
-                    f"{files[0]} is {width}x{height} pixels but {files[i]} is "
-                    f"{pixels.shape[1]}x{pixels.shape[0]}; set DATASET.IMAGE_SIZE to resize all"
-                )
-            images[i] = pixels.transpose(2, 0, 1)
+            image = files.image(i)
+            if side:
+                image = resize(image, side, side)
+            check_size(image, height, width, files.path(i), files.path(0))
+            images[i] = image
 
     with ThreadPoolExecutor(options.workers) as pool:
         for _ in pool.map(fill, range(0, len(files), _CHUNK)):
             pass  # raises what a thread raised
-    return ImageSet(torch.from_numpy(images), torch.tensor(targets), list(classes))
+    return ImageSet(images, files.targets, files.classes)
 
 
-def _decode(path: Path, side: int) -> np.ndarray:
-    """One image as uint8 [H, W, 3], resized to `side` x `side` (bilinear, antialiased) if not 0."""
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            image = file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+def check_size(image: Tensor, height: int, width: int, path: Path | str, first: Path | str) -> None:
+    """Refuse an image that has another size than the first one of its set."""
+    if image.shape[1:] != (height, width):
         raise UserError(
-            f"{path} cannot be read as an image ({reason}); replace or remove it"
-        ) from error
-    if mode == "F" or mode.startswith("I"):  # Pillow cuts such values off at 255
-        raise UserError(f"{path} has more than 8 bits a channel (mode {mode}); convert it to 8")
-    if side and image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+            f"{first} is {width}x{height} pixels but {path} is "
+            f"{image.shape[2]}x{image.shape[1]}; set DATASET.IMAGE_SIZE to resize all"
+        )

@@ -5,35 +5,29 @@
     ROOT/train/CLASS/*.jpg
     ROOT/val/CLASS/*.jpg        or ROOT/test/CLASS/*.jpg
 
-``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. The images are decoded once
-and kept in memory, so they must have one size or get it from ``DATASET.IMAGE_SIZE``. Unless
-``DATASET.MEAN`` and ``DATASET.STD`` are given, both are computed from all images in train/.
+``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. Images that fit in memory are
+decoded once, larger sets by worker processes when they are needed; either way they must have one
+size or get it from ``DATASET.IMAGE_SIZE``. Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given,
+both are computed from images in train/.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mdistiller.dataset._base import (
-    DATASETS,
-    DataSource,
-    ImageSet,
-    Options,
-    Split,
-    same_classes,
-)
-from mdistiller.dataset._folder import class_folders, load_class_folders
+from mdistiller.dataset._base import DATASETS, Split, same_classes
+from mdistiller.dataset._folder import FileSet, FileSource, class_folders, list_class_folders
 from mdistiller.registry import UserError
 
 
 @DATASETS.register("imagefolder")
-class ImageFolder(DataSource):
+class ImageFolder(FileSource):
     """Classes are the sorted folder names, which must be the same in both splits."""
 
     root = None
     augment = "crop_flip"
 
-    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+    def files(self, root: Path, split: Split) -> FileSet:
         train = root / "train"
         test = root / "val" if (root / "val").is_dir() else root / "test"
         if split == "test" and not test.is_dir():
@@ -43,4 +37,4 @@ class ImageFolder(DataSource):
         if train.is_dir() and test.is_dir():
             same_classes(class_folders(train), class_folders(test), root)
         folder = train if split == "train" else test
-        return load_class_folders(folder, class_folders(folder), options)
+        return list_class_folders(folder, class_folders(folder))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mdistiller import runtime
 from mdistiller.dataset._base import ImageSet
+from mdistiller.dataset._mix import BatchAugment
 from mdistiller.dataset._plan import BatchPlan, share
 from mdistiller.dataset.augment import Identity
 from mdistiller.registry import UserError
@@ -65,6 +66,7 @@ class TrainLoader:
         device: where the images are kept and the batches made.
         seed: with the epoch, decides order and views. Must be the same in all processes.
         drop_last: leave out the images that do not fill a batch.
+        mix: what is done to whole batches; where it mixes images, target is float32 [B, C].
         rank, world_size: of the process; as torch.distributed says by default.
 
     Attributes:
@@ -85,6 +87,7 @@ class TrainLoader:
         *,
         seed: int = 0,
         drop_last: bool = False,
+        mix: BatchAugment | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -96,15 +99,21 @@ class TrainLoader:
             drop_last,
         )
         self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
-        self.augment, self.num_views = augment, augment.num_views
+        self.augment, self.mix = augment, mix
+        self.num_views = augment.num_views if mix is None else None
         self.normalize = Normalize(mean, std, device)
+        self._keep(dataset, device)
+        self.epoch = 0
+        self._drawn: Epoch | None = None
+        self._begun = True  # whether the drawn epoch has been iterated
+
+    def _keep(self, dataset: ImageSet, device: torch.device) -> None:
+        """Put the images where the batches are made from."""
+        augment = self.augment
         self._store = augment.store(dataset.images.to(device))
         inner = self._store[:, :, augment.pad :, augment.pad :]  # shares memory with the store
         inner = inner[:, :, : augment.height, : augment.width]
         self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
-        self.epoch = 0
-        self._drawn: Epoch | None = None
-        self._begun = True  # whether the drawn epoch has been iterated
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -134,7 +143,8 @@ class TrainLoader:
         if self._drawn is None:
             self.set_epoch(1)
         assert self._drawn is not None
-        return self._drawn.views
+        views = self._drawn.views
+        return views if self.num_views else torch.full_like(views, -1)
 
     def loss_weight(self, step: int) -> float:
         """See :meth:`BatchPlan.loss_weight`; `step` counts from 0."""
@@ -145,7 +155,10 @@ class TrainLoader:
             self.set_epoch(self.epoch + 1)
         self._begun = True
         assert self._drawn is not None
-        return self._batches(self._drawn)
+        batches = self._batches(self._drawn)
+        if self.mix is None:
+            return batches
+        return self.mix(batches, self.num_data, self.seed, self.epoch)
 
     def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for step in range(len(self.plan)):
@@ -177,17 +190,26 @@ class EvalLoader:
     ):
         if batch_size < 1:
             raise UserError(f"DATASET.TEST.BATCH_SIZE {batch_size} must be at least 1")
-        self.dataset = dataset.to(device)
+        self._keep(dataset, device)
         self.batch_size, self.num_data = batch_size, len(dataset)
         self.normalize = Normalize(mean, std, device)
         rank = runtime.rank() if rank is None else rank
         world_size = runtime.world_size() if world_size is None else world_size
         self.start, self.stop = share(len(dataset), rank, world_size)
 
+    def _keep(self, dataset: ImageSet, device: torch.device) -> None:
+        """Put the images where the batches are made from."""
+        self.dataset = dataset.to(device)
+
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _shares(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of every batch."""
         for start in range(self.start, self.stop, self.batch_size):
-            batch = slice(start, min(start + self.batch_size, self.stop))
-            yield self.normalize(self.dataset.images[batch]), self.dataset.targets[batch].clone()
+            yield start, min(start + self.batch_size, self.stop)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start, stop in self._shares():
+            images, targets = self.dataset.images[start:stop], self.dataset.targets[start:stop]
+            yield self.normalize(images), targets.clone()

@@ -10,22 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mdistiller.dataset._base import (
-    DATASETS,
-    DataSource,
-    ImageSet,
-    Options,
-    Split,
-    same_classes,
-)
-from mdistiller.dataset._folder import class_folders, load_class_folders, load_files
+from mdistiller.dataset._base import DATASETS, Split, same_classes
+from mdistiller.dataset._folder import FileSet, FileSource, class_folders, list_class_folders
 from mdistiller.registry import UserError
 
 _URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 @DATASETS.register("tiny_imagenet")
-class TinyImageNet(DataSource):
+class TinyImageNet(FileSource):
     """Targets number the sorted WordNet ids; the validation images serve as the test set."""
 
     root = "data/tiny-imagenet-200"
@@ -33,7 +26,7 @@ class TinyImageNet(DataSource):
     augment = "rotate_flip"
     zoo = "tiny_imagenet"
 
-    def load(self, root: Path, split: Split, options: Options) -> ImageSet:
+    def files(self, root: Path, split: Split) -> FileSet:
         folder = root / ("train" if split == "train" else "val")
         if not folder.is_dir():
             raise UserError(
@@ -41,18 +34,15 @@ class TinyImageNet(DataSource):
                 "or set DATASET.ROOT"
             )
         if split == "train":
-            return load_class_folders(folder, class_folders(folder), options)
+            return list_class_folders(folder, class_folders(folder))
         classes = class_folders(folder, ignore={"images"})
-        if classes:
-            test = load_class_folders(folder, classes, options)
-        else:
-            test = _load_annotated(folder, options)
+        test = list_class_folders(folder, classes) if classes else _annotated(folder)
         if (root / "train").is_dir():
             same_classes(class_folders(root / "train"), test.classes, root)
         return test
 
 
-def _load_annotated(folder: Path, options: Options) -> ImageSet:
+def _annotated(folder: Path) -> FileSet:
     """The validation images as published: a line of the table gives file name, class and a box."""
     table = folder / "val_annotations.txt"
     if not table.is_file():
@@ -64,5 +54,5 @@ def _load_annotated(folder: Path, options: Options) -> ImageSet:
         )
     classes = sorted({wnid for _, wnid in rows})
     number = {wnid: target for target, wnid in enumerate(classes)}
-    files = [folder / "images" / name for name, _ in rows]
-    return load_files(files, [number[wnid] for _, wnid in rows], classes, options)
+    names, targets = [name for name, _ in rows], [number[wnid] for _, wnid in rows]
+    return FileSet.of(folder / "images", names, targets, classes)

@@ -83,6 +83,8 @@ def ab_loss(
 class AB(Distiller):
     """Activation boundaries: hidden neurons are active where the teacher's are."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

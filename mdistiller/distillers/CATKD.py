@@ -105,6 +105,8 @@ def drop_bias(layer: nn.Linear | nn.Conv2d) -> None:
 class CATKD(Distiller):
     """Class attention transfer: the student looks where the teacher does, for every class."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         node = cfg.CATKD

@@ -91,6 +91,8 @@ def unknown_form(form: str) -> UserError:
 class CC(Distiller):
     """Correlation congruence: relations between samples are as the teacher's."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

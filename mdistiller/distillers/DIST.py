@@ -70,6 +70,7 @@ def dist_loss(
 class DIST(Distiller):
     """Predictions correlate with the teacher's, over classes and over the samples of a batch."""
 
+    soft_labels = True
     takes_standardized_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -95,6 +95,8 @@ class Paraphraser(nn.Module):
 class FT(Distiller):
     """Factor transfer: the student's translated map has the teacher's paraphrased factors."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

@@ -48,6 +48,8 @@ def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
 class FitNet(Distiller):
     """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

@@ -41,6 +41,7 @@ class KD(Distiller):
     """Soft targets: the student matches the teacher's softened class probabilities."""
 
     takes_standardized_logits = True
+    soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)

@@ -146,6 +146,8 @@ def check_widths(student: Sequence[int], teacher: Sequence[int], k: int) -> None
 class KDSVD(Distiller):
     """Singular vectors of the student's maps change from stage to stage as the teacher's do."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))

@@ -71,6 +71,7 @@ def nkd_loss(
 class NKD(Distiller):
     """Soft cross-entropy of the target class, and of the others normalised among themselves."""
 
+    soft_labels = True
     takes_standardized_logits = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

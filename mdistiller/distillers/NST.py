@@ -54,6 +54,8 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class NST(Distiller):
     """Neuron selectivity transfer: the student's channels are distributed as the teacher's."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.NST.LOSS.CE_WEIGHT

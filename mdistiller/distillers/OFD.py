@@ -92,6 +92,7 @@ class Connectors(nn.Module):
 class OFD(Distiller):
     """Overhauled feature distillation: pre-activations of all stages with a partial distance."""
 
+    soft_labels = True
     teacher_in_eval_mode = False
 
     def __init__(

@@ -68,6 +68,8 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 class PKT(Distiller):
     """Probabilistic knowledge transfer: samples have the same probable neighbours."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.PKT.LOSS.CE_WEIGHT

@@ -118,6 +118,8 @@ def rkd_loss(
 class RKD(Distiller):
     """Relational knowledge: distances and angles between samples, up to a common scale."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.RKD.LOSS.CE_WEIGHT

@@ -140,6 +140,8 @@ class ReviewKD(Distiller):
     deep) follow from the networks. Given ones are checked; sides only if `image_size` is known.
     """
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

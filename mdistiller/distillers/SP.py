@@ -41,6 +41,8 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class SP(Distiller):
     """Similarity preserving: samples that are alike for the teacher are so for the student."""
 
+    soft_labels = True
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.SP.LOSS.CE_WEIGHT

@@ -128,6 +128,8 @@ class Attention(nn.Module):
 class SemCKD(Distiller):
     """All student stages learn from all teacher stages, by learned attention; and soft targets."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

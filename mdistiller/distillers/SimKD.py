@@ -50,6 +50,7 @@ def simkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class SimKD(Distiller):
     """The student's last map, through a neck, imitates the teacher's and is classified like it."""
 
+    soft_labels = True
     ce_loss_weight = 0.0
     alone = "it gives the student another head"
 

@@ -49,6 +49,7 @@ def ttm_loss(
 class TTM(Distiller):
     """The student, at temperature 1, matches the teacher's flattened probabilities."""
 
+    soft_labels = True
     takes_standardized_logits = True
     name = "TTM"
     weighted = False

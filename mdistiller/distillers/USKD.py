@@ -112,6 +112,7 @@ class USKD(Distiller):
     The unweighted terms are kept as metrics `target`, `others` and `weak`.
     """
 
+    soft_labels = True
     uses_teacher = False
 
     def __init__(

@@ -74,6 +74,8 @@ def make_regressor(in_channels: int, out_channels: int) -> nn.Sequential:
 class VID(Distiller):
     """Variational information: student stages predict teacher stages with a learned variance."""
 
+    soft_labels = True
+
     def __init__(
         self,
         student: nn.Module,

@@ -54,6 +54,8 @@ class Distiller(nn.Module):
         two_views: True for methods that train on two independently augmented views of an image. The
             training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
             `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
+        soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
+            probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
@@ -66,6 +68,7 @@ class Distiller(nn.Module):
     alone: str = ""
     takes_standardized_logits = False
     two_views = False
+    soft_labels = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
     distills: bool = True
@@ -168,7 +171,7 @@ class Distiller(nn.Module):
         Args:
             student, teacher: outputs of the two networks on the same images; the teacher's carry
                 no gradient. Their logits are standardised where the config says so.
-            target: [N] class indices.
+            target: [N] class indices; with `soft_labels` perhaps probabilities, [N, C].
             batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
         raise TypeError(
@@ -269,6 +272,7 @@ class Vanilla(Distiller):
     """Plain training of a network by cross-entropy, without a teacher."""
 
     uses_teacher = False
+    soft_labels = True
 
     def __init__(self, student: nn.Module):
         super().__init__(student, None)

@@ -27,8 +27,12 @@ def get_distiller(name: str) -> type[Distiller]:
         reason = why_alone(cls)
         if reason:
             raise UserError(f"DISTILLER.TYPE {name}: {part} cannot be combined, since {reason}")
-    takes = any(cls.takes_standardized_logits for cls in methods.values())
-    return type("Composed", (Composed,), {"methods": methods, "takes_standardized_logits": takes})
+    facts = {
+        "methods": methods,
+        "takes_standardized_logits": any(c.takes_standardized_logits for c in methods.values()),
+        "soft_labels": all(c.soft_labels for c in methods.values()),
+    }
+    return type("Composed", (Composed,), facts)
 
 
 def why_alone(cls: type[Distiller]) -> str:

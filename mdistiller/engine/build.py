@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.dataset import DATASETS, Data, DataSource
+from mdistiller.dataset import DATASETS, Data, DataSource, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.trainer import seed_everything, trainer_dict
@@ -127,6 +127,18 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
         )
     if method.uses_teacher:
         model_entry(cfg, "TEACHER", data)
+
+
+def check_labels(cfg: Any) -> None:
+    """Refuse mixed images for a method that needs to know the class of each."""
+    name = cfg.DISTILLER.TYPE
+    if mixes_labels(cfg) and not get_distiller(name).soft_labels:
+        parts = [part.strip() for part in name.split("+")]
+        guilty = [part for part in parts if not get_distiller(part).soft_labels]
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} cannot learn from mixed images, whose "
+            "labels are soft; set DATASET.MIXUP and DATASET.CUTMIX to 0"
+        )
 
 
 def model_entry(cfg: Any, role: str, data: Data | DataSource) -> ModelEntry:

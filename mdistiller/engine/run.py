@@ -14,6 +14,7 @@ from mdistiller.dataset import Data, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import (
     build_distiller,
+    check_labels,
     check_models,
     measure_teacher,
 )
@@ -82,6 +83,7 @@ def _train(
     method = get_distiller(cfg.DISTILLER.TYPE)
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
+    check_labels(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
     teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None

@@ -4,8 +4,9 @@ import json
 import sys
 
 import pytest
+import torch
 
-from mdistiller.cli import _timing, benchmark
+from mdistiller.cli import _loaders, _timing, benchmark
 
 
 def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
@@ -22,6 +23,33 @@ def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["textbook"]["ms"] / row["ours"]["ms"])
         assert 0 < row["ours"]["low"] <= row["ours"]["ms"] <= row["ours"]["high"]
     assert report["losses"][1]["ratio"] > 5  # 60 and more at batch 64: the two are not mixed up
+
+
+def test_loaders_are_timed_against_torchvisions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_loaders, "IMAGES", 26)
+    path = tmp_path / "loader.json"
+    words = ["loader", "--device", "cpu", "--batch", "8", "--rounds", "2", "--workers", "1"]
+    assert benchmark.main([*words, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[1].strip() for line in printed[1:]]
+    assert names == ["loader", "---", "ours", "torchvision"]
+    report = json.loads(path.read_text())
+    assert report["workers"] == 1
+    ours, reference = report["loader"]
+    assert ours["images_per_second"] == pytest.approx(16 / (ours["ms"] / 1e3))
+    assert ours["ratio"] == pytest.approx(
+        ours["images_per_second"] / reference["images_per_second"]
+    )
+
+
+def test_both_pipelines_read_every_training_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(_loaders, "IMAGES", 26)
+    _loaders.write_images(tmp_path)
+    for make in (_loaders.ours, _loaders.reference):
+        batches = list(make(tmp_path, 8, 0, "cpu"))
+        targets = torch.cat([batch[1] for batch in batches])
+        assert sorted(targets.tolist()) == sorted(i % 10 for i in range(10, 26))
+        assert batches[0][0].shape == (8, 3, 224, 224)
 
 
 def test_forms_take_turns_and_are_warmed_up():

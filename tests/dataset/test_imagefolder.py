@@ -126,7 +126,11 @@ def test_a_folder_too_large_for_memory_is_refused_before_decoding(tmp_path):
     write_folders(tmp_path)
     break_file(tmp_path)  # would be found if files were decoded first
     with pytest.raises(UserError, match=r"6 images .* 2\.4 GB.*MAX_MEMORY_GB 2;"):
-        load_data(config("imagefolder", ROOT=tmp_path, IMAGE_SIZE=11548, MAX_MEMORY_GB=2.0))
+        load_data(
+            config(
+                "imagefolder", ROOT=tmp_path, IMAGE_SIZE=11548, MAX_MEMORY_GB=2.0, LOADER="memory"
+            )
+        )
 
 
 def test_an_image_folder_needs_a_root():

@@ -1,0 +1,91 @@
+"""Image files to pixels, and pixels to one size. Brings torchvision: imported where it is needed.
+
+torchvision decodes JPEG to Pillow's pixels in two thirds of the time, and resizes bytes to within
+one level of Pillow in half of it. Whatever it cannot read, or no longer, Pillow reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from mdistiller.registry import UserError
+
+try:  # deprecated since torchvision 0.29, so some later one will not have it
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+
+def read_image(path: Path) -> Tensor:
+    """The image in a file; see :func:`decode`."""
+    try:
+        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return decode(data, path)
+
+
+def decode(data: Tensor, name: Path | str) -> Tensor:
+    """The image in the bytes of a file, as RGB.
+
+    Args:
+        data: uint8, [bytes].
+        name: of the file, for errors.
+
+    Returns:
+        uint8, [3, H, W], with the channels last in memory.
+
+    Raises:
+        UserError: it is none, or broken, or has more than 8 bits a channel.
+    """
+    if decode_jpeg is not None and data[:2].tolist() == [0xFF, 0xD8]:
+        with contextlib.suppress(RuntimeError):  # what is wrong Pillow says in plainer words
+            pixels: Tensor = decode_jpeg(data, mode=ImageReadMode.RGB)
+            return pixels
+    try:
+        with Image.open(io.BytesIO(data.numpy().tobytes())) as file:
+            mode = file.mode
+            image = file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise _unreadable(name, error) from error
+    if mode == "F" or mode.startswith("I"):  # Pillow cuts such values off at 255
+        raise UserError(f"{name} has more than 8 bits a channel (mode {mode}); convert it to 8")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _unreadable(name: Path | str, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = "no image of a known format" if "cannot identify image file" in reason else reason
+    return UserError(f"{name} cannot be read as an image ({reason}); replace or remove it")
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """A uint8 image [3, H, W] at another size: bilinear, antialiased; itself if it has it."""
+    if image.shape[1:] == (height, width):
+        return image
+    resized: Tensor = transforms.resize(image, [height, width], antialias=True)
+    return resized
+
+
+def centre(image: Tensor, side: int) -> Tensor:
+    """The middle of a uint8 image [3, H, W] at `side` x `side`, its shape kept.
+
+    The shorter side becomes 8/7 `side` (256 for 224), then the middle is cut out: torchvision's
+    ``Resize`` and ``CenterCrop``.
+    """
+    height, width = image.shape[1:]
+    short = round(side * 8 / 7)
+    if height <= width:
+        image = resize(image, short, int(short * width / height))
+    else:
+        image = resize(image, int(short * height / width), short)
+    cropped: Tensor = transforms.center_crop(image, [side, side])
+    return cropped

@@ -1,0 +1,78 @@
+"""The number and the classes of the samples in shards: counted once, then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mdistiller.dataset._shards import INDEX, read_shard
+from mdistiller.registry import UserError
+
+
+def index_shards(urls: Sequence[str], target: str, threads: int) -> list[list[int]]:
+    """Classes of the samples of every shard; shards are read once, then remembered.
+
+    The index is a JSON file: by name of the shard, what tells whether it has changed (suffix of the
+    class, bytes, time of the last change) and its classes.
+    """
+    files = [Path(url) if os.path.isfile(url) else None for url in urls]
+    stamps = [_stamp(target, file) for file in files]
+    names = [file.name if file else url for file, url in zip(files, urls, strict=True)]
+    place = _index_file(files[0], urls[0])
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(place.read_text())
+    missing = [k for k, name in enumerate(names) if known.get(name, [None])[0] != stamps[k]]
+    if missing:
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda k: _classes(urls[k], target), missing)
+            bar = tqdm(found, "counting shards", len(missing), leave=False, disable=None)
+            for k, classes in zip(missing, bar, strict=True):
+                known[names[k]] = [stamps[k], classes]
+        _remember(place, known)
+    return [known[name][1] for name in names]
+
+
+def _stamp(target: str, file: Path | None) -> list[Any]:
+    if file is None:
+        return [target]
+    facts = file.stat()
+    return [target, facts.st_size, facts.st_mtime_ns]
+
+
+def _classes(url: str, target: str) -> list[int]:
+    classes = []
+    for sample in read_shard(url, only=target):
+        if target in sample:
+            try:
+                classes.append(int(sample[target]))
+            except ValueError:
+                raise UserError(
+                    f"{url}: {sample['__key__']}.{target} holds {bytes(sample[target][:20])!r}, "
+                    "not a class in digits (DATASET.SHARDS.TARGET)"
+                ) from None
+    return classes
+
+
+def _index_file(first: Path | None, url: str) -> Path:
+    if first is not None and os.access(first.parent, os.W_OK):
+        return first.parent / INDEX
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "mdistiller" / f"{digest}-{INDEX}"
+
+
+def _remember(place: Path, known: dict[str, Any]) -> None:
+    """Write the index, if that is possible: without it the shards are counted in every run."""
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(place)

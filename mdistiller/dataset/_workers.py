@@ -1,0 +1,224 @@
+"""Loaders whose images are read in every epoch, by worker processes, for sets that fill no memory.
+
+They give what the loaders over memory give: the same order, the same views of the augmentations
+that both know, items on the device. Everything that is random is drawn in the main process, so no
+number of workers changes it. Workers return whole batches in bytes, which travel from pinned memory
+and are normalised on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mdistiller.dataset._base import ImageSet
+from mdistiller.dataset._folder import FileSet
+from mdistiller.dataset._view import TestView, TrainView
+from mdistiller.dataset.loader import Epoch, EvalLoader, TrainLoader
+from mdistiller.registry import UserError
+
+PREFETCH = 4  # batches that each worker makes ahead
+
+
+@dataclass(frozen=True)
+class Task:
+    """A batch to make: positions in the set, [B], and the parameters of their views, [B, P]."""
+
+    index: Tensor
+    parameters: Tensor | None = None
+
+
+class Reader(Protocol):
+    """Reads images, in a worker process."""
+
+    def __call__(self, task: Any) -> Iterable[tuple[Tensor, str]]:
+        """The images of a task, uint8 [3, H, W] of any size, each with its name for errors."""
+
+
+@dataclass
+class SetReader:
+    """Reads from a set with random access: files, or images in memory."""
+
+    dataset: FileSet | ImageSet
+
+    def __call__(self, task: Task) -> Iterator[tuple[Tensor, str]]:
+        for i in task.index.tolist():
+            name = str(self.dataset.path(i)) if isinstance(self.dataset, FileSet) else f"image {i}"
+            yield self.dataset.image(i), name
+
+
+@dataclass
+class BatchMaker:
+    """Makes the batch of a task; the `dataset` of a DataLoader, whose keys are tasks.
+
+    Attributes:
+        reader: gives the images.
+        view: of one image, from its name and, for training, its parameters. Several views may be
+            stacked, [V, 3, H, W]: a batch, normalised or not, then is [B, V, 3, H, W].
+    """
+
+    reader: Reader
+    view: Callable[..., Tensor]
+
+    def __getitem__(self, task: Task) -> Tensor | str:
+        """uint8, [B, 3, H, W]; or what is wrong, since an exception would lose its one line."""
+        rows = () if task.parameters is None else (task.parameters,)
+        try:
+            views = [
+                self.view(image, name, *row)
+                for (image, name), *row in zip(self.reader(task), *rows, strict=True)
+            ]
+        except UserError as error:
+            return str(error)
+        return torch.stack(views)
+
+
+@dataclass
+class _Tasks:
+    """The sampler of a DataLoader that lives for many epochs: whatever was put in last."""
+
+    tasks: Iterable[Any] = field(default_factory=tuple)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tasks)
+
+
+class Workers:
+    """Worker processes that stay, and turn tasks into batches on the device, in order.
+
+    Args:
+        maker: what a worker does; it must pickle where processes are spawned.
+        num: of workers; 0 makes the batches in this process.
+        device: where batches go.
+    """
+
+    def __init__(self, maker: BatchMaker, num: int, device: torch.device):
+        self.device = device
+        self._tasks = _Tasks()
+        staying = {"persistent_workers": True, "prefetch_factor": PREFETCH} if num else {}
+        self._loader: DataLoader[Any] = DataLoader(
+            maker,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=num,
+            collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one
+            **staying,  # type: ignore[arg-type]
+        )
+
+    def batches(self, tasks: Iterable[Any]) -> Iterator[Tensor]:
+        """uint8, [B, 3, H, W], for each task.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        self._tasks.tasks = tasks
+        for made in self._loader:
+            if isinstance(made, str):
+                raise UserError(made)
+            yield made.to(self.device, non_blocking=True)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+class WorkerTrainLoader(TrainLoader):
+    """Shuffled, augmented batches `(image, target, index)`; see :class:`TrainLoader`.
+
+    Args:
+        dataset: the training images.
+        view: makes a view of one.
+        num_workers: processes that do; of each process of the run.
+    """
+
+    dataset: Any
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        view: TrainView,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        *,
+        num_workers: int = 2,
+        **options: Any,
+    ):
+        self.device = device
+        super().__init__(dataset, batch_size, view, mean, std, device, **options)  # type: ignore[arg-type]
+        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
+
+    def _keep(self, dataset: Any, device: torch.device) -> None:
+        self.dataset = dataset
+        self._targets = dataset.targets.to(device)
+
+    def _reader(self) -> Reader:
+        return SetReader(self.dataset)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """The positions of an epoch, [N]; of other processes' shares they are not used."""
+        return torch.randperm(self.num_data, generator=generator)
+
+    def _draw(self, generator: torch.Generator) -> Epoch:
+        order = self._order(generator)
+        parameters = self.augment.draw(self.num_data, generator)
+        return Epoch(order, parameters, self.augment.views(parameters).to(self.device))
+
+    def _task(self, step: int, drawn: Epoch) -> Any:
+        """What a worker needs for the batch of a step."""
+        index = drawn.order[slice(*self.plan.local_batch(step))]
+        return Task(index, drawn.parameters[index])
+
+    def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        tasks = (self._task(step, drawn) for step in range(len(self.plan)))
+        for step, images in enumerate(self._workers.batches(tasks)):
+            index = drawn.order[slice(*self.plan.local_batch(step))]
+            index = index.to(self.device, non_blocking=True)
+            yield self.normalize(images), self._targets[index], index
+
+
+class WorkerEvalLoader(EvalLoader):
+    """Batches `(image, target)` without augmentation; see :class:`EvalLoader`."""
+
+    dataset: Any
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        view: TestView,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        *,
+        num_workers: int = 2,
+        **options: Any,
+    ):
+        self.device = device
+        super().__init__(dataset, batch_size, mean, std, device, **options)
+        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
+
+    def _keep(self, dataset: Any, device: torch.device) -> None:
+        self.dataset = dataset
+        self._targets = dataset.targets.to(device)
+
+    def _reader(self) -> Reader:
+        return SetReader(self.dataset)
+
+    def _tasks(self) -> Iterator[Any]:
+        for start, stop in self._shares():
+            yield Task(torch.arange(start, stop))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        tasks = list(self._tasks())
+        for task, images in zip(tasks, self._workers.batches(tasks), strict=True):
+            index = task.index.to(self.device, non_blocking=True)
+            yield self.normalize(images), self._targets[index]
