@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,16 +82,16 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
-def local_rank() -> int:
-    """Rank on this machine, as torchrun gives it."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-@contextmanager
+@contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
-    """Let one process of each machine go first, so that only one downloads."""
+    """Let one process of each machine go first, to leave files for the others."""
     if distributed() and local_rank() != 0:
         dist.barrier()
     yield
     if distributed() and local_rank() == 0:
         dist.barrier()
+
+
+def local_rank() -> int:
+    """Rank on this machine, as torchrun gives it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
