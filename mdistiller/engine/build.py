@@ -176,9 +176,10 @@ def find_teacher(cfg: Any, data: Data) -> Path | None:
         return found
     entry = model_entry(cfg, "TEACHER", data)
     own = bool(cfg.DISTILLER.TEACHER_CFG)
+    classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
     with first_on_machine():
-        released = entry.released(data.num_classes, fetch=not own)
-    misfits = released and own and entry.default_classes() != data.num_classes
+        released = entry.released(classes, fetch=not own)
+    misfits = released and own and entry.default_classes() != classes
     return None if misfits else released
 
 

@@ -194,11 +194,11 @@ class ModelEntry(NamedTuple):
         """The number of classes that the constructor takes if it is told none."""
         return inspect.signature(self.constructor).parameters["num_classes"].default
 
-    def released(self, num_classes: int, fetch: bool = True) -> Path | None:
+    def released(self, num_classes: int | None = None, fetch: bool = True) -> Path | None:
         """The file of the released weights; None if it is not there.
 
         Args:
-            num_classes: classes of the data.
+            num_classes: classes of the data, if known.
             fetch: download the file if it is not there and torchvision publishes it.
 
         Raises:
@@ -212,7 +212,7 @@ class ModelEntry(NamedTuple):
         if url is None or not fetch:
             return None
         name = self.constructor.__name__
-        if num_classes != self.default_classes():
+        if num_classes not in (None, self.default_classes()):
             raise UserError(
                 f"the released weights of {name} are for {self.default_classes()} classes, but "
                 f"{num_classes} are wanted; name a checkpoint of your own"

@@ -26,11 +26,14 @@ def place(tmp_path, monkeypatch):
 def find(classes, **settings):
     words = [word for key, value in settings.items() for word in (f"DISTILLER.{key}", str(value))]
     cfg = load_config("", ["DISTILLER.TEACHER", "resnet8", *words])
-    return find_teacher(cfg, SimpleNamespace(zoo="cifar", num_classes=classes))
+    facts = {} if classes is None else {"num_classes": classes}
+    return find_teacher(cfg, SimpleNamespace(zoo="cifar", **facts))
 
 
-def test_the_released_weights_are_downloaded(place):
-    assert find(100) == place
+@pytest.mark.parametrize("classes", [100, None])
+def test_the_released_weights_are_downloaded(place, classes):
+    """Also before the data are read, when their classes are not known."""
+    assert find(classes) == place
     assert place.is_file()
 
 
