@@ -21,8 +21,7 @@ def test_every_shipped_config_loads_and_names_things_that_exist(path):
     from mdistiller.models import get_model_entry
 
     cfg = load_config(path)
-    imagenet = cfg.DATASET.TYPE == "imagenet"  # its loader is not here yet
-    zoo = "imagenet" if imagenet else DATASETS[cfg.DATASET.TYPE].zoo
+    zoo = DATASETS[cfg.DATASET.TYPE].zoo
     get_model_entry(cfg.DISTILLER.STUDENT, zoo)
     assert cfg.SOLVER.TRAINER in trainer_dict
     if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:

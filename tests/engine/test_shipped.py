@@ -16,7 +16,6 @@ from mdistiller.engine.trainer import seed_everything
 from mdistiller.models import get_model_entry
 
 WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900"]
-IN_MEMORY = str(REPO / "tests" / "imagenet_in_memory.py")
 CONFIGS = [
     pytest.param(zoo, path, id=path.relative_to(REPO / "configs").as_posix())
     for zoo in ("tiny_imagenet", "imagenet")
@@ -53,10 +52,8 @@ def overrides(zoo, path, root, folder, teacher):
     """What makes a run of two small steps of a shipped config."""
     words = f"SOLVER.BATCH_SIZE 2 SOLVER.EPOCHS 1 DATASET.NUM_WORKERS 1 DATASET.ROOT {root}"
     words += f" DEVICE cpu LOG.PREFIX {folder} EXPERIMENT.NAME run DISTILLER.TEACHER_CKPT {teacher}"
-    if zoo == "imagenet":
-        words += " DATASET.TYPE imagenet_in_memory"
-        if path.stem != "reviewkd":  # its SHAPES are those of 224 pixels
-            words += " DATASET.IMAGE_SIZE 64"
+    if zoo == "imagenet" and path.stem != "reviewkd":  # its SHAPES are those of 224 pixels
+        words += " DATASET.IMAGE_SIZE 64"
     return words.split()
 
 
@@ -72,7 +69,7 @@ def test_a_shipped_config_trains(scratch, folders, zoo, path):
     cfg = load_config(path)
     teacher = saved_teacher(scratch, cfg.DISTILLER.TEACHER, len(WNIDS), zoo=zoo)
     words = overrides(zoo, path, folders[zoo], scratch, teacher)
-    assert train_command.main(["--cfg", str(path), "--import", IN_MEMORY, *words]) == 0
+    assert train_command.main(["--cfg", str(path), *words]) == 0
     run = scratch / cfg.EXPERIMENT.PROJECT / "run"
     (row,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert all(math.isfinite(row[key]) for key in ("train_loss", "test_loss"))
