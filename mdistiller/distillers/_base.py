@@ -51,6 +51,7 @@ class Distiller(nn.Module):
             `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
+        label_smoothing: of that cross-entropy, in [0, 1).
     """
 
     uses_teacher = True
@@ -58,6 +59,7 @@ class Distiller(nn.Module):
     two_views = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
+    label_smoothing: float = 0.0
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Hold the two networks; `cfg` is for subclasses, which read their own node of it."""
@@ -157,7 +159,8 @@ class Distiller(nn.Module):
         teacher = self.run_teacher(image)
         with torch.autocast(image.device.type, enabled=False):
             losses = {
-                "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
+                "loss_ce": self.ce_loss_weight
+                * cross_entropy(student.logits, target, self.label_smoothing),
                 "loss_kd": self.distill(student, teacher, target, **batch),
             }
         return student.logits, losses

@@ -36,17 +36,20 @@ def soften(logits: Tensor, temperature: float) -> Tensor:
     return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labelled samples; 0 if there are none.
 
     Args:
         logits: [N, C].
         target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities.
+        smoothing: part of the probability that is spread evenly over all classes.
     """
     logits = soften(logits, 1.0)
     if target.is_floating_point():
-        return F.cross_entropy(logits, target)
-    total = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE_INDEX)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    total = F.cross_entropy(
+        logits, target, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=smoothing
+    )
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -111,8 +114,9 @@ class FeatureShapes(dict[str, Any]):
 def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
     """Shapes of what `net` returns for one image, found by running it on a blank one.
 
-    It runs in eval mode. Parameters, buffers, the modes of its parts and the global random
-    generators are afterwards as they were.
+    They go by the features' names; "logits" is that of the logits. The network runs in eval mode.
+    Parameters, buffers, the modes of its parts and the global random generators are afterwards as
+    they were.
 
     Args:
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
@@ -125,11 +129,12 @@ def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureSha
     net.eval()
     try:
         with torch.random.fork_rng(devices=gpus):
-            _, features = net(image)
+            logits, features = net(image)
     finally:
         for module, mode in modes:
             module.training = mode
-    return FeatureShapes({name: _shapes(value) for name, value in features.items()})
+    outputs = {"logits": logits, **features}
+    return FeatureShapes({name: _shapes(value) for name, value in outputs.items()})
 
 
 def _shapes(value: Any) -> Any:
