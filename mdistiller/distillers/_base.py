@@ -58,6 +58,7 @@ class Distiller(nn.Module):
             probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
+        label_smoothing: of that cross-entropy, in [0, 1).
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
         init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
         init_stage: name of that stage while it runs.
@@ -71,6 +72,7 @@ class Distiller(nn.Module):
     soft_labels = False
     own_state: tuple[str, ...] = ()
     ce_loss_weight: float = 1.0
+    label_smoothing: float = 0.0
     distills: bool = True
     init: InitPlan | None = None
     init_stage: str = ""
@@ -185,7 +187,8 @@ class Distiller(nn.Module):
         teacher = self.run_teacher(image) if self.distills else None
         with torch.autocast(image.device.type, enabled=False):
             losses = {
-                "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
+                "loss_ce": self.ce_loss_weight
+                * cross_entropy(student.logits, target, self.label_smoothing),
                 "loss_kd": (student.logits * 0).sum()
                 if teacher is None
                 else self.distill(

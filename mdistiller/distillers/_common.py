@@ -38,17 +38,20 @@ def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the labelled samples; 0 if there are none.
 
     Args:
         logits: [N, C].
         target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities.
+        smoothing: part of the probability that is spread evenly over all classes.
     """
     logits = soften(logits, 1.0)
     if target.is_floating_point():
-        return F.cross_entropy(logits, target)
-    total = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORE_INDEX)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    total = F.cross_entropy(
+        logits, target, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=smoothing
+    )
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 

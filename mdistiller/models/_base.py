@@ -55,6 +55,8 @@ class StagedNet(nn.Module):
     head = "fc"
     #: Whether pooled_feat is the average of final_map over positions.
     globally_pooled = True
+    #: Whether stages are made of tokens (transformers, mixers) rather than of channels.
+    tokens = False
 
     def __init__(self, stem_channels: int):
         super().__init__()

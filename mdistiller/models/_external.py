@@ -53,9 +53,6 @@ class ExternalNet(StagedNet):
         UserError: it does not run on such images, or its head is more than a linear layer.
     """
 
-    #: Whether the stages are made of tokens (transformers, mixers) rather than of channels.
-    tokens = False
-
     def __init__(self, net: nn.Module, name: str, image_size: Sequence[int]):
         super().__init__(stem_channels=0)
         self.name = name
