@@ -63,7 +63,7 @@ def sweep(args: argparse.Namespace) -> bool:
     if args.retry:
         study.forgive()
     if not args.table:
-        run_sweep(plan, url, args.jobs)
+        run_sweep(study, args.jobs)
     rows = table.rows(plan, study.status())
     text = table.markdown(plan, rows)
     (plan.out / "table.md").write_text(text + "\n")

@@ -43,7 +43,7 @@ class Study:
 
     def __init__(self, plan: Plan, url: str, create: bool = True):
         self.plan, self.url = plan, url
-        self.storage = _connect(url)
+        self.storage = optuna.storages.get_storage(_connect(url))
         try:
             self.id = self._find_or_create(create)
         except KeyError:
@@ -51,7 +51,7 @@ class Study:
         self.optuna = optuna.load_study(
             study_name=plan.name,
             storage=self.storage,
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=plan.prune - 1)
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=plan.prune)
             if plan.prune
             else optuna.pruners.NopPruner(),
         )

@@ -34,17 +34,15 @@ HEARTBEAT = 10.0  # seconds between signs of life
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
-def run_sweep(plan: Plan, url: str, jobs: int = 0) -> None:
+def run_sweep(study: Study, jobs: int | None = None) -> None:
     """Work until no trial is open: in `jobs` processes, by default one a GPU or a CPU core."""
-    jobs = jobs or default_jobs(plan)
-    study = Study(plan, url)
+    jobs = jobs or default_jobs(study.plan)
     while waiting := study.open_trials():
-        before = len(study.attempts())
-        processes = min(jobs, len(waiting))
-        if processes == 1:
-            work(plan, url, "")
-            continue
-        if not _run_processes(plan, url, processes) and len(study.attempts()) == before:
+        count = min(jobs, len(waiting))
+        before = study.attempts()
+        if count == 1:
+            work(study)
+        elif not _run_processes(study, count) and study.attempts() == before:
             raise UserError("every worker process died before it began a trial; see above")
 
 
@@ -68,13 +66,15 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _run_processes(plan: Plan, url: str, count: int) -> bool:
+def _run_processes(study: Study, count: int) -> bool:
     """Work in processes of their own, each on its GPU if there are several; False if all died."""
     gpus = _gpus() if torch.cuda.is_available() else []
-    several = len(gpus) > 1 and plan.trials[0].configs[0].DEVICE in ("auto", "cuda")
+    several = len(gpus) > 1 and study.plan.trials[0].configs[0].DEVICE in ("auto", "cuda")
     context = multiprocessing.get_context("spawn")
     names = [gpus[index % len(gpus)] if several else "" for index in range(count)]
-    workers = [context.Process(target=_worker, args=(plan, url, name)) for name in names]
+    workers = [
+        context.Process(target=_worker, args=(study.plan, study.url, name)) for name in names
+    ]
     try:
         for worker in workers:
             worker.start()
@@ -92,24 +92,19 @@ def _run_processes(plan: Plan, url: str, count: int) -> bool:
 
 
 def _worker(plan: Plan, url: str, gpu: str) -> None:
-    with contextlib.suppress(KeyboardInterrupt):
-        work(plan, url, gpu)
-
-
-def work(plan: Plan, url: str, gpu: str) -> None:
-    """Take and run open trials until there is none.
-
-    Args:
-        gpu: the only GPU to use, as CUDA_VISIBLE_DEVICES names it; empty: no such limit.
-    """
+    """A worker process; `gpu` is the only one it uses, as CUDA_VISIBLE_DEVICES names it."""
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for trial in plan.trials:
-        for cfg in trial.configs:
-            import_user_modules(cfg.IMPORTS)
-    if resolve_device(plan.trials[0].configs[0].DEVICE).type == "cpu":
+        import_user_modules(trial.configs[0].IMPORTS)
+    with contextlib.suppress(KeyboardInterrupt):
+        work(Study(plan, url))
+
+
+def work(study: Study) -> None:
+    """Take and run open trials until there is none."""
+    if resolve_device(study.plan.trials[0].configs[0].DEVICE).type == "cpu":
         torch.set_num_threads(1)  # best for small networks, and sums do not depend on --jobs
-    study = Study(plan, url)
     while attempt := _next(study):
         _run_trial(study, attempt)
 
@@ -152,8 +147,8 @@ def _run_trial(study: Study, attempt: Attempt) -> None:
             outcome = _one_line(error)
             attempt.end(TrialState.FAIL, error=outcome)
             outcome = f"failed: {outcome}"
-    gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # what a failed run leaves in cycles
+        gc.collect()
         torch.cuda.empty_cache()
     states = [status.state for status in study.status().values()]
     ended = len(states) - states.count("open") - states.count("running")
