@@ -110,7 +110,10 @@ class OFA(Distiller):
         if not 0 <= node.LABEL_SMOOTHING < 1:
             raise UserError(f"OFA.LABEL_SMOOTHING must be in [0, 1), got {node.LABEL_SMOOTHING}")
         form = require_one_of("OFA.FORM", node.FORM, FORMS)
-        self.settings = {"temperature": require_positive("OFA.T", node.T), "form": form}
+        self.settings: dict[str, Any] = {
+            "temperature": require_positive("OFA.T", node.T),
+            "form": form,
+        }
         self.ce_loss_weight = node.LOSS.CE_WEIGHT if node.FORM == "code" else 0.0
         self.label_smoothing = node.LABEL_SMOOTHING
         self.kd_loss_weight, self.feat_loss_weight = node.LOSS.KD_WEIGHT, node.LOSS.FEAT_WEIGHT
