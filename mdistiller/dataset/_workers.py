@@ -129,7 +129,20 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-class WorkerTrainLoader(TrainLoader):
+class _FromWorkers:
+    """What both loaders share: a set that stays where it is, and who reads it."""
+
+    dataset: Any
+
+    def _keep(self, dataset: Any, device: torch.device) -> None:
+        self.dataset, self.device = dataset, device
+        self._targets = dataset.targets.to(device)
+
+    def _reader(self) -> Reader:
+        return SetReader(self.dataset)
+
+
+class WorkerTrainLoader(_FromWorkers, TrainLoader):
     """Shuffled, augmented batches `(image, target, index)`; see :class:`TrainLoader`.
 
     Args:
@@ -137,8 +150,6 @@ class WorkerTrainLoader(TrainLoader):
         view: makes a view of one.
         num_workers: processes that do; of each process of the run.
     """
-
-    dataset: Any
 
     def __init__(
         self,
@@ -152,16 +163,8 @@ class WorkerTrainLoader(TrainLoader):
         num_workers: int = 2,
         **options: Any,
     ):
-        self.device = device
         super().__init__(dataset, batch_size, view, mean, std, device, **options)  # type: ignore[arg-type]
         self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
-
-    def _keep(self, dataset: Any, device: torch.device) -> None:
-        self.dataset = dataset
-        self._targets = dataset.targets.to(device)
-
-    def _reader(self) -> Reader:
-        return SetReader(self.dataset)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The positions of an epoch, [N]; of other processes' shares they are not used."""
@@ -185,10 +188,8 @@ class WorkerTrainLoader(TrainLoader):
             yield self.normalize(images), self._targets[index], index
 
 
-class WorkerEvalLoader(EvalLoader):
+class WorkerEvalLoader(_FromWorkers, EvalLoader):
     """Batches `(image, target)` without augmentation; see :class:`EvalLoader`."""
-
-    dataset: Any
 
     def __init__(
         self,
@@ -202,16 +203,8 @@ class WorkerEvalLoader(EvalLoader):
         num_workers: int = 2,
         **options: Any,
     ):
-        self.device = device
         super().__init__(dataset, batch_size, mean, std, device, **options)
         self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
-
-    def _keep(self, dataset: Any, device: torch.device) -> None:
-        self.dataset = dataset
-        self._targets = dataset.targets.to(device)
-
-    def _reader(self) -> Reader:
-        return SetReader(self.dataset)
 
     def _tasks(self) -> Iterator[Any]:
         for start, stop in self._shares():
