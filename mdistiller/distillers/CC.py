@@ -33,6 +33,9 @@ from mdistiller.distillers._common import full_precision, gram, probe, unit
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.registry import UserError
 
+WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}
+"""Published weights of the two forms, whose values are of another order."""
+
 
 def neighbour_loss(e_s: Tensor, e_t: Tensor) -> Tensor:
     """Products of the absolute differences of neighbouring samples; embeddings [N, d], a scalar."""
@@ -85,7 +88,7 @@ def unknown_form(form: str) -> UserError:
         "FEAT_DIM": 128,  # neighbour: width of the embeddings
         "GAMMA": 0.4,  # kernel
         "ORDER": 2,  # kernel
-        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 0.02},  # FEAT_WEIGHT for kernel: 100
+        "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": -1.0},  # -1: that of the form, see WEIGHTS
     },
 )
 class CC(Distiller):
@@ -103,7 +106,8 @@ class CC(Distiller):
         super().__init__(student, teacher)
         self.settings = {"form": cfg.CC.FORM, "gamma": cfg.CC.GAMMA, "order": cfg.CC.ORDER}
         self.ce_loss_weight = cfg.CC.LOSS.CE_WEIGHT
-        self.feat_loss_weight = cfg.CC.LOSS.FEAT_WEIGHT
+        weight = cfg.CC.LOSS.FEAT_WEIGHT
+        self.feat_loss_weight = WEIGHTS.get(cfg.CC.FORM, weight) if weight < 0 else weight
         self.embed_s: nn.Module = nn.Flatten()
         self.embed_t: nn.Module = nn.Flatten()
         if cfg.CC.FORM == "neighbour":

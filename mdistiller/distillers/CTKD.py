@@ -122,7 +122,6 @@ class InstanceTemperature(nn.Module):
 class CTKD(Distiller):
     """KD or DKD at a temperature that is trained to make the student's task harder and harder."""
 
-    soft_labels = True
     takes_standardized_logits = True
 
     def __init__(

@@ -30,7 +30,6 @@ from mdistiller.distillers._common import (
     full_precision,
     probe,
     require_one_of,
-    require_positive,
     unit,
 )
 from mdistiller.distillers._init_stage import INIT, InitPlan
@@ -109,7 +108,11 @@ class FT(Distiller):
         self.ce_loss_weight = node.LOSS.CE_WEIGHT
         self.feat_loss_weight = node.LOSS.FEAT_WEIGHT
         self.form = require_one_of("FT.FORM", node.FORM, ("attention", "factor"))
-        self.p = require_positive("FT.P", node.P)
+        self.p = node.P
+        if self.p < 1:
+            raise UserError(
+                f"FT.P must be at least 1, got {self.p}: else equal factors have no gradient"
+            )
         self.init = InitPlan.read("FT", cfg)
         norm = require_one_of("FT.BATCH_NORM", node.BATCH_NORM, ("translator", "both", "none"))
         s_width, t_width = (probe(net, image_size)["feats"][-1][1] for net in (student, teacher))

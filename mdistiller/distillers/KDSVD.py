@@ -32,8 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_one_of, require_positive, unit
-from mdistiller.distillers._stages import paired_stages
+from mdistiller.distillers._common import (
+    full_precision,
+    probe,
+    require_one_of,
+    require_positive,
+    unit,
+)
+from mdistiller.distillers._stages import pair_by_height, paired_stages
 from mdistiller.registry import UserError
 
 EXTRA = 3
@@ -148,12 +154,23 @@ class KDSVD(Distiller):
 
     soft_labels = True
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        cfg: Any,
+        image_size: tuple[int, int] | None = None,
+    ):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))
         self.signs = require_one_of("KDSVD.SIGNS", cfg.KDSVD.SIGNS, ("lapack", "canonical"))
         self.ce_loss_weight = cfg.KDSVD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.KDSVD.LOSS.FEAT_WEIGHT
+        if image_size is not None:  # else the first step tells
+            maps = [probe(net, image_size)["feats"][1:] for net in (student, teacher)]
+            pairs = pair_by_height(*([shape[2] for shape in shapes] for shapes in maps))
+            widths = [[maps[side][pair[side]][3] for pair in pairs] for side in (0, 1)]
+            check_widths(widths[0], widths[1], self.k)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         own, other = paired_stages(student, teacher)

@@ -100,6 +100,12 @@ def mlkd_terms(
     }
 
 
+def _changed(kd: Any) -> bool:
+    """Whether the KD node, of which the authors' files set MLKD's numbers, is not as it comes."""
+    own = DISTILLERS.config["KD"]
+    return (kd.TEMPERATURE, dict(kd.LOSS)) != (own["TEMPERATURE"], own["LOSS"])
+
+
 @DISTILLERS.register(
     "MLKD",
     config={
@@ -120,6 +126,11 @@ class MLKD(Distiller):
         super().__init__(student, teacher, cfg)
         self.temperatures = [require_positive("MLKD.TEMPS", t) for t in cfg.MLKD.TEMPS]
         self.mask = require_one_of("MLKD.MASK", cfg.MLKD.MASK, MASKS)
+        if (kd := getattr(cfg, "KD", None)) is not None and _changed(kd):
+            raise UserError(
+                "MLKD takes its settings from MLKD.TEMPS (the first is KD.TEMPERATURE of its "
+                "authors' files) and MLKD.LOSS, not from KD; move them there"
+            )
         if not self.temperatures:
             raise UserError("MLKD.TEMPS is empty; give one temperature or more")
         self.ce_loss_weight = cfg.MLKD.LOSS.CE_WEIGHT

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import full_precision, pool_to, probe
+from mdistiller.distillers._stages import warn_left_over
 from mdistiller.registry import UserError
 
 
@@ -118,7 +119,9 @@ class OFD(Distiller):
         self.student_key = "preact_feats" if "preact_feats" in shapes else "feats"
         s_widths = [shape[1] for shape in shapes[self.student_key][1:]]
         t_widths = [shape[1] for shape in probe(teacher, image_size)["preact_feats"][1:]]
-        self.depth = min(len(s_widths), len(t_widths), len(norms))
+        self.depth = depth = min(len(s_widths), len(t_widths), len(norms))
+        counts = len(s_widths), len(t_widths)
+        warn_left_over(*counts, [(counts[0] - i, counts[1] - i) for i in range(depth, 0, -1)])
         s_widths, t_widths, norms = (x[-self.depth :] for x in (s_widths, t_widths, norms))
         self.connectors = Connectors(s_widths, t_widths, kernel_size)
         for i, (norm, width) in enumerate(zip(norms, t_widths, strict=True)):

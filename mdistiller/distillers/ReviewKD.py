@@ -14,7 +14,8 @@ distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 an
     loss = REVIEWKD_WEIGHT * min(epoch / WARMUP_EPOCHS, 1) * sum over levels of HCL
 
 MID is min(512, width of the student's pooled features) as in the original library, whose
-MAX_MID_CHANNEL has no effect either. Both networks need the same number of stages.
+MAX_MID_CHANNEL has no effect either. Where the networks have unequal numbers of stages, those are
+compared that agree best in height (`_stages.py`); the original has no configs for such pairs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mdistiller.distillers._common import (
     settle,
     warmup_factor,
 )
+from mdistiller.distillers._stages import pair_stages
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -111,25 +113,26 @@ def review(
     return outputs[::-1]
 
 
-def levels(features: Any, key: str, count: int) -> list[Tensor]:
-    """The last `count` maps of `features[key]`, then the pooled vector as a 1x1 map."""
-    return [*features[key][-count:], features["pooled_feat"].flatten(1)[:, :, None, None]]
+def levels(features: Any, key: str, chosen: Sequence[int]) -> list[Tensor]:
+    """The chosen maps of `features[key]`, then the pooled vector as a 1x1 map."""
+    maps = [features[key][i] for i in chosen]
+    return [*maps, features["pooled_feat"].flatten(1)[:, :, None, None]]
 
 
-def count_stages(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> int:
-    """Number of stages both networks have.
+def choose_levels(
+    student: Sequence[torch.Size], teacher: Sequence[torch.Size]
+) -> tuple[list[int], list[int]]:
+    """Which maps of either network are compared: equally many indices.
 
-    The first map is the stem's and no stage; a student that returns none (MobileNetV1) shows it
-    by sizes that equal those of the teacher's stages.
+    All stages where the networks have equally many, else those of :func:`pair_stages`. The first
+    map is the stem's and no stage; a student that returns none (MobileNetV1) shows it by sizes
+    that equal those of the teacher's stages.
     """
-    stages = len(teacher) - 1
     s_sizes, t_sizes = ([shape[2:] for shape in shapes] for shapes in (student, teacher))
-    if len(student) - 1 == stages or s_sizes == t_sizes[1:]:
-        return stages
-    raise UserError(
-        f"REVIEWKD needs networks with the same number of stages; the student has "
-        f"{len(student) - 1}, the teacher {stages}"
-    )
+    if s_sizes == t_sizes[1:]:
+        return list(range(len(student))), list(range(1, len(teacher)))
+    pairs = pair_stages([size[0] for size in s_sizes[1:]], [size[0] for size in t_sizes[1:]])
+    return [i + 1 for i, _ in pairs], [j + 1 for _, j in pairs]
 
 
 @DISTILLERS.register("REVIEWKD", config=DEFAULTS)
@@ -157,14 +160,14 @@ class ReviewKD(Distiller):
         self.student_key = "preact_feats" if node.STU_PREACT else "feats"
         s_shapes, t_shapes = (probe(net, image_size) for net in (student, teacher))
         self._require(s_shapes, t_shapes)
-        self.stages = count_stages(s_shapes[self.student_key], t_shapes["preact_feats"])
+        self.chosen = choose_levels(s_shapes[self.student_key], t_shapes["preact_feats"])
         found = self._lists(s_shapes, t_shapes)
         for key, value in found.items():
             if image_size is not None or "CHANNELS" in key:
                 settle(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
         mid_channels = min(512, found["IN_CHANNELS"][-1])
         blocks = [
-            ABF(s, mid_channels, t, fuse=level < self.stages)
+            ABF(s, mid_channels, t, fuse=level < len(self.chosen[0]))
             for level, (s, t) in enumerate(
                 zip(found["IN_CHANNELS"], found["OUT_CHANNELS"], strict=True)
             )
@@ -181,8 +184,8 @@ class ReviewKD(Distiller):
             raise UserError("REVIEWKD needs a teacher that returns preact_feats; this one does not")
 
     def _lists(self, student: FeatureShapes, teacher: FeatureShapes) -> dict[str, list[int]]:
-        s_maps = student[self.student_key][-self.stages :]
-        t_maps = teacher["preact_feats"][-self.stages :]
+        s_maps = [student[self.student_key][i] for i in self.chosen[0]]
+        t_maps = [teacher["preact_feats"][j] for j in self.chosen[1]]
         return {
             "SHAPES": [1, *(shape[2] for shape in s_maps[::-1])],
             "OUT_SHAPES": [1, *(shape[2] for shape in t_maps[::-1])],
@@ -191,8 +194,8 @@ class ReviewKD(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        s_levels = levels(student, self.student_key, self.stages)
-        t_levels = levels(teacher, "preact_feats", self.stages)
+        s_levels = levels(student, self.student_key, self.chosen[0])
+        t_levels = levels(teacher, "preact_feats", self.chosen[1])
         sizes = [level.shape[2:] for level in t_levels]
         outputs = review(self.abfs, s_levels[::-1], sizes[::-1])
         weight = self.reviewkd_loss_weight * warmup_factor(batch["epoch"], self.warmup_epochs)

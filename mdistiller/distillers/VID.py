@@ -28,7 +28,7 @@ from mdistiller.distillers._common import (
     probe_size,
     require_positive,
 )
-from mdistiller.distillers._stages import pair_by_height
+from mdistiller.distillers._stages import pair_stages
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -94,7 +94,7 @@ class VID(Distiller):
         size = probe_size("VID", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         s_maps, t_maps = (maps[1:] for maps in get_feat_shapes(student, teacher, size))
         heights = ([shape[2] for shape in maps] for maps in (s_maps, t_maps))
-        self.pairs = pair_by_height(*heights)
+        self.pairs = pair_stages(*heights)
         widths = [(s_maps[i][1], t_maps[j][1]) for i, j in self.pairs]
         self.regressors = nn.ModuleList(make_regressor(s, t) for s, t in widths)
         self.log_scales = nn.ParameterList(torch.full((t,), start) for _, t in widths)

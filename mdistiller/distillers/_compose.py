@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,8 @@ def get_distiller(name: str) -> type[Distiller]:
     if "+" not in name or name in DISTILLERS:
         method: type[Distiller] = DISTILLERS[name]
         return method
-    methods = {part.strip(): DISTILLERS[part.strip()] for part in name.split("+")}
-    if len(methods) < len(name.split("+")):
+    methods = {part: DISTILLERS[part] for part in part_names(name)}
+    if len(methods) < len(part_names(name)):
         raise UserError(f"DISTILLER.TYPE {name} names a method twice")
     for part, cls in methods.items():
         reason = why_alone(cls)
@@ -33,6 +34,11 @@ def get_distiller(name: str) -> type[Distiller]:
         "soft_labels": all(c.soft_labels for c in methods.values()),
     }
     return type("Composed", (Composed,), facts)
+
+
+def part_names(name: str) -> list[str]:
+    """Names of the methods that a DISTILLER.TYPE adds up."""
+    return [part.strip() for part in name.split("+")]
 
 
 def why_alone(cls: type[Distiller]) -> str:
@@ -66,6 +72,21 @@ class Composed(Distiller):
         self.own_state = tuple(
             f"parts.{name}.{prefix}" for name, part in parts.items() for prefix in part.own_state
         )
+        for name, part in parts.items():
+            if part.ce_loss_weight == 0 or part.label_smoothing:
+                raise UserError(
+                    f"DISTILLER.TYPE {'+'.join(parts)}: the settings of {name} ask for a "
+                    f"cross-entropy of weight {part.ce_loss_weight:g} and label smoothing "
+                    f"{part.label_smoothing:g}, but a sum has one plain cross-entropy of weight "
+                    "DISTILLER.CE_WEIGHT; change them"
+                )
+        if not self.teacher_in_eval_mode:
+            wants = [name for name, part in parts.items() if not part.teacher_in_eval_mode]
+            warnings.warn(
+                f"{', '.join(wants)} has the teacher in train mode: the other parts of "
+                f"{'+'.join(parts)} see what it says by batch statistics, too",
+                stacklevel=2,
+            )
         for part in parts.values():
             # The networks are registered once, here; the parts only refer to them.
             for role in ("student", "teacher"):

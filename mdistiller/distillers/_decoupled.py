@@ -34,7 +34,9 @@ def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tens
     log_p = F.log_softmax(logits, dim=1)
     log_target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
     log_rest = log_p.masked_fill(is_target, float("-inf")).logsumexp(dim=1)
-    return log_target, log_rest, (log_p - log_rest[:, None]).masked_fill(is_target, 0.0)
+    # From the logits: log_p - log_rest would lose digits where the target dominates.
+    log_within = F.log_softmax(logits.masked_fill(is_target, float("-inf")), dim=1)
+    return log_target, log_rest, log_within.masked_fill(is_target, 0.0)
 
 
 def labelled_mean(rows: Tensor, labelled: Tensor) -> Tensor:

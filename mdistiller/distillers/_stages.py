@@ -47,15 +47,20 @@ def pair_by_height(student: Sequence[int], teacher: Sequence[int]) -> list[tuple
 def pair_stages(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
     """:func:`pair_by_height`, with a warning that names the stages left over."""
     pairs = pair_by_height(student, teacher)
-    for name, stages, side in (("student", student, 0), ("teacher", teacher, 1)):
-        unused = {i + 1 for i in range(len(stages))} - {pair[side] + 1 for pair in pairs}
+    warn_left_over(len(student), len(teacher), pairs)
+    return pairs
+
+
+def warn_left_over(student: int, teacher: int, pairs: Sequence[tuple[int, int]]) -> None:
+    """Warn of stages in no pair; the arguments are numbers of stages, and pairs of indices."""
+    for name, count, side in (("student", student, 0), ("teacher", teacher, 1)):
+        unused = {i + 1 for i in range(count)} - {pair[side] + 1 for pair in pairs}
         if unused:
             warnings.warn(
-                f"student and teacher have {len(student)} and {len(teacher)} stages; left over, "
+                f"student and teacher have {student} and {teacher} stages; left over, "
                 f"without part in the loss: {name} stage {', '.join(map(str, sorted(unused)))}",
-                stacklevel=3,
+                stacklevel=4,
             )
-    return pairs
 
 
 def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,8 +75,8 @@ def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[
 
 
 def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [N, C, H, W] at the size of the lower one: the other is average-pooled to it."""
-    height, width = min(student.shape[2:], teacher.shape[2:])
+    """Two maps [N, C, H, W] average-pooled to the smaller of their heights and widths."""
+    height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
     first, second = (
         stage
         if tuple(stage.shape[2:]) == (height, width)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mdistiller.dataset import DATASETS, Data, DataSource, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
+from mdistiller.distillers._compose import part_names
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
@@ -31,22 +32,30 @@ def build_distiller(
     Args:
         teacher_ckpt: the teacher's weights; by default what :func:`find_teacher` finds.
     """
-    method = get_distiller(cfg.DISTILLER.TYPE)
     seed_everything(cfg.EXPERIMENT.SEED)
-    student = build_network(cfg, "STUDENT", data)
-    teacher = None
-    if method.uses_teacher:
+    student, teacher = build_network(cfg, "STUDENT", data), None
+    if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
         teacher = build_network(cfg, "TEACHER", data)
         path = teacher_ckpt or find_teacher(cfg, data)
         if path is None:
             raise UserError(no_teacher(cfg, data))
         load_network(teacher, path, cfg.DISTILLER.TEACHER, data.num_classes)
-    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
-    distiller = method.build(
-        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
-    ).to(device)
+    distiller = join(cfg, data, student, teacher).to(device)
     freeze_teacher(distiller)
     return distiller
+
+
+def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
+    """The method of a config over two networks."""
+    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
+    return get_distiller(cfg.DISTILLER.TYPE).build(
+        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
+    )
+
+
+def check_pair(cfg: Any, data: Data) -> None:
+    """Refuse networks that the method cannot join, before a teacher is trained for it."""
+    join(cfg, data, build_network(cfg, "STUDENT", data), build_network(cfg, "TEACHER", data))
 
 
 def build_network(cfg: Any, role: str, data: Data) -> nn.Module:
@@ -115,7 +124,7 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse a method or model name that does not exist, and a switch the method does not have."""
     model_entry(cfg, "STUDENT", data)
     method = get_distiller(cfg.DISTILLER.TYPE)
-    if cfg.LSKD.ENABLE and not method.takes_standardized_logits:
+    if (cfg.LSKD.ENABLE or cfg.EXPERIMENT.LOGIT_STAND) and not method.takes_standardized_logits:
         takers = sorted(
             name
             for name, cls in distiller_dict.items()
@@ -133,8 +142,7 @@ def check_labels(cfg: Any) -> None:
     """Refuse mixed images for a method that needs to know the class of each."""
     name = cfg.DISTILLER.TYPE
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
-        parts = [part.strip() for part in name.split("+")]
-        guilty = [part for part in parts if not get_distiller(part).soft_labels]
+        guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
         raise UserError(
             f"DISTILLER.TYPE {name}: {' and '.join(guilty)} cannot learn from mixed images, whose "
             "labels are soft; set DATASET.MIXUP and DATASET.CUTMIX to 0"

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers._compose import part_names
 from mdistiller.distillers._standardize import LSKD_CONFIG
 from mdistiller.engine.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError, suggest
@@ -377,7 +378,7 @@ def lookup(cfg: CfgNode, name: str) -> Any:
 
 def dump_cfg(cfg: CfgNode) -> str:
     """YAML of all that matters for a run: every common key, and its method's node."""
-    keys = [*ENGINE_CONFIG, "DATASET", *cfg.DISTILLER.TYPE.split("+")]
+    keys = [*ENGINE_CONFIG, "DATASET", *part_names(cfg.DISTILLER.TYPE)]
     text: str = CfgNode({key: cfg[key] for key in keys if key in cfg}).dump(sort_keys=False)
     return text
 

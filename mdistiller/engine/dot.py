@@ -137,6 +137,15 @@ class DOTTrainer(BaseTrainer):
                 f"SOLVER.DOT.DELTA {solver.DOT.DELTA} must lie between 0 and "
                 f"SOLVER.MOMENTUM {solver.MOMENTUM}"
             )
+        if solver.MOMENTUM + solver.DOT.DELTA >= 1:
+            raise UserError(
+                f"SOLVER.MOMENTUM {solver.MOMENTUM} + SOLVER.DOT.DELTA {solver.DOT.DELTA}, the "
+                "momentum of the distillation gradients, must be below 1"
+            )
+        if solver.NESTEROV:
+            raise UserError(
+                f"SOLVER.TRAINER {solver.TRAINER} has no Nesterov form; set SOLVER.NESTEROV False"
+            )
         return DistillationOrientedTrainer(
             self.model.param_groups(),
             lr=solver.LR,
@@ -152,8 +161,9 @@ class DOTTrainer(BaseTrainer):
                 f"{self.cfg.DISTILLER.TYPE} gives {', '.join(losses)}; use SOLVER.TRAINER base"
             )
         weight = self.loss_weight()
-        self._backward(losses["loss_kd"].mean() * weight, self._kd_view, retain_graph=True)
-        self.optimizer.step_kd()  # type: ignore[attr-defined]
+        if losses["loss_kd"].requires_grad:  # not where the main stage is cross-entropy alone
+            self._backward(losses["loss_kd"].mean() * weight, self._kd_view, retain_graph=True)
+            self.optimizer.step_kd()  # type: ignore[attr-defined]
         self._backward(losses["loss_ce"].mean() * weight, self.optimizer)
         self.clip_gradients()
         self.scaler.step(self.optimizer)

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from mdistiller import __version__
+from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cfg import Config, dump_cfg, flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
@@ -102,7 +103,7 @@ def changed_settings(folder: Path, cfg: Any) -> list[str]:
 
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
-    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *cfg.DISTILLER.TYPE.split("+")]
+    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
     keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     changes = []

@@ -141,6 +141,8 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
     history = trainer.history
     seconds = sum(record.get("seconds", 0.0) for record in history)
     images = len(history) * data.num_data
+    rate = images / seconds if seconds else None
+    seconds += stage_seconds(trainer.log_path)
     summary: dict[str, Any] = {
         "epochs": trainer.epoch,
         "last_acc": history[-1].get("test_acc") if history else None,
@@ -149,7 +151,7 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         "selected_on": "test set",
         "teacher_acc": teacher_acc,
         "seconds": seconds,
-        "images_per_second": images / seconds if seconds else None,
+        "images_per_second": rate,
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
     if data.test is not None:
@@ -160,6 +162,13 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
         trainer.model.load_state_dict(last)
     return summary
+
+
+def stage_seconds(folder: Path) -> float:
+    """What the stages before the main one took, as the run's metrics tell."""
+    path = folder / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
 
 
 def describe(summary: dict[str, Any], folder: Path) -> str:

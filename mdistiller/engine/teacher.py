@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from mdistiller.dataset import Data
 from mdistiller.distillers import get_distiller
-from mdistiller.engine.build import find_teacher, no_teacher
+from mdistiller.engine.build import check_pair, find_teacher, no_teacher
 from mdistiller.engine.cfg import Config, find_config, load_config
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.distributed import barrier
@@ -32,6 +32,7 @@ def resolve_teacher(cfg: Config, data: Data, device: torch.device, train_run: Tr
         return found
     if not cfg.DISTILLER.TEACHER_CFG:
         raise UserError(no_teacher(cfg, data))
+    check_pair(cfg, data)
     return train_teacher(cfg, device, train_run)
 
 

@@ -17,20 +17,17 @@ REFUSED = {
     ("resnet20", "MobileNetV2"): {
         "FSP": "equal widths",
         "KDSVD": "widths",
-        "REVIEWKD": "number of stages",
     },
-    ("vgg8", "resnet8"): {"FSP": "equal widths", "KDSVD": "widths", "REVIEWKD": "number of stages"},
+    ("vgg8", "resnet8"): {"FSP": "equal widths", "KDSVD": "widths"},
     ("resnet20", "BabyStudent"): {
         "FSP": "equal widths",
         "KDSVD": "only one",
-        "REVIEWKD": "number of stages",
         "FITNET": "HINT_LAYER",
         **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the student (BabyNet)"),
     },
     ("BabyTeacher", "resnet8"): {
         "FSP": "equal widths",
         "KDSVD": "only one",
-        "REVIEWKD": "number of stages",
         "FITNET": "HINT_LAYER",
         **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the teacher (BabyNet)"),
     },

@@ -128,11 +128,6 @@ UNLIKE += ["resnet8>MobileNetV2", "ResNet50>vgg8", "wrn_16_1>ShuffleV2"]
 @pytest.mark.parametrize("pair", UNLIKE)
 @pytest.mark.parametrize("method", ["FITNET", "VID", "OFD", "CRD", "REVIEWKD"])
 def test_unlike_networks_take_a_step_from_the_defaults(method, pair):
-    teacher, student = (len(probe(network(name))["feats"]) for name in pair.split(">"))
-    if method == "REVIEWKD" and teacher != student:
-        with pytest.raises(UserError, match="same number of stages; the student has"):
-            build(method, pair)
-        return
     distiller = build(method, pair).train()
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([3, 14])
