@@ -32,8 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def print_trials(plan: Plan) -> None:
     """What would run."""
     for trial in plan.trials:
-        changes = " ".join(f"{key} {value}" for key, value in trial.changes.items())
-        print(f"{trial.name}  {changes}".rstrip())
+        print(f"{trial.name}  {' '.join(map(str, trial.changes))}".rstrip())
     if plan.space:
         print(*(f"{key}: {axis}" for key, axis in plan.space.items()), sep="\n")
     runs = sum(len(trial.configs) for trial in plan.trials)
@@ -60,6 +59,7 @@ def sweep(args: argparse.Namespace) -> bool:
     plan.out.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{file.resolve()}"
     study = Study(plan, url, create=not args.table)
+    study.check_settings()
     if args.retry:
         study.forgive()
     if not args.table:

@@ -115,8 +115,8 @@ def check_names(cfg: Any) -> None:
     trainer_dict[cfg.SOLVER.TRAINER]
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
-    needs_file = method.uses_teacher and not cfg.DISTILLER.TEACHER_CFG
-    if needs_file and find_teacher(cfg, source) is None:
+    given = cfg.DISTILLER.TEACHER_CKPT or not cfg.DISTILLER.TEACHER_CFG
+    if method.uses_teacher and given and find_teacher(cfg, source) is None:
         raise UserError(no_teacher(cfg, source))
 
 

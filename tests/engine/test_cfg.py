@@ -4,7 +4,8 @@ from support import REPO
 from mdistiller.engine.cfg import CFG, default_config, find_config, load_config, show_cfg
 from mdistiller.registry import UserError
 
-SHIPPED = sorted(p for p in (REPO / "configs").rglob("*.yaml") if "_base_" not in p.parts)
+FILES = [p for p in sorted((REPO / "configs").rglob("*.yaml")) if "_base_" not in p.parts]
+SHIPPED = [p for p in FILES if "\nSWEEP:" not in p.read_text()]
 
 
 def write(folder, name, text):

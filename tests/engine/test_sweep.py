@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,16 @@ def test_every_shipped_sweep_can_be_planned(path):
         load_config(path)
 
 
+def test_the_guides_examples_can_be_planned(tmp_path):
+    guide = (REPO / "docs" / "sweeps.md").read_text()
+    plans = []
+    for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL):
+        (tmp_path / "s.yaml").write_text(text)
+        plans.append(read_plan(tmp_path / "s.yaml"))
+    assert [len(plan.trials) for plan in plans] == [2 * (1 + 2) * 3, 40]
+    assert plans[0].trials[-1].name == "KD,LR=0.1,TEMPERATURE=4,seed:2"
+
+
 def test_dry_run_prints_the_trials_and_leaves_nothing(sweep, capsys):
     path = sweep("GRID: {SOLVER.LR: [0.1, 0.2]}\nSEEDS: 2\n")
     assert command.main([*words(path), "--dry-run"]) == 0
@@ -148,6 +159,16 @@ def test_a_bad_sweep_gets_one_line_before_anything_starts(sweep, capsys, text):
     (line,) = capsys.readouterr().err.splitlines()
     assert BAD[text] in line
     assert not sweep.out.exists()
+
+
+def test_a_teacher_that_cannot_be_is_found_out_before_anything_starts(sweep, capsys):
+    path = sweep("GRID: {DISTILLER.TYPE: [NONE, KD]}\n", TEACHER="resnet8", TEACHER_CFG="toy.yaml")
+    for more, reason in {
+        (): "KD: DISTILLER.TEACHER_CFG trains a Dot, but DISTILLER.TEACHER is resnet8",
+        ("DISTILLER.TEACHER_CKPT", "no.pth"): "KD: DISTILLER.TEACHER_CKPT: no.pth does not exist",
+    }.items():
+        assert command.main([*words(path), *more]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_the_command_line_may_not_set_what_the_trials_set(sweep, capsys):

@@ -149,10 +149,10 @@ def grid_axes(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def label(chosen: Mapping[str, Any]) -> list[str]:
     """Short words for a point of a grid: a text stands for itself, a number gets its key's end."""
-    ends = [key.rpartition(".")[2] for key in chosen]
+    short = [key.rpartition(".")[2] for key in chosen]
     parts = []
-    for (key, value), end in zip(chosen.items(), ends, strict=True):
-        name = end if ends.count(end) == 1 else key
+    for (key, value), name in zip(chosen.items(), short, strict=True):
+        name = name if short.count(name) == 1 else key
         parts.append(value if isinstance(value, str) else f"{name}={value}")
     return parts
 

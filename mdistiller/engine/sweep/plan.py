@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import check_names
 from mdistiller.engine.cfg import (
     Config,
@@ -36,6 +37,7 @@ from mdistiller.engine.cfg import (
 )
 from mdistiller.engine.record import experiment_name
 from mdistiller.engine.sweep import fields
+from mdistiller.engine.teacher import teacher_config
 from mdistiller.registry import UserError
 
 
@@ -46,13 +48,13 @@ class Trial:
     Attributes:
         cell: row of the table; trials of a cell differ by their seed.
         name: of this trial, unique in the sweep.
-        changes: what sets the cell apart, by config key.
+        changes: what sets the cell apart, as `[key, value, ...]`.
         configs: checked, one for each run.
     """
 
     cell: str
     name: str
-    changes: dict[str, Any]
+    changes: list[Any]
     configs: tuple[Config, ...]
 
 
@@ -114,22 +116,19 @@ class _Reader:
         for variant in self.table["VARIANTS"]:
             config = variant["CONFIG"] or self.table["CONFIG"]
             fixed = self.fixed(variant["OVERRIDES"])
-            self.load(variant["NAME"], config, fixed)  # what it imports may register methods
+            self.load(variant["NAME"], config, fixed, whole=False)  # may register methods
             axes = fields.grid_axes({**self.table["GRID"], **variant["GRID"]})
             fields.refuse_own(self.overrides, axes, "command line:")
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
-                cell = ",".join(filter(None, [variant["NAME"], *fields.label(chosen)]))
-                yield from self.trials(cell or self.table["SWEEP"], config, fixed, chosen)
-
-    def trials(
-        self, cell: str, config: str, fixed: list[Any], chosen: dict[str, Any]
-    ) -> Iterator[Trial]:
-        """The trials of a cell, one a seed."""
-        cfg = self.load(cell, config, [*fixed, *fields.words(fields.nested(chosen))])
-        for seed in self.table["SEEDS"]:
-            name = f"{cell},seed:{seed}"
-            yield Trial(cell, name, chosen, (self.placed(cfg, name, seed),))
+                parts = [variant["NAME"], *fields.label(chosen)]
+                cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
+                pairs = [word for pair in chosen.items() for word in pair]
+                cfg = self.load(cell, config, [*fixed, *pairs])
+                changes = [*fields.words(fields.nested(variant["OVERRIDES"])), *pairs]
+                for seed in self.table["SEEDS"]:
+                    name = f"{cell},seed:{seed}"
+                    yield Trial(cell, name, changes, (self.placed(cfg, name, seed),))
 
     def points(self) -> Iterator[Trial]:
         """The trials of a search, still without their values."""
@@ -138,7 +137,7 @@ class _Reader:
             name = f"trial {number}"
             seeds = self.table["SEEDS"]
             runs = tuple(self.placed(cfg, f"{name},seed:{seed}", seed) for seed in seeds)
-            yield Trial(name, name, {}, runs)
+            yield Trial(name, name, [], runs)
 
     def space(self) -> dict[str, fields.Axis]:
         """The axes of a search, each tried at its ends."""
@@ -162,21 +161,28 @@ class _Reader:
         fields.refuse_own(fixed, {}, "OVERRIDES:")
         return fixed
 
-    def load(self, name: str, config: str, overrides: list[Any]) -> Config:
-        """A trial's config, checked as far as that goes without its data."""
+    def load(self, name: str, config: str, overrides: list[Any], whole: bool = True) -> Config:
+        """A trial's config; if it is the `whole` one, checked as far as that goes without data."""
         try:
             beside = self.folder / config
             file = beside if config and beside.is_file() else config
             cfg = load_config(file, [*overrides, *self.overrides], self.imports)
-            check_names(cfg)
-            if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
-                raise UserError(
-                    f"METRIC {self.table['METRIC']} wants held-out images: set DATASET.VAL_SPLIT, "
-                    "or use last_acc or best_acc"
-                )
+            if whole:
+                self.check(cfg)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name else str(error)) from None
         return cfg
+
+    def check(self, cfg: Config) -> None:
+        """Refuse what would fail later."""
+        check_names(cfg)
+        if cfg.DISTILLER.TEACHER_CFG and get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+            teacher_config(cfg)
+        if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
+            raise UserError(
+                f"METRIC {self.table['METRIC']} wants held-out images: set DATASET.VAL_SPLIT, "
+                "or use last_acc or best_acc"
+            )
 
     def placed(self, cfg: Config, name: str, seed: int) -> Config:
         """`cfg` for one run of the sweep."""
@@ -193,4 +199,6 @@ def _refuse_twins(trials: Sequence[Trial]) -> None:
     folders = Counter(experiment_name(cfg) for trial in trials for cfg in trial.configs)
     for name, count in (names | folders).items():
         if count > 1:
-            raise UserError(f"{count} trials are called {name}: give VARIANTS other names")
+            raise UserError(
+                f"{count} trials are called {name}: a value is there twice, or two VARIANTS agree"
+            )

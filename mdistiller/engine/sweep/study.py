@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -38,7 +39,7 @@ class Study:
         create: make the study if it is not there.
 
     Raises:
-        UserError: no database there, no study, or one with other settings.
+        UserError: no database there, or no study in it.
     """
 
     def __init__(self, plan: Plan, url: str, create: bool = True):
@@ -55,7 +56,6 @@ class Study:
             if plan.prune
             else optuna.pruners.NopPruner(),
         )
-        self._refuse_other_settings()
 
     def _find_or_create(self, create: bool) -> int:
         if create:
@@ -66,12 +66,13 @@ class Study:
                 pass
         return self.storage.get_study_id_from_name(self.plan.name)
 
-    def _refuse_other_settings(self) -> None:
+    def check_settings(self) -> None:
+        """Refuse a plan that has trials of the study with other settings."""
         attempts = self.attempts()
         for trial in self.plan.trials:
             for attempt in attempts[trial.name][-1:]:
                 recorded = attempt.user_attrs
-                if "error" in recorded:
+                if "error" in recorded:  # to be run again, perhaps mended
                     continue
                 changes = differences(yaml.safe_load(recorded["config"]), trial.configs[0])
                 if recorded["space"] != repr(self.plan.space):
@@ -107,9 +108,9 @@ class Study:
     def take(self, trial: Trial) -> Attempt | None:
         """Begin an attempt at an open trial; None if another process was first."""
         earlier = self.attempts()[trial.name]
-        known = earlier[-1] if earlier and self.plan.space else None
         if any(holds(other) for other in counting(earlier, self._forgiven())):
             return None
+        known = next((other for other in reversed(earlier) if other.params), None)
         attempt = Attempt(self, trial, self._enter(trial, known))
         mine = self.storage.get_trial(attempt.id).number
         for other in counting(self.attempts()[trial.name], self._forgiven()):
@@ -155,14 +156,16 @@ class Study:
 class Attempt:
     """This process at work on a trial."""
 
-    def __init__(self, study: Study, trial: Trial, id: int):
-        self.study, self.trial, self.id = study, trial, id
+    def __init__(self, study: Study, trial: Trial, number: int):
+        self.study, self.trial, self.id = study, trial, number
 
     def choose(self) -> dict[str, Any]:
         """The values of a searched point: as an earlier attempt had them, else by the sampler."""
         search, space = self.study.optuna, self.study.plan.space
         number = self.study.storage.get_trial(self.id).number
-        search.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
+        with warnings.catch_warnings():  # of some versions: constant_liar is new
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            search.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
         handle = optuna.Trial(search, self.id)
         return {key: _suggest(handle, key, axis) for key, axis in space.items()}
 
@@ -179,6 +182,8 @@ class Attempt:
         handle = optuna.Trial(self.study.optuna, self.id)
         try:
             handle.report(value, step)
+        except optuna.exceptions.StorageInternalError:  # out of reach: training goes on
+            return False
         except RuntimeError:
             raise UserError(
                 f"{self.trial.name} was taken over by another process, because this one gave no "
