@@ -1,5 +1,7 @@
 """The Distiller contract, for every registered method."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict
 from mdistiller.distillers._common import cross_entropy, warmup_factor
 from mdistiller.engine.cfg import default_config
+from mdistiller.engine.init_stage import running
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 
@@ -74,6 +77,24 @@ def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
         if not distiller.teacher_in_eval_mode:  # running statistics move, parameters do not
             before = {key: before[key] for key, _ in distiller.teacher.named_parameters()}
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "NONE"])
+def test_the_distillation_term_alone_reaches_the_students_stem_and_not_the_teacher(method):
+    """Where it is a stage of its own (AB, FSP), what that stage minimises."""
+    distiller = build(method).train()
+    items = batch()
+    if distiller.two_views:
+        items["image"] = items["image"], items["image"].flip(3)
+    stage = contextlib.nullcontext() if distiller.distills else running(distiller, "init")
+    with stage:
+        _, losses = distiller.train()(**items)
+        losses["loss_kd" if distiller.distills else "loss_init"].backward()
+        gradient = distiller.student.conv1.weight.grad
+        assert gradient is not None
+        assert gradient.abs().max() > 0
+        if distiller.teacher is not None:
+            assert all(p.grad is None for p in distiller.teacher.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -164,3 +164,75 @@ def test_two_processes_follow_one(tmp_path):
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in ("train_loss", "train_loss_kd", "test_loss"):
             assert two[key] == pytest.approx(one[key], rel=5e-5), key
+
+
+class TwoTerms(torch.nn.Module):
+    """Parameters that both losses reach, the task's alone, and distillation's alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.task, self.kd = (
+            torch.nn.Parameter(golden_values((3,), seed)) for seed in (1, 2, 3)
+        )
+
+    def param_groups(self):
+        return [{"params": list(self.parameters())}]
+
+    def losses(self, w, u):
+        return {
+            "loss_ce": ((self.both - u) ** 2 + (self.task * w) ** 2).sum(),
+            "loss_kd": ((self.both * w).sin() + (self.kd * u) ** 2).sum(),
+        }
+
+
+STEPS = [(golden_values((3,), 10 + t), golden_values((3,), 20 + t)) for t in (1, 2, 3)]
+
+
+def by_hand(swapped=False, lr=0.1, momentum=0.9, delta=0.075, decay=0.01):
+    """TwoTerms after STEPS of DOT, gradients and updates written out.
+
+    Args:
+        swapped: take each loss for the other.
+    """
+    theta = {
+        name: golden_values((3,), seed) for name, seed in (("both", 1), ("task", 2), ("kd", 3))
+    }
+    v_task, v_kd = {}, {}
+    for w, u in STEPS:
+        both = theta["both"]
+        task = {"both": 2 * (both - u), "task": 2 * theta["task"] * w**2}
+        kd = {"both": w * (both * w).cos(), "kd": 2 * theta["kd"] * u**2}
+        if swapped:
+            task, kd = kd, task
+        for name, gradient in task.items():
+            step = gradient + decay * theta[name]
+            keep = momentum - delta if name in kd else momentum
+            v_task[name] = keep * v_task[name] + step if name in v_task else step
+            theta[name] = theta[name] - lr * v_task[name]
+        for name, gradient in kd.items():
+            if name not in v_kd:
+                v_kd[name] = gradient
+            elif name in task:
+                v_kd[name] = (momentum + delta) * v_kd[name] + gradient
+            else:
+                v_kd[name] = momentum * v_kd[name] + gradient + decay * theta[name]
+            theta[name] = theta[name] - lr * v_kd[name]
+    return theta
+
+
+def test_the_trainer_gives_each_loss_its_own_momentum(tmp_path):
+    from mdistiller.engine.cfg import default_config
+    from mdistiller.engine.dot import DOTTrainer
+
+    cfg = default_config()
+    words = {"TRAINER": "dot", "LR": 0.1, "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.01, "DOT.DELTA": 0.075}
+    cfg.merge_from_list([x for key, value in words.items() for x in (f"SOLVER.{key}", value)])
+    cfg.merge_from_list(["LOG.PREFIX", str(tmp_path)])
+    model = TwoTerms()
+    trainer = DOTTrainer("x", model, None, None, cfg)
+    for w, u in STEPS:
+        trainer.optimize(model.losses(w, u))
+    got, want, swapped = dict(model.named_parameters()), by_hand(), by_hand(swapped=True)
+    for name, param in got.items():
+        torch.testing.assert_close(param.detach(), want[name], rtol=1e-9, atol=1e-12)
+        assert (param - swapped[name]).abs().max() > 1e-4, name
