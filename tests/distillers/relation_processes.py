@@ -75,7 +75,8 @@ def step(name):
     weight = plan.loss_weight(0)
     (weight * sum(losses.values())).backward()
     gradients = [parameter.grad for parameter in distiller.get_learnable_parameters()]
-    parallel(image=image, target=torch.zeros(len(image)).long(), epoch=1)  # none was left unused
+    target = torch.zeros(stop - start).long()
+    parallel(image=image, target=target, epoch=1)  # DDP complains here of what was left unused
     loss = sum_over_ranks(losses["loss_kd"].detach() * weight / world_size())
     return {"loss": loss.item(), "gradients": gradients, "share": stop - start}
 

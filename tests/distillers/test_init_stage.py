@@ -279,7 +279,7 @@ def test_a_part_that_wants_the_teacher_in_train_mode_waits_for_the_main_stage():
         ("AT", "resnet8>resnet8", {"AT.FORM": "mine"}, "AT.FORM 'mine' is none of sum, mean"),
         ("FT", "resnet8>resnet8", {"FT.FORM": "mine"}, "FT.FORM 'mine' is none of attention"),
         ("FT", "resnet8>resnet8", {"FT.RATE": 0.001}, "FT.RATE 0.001 leaves no factor"),
-        ("FT", "resnet8>resnet8", {"FT.P": 0}, "FT.P must be positive"),
+        ("FT", "resnet8>resnet8", {"FT.P": 0}, "FT.P must be at least 1"),
         ("FT", "resnet8>resnet8", {"FT.INIT.EPOCHS": -1}, "FT.INIT.EPOCHS must be at least 0"),
         ("FSP", "resnet8>resnet8", {"FSP.INIT.LR": -0.1}, "FSP.INIT.LR must be at least 0"),
         ("FSP", "resnet8>resnet8", {"FSP.INIT.EPOCHS": 0}, "leave FSP without effect"),
