@@ -48,6 +48,9 @@ class Hook:
     def after_train(self, trainer: BaseTrainer) -> None:
         """Once, after the last epoch."""
 
+    def abandon(self, trainer: BaseTrainer) -> None:
+        """Instead of `after_train` where an exception ends the training."""
+
 
 class Evaluate(Hook):
     """Adds validation accuracy and loss to the epoch's record."""
@@ -165,6 +168,9 @@ class TensorBoard(Hook):
             if writer is not None:
                 writer.close()
 
+    def abandon(self, trainer: BaseTrainer) -> None:
+        self.after_train(trainer)
+
 
 class Wandb(Hook):
     """Weights & Biases, on by LOG.WANDB; whatever goes wrong there, training goes on."""
@@ -202,6 +208,9 @@ class Wandb(Hook):
                 self.run.finish()
             except Exception as error:
                 self._give_up(error)
+
+    def abandon(self, trainer: BaseTrainer) -> None:
+        self.after_train(trainer)
 
     def _give_up(self, error: Exception) -> None:
         self.run = None

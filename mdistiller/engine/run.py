@@ -95,7 +95,12 @@ def _train(
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, RunRecord()]
-    trainer.train(resume=resume)
+    try:
+        trainer.train(resume=resume)
+    except BaseException:
+        for hook in trainer.hooks:
+            hook.abandon(trainer)
+        raise
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
