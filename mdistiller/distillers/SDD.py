@@ -80,7 +80,7 @@ def region_grid(
 ) -> Tensor:
     """Weights [H W, R] that average a map of `size` over every region."""
     grids = [torch.kron(*(cells(side, parts) for side in size)) for parts in scales]
-    return torch.cat(grids).T.to(device, dtype)
+    return torch.cat(grids).T.to(dtype).to(device)  # in two steps: not all devices know float64
 
 
 def region_logits(head: nn.Linear | nn.Conv2d, maps: Tensor, scales: Sequence[int]) -> Tensor:
@@ -155,10 +155,11 @@ class SDD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
         self.node = check(cfg.SDD)
-        base = self.node[self.node.BASE]
+        name = self.node.BASE.upper()
+        base = self.node[name]
         self.ce_loss_weight = base.CE_WEIGHT
         self.warmup = base.WARMUP
-        self.row_loss = base_loss(self.node.BASE, base)
+        self.row_loss = base_loss(name, base)
         for net, role in ((student, "student"), (teacher, "teacher")):
             linear_head(net, role)
 
@@ -196,7 +197,7 @@ def base_loss(name: str, node: Any) -> RowLoss:
 def check(node: Any) -> Any:
     """The SDD node, if its values mean something."""
     for key, value, allowed in (
-        ("BASE", node.BASE, ("KD", "DKD", "NKD")),
+        ("BASE", node.BASE.upper(), ("KD", "DKD", "NKD")),
         ("NORM", node.NORM, ("mean", "sum")),
         ("CONSISTENCY", node.CONSISTENCY, ("label", "class")),
         ("NKD.FORM", node.NKD.FORM, ("code", "fixed")),

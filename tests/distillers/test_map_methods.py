@@ -4,6 +4,7 @@ import pytest
 import textbook_maps as textbook
 import torch
 import torch.nn.functional as F
+from support import REPO
 from test_distillers import batch
 
 from mdistiller.distillers import get_distiller
@@ -11,7 +12,7 @@ from mdistiller.distillers._heads import linear_head
 from mdistiller.distillers.CATKD import catkd_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.SDD import region_logits
-from mdistiller.engine.cfg import default_config
+from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.optim import build_optimizer
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -63,6 +64,60 @@ def test_a_head_of_several_layers_is_refused(method, role):
     assert "linear layer on the average of their last map" in says
 
 
+def test_the_others_can_be_combined():
+    distiller = build("SDD+CATKD+SEMCKD")
+    _, losses = distiller(**batch())
+    sum(losses.values()).backward()
+    assert all(p.grad.any() for p in distiller.get_learnable_parameters())
+    assert {"loss_SDD", "loss_CATKD", "loss_SEMCKD"} <= set(distiller.metrics)
+
+
+BETAS = {  # BETA, RES, NORMALIZE of the authors of CATKD
+    "res110_res32": (1.8, 2, False),
+    "res32x4_res8x4": (15, 2, False),
+    "res56_res20": (0.7, 2, False),
+    "vgg13_vgg8": (4.5, 2, False),
+    "wrn40_2_wrn16_2": (12, 2, False),
+    "wrn40_2_wrn40_1": (1.5, 2, False),
+    "res32x4_shuv1": (600, 4, True),
+    "res32x4_shuv2": (600, 4, True),
+    "wrn40_2_shuv1": (80, 4, True),
+    "res50_mv2": (40, 2, True),
+    "vgg13_mv2": (15, 2, True),
+}
+
+
+def configs(method):
+    """The shipped configs of a method by the pair's name."""
+    paths = (REPO / "configs" / "cifar100" / method.lower()).iterdir()
+    return {path.stem: load_config(path) for path in paths}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shipped_configs_are_of_their_method_and_pair(method):
+    for pair, cfg in configs(method).items():
+        assert method == cfg.DISTILLER.TYPE
+        base = load_config(REPO / "configs" / "_base_" / "pairs" / f"{pair}.yaml")
+        assert cfg.DISTILLER.STUDENT == base.DISTILLER.STUDENT
+        assert (0.01 if pair.split("_")[-1] in ("mv2", "shuv1", "shuv2") else 0.05) == cfg.SOLVER.LR
+
+
+def test_shipped_configs_have_the_published_weights():
+    found = {
+        pair: (cfg.CATKD.BETA, cfg.CATKD.RES, cfg.CATKD.NORMALIZE)
+        for pair, cfg in configs("CATKD").items()
+    }
+    assert found == BETAS
+    assert {cfg.SEMCKD.WEIGHT for cfg in configs("SEMCKD").values()} == {400}
+    families = "res56_res20 res110_res32 res32x4_res8x4 vgg13_vgg8 wrn40_2_wrn16_2 wrn40_2_wrn40_1"
+    for pair, cfg in configs("SDD").items():
+        assert list(cfg.SDD.SCALES) == ([1, 2] if pair in families.split() else [1, 2, 4])
+        assert cfg.SOLVER.CLIP_GRAD_NORM == 40
+        small = {"res56_res20": 2, "res110_res32": 2, "vgg13_vgg8": 6, "vgg13_mv2": 6}
+        small |= {"wrn40_2_wrn16_2": 6, "wrn40_2_wrn40_1": 6}
+        assert small.get(pair, 8) == cfg.SDD.DKD.BETA
+
+
 # SDD
 
 
@@ -77,7 +132,7 @@ def test_the_first_region_is_the_image(student):
 
 
 def test_sdd_over_kd_is_the_textbook_on_both_networks_own_classifiers():
-    distiller = build("SDD", "SDD.BASE", "KD", "SDD.SCALES", [1, 2, 4]).double()
+    distiller = build("SDD", "SDD.BASE", "kd", "SDD.SCALES", [1, 2, 4]).double()
     items = batch()
     image = items["image"].double()
     _, losses = distiller(**items | {"image": image})
@@ -119,7 +174,7 @@ def test_sdd_of_equal_networks_is_zero_and_stays(base):
 
 def test_sdd_refuses_settings_without_meaning():
     for words, says in (
-        (["SDD.BASE", "kdd"], "SDD.BASE must be one of KD, DKD, NKD, got 'kdd'"),
+        (["SDD.BASE", "kdd"], "SDD.BASE must be one of KD, DKD, NKD, got 'KDD'"),
         (["SDD.SCALES", [2, 4]], "SDD.SCALES must start with 1"),
         (["SDD.SCALES", [1, 0]], "SDD.SCALES must start with 1"),
         (["SDD.NORM", "max"], "SDD.NORM must be one of mean, sum"),
@@ -245,6 +300,22 @@ def test_simkds_classifier_is_the_teachers_and_is_not_trained():
         assert torch.equal(head.state_dict()[key], value)
 
 
+class Foreign(torch.nn.Module):
+    """A network of nobody's zoo that keeps to the contract but takes no neck."""
+
+    globally_pooled = True
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 10)
+
+    def classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3))), {"final_map": x}
+
+
 def test_simkd_that_reaches_the_teachers_map_predicts_as_the_teacher():
     distiller = build("SIMKD", teacher="resnet8").eval()
     image = batch()["image"]
@@ -257,6 +328,9 @@ def test_simkd_that_reaches_the_teachers_map_predicts_as_the_teacher():
 
 def test_simkd_is_refused_where_it_cannot_be():
     assert "SIMKD.FACTOR must be between 1 and 64" in refusal("SIMKD", "SIMKD.FACTOR", 65)
+    student = Foreign()
+    with pytest.raises(UserError, match="another head, which Foreign does not take"):
+        get_distiller("SIMKD").build(student, network("resnet8"), default_config(), 50)
     with pytest.raises(UserError, match="SIMKD cannot be combined, since it gives the student"):
         build("KD+SIMKD")
 
