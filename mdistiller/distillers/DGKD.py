@@ -41,7 +41,12 @@ from mdistiller.distillers._common import (
     unit,
     warmup_factor,
 )
-from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
+from mdistiller.distillers._decoupled import (
+    decoupled_log_probs,
+    labelled_mean,
+    target_column,
+    target_mask,
+)
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.distillers.DKD import dkd_terms
 
@@ -54,10 +59,11 @@ def term_gradients(
     Args: as of :func:`dkd_terms`.
     """
     is_target, labelled = target_mask(target, logits_student.shape[1])
+    column, _ = target_column(target)
     (s_target, r_s), (t_target, r_t) = (
-        (log_target.exp(), log_r.exp().masked_fill(is_target, 0.0))
-        for log_target, _, log_r in (
-            decoupled_log_probs(soften(z, temperature), is_target)
+        (log_b[:, 0].exp(), log_r.exp().masked_fill(is_target, 0.0))
+        for log_b, log_r in (
+            decoupled_log_probs(soften(z, temperature), column)
             for z in (logits_student, logits_teacher)
         )
     )
@@ -89,7 +95,7 @@ def dgkd_loss(
     if term == "off":
         return loss
     of_target, of_others = term_gradients(*logits, target, temperature)
-    _, labelled = target_mask(target, logits_student.shape[1])
+    _, labelled = target_column(target)
     distance = labelled_mean((of_target - of_others).square().mean(dim=1), labelled)
     return loss - epsilon * (distance if term == "plain" else distance / (distance.detach() + 1e-8))
 

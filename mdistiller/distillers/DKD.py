@@ -17,11 +17,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_one_of, require_positive, soften, warmup_factor
-from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
+from mdistiller.distillers._common import (
+    divergence,
+    require_one_of,
+    require_positive,
+    soften,
+    warmup_factor,
+)
+from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_shares, target_column
 
 
 def dkd_rows(
@@ -35,27 +42,36 @@ def dkd_rows(
             IGNORE_INDEX mean nothing.
         temperature: T > 0; as a tensor with one value, or [N, 1] for one of each sample.
     """
-    is_target, _ = target_mask(target, logits_student.shape[1])
-    (s_target, s_rest, s_within), (t_target, t_rest, t_within) = (
-        decoupled_log_probs(soften(z, temperature), is_target)
-        for z in (logits_student, logits_teacher)
-    )
-    binary = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
-    within = (t_within.exp() * (t_within - s_within)).sum(dim=1)
-    tckd, nckd = ((rows[:, None] * temperature**2).flatten() for rows in (binary, within))
-    return tckd, nckd
+    binary, within = _rows(logits_student, logits_teacher, target_column(target)[0], temperature)
+    square = _square(temperature)
+    return binary * square, within * square
 
 
 def dkd_terms(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples."""
-    _, labelled = target_mask(target, logits_student.shape[1])
-    tckd, nckd = (
-        labelled_mean(rows, labelled)
-        for rows in dkd_rows(logits_student, logits_teacher, target, temperature)
+    column, labelled = target_column(target)
+    binary, within = _rows(logits_student, logits_teacher, column, temperature)
+    shares = labelled_shares(labelled, binary.dtype) * _square(temperature)
+    return torch.dot(binary, shares), torch.dot(within, shares)
+
+
+def _square(temperature: float | Tensor) -> float | Tensor:
+    """T²: a number, or one for every sample, [1] or [N]."""
+    square = temperature**2
+    return square.flatten() if isinstance(square, Tensor) else square
+
+
+def _rows(
+    logits_student: Tensor, logits_teacher: Tensor, column: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`dkd_rows` without T²."""
+    (s_binary, s_within), (t_binary, t_within) = (
+        decoupled_log_probs(soften(z, temperature), column)
+        for z in (logits_student, logits_teacher)
     )
-    return tckd, nckd
+    return divergence(t_binary, s_binary), divergence(t_within, s_within)
 
 
 def dkd_loss(

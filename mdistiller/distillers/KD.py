@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_positive, soften
+from mdistiller.distillers._common import divergence, require_positive, soften
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -24,14 +24,22 @@ def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float |
         logits_student, logits_teacher: [N, C].
         temperature: T > 0, a number or a tensor with one value.
     """
-    log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
-    log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
-    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1) * temperature**2
+    log_p, log_q = _log_probs(logits_student, logits_teacher, temperature)
+    return divergence(log_q, log_p) * temperature**2
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """Mean of :func:`kd_rows`, a scalar."""
-    return kd_rows(logits_student, logits_teacher, temperature).mean()
+    log_p, log_q = _log_probs(logits_student, logits_teacher, temperature)
+    # one sum over all samples is cheaper than that of each and their mean
+    return divergence(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
+
+
+def _log_probs(
+    logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
+    return log_p, F.log_softmax(soften(logits_teacher, temperature), dim=1)
 
 
 @DISTILLERS.register(

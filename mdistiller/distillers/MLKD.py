@@ -33,7 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import cross_entropy, require_one_of, require_positive, soften
+from mdistiller.distillers._common import (
+    cross_entropy,
+    divergence,
+    require_one_of,
+    require_positive,
+    soften,
+)
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.registry import UserError
 
@@ -58,7 +64,7 @@ def log_probs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
 def divergences(logits: Pair, temperatures: Sequence[float]) -> Tensor:
     """T² KL(teacher || student) for K temperatures and N samples, [K, N]; logits 2 x [N, C]."""
     log_p, log_q = (log_probs(part, temperatures) for part in logits)
-    rows = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=2)
+    rows = divergence(log_q, log_p)
     return torch.stack([t**2 * row for t, row in zip(temperatures, rows, strict=True)])
 
 

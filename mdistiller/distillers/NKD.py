@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import require_positive, soften
-from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean, target_mask
+from mdistiller.distillers._decoupled import labelled_mean, rest_log_probs, target_column
 
 
 def nkd_rows(
@@ -33,10 +34,12 @@ def nkd_rows(
         target: [N] class indices, or [N, C] probabilities; rows with IGNORE_INDEX mean nothing.
         temperature: T > 0, of the other classes only.
     """
-    is_target, _ = target_mask(target, logits_student.shape[1])
+    column, _ = target_column(target)
     both = logits_student, logits_teacher
-    s_target, t_target = (decoupled_log_probs(soften(z, 1.0), is_target)[0] for z in both)
-    s_within, t_within = (decoupled_log_probs(soften(z, temperature), is_target)[2] for z in both)
+    s_target, t_target = (
+        F.log_softmax(soften(z, 1.0), dim=1).gather(1, column).squeeze(1) for z in both
+    )
+    s_within, t_within = (rest_log_probs(soften(z, temperature), column)[1] for z in both)
     others = -(t_within.exp() * s_within).sum(dim=1) * temperature**2
     return -t_target.exp() * s_target, others
 
@@ -45,7 +48,7 @@ def nkd_terms(
     logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Two scalars: means of :func:`nkd_rows` over the labelled samples."""
-    _, labelled = target_mask(target, logits_student.shape[1])
+    _, labelled = target_column(target)
     own, others = (
         labelled_mean(rows, labelled)
         for rows in nkd_rows(logits_student, logits_teacher, target, temperature)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
@@ -58,9 +59,11 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """
     student = full_precision(student)
     teacher = pool_to(full_precision(teacher), student)
-    teacher = torch.maximum(teacher, margin.reshape(-1, 1, 1))
-    counts = (student > teacher) | (teacher > 0)
-    return (student - teacher).masked_fill(~counts, 0.0).square().sum() / len(student)
+    with torch.no_grad():
+        teacher = torch.maximum(teacher, margin.reshape(-1, 1, 1))
+        # Where a negative response is undercut nothing is to be learnt: the target is the student.
+        goal = torch.where(teacher > 0, teacher, torch.minimum(student, teacher))
+    return F.mse_loss(student, goal, reduction="sum") / len(student)
 
 
 class Connectors(nn.Module):

@@ -15,41 +15,50 @@ quotient alone rounds to noise there. The batch is that of all processes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, gram
+from mdistiller.distillers._common import full_precision
 from mdistiller.distillers._gather import gather_batch
 
 
-def conditional_probabilities(features: Tensor, eps: float) -> Tensor:
-    """P as above of features [N, ...]: [N, N], rows sum to 1; a zero row has cosine 0 to all."""
+def cosines(features: Tensor, eps: float) -> Tensor:
+    """c of features [N, ...]: [N, N]; a zero row has cosine 0 to all."""
     flat = full_precision(features).flatten(1)
     lengths = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    directions = flat / (lengths + eps).masked_fill(lengths == 0, math.inf)
-    similarities = gram(directions) + 1
-    return similarities / similarities.sum(dim=1, keepdim=True)
+    directions = flat * (lengths + eps).reciprocal().masked_fill(lengths == 0, 0.0)
+    # plain: on features this short `gram` costs more than the product that it saves
+    return directions @ directions.T
 
 
 class _Divergence(torch.autograd.Function):
-    """The loss of p and q; q is constant."""
+    """The loss of the student's and the teacher's cosines; the latter are constant."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, q: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+        (p, total), (q, _) = (_row_shares(similarities) for similarities in (student, teacher))
         difference, ctx.eps = q - p, eps
         raised = p + eps
         excess = difference / raised
-        ctx.save_for_backward(raised, excess)
+        ctx.save_for_backward(p, total, raised, excess)
         return (q * excess.log1p()).sub_(difference).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        raised, excess = ctx.saved_tensors
-        return (ctx.eps / raised - excess) * (grads[0] / excess.numel()), None, None
+        p, total, raised, excess = ctx.saved_tensors
+        slope = ctx.eps / raised - excess  # in p
+        slope -= (slope * p).sum(dim=1, keepdim=True)  # p's rows sum to 1
+        return slope * (grads[0] / (total * p.numel())), None, None
+
+
+def _row_shares(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """P of cosines [N, N], and the sums [N, 1] by which c + 1 was divided."""
+    similarities = cosine + 1
+    total = similarities.sum(dim=1, keepdim=True)
+    return similarities.div_(total), total
 
 
 def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
@@ -59,8 +68,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
         f_s, f_t: [N, D] and [N, D'] of student and teacher; only the student's get a gradient.
         eps: added to lengths and probabilities.
     """
-    p, q = (conditional_probabilities(features, eps) for features in (f_s, f_t))
-    loss: Tensor = _Divergence.apply(p, q, eps)
+    loss: Tensor = _Divergence.apply(cosines(f_s, eps), cosines(f_t, eps), eps)
     return loss
 
 

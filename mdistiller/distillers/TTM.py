@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_positive, soften
+from mdistiller.distillers._common import divergence, require_positive, soften
 
 
 def ttm_loss(
@@ -38,7 +38,7 @@ def ttm_loss(
     """
     log_q = F.log_softmax(soften(logits_student, 1.0), dim=1)
     log_t = F.log_softmax(soften(logits_teacher, 1 / gamma), dim=1)
-    rows = F.kl_div(log_q, log_t, reduction="none", log_target=True).sum(dim=1)
+    rows = divergence(log_t, log_q)
     if weighted:
         log_p = F.log_softmax(soften(logits_teacher, 1.0), dim=1)
         rows = rows * (gamma * log_p).logsumexp(dim=1).exp()

@@ -24,6 +24,7 @@ are 1, 0.1, 0.005.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
 from mdistiller.distillers._common import IGNORE_INDEX, cross_entropy, probe, require_one_of, soften
-from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_mean
+from mdistiller.distillers._decoupled import labelled_mean
 from mdistiller.distillers._gather import gather_batch
 
 
@@ -76,7 +77,8 @@ def uskd_terms(
         score = torch.stack([x / (1 - (x * is_target).sum(1, True) + 1e-6) for x in shares]).sum(0)
         zeta = rank_weights(score, is_target)
     smooth = 0.9 * (target if target.is_floating_point() else labels) + 0.1 / logits.shape[1]
-    _, _, log_r = decoupled_log_probs(soften(logits, 1.0), is_target)
+    log_r = F.log_softmax(soften(logits, 1.0).masked_fill(is_target, -math.inf), dim=1)
+    log_r = log_r.masked_fill(is_target, 0.0)
     own, others, weak = (
         -labelled_mean((weights * logs).sum(dim=1), labelled)
         for weights, logs in ((soft_target, log_s), (zeta, log_r), (smooth, log_w))

@@ -35,7 +35,13 @@ def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     Beyond that bound, differences of float32 numbers would overflow. A temperature that is a tensor
     has one value, or one for every sample: [N, 1].
     """
-    return (full_precision(logits) / temperature).clamp(-1e30, 1e30)
+    # not clamp, whose backward takes several passes
+    return F.hardtanh(full_precision(logits) / temperature, -1e30, 1e30)
+
+
+def divergence(log_q: Tensor, log_p: Tensor, dim: int | None = -1) -> Tensor:
+    """KL(q || p) from log-probabilities, summed over `dim`: the classes' or, with None, all."""
+    return (log_q.exp() * (log_q - log_p)).sum(dim=dim)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:

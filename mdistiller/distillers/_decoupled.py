@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers._common import IGNORE_INDEX
 
 
-def target_mask(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Where each sample's target class is, bool [N, C], and which samples have one, bool [N].
+def target_column(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample's target class, [N, 1] (0 if unlabelled), and which samples have one, bool [N].
 
     Args:
-        target: [N] class indices, IGNORE_INDEX where unlabelled (class 0 is marked there); or
-            [N, C] class probabilities, of which the largest counts.
+        target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities, of
+            which the largest counts.
     """
     if target.is_floating_point():
         target = target.argmax(dim=1)
-    labelled = target != IGNORE_INDEX
-    return F.one_hot(target.masked_fill(~labelled, 0), classes).bool(), labelled
+    return target.clamp(min=0)[:, None], target != IGNORE_INDEX
 
 
-def decoupled_log_probs(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split log-softmax into target, rest, and the distribution within the rest.
+def target_mask(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """:func:`target_column` with the classes marked: bool [N, C], and bool [N]."""
+    column, labelled = target_column(target)
+    return F.one_hot(column[:, 0], classes).bool(), labelled
+
+
+def rest_log_probs(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes other than the target: logsumexp of their logits, and their log-softmax.
 
     Args:
         logits: [N, C], already divided by the temperature.
-        is_target: [N, C] bool, one True a row.
+        column: [N, 1] target classes.
 
     Returns:
-        log p_t [N]; log(1 - p_t) [N]; log r [N, C] with 0 in the target's place.
+        [N, 1]; log r [N, C] with 0 in the target's place.
     """
-    log_p = F.log_softmax(logits, dim=1)
-    log_target = log_p.masked_fill(~is_target, 0.0).sum(dim=1)
-    log_rest = log_p.masked_fill(is_target, float("-inf")).logsumexp(dim=1)
-    # From the logits: log_p - log_rest would lose digits where the target dominates.
-    log_within = F.log_softmax(logits.masked_fill(is_target, float("-inf")), dim=1)
-    return log_target, log_rest, log_within.masked_fill(is_target, 0.0)
+    rest = logits.scatter(1, column, float("-inf"))
+    log_sum = rest.logsumexp(dim=1, keepdim=True)
+    return log_sum, (rest - log_sum).scatter(1, column, 0.0)
+
+
+def decoupled_log_probs(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Split log-softmax into target, rest, and the distribution within the rest.
+
+    p_t is the logistic function of the target's logit less the logsumexp of the others; so no
+    digits are lost where either side dominates.
+
+    Args: as of :func:`rest_log_probs`.
+
+    Returns:
+        log of b = (p_t, 1 - p_t), [N, 2]; log r [N, C] with 0 in the target's place.
+    """
+    log_sum, log_within = rest_log_probs(logits, column)
+    odds = logits.gather(1, column) - log_sum
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1)), log_within
+
+
+def labelled_shares(labelled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each sample's share in a mean over the labelled ones, [N]; 0 without a label."""
+    ones = labelled.to(dtype)
+    return ones / ones.sum().clamp(min=1)
 
 
 def labelled_mean(rows: Tensor, labelled: Tensor) -> Tensor:
-    """Mean of `rows` [N] over the labelled samples; 0 if there are none."""
-    return rows.masked_fill(~labelled, 0.0).sum() / labelled.sum().clamp(min=1)
+    """Mean of `rows` [N], all finite, over the labelled samples; 0 if there are none."""
+    return torch.dot(rows, labelled_shares(labelled, rows.dtype))
