@@ -11,6 +11,7 @@ first. R ends in a ReLU, so it never reaches the negative values of teachers wit
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,6 +45,22 @@ def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(hint, pool_to(full_precision(teacher), hint))
 
 
+def hint_layer(wanted: int, layers: int) -> int:
+    """HINT_LAYER where both networks have `layers`; its default is the last one of shallower nets.
+
+    Raises:
+        UserError: another layer that is not there.
+    """
+    if wanted == DEFAULTS["HINT_LAYER"] >= layers:
+        warnings.warn(f"FITNET: no layer {wanted}; the hint is layer {layers - 1}", stacklevel=2)
+        return layers - 1
+    if not 0 <= wanted < layers:
+        raise UserError(
+            f"FITNET.HINT_LAYER must be one of 0 to {layers - 1} for these networks, got {wanted}"
+        )
+    return wanted
+
+
 @DISTILLERS.register("FITNET", config=DEFAULTS)
 class FitNet(Distiller):
     """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
@@ -60,16 +77,11 @@ class FitNet(Distiller):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
-        self.hint_layer = cfg.FITNET.HINT_LAYER
         size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
-        shapes = get_feat_shapes(student, teacher, size)
-        layers = min(map(len, shapes))
-        if not 0 <= self.hint_layer < layers:
-            raise UserError(
-                f"FITNET.HINT_LAYER must be one of 0 to {layers - 1} for these networks, "
-                f"got {self.hint_layer}"
-            )
-        self.conv_reg = ConvReg(*(maps[self.hint_layer] for maps in shapes))
+        own, other = get_feat_shapes(student, teacher, size)
+        layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
+        self.hint_layer = layer
+        self.conv_reg = ConvReg(own[layer], other[layer])
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         hint = self.conv_reg(student["feats"][self.hint_layer])

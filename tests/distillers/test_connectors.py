@@ -179,6 +179,14 @@ def test_right_settings_are_accepted():
     build("CRD", "wrn_16_2>resnet8", **{"CRD.FEAT.STUDENT_DIM": 64, "CRD.FEAT.TEACHER_DIM": 128})
 
 
+def test_the_default_hint_of_a_shallow_network_is_its_last_layer():
+    with pytest.warns(UserWarning, match="no layer 2; the hint is layer 1"):
+        distiller = build("FITNET", "resnet8>BabyStudent")
+    assert distiller.hint_layer == 1
+    with pytest.raises(UserError, match="must be one of 0 to 1"):
+        build("FITNET", "resnet8>BabyStudent", **{"FITNET.HINT_LAYER": 3})
+
+
 def test_ofd_pairs_margins_with_the_deepest_stages():
     distiller = build("OFD", "vgg8>resnet8")  # a teacher of four stages, a student of three
     norms = distiller.teacher.get_bn_before_relu()[-3:]
