@@ -28,9 +28,9 @@ __all__ = [
     "DataSource",
     "ImageSet",
     "Options",
+    "TestData",
     "get_dataset",
     "load_data",
-    "TestData",
     "load_test_loader",
     "mixes_labels",
 ]
