@@ -90,7 +90,7 @@ def table(args: argparse.Namespace) -> None:
         get_distiller(name)
     print(f"one step of {BATCH} random {side}x{side} images of {args.classes} classes; {using()}\n")
     print("| pair | " + " | ".join(methods) + " |\n|---" + "|---" * len(methods) + "|")
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, list[tuple[str, str]]] = {}
     data = (args.zoo, (side, side), args.classes)
     for row in rows(args.teachers, students, methods, data):
         cells = []
@@ -98,10 +98,12 @@ def table(args: argparse.Namespace) -> None:
             verdict = row[method]
             cells.append("ok" if verdict == "ok" else "refused")
             if verdict != "ok":
-                reasons.setdefault((method, verdict), []).append(row["pair"])
+                reasons.setdefault(verdict, []).append((method, row["pair"]))
         print(f"| {row['pair']} | " + " | ".join(cells) + " |", flush=True)
-    for (method, reason), pairs in reasons.items():
-        print(f"\n{method}, {len(pairs)} pairs ({pairs[0]}, ...): {reason}")
+    for reason, cases in reasons.items():
+        refusing, pairs = (list(dict.fromkeys(names)) for names in zip(*cases, strict=True))
+        number = f"{len(pairs)} pairs ({pairs[0]}, ...)" if len(pairs) > 1 else pairs[0]
+        print(f"\n{', '.join(refusing)}, {number}: {reason}")
 
 
 def using() -> str:

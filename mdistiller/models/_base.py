@@ -304,3 +304,9 @@ def get_model_entry(name: str, zoo: str) -> ModelEntry:
 def zoo_names(zoo: str) -> list[str]:
     """Names of the networks of a zoo ("cifar", "tiny_imagenet" or "imagenet")."""
     return list(_ZOOS[zoo])
+
+
+def library_names(library: str) -> list[str]:
+    """Names "LIBRARY/NAME" of all networks of another library; not all fit here."""
+    names: list[str] = LIBRARIES[library].names()
+    return names

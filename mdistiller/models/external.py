@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,16 +24,19 @@ from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
 from mdistiller.registry import UserError, suggest
 
 
-def library(name: str, hint: str) -> Any:
-    """The imported package.
+def import_timm() -> Any:
+    """The package timm.
 
     Raises:
-        UserError: it is not installed; `hint` says how to change that.
+        UserError: it is not installed.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("timm")
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({first_line(error)}); {hint}") from error
+        raise UserError(
+            f"timm cannot be imported ({first_line(error)}); pip install mdistiller[timm], or "
+            "choose another network"
+        ) from error
 
 
 def known_name(full_name: str, known: list[str]) -> UserError:
@@ -76,7 +79,7 @@ class Timm:
 
     def __init__(self, full_name: str):
         self.__name__ = full_name
-        self.library = library("timm", "pip install mdistiller[timm], or choose another network")
+        self.library = import_timm()
         self.name = full_name.partition("/")[2]
         if not self.library.is_model(self.name):
             raise known_name(full_name, self.library.list_models())
@@ -139,7 +142,7 @@ class Torchvision:
 
     def __init__(self, full_name: str):
         self.__name__ = full_name
-        self.library = library("torchvision.models", "install torchvision")
+        self.library = importlib.import_module("torchvision.models")  # a slow import
         self.name = full_name.partition("/")[2]
         known = self.library.list_models(module=self.library)
         if self.name not in known:
@@ -183,13 +186,27 @@ class Torchvision:
         return pretrained_on(self.release(settings.get("pretrained") or True))
 
 
-@LIBRARIES.register("timm")
-def timm_entry(full_name: str) -> ModelEntry:
-    """The entry of "timm/NAME"."""
-    return ModelEntry(Timm(full_name))
+@dataclass(frozen=True)
+class Library:
+    """Makes entries, and lists names; registered for the part of a name before the slash."""
+
+    make: Callable[[str], Any]
+    names: Callable[[], list[str]]
+
+    def __call__(self, full_name: str) -> ModelEntry:
+        return ModelEntry(self.make(full_name))
 
 
-@LIBRARIES.register("torchvision")
-def torchvision_entry(full_name: str) -> ModelEntry:
-    """The entry of "torchvision/NAME"."""
-    return ModelEntry(Torchvision(full_name))
+def timm_names() -> list[str]:
+    """All of timm's networks."""
+    return [f"timm/{name}" for name in import_timm().list_models()]
+
+
+def torchvision_names() -> list[str]:
+    """All of torchvision's classifiers."""
+    models = importlib.import_module("torchvision.models")
+    return [f"torchvision/{name}" for name in models.list_models(module=models)]
+
+
+LIBRARIES.add("timm", Library(Timm, timm_names))
+LIBRARIES.add("torchvision", Library(Torchvision, torchvision_names))
