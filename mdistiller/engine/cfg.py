@@ -215,6 +215,7 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
                 else literal(value)
             )
         elif isinstance(node[key], CfgNode):
+            value = literal(value)  # of the command line: "{'patch_size': 4}"
             if not isinstance(value, Mapping):
                 raise UserError(
                     f"{name} is a section with keys {', '.join(node[key])}, got {value!r}"

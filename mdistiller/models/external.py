@@ -175,9 +175,10 @@ class Torchvision:
         known = self.library.get_model_weights(self.name)
         choice = "DEFAULT" if pretrained is True else pretrained
         if choice not in known.__members__:
+            names = ", ".join(release.name for release in known)
             raise UserError(
-                f"pretrained {pretrained!r}: the released weights of {self.__name__} are "
-                f"{', '.join(known.__members__)}; name one of them, or say True"
+                f"pretrained {pretrained!r}: the released weights of {self.__name__} are {names}; "
+                "name one of them, or say True"
             )
         return f"{TORCHVISION}{known[choice]}"
 

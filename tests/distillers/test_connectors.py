@@ -158,7 +158,6 @@ def test_unlike_networks_take_a_step_from_the_defaults(method, pair):
             r"SHAPES is \[1, 7, 14, 28\], but these networks need \[1, 8, 16, 32\]",
         ),
         ("REVIEWKD", "vgg8>MobileNetV2", {"REVIEWKD.STU_PREACT": True}, "leave it at False"),
-        ("REVIEWKD", "MobileNetV2>vgg8", {}, "needs a teacher that returns preact_feats"),
         ("OFD", "MobileNetV2>resnet8", {}, "preact_feats|batch norm"),
         ("OFD", "resnet8>resnet8", {"OFD.CONNECTOR.KERNEL_SIZE": 0}, "KERNEL_SIZE must be at"),
         ("FITNET", "resnet8>vgg8", {"FITNET.HINT_LAYER": 4}, "must be one of 0 to 3"),
