@@ -98,6 +98,10 @@ class Timm:
         if pretrained:
             self.require_release(pretrained, settings)
             settings["pretrained"] = True
+        overlay = settings.get("pretrained_cfg_overlay", {})
+        if "file" in overlay:  # timm reads JAX's arrays in a way of their own
+            arrays = str(overlay["file"]).endswith(".npz")
+            settings["pretrained_cfg_overlay"] = {"custom_load": arrays, **overlay}
         try:
             net = for_images(make, "img_size", image_size, self.__name__, settings)
         except (OSError, EOFError, pickle.PickleError) as error:  # of the download or the file

@@ -28,7 +28,7 @@ def released(folder, classes, **facts):
     torch.manual_seed(1)
     net = timm.create_model(NAME[5:], img_size=32, num_classes=classes, **VIT)
     torch.save(net.state_dict(), folder / "released.pth")
-    overlay = {"file": str(folder / "released.pth"), "custom_load": False, **facts}
+    overlay = {"file": str(folder / "released.pth"), **facts}
     return net.eval(), {**VIT, "pretrained": True, "pretrained_cfg_overlay": overlay}
 
 

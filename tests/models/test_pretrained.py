@@ -60,7 +60,7 @@ def test_timm_loads_its_weights_whole_or_under_a_new_head(tmp_path):
 
 def test_timm_resamples_position_embeddings_to_the_images(tmp_path):
     state = saved(timm.create_model("vit_tiny_patch16_224", img_size=64, **VIT), tmp_path / "w.pth")
-    overlay = {"file": str(tmp_path / "w.pth"), "custom_load": False}
+    overlay = {"file": str(tmp_path / "w.pth")}
     net = entry("timm/vit_tiny_patch16_224")(
         num_classes=7, image_size=(32, 32), pretrained=True, pretrained_cfg_overlay=overlay, **VIT
     )
