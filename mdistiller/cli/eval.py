@@ -33,8 +33,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """Load, validate, print one line."""
     from mdistiller.dataset import load_test_loader
     from mdistiller.distillers import Vanilla
-    from mdistiller.engine.build import PRETRAINED, build_network
+    from mdistiller.engine.build import build_network
     from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.released import PRETRAINED
     from mdistiller.engine.utils import log_msg, validate
     from mdistiller.runtime import resolve_device
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +14,14 @@ from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_label
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.models._input import Statistics, renormalize_input
+from mdistiller.models._input import renormalize_input
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network
-
-PRETRAINED: Literal["pretrained"] = "pretrained"
-"""In place of a file: the weights that the network's own library releases."""
 
 
 def build_distiller(
@@ -90,55 +87,9 @@ def build_network(
     check_input(net, name, data)
     if weights not in (None, "", PRETRAINED):
         load_network(net, weights, name, data.num_classes)
-    renormalize_input(net, (data.mean, data.std), own_statistics(cfg, role, data, weights))
+    given = (data.mean, data.std)
+    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given))
     return net
-
-
-def arguments(cfg: Any, role: str) -> dict[str, Any]:
-    """DISTILLER.{role}_ARGS as plain values."""
-
-    def plain(value: Any) -> Any:
-        return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
-
-    found: dict[str, Any] = plain(cfg.DISTILLER[f"{role}_ARGS"])
-    return found
-
-
-def require_classes(entry: ModelEntry, settings: Mapping[str, Any], num_classes: int) -> None:
-    """Refuse released weights, to be used as they are, of another number of classes."""
-    known = entry.pretrained_on(settings)
-    if known and known.classes != num_classes:
-        name = entry.constructor.__name__
-        raise UserError(
-            f"the released weights of {name} are for {known.classes} classes, but "
-            f"{num_classes} are wanted: train it on the data first, as DISTILLER.STUDENT with "
-            "STUDENT_ARGS {pretrained: True}, and name that run's file in DISTILLER.TEACHER_CKPT "
-            "(or its config in TEACHER_CFG)"
-        )
-
-
-def own_statistics(
-    cfg: Any, role: str, data: Data | TestData, weights: str | Path | None
-) -> Statistics:
-    """Mean and std that the network in a role wants its images normalised with.
-
-    DISTILLER.{role}_NORM says so: "data", those of the data; "own", those of its released weights;
-    a list of the two; "auto", "own" for a network that is or was trained from released weights.
-    """
-    norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
-    if not isinstance(norm, str):
-        return norm[0], norm[1]
-    entry = model_entry(cfg, role, data)
-    released = settings.get("pretrained") or weights == PRETRAINED
-    if norm == "auto" and weights and not released:
-        released = weights == entry.released(fetch=False)
-    known = entry.pretrained_on(settings) if norm == "own" or released else None
-    if norm == "own" and known is None:
-        raise UserError(
-            f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
-            "how their images were normalised; give [[mean], [std]], or data"
-        )
-    return (known.mean, known.std) if known and norm != "data" else (data.mean, data.std)
 
 
 def make_network(
