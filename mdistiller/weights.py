@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     ]
     if problems:
         raise UserError(f"{what} do not fit together: {'; '.join(problems)}")
-    net.load_state_dict({**{key: own[key] for key in counters}, **state})
+    fitting = OrderedDict({**{key: own[key] for key in counters}, **state})
+    # Some layers (of MNASNet) refuse a state without its version.
+    fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    net.load_state_dict(fitting)
 
 
 def load_network(

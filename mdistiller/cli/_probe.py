@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-IMAGE_SIZE = (32, 32)
+CIFAR = ("cifar", (32, 32), 100)
+"""Model zoo, (height, width) of the images, number of classes."""
 
 
 def untrained(
-    method: str, teacher: str, student: str, num_data: int, settings: Sequence[Any] = ()
+    method: str,
+    teacher: str,
+    student: str,
+    num_data: int,
+    settings: Sequence[Any] = (),
+    data: tuple[str, tuple[int, int], int] = CIFAR,
 ) -> Any:
-    """The distiller of a method over networks of the CIFAR zoo, on 100 classes.
+    """The distiller of a method over two networks.
 
     Args:
         num_data: number of training images it is told of.
         settings: config keys and values, in turn.
+        data: what :data:`CIFAR` is for CIFAR.
 
     Raises:
-        UserError: the method refuses the pair.
+        UserError: a network cannot be built for such images, or the method refuses the pair.
     """
     import torch
 
     from mdistiller.distillers import get_distiller
+    from mdistiller.engine.build import make_network
     from mdistiller.engine.cfg import default_config
     from mdistiller.models import get_model_entry
 
@@ -30,19 +38,25 @@ def untrained(
     cfg = default_config()
     cfg.merge_from_list(list(settings))
     # The student first, as in training.
-    pupil, master = (get_model_entry(n, "cifar")(num_classes=100) for n in (student, teacher))
-    targets = torch.arange(num_data) % 100
+    zoo, size, classes = data
+    pupil, master = (
+        make_network(get_model_entry(name, zoo), classes, size, {}, "")
+        for name in (student, teacher)
+    )
+    targets = torch.arange(num_data) % classes
     return get_distiller(method).build(
-        pupil, master, cfg, num_data, image_size=IMAGE_SIZE, targets=targets
+        pupil, master, cfg, num_data, image_size=size, targets=targets
     )
 
 
-def random_step(distiller: Any, batch: int, epoch: int = 1) -> dict[str, Any]:
+def random_step(
+    distiller: Any, batch: int, epoch: int = 1, size: tuple[int, int] = CIFAR[1]
+) -> dict[str, Any]:
     """The loss terms of a training step on random images of different classes."""
     import torch
 
     torch.manual_seed(0)
-    views = torch.randn(2, batch, 3, *IMAGE_SIZE)
+    views = torch.randn(2, batch, 3, *size)
     rows = torch.arange(batch)
     losses: dict[str, Any]
     _, losses = distiller.train()(

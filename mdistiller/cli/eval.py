@@ -20,7 +20,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--dataset", default="", help="data set (default cifar100)")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument(
-        "--cfg", default="", metavar="FILE", help="config to take DATASET and STUDENT_ARGS from"
+        "--cfg",
+        default="",
+        metavar="FILE",
+        help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from",
     )
     add_overrides(parser)
     return parser
@@ -28,33 +31,20 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Load, validate, print one line."""
-    from torch import nn
-
     from mdistiller.dataset import load_test_loader
     from mdistiller.distillers import Vanilla
-    from mdistiller.engine.build import make_network
+    from mdistiller.engine.build import build_network
     from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.released import PRETRAINED
     from mdistiller.engine.utils import log_msg, validate
-    from mdistiller.models import get_model_entry
     from mdistiller.runtime import resolve_device
-    from mdistiller.weights import load_network
 
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
-    batch = ["DATASET.TEST.BATCH_SIZE", str(args.batch_size)]
-    cfg = load_config(args.cfg, [*dataset, *batch, *args.opts], args.imports)
+    fixed = ["DATASET.TEST.BATCH_SIZE", str(args.batch_size), "DISTILLER.STUDENT", args.model]
+    cfg = load_config(args.cfg, [*dataset, *fixed, *args.opts], args.imports)
     device = resolve_device(cfg.DEVICE)
     test = load_test_loader(cfg, device)
-    entry = get_model_entry(args.model, test.zoo)
-    net: nn.Module
-    if args.ckpt == "pretrain":
-        net = entry(num_classes=test.num_classes, pretrained=True)
-    else:
-        height, width = test.loader.dataset.images.shape[2:]
-        settings = cfg.DISTILLER.STUDENT_ARGS
-        net = make_network(
-            entry, test.num_classes, (height, width), settings, "DISTILLER.STUDENT_ARGS"
-        )
-        load_network(net, args.ckpt, args.model, test.num_classes)
+    net = build_network(cfg, "STUDENT", test, PRETRAINED if args.ckpt == "pretrain" else args.ckpt)
     top1, top5, loss = validate(test.loader, Vanilla(net.to(device)))
     size = len(test.loader.dataset)
     print(

@@ -1,4 +1,7 @@
-"""models: what networks there are, with parameters, operations and the shapes of their stages."""
+"""models: what networks there are, with parameters, operations and the shapes of their stages.
+
+Names may also be timm/NAME and torchvision/NAME, or patterns of such: 'timm/convnext_*'.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from mdistiller.registry import UserError
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
-COLUMNS = ["network", "parameters", "MFLOPs", "stages (stem first)", "embedding"]
+COLUMNS = ["network", "parameters", "MFLOPs", "stem", "stages", "embedding"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,15 +30,17 @@ def parser() -> argparse.ArgumentParser:
 def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     """Parameters, operations and shapes of a network, for one image.
 
-    Operations are those of convolutions and matrix products, a multiplication and an addition
-    counted as two (torch.utils.flop_counter).
+    The stem's shape is None for a network whose features begin with the first stage. Operations
+    are those of convolutions and matrix products, a multiplication and an addition counted as two
+    (torch.utils.flop_counter).
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from mdistiller.engine.build import make_network
     from mdistiller.models import get_model_entry
 
-    net = get_model_entry(name, zoo)(num_classes=classes).eval()
+    net = make_network(get_model_entry(name, zoo), classes, (size, size), {}, "").eval()
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
@@ -43,18 +48,21 @@ def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
+    shapes = [tuple(feature.shape[1:]) for feature in features["feats"]]
+    stages = len(getattr(net, "stages", shapes[1:]))
     return {
         "name": name,
         "parameters": sum(p.numel() for p in net.parameters()),
         "flops": counter.get_total_flops(),
-        "stages": [tuple(feature.shape[1:]) for feature in features["feats"]],
+        "stem": shapes[0] if len(shapes) > stages else None,
+        "stages": shapes[-stages:],
         "embedding": features["pooled_feat"][0].numel(),
     }
 
 
 def chosen(patterns: list[str], zoo: str) -> list[str]:
-    """The zoo's names that match; a name without wildcards is looked up as it is."""
-    from mdistiller.models import get_model_entry, zoo_names
+    """The names that match; a name without wildcards is looked up as it is."""
+    from mdistiller.models import get_model_entry, library_names, zoo_names
 
     names: list[str] = []
     for pattern in patterns or ["*"]:
@@ -62,15 +70,18 @@ def chosen(patterns: list[str], zoo: str) -> list[str]:
             get_model_entry(pattern, zoo)
             names.append(pattern)
             continue
-        found = fnmatch.filter(zoo_names(zoo), pattern)
+        library, slash, _ = pattern.partition("/")
+        known = library_names(library) if slash else zoo_names(zoo)
+        found = fnmatch.filter(known, pattern)
         if not found:
-            raise UserError(f"no network of the {zoo} zoo matches {pattern!r}")
+            owner = library if slash else f"the {zoo} zoo"
+            raise UserError(f"no network of {owner} matches {pattern!r}")
         names += found
     return list(dict.fromkeys(names))
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print a line a network."""
+    """Print a line a network; one that a pattern chose may be refused in its line."""
     size = SIZES[args.zoo] if args.size is None else args.size
     classes = CLASSES[args.zoo] if args.classes is None else args.classes
     if size < 1 or classes < 1:
@@ -79,13 +90,24 @@ def show(args: argparse.Namespace) -> None:
     print(f"one {size}x{size} image, {classes} classes\n")
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name in names:
-        found = facts(name, args.zoo, size, classes)
-        stages = " ".join("x".join(map(str, shape)) for shape in found["stages"])
+        try:
+            found = facts(name, args.zoo, size, classes)
+        except UserError as error:
+            if name in args.names:
+                raise
+            print(f"| {name} | refused: {error} " + "| " * (len(COLUMNS) - 1) + "|", flush=True)
+            continue
+        stem, *stages = (by(shape) for shape in (found["stem"], *found["stages"]))
         print(
-            f"| {name} | {found['parameters']:,} | {found['flops'] / 1e6:,.1f} | {stages} | "
-            f"{found['embedding']} |",
+            f"| {name} | {found['parameters']:,} | {found['flops'] / 1e6:,.1f} | {stem} | "
+            f"{' '.join(stages)} | {found['embedding']} |",
             flush=True,
         )
+
+
+def by(shape: tuple[int, ...] | None) -> str:
+    """A shape in the form 16x32x32."""
+    return "none" if shape is None else "x".join(map(str, shape))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,14 @@ import importlib
 import pkgutil
 
 from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
-from mdistiller.dataset._build import Data, get_dataset, load_data, load_test_loader, mixes_labels
+from mdistiller.dataset._build import (
+    Data,
+    TestData,
+    get_dataset,
+    load_data,
+    load_test_loader,
+    mixes_labels,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -21,6 +28,7 @@ __all__ = [
     "DataSource",
     "ImageSet",
     "Options",
+    "TestData",
     "get_dataset",
     "load_data",
     "load_test_loader",

@@ -120,11 +120,14 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, number of classes, and the model zoo that fits it."""
+    """The test set alone: its loader, and facts as in :class:`Data`."""
 
     loader: EvalLoader
     num_classes: int
     zoo: str
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
@@ -139,8 +142,10 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
     if statistics is None:
         statistics = _training_statistics(feed)
     test = feed.read("test")
-    loader = feed.eval_loader(test, feed.size(test), statistics)
-    return TestData(loader, len(test.classes), node["ZOO"] or feed.source.zoo)
+    size = feed.size(test)
+    loader = feed.eval_loader(test, size, statistics)
+    zoo = node["ZOO"] or feed.source.zoo
+    return TestData(loader, len(test.classes), zoo, size, *statistics)
 
 
 def _node(cfg: Any) -> dict[str, Any]:

@@ -15,7 +15,9 @@ distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 an
 
 MID is min(512, width of the student's pooled features) as in the original library, whose
 MAX_MID_CHANNEL has no effect either. Where the networks have unequal numbers of stages, those are
-compared that agree best in height (`_stages.py`); the original has no configs for such pairs.
+compared that agree best in height (`_stages.py`); the original has no configs for such pairs. A
+teacher that returns no pre-activations (MobileNetV2, whose stages end without ReLU; networks of
+timm and torchvision) gives the outputs of its stages instead, after a ReLU if that is how they end.
 """
 
 from __future__ import annotations
@@ -159,8 +161,13 @@ class ReviewKD(Distiller):
         self.warmup_epochs = node.WARMUP_EPOCHS
         self.student_key = "preact_feats" if node.STU_PREACT else "feats"
         s_shapes, t_shapes = (probe(net, image_size) for net in (student, teacher))
-        self._require(s_shapes, t_shapes)
-        self.chosen = choose_levels(s_shapes[self.student_key], t_shapes["preact_feats"])
+        if self.student_key not in s_shapes:
+            raise UserError(
+                "REVIEWKD.STU_PREACT is set, but the student returns no preact_feats "
+                "(its stages have no last ReLU); leave it at False"
+            )
+        self.teacher_key = "preact_feats" if "preact_feats" in t_shapes else "feats"
+        self.chosen = choose_levels(s_shapes[self.student_key], t_shapes[self.teacher_key])
         found = self._lists(s_shapes, t_shapes)
         for key, value in found.items():
             if image_size is not None or "CHANNELS" in key:
@@ -174,18 +181,9 @@ class ReviewKD(Distiller):
         ]
         self.abfs = nn.ModuleList(blocks[::-1])
 
-    def _require(self, student: FeatureShapes, teacher: FeatureShapes) -> None:
-        if self.student_key not in student:
-            raise UserError(
-                "REVIEWKD.STU_PREACT is set, but the student returns no preact_feats "
-                "(its stages have no last ReLU); leave it at False"
-            )
-        if "preact_feats" not in teacher:
-            raise UserError("REVIEWKD needs a teacher that returns preact_feats; this one does not")
-
     def _lists(self, student: FeatureShapes, teacher: FeatureShapes) -> dict[str, list[int]]:
         s_maps = [student[self.student_key][i] for i in self.chosen[0]]
-        t_maps = [teacher["preact_feats"][j] for j in self.chosen[1]]
+        t_maps = [teacher[self.teacher_key][j] for j in self.chosen[1]]
         return {
             "SHAPES": [1, *(shape[2] for shape in s_maps[::-1])],
             "OUT_SHAPES": [1, *(shape[2] for shape in t_maps[::-1])],
@@ -195,7 +193,7 @@ class ReviewKD(Distiller):
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         s_levels = levels(student, self.student_key, self.chosen[0])
-        t_levels = levels(teacher, "preact_feats", self.chosen[1])
+        t_levels = levels(teacher, self.teacher_key, self.chosen[1])
         sizes = [level.shape[2:] for level in t_levels]
         outputs = review(self.abfs, s_levels[::-1], sizes[::-1])
         weight = self.reviewkd_loss_weight * warmup_factor(batch["epoch"], self.warmup_epochs)

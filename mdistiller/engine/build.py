@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mdistiller.dataset import DATASETS, Data, DataSource, mixes_labels
+from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
+from mdistiller.models._input import renormalize_input
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network
@@ -30,16 +33,16 @@ def build_distiller(
     under every method and teacher.
 
     Args:
-        teacher_ckpt: the teacher's weights; by default what :func:`find_teacher` finds.
+        teacher_ckpt: the teacher's weights, a file or PRETRAINED; by default what
+            :func:`find_teacher` finds.
     """
     seed_everything(cfg.EXPERIMENT.SEED)
     student, teacher = build_network(cfg, "STUDENT", data), None
     if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
-        teacher = build_network(cfg, "TEACHER", data)
-        path = teacher_ckpt or find_teacher(cfg, data)
-        if path is None:
+        weights = teacher_ckpt or find_teacher(cfg, data)
+        if weights is None:
             raise UserError(no_teacher(cfg, data))
-        load_network(teacher, path, cfg.DISTILLER.TEACHER, data.num_classes)
+        teacher = build_network(cfg, "TEACHER", data, weights)
     distiller = join(cfg, data, student, teacher).to(device)
     freeze_teacher(distiller)
     return distiller
@@ -55,19 +58,37 @@ def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) ->
 
 def check_pair(cfg: Any, data: Data) -> None:
     """Refuse networks that the method cannot join, before a teacher is trained for it."""
-    join(cfg, data, build_network(cfg, "STUDENT", data), build_network(cfg, "TEACHER", data))
+    random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
+    join(cfg, data, *random)
 
 
-def build_network(cfg: Any, role: str, data: Data) -> nn.Module:
-    """The network in a role, "STUDENT" or "TEACHER", with random weights."""
-    net = make_network(
-        model_entry(cfg, role, data),
-        data.num_classes,
-        data.image_size,
-        cfg.DISTILLER[f"{role}_ARGS"],
-        f"DISTILLER.{role}_ARGS",
-    )
-    check_input(net, cfg.DISTILLER[role], data)
+def build_network(
+    cfg: Any, role: str, data: Data | TestData, weights: str | Path | None = None
+) -> nn.Module:
+    """The network in a role, "STUDENT" or "TEACHER", with its input normalisation.
+
+    Args:
+        weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
+            random ones. By default what the role's ARGS say: random ones, or with `pretrained`
+            released ones under a classifier for the data.
+    """
+    name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
+    entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    wanted = settings.pop("pretrained", False)
+    if weights == PRETRAINED:
+        wanted = wanted or True
+        require_classes(entry, {**settings, "pretrained": wanted}, data.num_classes)
+    elif weights is not None:
+        wanted = False
+    if wanted:
+        settings["pretrained"] = wanted
+    with first_on_machine() if wanted else contextlib.nullcontext():
+        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+    check_input(net, name, data)
+    if weights not in (None, "", PRETRAINED):
+        load_network(net, weights, name, data.num_classes)
+    given = (data.mean, data.std)
+    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given))
     return net
 
 
@@ -84,7 +105,7 @@ def make_network(
     if "image_size" in inspect.signature(entry.constructor).parameters:
         facts["image_size"] = image_size
     try:
-        return entry.constructor(**facts, **settings)
+        return entry(**facts, **settings)
     except TypeError as error:
         if not settings:
             raise
@@ -92,7 +113,7 @@ def make_network(
 
 
 @torch.no_grad()
-def check_input(net: nn.Module, name: str, data: Data) -> None:
+def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
     """Refuse a network that cannot take images of the data's size; leaves it as it was."""
     was_training = net.training
     net.eval()
@@ -149,7 +170,7 @@ def check_labels(cfg: Any) -> None:
         )
 
 
-def model_entry(cfg: Any, role: str, data: Data | DataSource) -> ModelEntry:
+def model_entry(cfg: Any, role: str, data: Data | TestData | DataSource) -> ModelEntry:
     """The zoo's entry for the network in a role, "STUDENT" or "TEACHER"."""
     try:
         return get_model_entry(cfg.DISTILLER[role], data.zoo)
@@ -167,14 +188,17 @@ def freeze_teacher(distiller: Distiller) -> None:
                 param.requires_grad_(False)
 
 
-def find_teacher(cfg: Any, data: Data) -> Path | None:
-    """The file of the teacher's weights: DISTILLER.TEACHER_CKPT, else the zoo's released ones.
+def find_teacher(cfg: Any, data: Data) -> Path | Literal["pretrained"] | None:
+    """The teacher's weights: the file DISTILLER.TEACHER_CKPT, else released ones.
 
-    None if neither is there. With a TEACHER_CFG, the zoo's file counts only for data with the
-    number of classes it was released for, and is not downloaded.
+    These are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of the network's
+    own library. None if there are neither. With a TEACHER_CFG, PRETRAINED does not count (it is
+    that config's business), and the zoo's file only for data with the number of classes it was
+    released for; it is not downloaded.
 
     Raises:
-        UserError: TEACHER_CKPT is given and does not exist, or a download fails.
+        UserError: TEACHER_CKPT is given and does not exist, a download fails, or the library's
+            weights are for other classes.
     """
     if cfg.DISTILLER.TEACHER_CKPT:
         path = Path(cfg.DISTILLER.TEACHER_CKPT)
@@ -185,6 +209,11 @@ def find_teacher(cfg: Any, data: Data) -> Path | None:
     entry = model_entry(cfg, "TEACHER", data)
     own = bool(cfg.DISTILLER.TEACHER_CFG)
     classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
+    settings = arguments(cfg, "TEACHER")
+    if entry.loads_itself and settings.get("pretrained") and not own:
+        if classes is not None:
+            require_classes(entry, settings, classes)
+        return PRETRAINED
     with first_on_machine():
         released = entry.released(classes, fetch=not own)
     misfits = released and own and entry.default_classes() != classes
@@ -193,11 +222,12 @@ def find_teacher(cfg: Any, data: Data) -> Path | None:
 
 def no_teacher(cfg: Any, data: Data | DataSource) -> str:
     """The error for a teacher whose weights are nowhere."""
-    usual = model_entry(cfg, "TEACHER", data).checkpoint
-    looked = f" (looked for {usual})" if usual else ""
+    entry = model_entry(cfg, "TEACHER", data)
+    looked = f" (looked for {entry.checkpoint})" if entry.checkpoint else ""
+    library = ", or TEACHER_ARGS {pretrained: True} for released ones" if entry.loads_itself else ""
     return (
         f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
-        "to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first"
+        f"to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first{library}"
     )
 
 

@@ -39,6 +39,10 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
+        # Normalisation of the images that a network sees: data (the data set's), own (that of its
+        # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
+        "TEACHER_NORM": "auto",
+        "STUDENT_NORM": "auto",
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
     },
@@ -73,6 +77,7 @@ ENGINE_CONFIG: dict[str, Any] = {
     "DEVICE": "auto",
     "IMPORTS": [],  # user files or modules that register methods, models, data sets
 }
+NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
 
 class Config(CfgNode):
@@ -210,6 +215,7 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
                 else literal(value)
             )
         elif isinstance(node[key], CfgNode):
+            value = literal(value)  # of the command line: "{'patch_size': 4}"
             if not isinstance(value, Mapping):
                 raise UserError(
                     f"{name} is a section with keys {', '.join(node[key])}, got {value!r}"
@@ -229,6 +235,8 @@ def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) 
 
 def coerce(value: Any, default: Any, name: str) -> Any:
     """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
+    if name in NORMS:
+        return check_norm(literal(value), name)
     if isinstance(default, str):
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
@@ -252,6 +260,22 @@ def coerce(value: Any, default: Any, name: str) -> Any:
     if not fits:
         raise UserError(f"{name} wants {_describe(default)}, got {value!r}")
     return value
+
+
+def check_norm(value: Any, name: str) -> Any:
+    """`value` if it names a normalisation, or is a mean and a std of three channels."""
+    if value in ("auto", "data", "own"):
+        return value
+    pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else ()
+    rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
+    if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
+        mean, std = ([float(x) for x in row] for row in rows)
+        if max(mean + std) <= 1 and min(std) > 0:
+            return [mean, std]
+    raise UserError(
+        f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
+        f"in [0, 1]), those of std above 0, got {value!r}"
+    )
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:

@@ -106,10 +106,13 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
     keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
+    keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
     changes = []
+    for key in _ARGUMENTS:  # whole: what was given in one of the two only counts as well
+        before, now = (_get(config, key) or {} for config in (recorded, cfg))
+        if before != now:
+            changes.append(f"{key} was {dict(before)}, is now {dict(now)}")
     for key in keys:
-        if key.startswith(_WITHOUT_EFFECT):
-            continue
         before, now = _get(recorded, key), _get(cfg, key)
         if key == "DATASET.ROOT":
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
@@ -118,6 +121,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     return changes
 
 
+_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 _WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",

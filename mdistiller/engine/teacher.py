@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,8 +25,10 @@ from mdistiller.runtime import rank
 TrainRun = Callable[[Config, str, bool, torch.device], Any]
 
 
-def resolve_teacher(cfg: Config, data: Data, device: torch.device, train_run: TrainRun) -> Path:
-    """The teacher's weights: TEACHER_CKPT, the zoo's file, or TEACHER_CFG, trained if need be."""
+def resolve_teacher(
+    cfg: Config, data: Data, device: torch.device, train_run: TrainRun
+) -> Path | Literal["pretrained"]:
+    """The teacher's weights: those that are there, or TEACHER_CFG's, trained if need be."""
     found = find_teacher(cfg, data)
     if found is not None:
         return found
@@ -78,11 +80,14 @@ def teacher_config(cfg: Config) -> Config:
             f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
             f"but DISTILLER.TEACHER is {settings.TEACHER}"
         )
-    if own.DISTILLER.STUDENT_ARGS != settings.TEACHER_ARGS:
-        raise UserError(
-            f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_ARGS "
-            f"{dict(own.DISTILLER.STUDENT_ARGS)}; set DISTILLER.TEACHER_ARGS to the same"
-        )
+    for kind in ("ARGS", "NORM"):
+        trained = own.DISTILLER[f"STUDENT_{kind}"]
+        if trained != settings[f"TEACHER_{kind}"]:
+            shown = dict(trained) if kind == "ARGS" else trained
+            raise UserError(
+                f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_{kind} {shown}; "
+                f"set DISTILLER.TEACHER_{kind} to the same"
+            )
     return own
 
 

@@ -18,6 +18,7 @@ from mdistiller.models._base import (
     cifar_model_dict,
     get_model_entry,
     imagenet_model_dict,
+    library_names,
     tiny_imagenet_model_dict,
     zoo_names,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "cifar_model_dict",
     "get_model_entry",
     "imagenet_model_dict",
+    "library_names",
     "tiny_imagenet_model_dict",
     "zoo_names",
 ]

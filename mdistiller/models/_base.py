@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.models._neck import Neck, fits_with_neck, insert_neck, read_neck
-from mdistiller.models._released import TORCHVISION, download, place_of, url_of
+from mdistiller.models._released import (
+    TORCHVISION,
+    Pretrained,
+    place_of,
+    pretrained_on,
+    released_file,
+    url_of,
+)
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network
@@ -165,18 +172,24 @@ class StagedNet(nn.Module):
 class ModelEntry(NamedTuple):
     """A zoo's entry. Unpacks as `(constructor, checkpoint)`; calling it builds the network.
 
-    `checkpoint` is a file of released weights, or `torchvision:` and torchvision's name of them.
+    `checkpoint` is a file of released weights, or `torchvision:` and torchvision's name of them. A
+    constructor with an argument `pretrained` loads released weights itself; its attribute
+    `pretrained_on`, if it has one, says of given settings what :meth:`pretrained_on` returns.
     """
 
     constructor: Callable[..., StagedNet]
     checkpoint: str | None = None
 
-    def __call__(self, *args: Any, pretrained: bool = False, **kwargs: Any) -> StagedNet:
+    def __call__(self, *args: Any, pretrained: bool | str = False, **kwargs: Any) -> StagedNet:
         """Build the network, with the released weights if `pretrained`.
+
+        A text instead of True chooses among several releases, where the constructor knows some.
 
         Raises:
             UserError: there are no released weights, or they cannot be had or do not fit.
         """
+        if pretrained and self.loads_itself:
+            return self.constructor(*args, pretrained=pretrained, **kwargs)
         net = self.constructor(*args, **kwargs)
         if pretrained:
             name = self.constructor.__name__
@@ -191,6 +204,18 @@ class ModelEntry(NamedTuple):
                 )
             load_network(net, path, name, classes)
         return net
+
+    @property
+    def loads_itself(self) -> bool:
+        """Whether the constructor takes `pretrained`."""
+        return "pretrained" in inspect.signature(self.constructor).parameters
+
+    def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
+        """What the released weights for keyword arguments `settings` were trained on, if known."""
+        if self.checkpoint is not None:
+            return pretrained_on(self.checkpoint)
+        known = getattr(self.constructor, "pretrained_on", None)
+        return known(settings) if known else None
 
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""
@@ -219,8 +244,7 @@ class ModelEntry(NamedTuple):
                 f"the released weights of {name} are for {self.default_classes()} classes, but "
                 f"{num_classes} are wanted; name a checkpoint of your own"
             )
-        download(url, path, name)
-        return path
+        return released_file(self.checkpoint, name)
 
 
 cifar_model_dict = Registry("CIFAR model")
@@ -280,3 +304,9 @@ def get_model_entry(name: str, zoo: str) -> ModelEntry:
 def zoo_names(zoo: str) -> list[str]:
     """Names of the networks of a zoo ("cifar", "tiny_imagenet" or "imagenet")."""
     return list(_ZOOS[zoo])
+
+
+def library_names(library: str) -> list[str]:
+    """Names "LIBRARY/NAME" of all networks of another library; not all fit here."""
+    names: list[str] = LIBRARIES[library].names()
+    return names

@@ -16,6 +16,9 @@ MOST_WITHOUT_STEM = 4
 """Of more stages than this the first counts as the stem."""
 
 
+_FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError)
+
+
 class Collected(NamedTuple):
     """What one forward of a wrapped network gives.
 
@@ -56,17 +59,21 @@ class ExternalNet(StagedNet):
     def __init__(self, net: nn.Module, name: str, image_size: Sequence[int]):
         super().__init__(stem_channels=0)
         self.name = name
-        try:
-            image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
-            with torch.no_grad():
+        image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            try:
                 logits = net.eval()(image)
+            except _FAILURES as error:
+                size, reason = f"{image_size[1]}x{image_size[0]}", first_line(error)
+                raise UserError(f"{name} does not run on {size} images: {reason}") from error
+            try:
                 self.net = self.prepare(net, image)
                 self._declare(image, logits)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
-            size = f"{image_size[1]}x{image_size[0]}"
-            raise UserError(f"{name} does not run on {size} images: {first_line(error)}") from error
+            except UserError:
+                raise
+            except _FAILURES as error:
+                reason = f"its features cannot be read ({first_line(error)})"
+                raise self.unsupported(reason) from error
         self.register_state_dict_post_hook(_unwrap_keys)
         self.register_load_state_dict_pre_hook(_wrap_keys)
 
@@ -149,7 +156,7 @@ def take(layer: Any) -> Tensor:
 
 # The hooks refer to no network, so a copied network has hooks of its own.
 def _keep_output(layer: Any, inputs: Any, output: Any) -> None:
-    layer.kept = output
+    layer.kept = output[0] if isinstance(output, tuple) else output  # some add the map's size
 
 
 def _keep_input(layer: Any, inputs: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import re
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -12,6 +13,17 @@ import torch
 from mdistiller.registry import UserError
 
 TORCHVISION = "torchvision:"
+
+
+class Pretrained(NamedTuple):
+    """What released weights were trained on: number of classes, and how images are normalised.
+
+    `mean` and `std` are per channel, for images in [0, 1].
+    """
+
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def url_of(checkpoint: str) -> str | None:
@@ -23,12 +35,31 @@ def url_of(checkpoint: str) -> str | None:
     return str(get_weight(checkpoint.removeprefix(TORCHVISION)).url)
 
 
+def pretrained_on(checkpoint: str) -> Pretrained | None:
+    """What `torchvision:...` weights were trained on; None for a file, which does not say."""
+    if not checkpoint.startswith(TORCHVISION):
+        return None
+    from torchvision.models import get_weight
+
+    weights = get_weight(checkpoint.removeprefix(TORCHVISION))
+    view = weights.transforms()
+    return Pretrained(len(weights.meta["categories"]), tuple(view.mean), tuple(view.std))
+
+
 def place_of(checkpoint: str) -> Path:
     """The file of released weights, there or not; downloads go where torch.hub keeps its own."""
     url = url_of(checkpoint)
     if url is None:
         return Path(checkpoint)
     return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(url).path).name)
+
+
+def released_file(checkpoint: str, name: str) -> Path:
+    """The file of `torchvision:...` weights, downloaded if it is not there."""
+    path, url = place_of(checkpoint), url_of(checkpoint)
+    if not path.is_file() and url is not None:
+        download(url, path, name)
+    return path
 
 
 def download(url: str, path: Path, name: str) -> None:

@@ -42,6 +42,8 @@ class TimmNet(ExternalNet):
         self.first_layer = ""
         if len(self.indices) <= MOST_WITHOUT_STEM:
             self.first_layer, layer = next(net.named_children())
+            while isinstance(layer, nn.ModuleList):
+                self.first_layer, layer = f"{self.first_layer}.0", layer[0]
             keep_output(layer)
         return net
 

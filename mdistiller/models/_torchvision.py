@@ -6,12 +6,14 @@ makes no longer know training from evaluation.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.ops import Permute
 
 from mdistiller.models._external import (
@@ -24,6 +26,8 @@ from mdistiller.models._external import (
     stage_indices,
     take,
 )
+from mdistiller.models._released import released_file
+from mdistiller.weights import load_checkpoint, load_state, network_state
 
 # Where families keep their blocks, if not at the top level.
 _BODIES = ("features", "trunk_output", "blocks", "layers", "encoder.layers")
@@ -123,3 +127,22 @@ def blocks(net: nn.Module) -> Iterator[str]:
         for path in [f"{body}.{child}" for child, _ in inside] if body else [name]:
             if not isinstance(net.get_submodule(path), _NO_BLOCKS):
                 yield path
+
+
+def load_released(net: TorchvisionNet, release: str) -> None:
+    """Load `torchvision:...` weights, which are downloaded if they are not there.
+
+    A classifier of another number of classes stays as it is; position embeddings are interpolated.
+
+    Raises:
+        UserError: they cannot be had, or belong to a network of another shape.
+    """
+    path = released_file(release, net.name)
+    state = network_state(load_checkpoint(path), path)
+    inner = net.net
+    if isinstance(inner, VisionTransformer):
+        state = interpolate_embeddings(inner.image_size, inner.patch_size, OrderedDict(state))
+    head = {f"{net.head}.{name}": value for name, value in net.classifier().state_dict().items()}
+    if any(state[key].shape[:1] != value.shape[:1] for key, value in head.items() if key in state):
+        state.update(head)
+    load_state(net, state, f"{release} and {net.name} as it is built here")

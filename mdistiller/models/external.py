@@ -2,34 +2,41 @@
 
     net = get_model_entry("timm/vit_tiny_patch16_224", "cifar")(num_classes=10, image_size=(32, 32))
 
-They are built with random weights for the number of classes and, where the architecture has a
-fixed size (`img_size` of timm, `image_size` of torchvision), for the images of the data. Further
-keyword arguments go to the library: `patch_size=4`, say. Each library's own feature extraction
-gives logits and features in one forward; see :class:`ExternalNet` for what they are.
+They are built for the number of classes and, where the architecture has a fixed size (`img_size` of
+timm, `image_size` of torchvision), for the images of the data. Weights are random, or with
+`pretrained=True` the released ones: the classifier is then a new one if the classes are others.
+Further keyword arguments go to the library: `patch_size=4`, say. Each library's own feature
+extraction gives logits and features in one forward; see :class:`ExternalNet` for what they are.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from mdistiller.models._base import LIBRARIES, ModelEntry
 from mdistiller.models._external import ExternalNet, first_line
+from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
 from mdistiller.registry import UserError, suggest
 
 
-def library(name: str, hint: str) -> Any:
-    """The imported package.
+def import_timm() -> Any:
+    """The package timm.
 
     Raises:
-        UserError: it is not installed; `hint` says how to change that.
+        UserError: it is not installed.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("timm")
     except ImportError as error:
-        raise UserError(f"{name} cannot be imported ({first_line(error)}); {hint}") from error
+        raise UserError(
+            f"timm cannot be imported ({first_line(error)}); pip install mdistiller[timm], or "
+            "choose another network"
+        ) from error
 
 
 def known_name(full_name: str, known: list[str]) -> UserError:
@@ -67,49 +74,144 @@ def cannot_be_built(name: str, settings: dict[str, Any], error: Exception) -> Us
     return UserError(f"{name} cannot be built with {given}: {first_line(error)}")
 
 
-@LIBRARIES.register("timm")
-def timm_entry(full_name: str) -> ModelEntry:
-    """The entry of "timm/NAME"."""
-    timm = library("timm", "pip install mdistiller[timm], or choose another network")
-    name = full_name.partition("/")[2]
-    if not timm.is_model(name):
-        raise known_name(full_name, timm.list_models())
+class Timm:
+    """Builds "timm/NAME" or "timm/NAME.TAG"; the tag says which released weights."""
 
-    def build(
-        num_classes: int = 1000, image_size: tuple[int, int] | None = None, **settings: Any
+    def __init__(self, full_name: str):
+        self.__name__ = full_name
+        self.library = import_timm()
+        self.name = full_name.partition("/")[2]
+        if not self.library.is_model(self.name):
+            raise known_name(full_name, self.library.list_models())
+
+    def __call__(
+        self,
+        num_classes: int = 1000,
+        image_size: tuple[int, int] | None = None,
+        pretrained: bool = False,
+        **settings: Any,
     ) -> ExternalNet:
         from mdistiller.models._timm import TimmNet
 
-        make = partial(timm.create_model, name)
+        make = partial(self.library.create_model, self.name)
         settings["num_classes"] = num_classes
-        net = for_images(make, "img_size", image_size, full_name, settings)
-        return TimmNet(net, full_name, image_size or net.default_cfg["input_size"][1:])
+        if pretrained:
+            self.require_release(pretrained, settings)
+            settings["pretrained"] = True
+        overlay = settings.get("pretrained_cfg_overlay", {})
+        if "file" in overlay:  # timm reads JAX's arrays in a way of their own
+            arrays = str(overlay["file"]).endswith(".npz")
+            settings["pretrained_cfg_overlay"] = {"custom_load": arrays, **overlay}
+        try:
+            net = for_images(make, "img_size", image_size, self.__name__, settings)
+        except (OSError, EOFError, pickle.PickleError) as error:  # of the download or the file
+            raise UserError(
+                f"the released weights of {self.__name__} could not be loaded "
+                f"({first_line(error)}); timm downloads them on first use, or takes them from "
+                "pretrained_cfg_overlay: {file: PATH} among the network's arguments"
+            ) from error
+        return TimmNet(net, self.__name__, image_size or net.default_cfg["input_size"][1:])
 
-    build.__name__ = full_name
-    return ModelEntry(build)
+    def require_release(self, pretrained: Any, settings: Mapping[str, Any]) -> None:
+        """Refuse a choice of weights that timm does not have."""
+        if pretrained is not True:
+            raise UserError(
+                f"pretrained {pretrained!r}: timm's weights are chosen by name, "
+                f"{self.__name__}.TAG; say pretrained: True"
+            )
+        if self.pretrained_on(settings) is None:
+            raise UserError(f"timm publishes no weights of {self.__name__}; choose another network")
+
+    def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
+        """What the weights were trained on by timm's own record; None if there are none."""
+        if "pretrained_cfg" in settings:
+            raise UserError(
+                f"{self.__name__}: pretrained_cfg cannot be given; choose released weights by "
+                "name, timm/NAME.TAG, or change parts of the record by pretrained_cfg_overlay"
+            )
+        known = self.library.get_pretrained_cfg(self.name)
+        if known is None:
+            return None
+        try:
+            record = replace(known, **settings.get("pretrained_cfg_overlay", {}))
+        except TypeError as error:
+            raise UserError(f"{self.__name__}: pretrained_cfg_overlay: {error}") from error
+        if not record.has_weights:
+            return None
+        return Pretrained(record.num_classes, tuple(record.mean), tuple(record.std))
 
 
-@LIBRARIES.register("torchvision")
-def torchvision_entry(full_name: str) -> ModelEntry:
-    """The entry of "torchvision/NAME"."""
-    from torchvision import models  # a slow import
+class Torchvision:
+    """Builds "torchvision/NAME"; `pretrained` may name one of several releases."""
 
-    name = full_name.partition("/")[2]
-    known = models.list_models(module=models)
-    if name not in known:
-        raise known_name(full_name, known)
+    def __init__(self, full_name: str):
+        self.__name__ = full_name
+        self.library = importlib.import_module("torchvision.models")  # a slow import
+        self.name = full_name.partition("/")[2]
+        known = self.library.list_models(module=self.library)
+        if self.name not in known:
+            raise known_name(full_name, known)
 
-    def build(
-        num_classes: int = 1000, image_size: tuple[int, int] | None = None, **settings: Any
+    def __call__(
+        self,
+        num_classes: int = 1000,
+        image_size: tuple[int, int] | None = None,
+        pretrained: bool | str = False,
+        **settings: Any,
     ) -> ExternalNet:
-        from mdistiller.models._torchvision import TorchvisionNet
+        from mdistiller.models._torchvision import TorchvisionNet, load_released
 
-        make = partial(models.get_model, name, weights=None)
+        if "weights" in settings:
+            raise UserError(f"{self.__name__}: say pretrained: {settings['weights']}, not weights")
+        release = self.release(pretrained) if pretrained else None
+        make = partial(self.library.get_model, self.name, weights=None)
         settings["num_classes"] = num_classes
         height, width = image_size or (224, 224)
         side = height if image_size and height == width else None
-        net = for_images(make, "image_size", side, full_name, settings)
-        return TorchvisionNet(net, full_name, (height, width))
+        net = for_images(make, "image_size", side, self.__name__, settings)
+        wrapped = TorchvisionNet(net, self.__name__, (height, width))
+        if release:
+            load_released(wrapped, release)
+        return wrapped
 
-    build.__name__ = full_name
-    return ModelEntry(build)
+    def release(self, pretrained: bool | str = True) -> str:
+        """`torchvision:` and the name of the weights; True: those that torchvision recommends."""
+        known = self.library.get_model_weights(self.name)
+        choice = "DEFAULT" if pretrained is True else pretrained
+        if choice not in known.__members__:
+            names = ", ".join(release.name for release in known)
+            raise UserError(
+                f"pretrained {pretrained!r}: the released weights of {self.__name__} are {names}; "
+                "name one of them, or say True"
+            )
+        return f"{TORCHVISION}{known[choice]}"
+
+    def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
+        """What the weights that `settings` choose were trained on."""
+        return pretrained_on(self.release(settings.get("pretrained") or True))
+
+
+@dataclass(frozen=True)
+class Library:
+    """Makes entries, and lists names; registered for the part of a name before the slash."""
+
+    make: Callable[[str], Any]
+    names: Callable[[], list[str]]
+
+    def __call__(self, full_name: str) -> ModelEntry:
+        return ModelEntry(self.make(full_name))
+
+
+def timm_names() -> list[str]:
+    """All of timm's networks."""
+    return [f"timm/{name}" for name in import_timm().list_models()]
+
+
+def torchvision_names() -> list[str]:
+    """All of torchvision's classifiers."""
+    models = importlib.import_module("torchvision.models")
+    return [f"torchvision/{name}" for name in models.list_models(module=models)]
+
+
+LIBRARIES.add("timm", Library(Timm, timm_names))
+LIBRARIES.add("torchvision", Library(Torchvision, torchvision_names))

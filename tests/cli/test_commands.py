@@ -205,6 +205,9 @@ def test_image_folder_from_training_to_evaluation(tmp_path, capsys):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert f"resnet8 on imagefolder (12 images): top-1 {last['test_acc']:.2f}" in line
     assert f"loss {last['test_loss']:.4f}" in line
+    places = ["DATASET.ROOT", str(root), "DATASET.LOADER", "workers", "DATASET.NUM_WORKERS", "0"]
+    assert eval_command.main([*evaluate, *places]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == line
 
 
 def test_eval_equals_a_measurement_by_hand(tmp_path, capsys):

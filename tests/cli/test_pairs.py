@@ -48,11 +48,46 @@ def test_the_table_is_printed_with_each_reason_once(capsys):
     words = ["--teachers", "vgg8", "--students", "resnet8", "resnet14", "--methods", "KD", "KDSVD"]
     assert pairs.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| pair | KD | KDSVD |"
-    assert lines[2] == "| vgg8 -> resnet8 | ok | refused |"
+    assert lines[0].startswith("one step of 4 random 32x32 images of 100 classes; torch ")
+    assert lines[2] == "| pair | KD | KDSVD |"
+    assert lines[4] == "| vgg8 -> resnet8 | ok | refused |"
     assert sum(line.startswith("KDSVD, 2 pairs (vgg8 -> resnet8, ...): ") for line in lines) == 1
     assert pairs.main(["--teachers", "vgg9"]) == 2
     assert "unknown CIFAR model 'vgg9'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("torchvision/swin_t", "timm/convnext_atto"),
+        ("timm/vit_tiny_patch16_224", "torchvision/shufflenet_v2_x0_5"),
+        ("timm/mixer_s32_224", "timm/vit_tiny_patch16_224"),
+        ("torchvision/mnasnet0_5", "timm/mobilevit_xxs"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*left over, without part:UserWarning")
+def test_networks_of_other_libraries_teach_and_learn(teacher, student):
+    """A slice of docs/results/external_pairs.md: CNNs, transformers, a mixer, a hybrid."""
+    data = ("cifar", (64, 64), 10)
+    methods = ["KD", "DKD", "AT", "SP", "RKD", "CRD", "REVIEWKD", "OFA"]
+    verdicts = {method: pairs.one_step(method, teacher, student, data) for method in methods}
+    assert verdicts == dict.fromkeys(methods, "ok")
+
+
+def test_a_network_that_does_not_fit_is_refused_once_for_all_methods(capsys):
+    words = ["--teachers", "timm/levit_128s", "resnet8", "--students", "torchvision/squeezenet1_1"]
+    settings = ["--image-size", "64", "--classes", "5", "--zoo", "cifar"]
+    assert pairs.main([*words, "--methods", "KD", "AT", *settings]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "4 random 64x64 images of 5 classes" in lines[0]
+    assert lines[-1] == (
+        "KD, AT, 2 pairs (timm/levit_128s -> torchvision/squeezenet1_1, ...): "
+        "torchvision/squeezenet1_1 cannot be used here: its head is no linear layer; "
+        "choose another one"
+    )
+    assert pairs.main(["--teachers", "timm/resnet19"]) == 2
+    assert pairs.main(["--teachers", "resnet8", "--classes", "3"]) == 2
+    assert pairs.main(["--teachers", "resnet8", "--methods", "KDD"]) == 2
 
 
 def test_the_step_before_the_main_stage_counts_too(monkeypatch):

@@ -158,7 +158,6 @@ def test_unlike_networks_take_a_step_from_the_defaults(method, pair):
             r"SHAPES is \[1, 7, 14, 28\], but these networks need \[1, 8, 16, 32\]",
         ),
         ("REVIEWKD", "vgg8>MobileNetV2", {"REVIEWKD.STU_PREACT": True}, "leave it at False"),
-        ("REVIEWKD", "MobileNetV2>vgg8", {}, "needs a teacher that returns preact_feats"),
         ("OFD", "MobileNetV2>resnet8", {}, "preact_feats|batch norm"),
         ("OFD", "resnet8>resnet8", {"OFD.CONNECTOR.KERNEL_SIZE": 0}, "KERNEL_SIZE must be at"),
         ("FITNET", "resnet8>vgg8", {"FITNET.HINT_LAYER": 4}, "must be one of 0 to 3"),
@@ -212,3 +211,30 @@ def test_vid_trains_its_scales_from_the_given_variance():
     learnable = {id(p) for p in distiller.get_learnable_parameters()}
     assert learnable >= {id(scale) for scale in distiller.log_scales}
     assert sum(key.startswith("log_scales") for key in distiller.state_dict()) == 3
+
+
+def test_reviewkd_takes_the_stages_of_a_teacher_without_preactivations():
+    class Feats(nn.Module):
+        """A network that returns no preact_feats, or its outputs under that name."""
+
+        def __init__(self, named):
+            super().__init__()
+            torch.manual_seed(1)
+            self.net, self.named = network("resnet8").eval(), named
+
+        def forward(self, image):
+            logits, features = self.net(image)
+            kept = {key: features[key] for key in ("feats", "pooled_feat")}
+            return logits, kept | ({"preact_feats": kept["feats"]} if self.named else {})
+
+    losses = []
+    for named in (False, True):
+        teacher = Feats(named)
+        torch.manual_seed(0)
+        distiller = distiller_dict["REVIEWKD"].build(
+            network("vgg8"), teacher, default_config(), 40, (32, 32)
+        )
+        image = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        _, terms = distiller.train()(image=image, target=torch.arange(4), epoch=1)
+        losses.append(terms["loss_kd"].item())
+    assert losses[0] == losses[1] > 0

@@ -65,6 +65,17 @@ def test_a_vit_teaches_from_the_config_that_trains_it_with_its_arguments(tmp_pat
     assert "teacher.blocks.3.norm1.weight" in load(run / "latest")["model"]
 
 
+def test_resume_notices_arguments_that_were_added_or_left_out(tmp_path, capsys):
+    name = "timm/vit_tiny_patch16_224"
+    train(tmp_path, epochs=1, student=name, STUDENT_ARGS=VIT, text=SOLVER)
+    fewer = {key: value for key, value in VIT.items() if key != "num_heads"}
+    for settings in (fewer, {**VIT, "drop_rate": 0.1}, {**VIT, "depth": 3}):
+        path = write_config(tmp_path, epochs=2, student=name, STUDENT_ARGS=settings, text=SOLVER)
+        assert train_command.main(["--cfg", str(path), "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert f"DISTILLER.STUDENT_ARGS was {VIT}, is now {settings}" in error
+
+
 @pytest.mark.parametrize(
     ("student", "settings", "message"),
     [

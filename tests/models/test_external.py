@@ -24,6 +24,8 @@ NETS = {
     "timm/swin_tiny_patch4_window7_224": (32, SMALL_SWIN, [8, 8, 4, 2, 1], True),
     "timm/mixer_s16_224": (64, {}, [4] * 5, True),
     "timm/vit_tiny_r_s16_p8_224": (64, {"depth": 4}, [2] * 5, True),
+    "timm/xcit_nano_12_p16_224": (64, {}, [4] * 5, True),  # its first layer gives the size as well
+    "timm/twins_pcpvt_small": (64, {"depths": (1, 1, 1, 1)}, [16, 16, 8, 4, 2], False),
     "torchvision/resnet18": (32, {}, [16, 8, 4, 2, 1], False),
     "torchvision/shufflenet_v2_x0_5": (64, {}, [32, 16, 8, 4, 2], False),
     "torchvision/swin_t": (64, {}, [16, 16, 8, 4, 2], True),
@@ -175,6 +177,7 @@ def test_the_size_of_the_images_is_passed_on_where_it_is_fixed():
         ("torchvision/maxvit_t", 32, {}, "torchvision/maxvit_t does not run on 32x32 images"),
         ("timm/deit_tiny_distilled_patch16_224", 32, {}, "head is not one linear layer"),
         ("torchvision/squeezenet1_1", 64, {}, "its head is no linear layer"),
+        ("timm/coat_tiny", 64, {}, "coat_tiny cannot be used here: its features cannot be read"),
         ("torchvision/googlenet", 64, {"init_weights": False}, "it has auxiliary logits"),
     ],
 )
@@ -191,8 +194,3 @@ def test_without_timm_a_line_says_how_to_get_it(monkeypatch):
         UserError, match=r"timm cannot be imported .*pip install mdistiller\[timm\]"
     ):
         get_model_entry("timm/resnet18", "cifar")
-
-
-def test_there_are_no_released_weights_to_load():
-    with pytest.raises(UserError, match="timm/resnet10t has no released weights"):
-        get_model_entry("timm/resnet10t", "cifar")(num_classes=3, pretrained=True)

@@ -1,0 +1,35 @@
+"""A network that was trained on images normalised in another way than those it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Mean and standard deviation of each channel, for images in [0, 1].
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
+def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> None:
+    """Have `net` see images normalised by `own` where it is given such normalised by `given`.
+
+    One multiplication and addition a channel before each forward; nothing where the two agree.
+    State dicts stay as they are.
+    """
+    (mean, std), (own_mean, own_std) = (
+        [list(map(float, part)) for part in s] for s in (given, own)
+    )
+    if mean == own_mean and std == own_std:
+        return
+    factor = [s / o for s, o in zip(std, own_std, strict=True)]
+    offset = [(m - o) / d for m, o, d in zip(mean, own_mean, own_std, strict=True)]
+    for name, values in (("input_factor", factor), ("input_offset", offset)):
+        net.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+    net.register_forward_pre_hook(_renormalize)
+
+
+def _renormalize(net: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *rest = inputs
+    return (image * net.input_factor + net.input_offset, *rest)
