@@ -21,6 +21,7 @@ __all__ = [
     "process_group",
     "rank",
     "sum_over_ranks",
+    "unsynchronized",
     "unwrap",
     "world_size",
     "wrap",
@@ -103,6 +104,13 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
         still += [f"teacher.{name}" for name, _ in tensors if not teacher.training]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, still)
     return DistributedDataParallel(distiller, find_unused_parameters=find_unused)
+
+
+def unsynchronized(distiller: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Context of forward and backward passes that leave gradients to each process for now."""
+    if isinstance(distiller, DistributedDataParallel):
+        return distiller.no_sync()
+    return contextlib.nullcontext()
 
 
 def unwrap(distiller: nn.Module) -> nn.Module:

@@ -84,6 +84,7 @@ def _train(
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
     check_labels(cfg)
+    trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
     teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None
@@ -166,6 +167,8 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
         summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
         trainer.model.load_state_dict(last)
+    for hook in trainer.hooks:
+        summary |= hook.summarize(trainer, data)
     return summary
 
 
