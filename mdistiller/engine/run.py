@@ -20,9 +20,11 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
+from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
@@ -92,6 +94,9 @@ def _train(
     if rank() == 0:
         show_cfg(cfg)
     teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
