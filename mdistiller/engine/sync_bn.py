@@ -12,6 +12,7 @@ average.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,26 +46,30 @@ def synchronize_batch_norm(distiller: Distiller) -> None:
 def _convert(module: _BatchNorm, name: str) -> None:
     if isinstance(module, nn.SyncBatchNorm):
         return
+    on_gpu = next(chain(module.parameters(), module.buffers())).is_cuda
     if type(module).forward is _BatchNorm.forward:
-        kind: type[SyncBatchNorm] = SyncBatchNorm
+        kind: type = nn.SyncBatchNorm if on_gpu else SyncBatchNorm
     elif hasattr(module, "act") and hasattr(module, "drop"):  # timm's BatchNormAct2d
-        kind = SyncBatchNormAct
+        kind = GpuBatchNormAct if on_gpu else BatchNormAct
     else:
         raise UserError(
             f"SOLVER.SYNC_BN does not know the batch norm {type(module).__name__} ({name}): set it "
             "to False"
         )
     # In place: methods and their stages hold references to modules.
-    module.process_group = None  # type: ignore[assignment]
+    module.process_group = None  # type: ignore[assignment]  # torch's: all processes
     module.__class__ = kind
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, that takes tensors on any device."""
+class SyncBatchNorm(_BatchNorm):
+    """As torch's, which takes tensors on GPUs only, on any device."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Anything with channels."""
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.is_cuda or world_size() == 1:
+        if not self.training:
             return super().forward(x)
         y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats and self.running_mean is not None:
@@ -84,11 +89,19 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), share)
 
 
-class SyncBatchNormAct(SyncBatchNorm):
-    """With what timm's BatchNormAct2d does afterwards."""
+class _Act(nn.Module):
+    """Adds what timm's BatchNormAct2d does afterwards."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return,operator]
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return,operator,misc]
+
+
+class BatchNormAct(_Act, SyncBatchNorm):
+    """timm's, synchronised anywhere."""
+
+
+class GpuBatchNormAct(_Act, nn.SyncBatchNorm):
+    """timm's, synchronised on GPUs."""
 
 
 class _Normalize(torch.autograd.Function):
