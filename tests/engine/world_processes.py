@@ -13,11 +13,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from support import write_config
+from support import golden_values, write_config
+from torch import nn
 
 from mdistiller.dataset import DATASETS, load_data
+from mdistiller.dataset._plan import share
+from mdistiller.distillers import Vanilla
 from mdistiller.engine.cfg import load_config
+from mdistiller.engine.distributed import sum_over_ranks
 from mdistiller.engine.run import train
+from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.runtime import rank, world_size
 
@@ -28,7 +33,7 @@ CASES = {
     "CRD": {"method": "CRD", "text": "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"},
     "SP": {"method": "SP", "text": "SP:\n  LOSS: {FEAT_WEIGHT: 10.0}\n"},
     "DOT": {"method": "KD", "trainer": "dot"},
-    "SYNC_BN": {"method": "KD", "student": "resnet8", "text": "  SYNC_BN: True\n"},
+    "SYNC_BN": {"method": "KD", "student": "resnet8", "text": "  SYNC_BN: True\n", "rate": 0.01},
 }
 SEEN = []
 
@@ -48,7 +53,7 @@ class Recorded(BaseTrainer):
         return {**inputs, "contrastive_index": torch.tensor(rows)}
 
 
-def config(folder, method, student="BabyStudent", text="", trainer="recorded"):
+def config(folder, method, student="BabyStudent", text="", trainer="recorded", rate=0.1):
     folder.mkdir(parents=True, exist_ok=True)
     write_config(
         folder,
@@ -57,7 +62,7 @@ def config(folder, method, student="BabyStudent", text="", trainer="recorded"):
         epochs=1,
         TEACHER="resnet8",
         TEACHER_CKPT=str(folder.parents[1] / "resnet8_10.pth"),
-        text=f"DATASET:\n  VAL_SPLIT: 10\nSOLVER:\n  TRAINER: {trainer}\n  LR: 0.1\n"
+        text=f"DATASET:\n  VAL_SPLIT: 10\nSOLVER:\n  TRAINER: {trainer}\n  LR: {rate}\n"
         f"  BATCH_SIZE: {MICRO_BATCH // world_size()}\n  ACCUMULATE: 2\n"
         f"  CLIP_GRAD_NORM: 1.0\n{text}",
     )
@@ -70,7 +75,28 @@ def from_all(items):
     return [item for part in parts for item in part]
 
 
+def normalized():
+    """Two batch norms on 9 rows, in float64: what one step of them gives."""
+    torch.manual_seed(0)
+    last = nn.BatchNorm1d(16, momentum=None, affine=False)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten(), last).double()
+    synchronize_batch_norm(Vanilla(net))
+    image, weight = golden_values((9, 3, 4, 4), 1), golden_values((9, 16), 2)
+    mine = slice(*share(9, rank(), world_size()))
+    own = image[mine].clone().requires_grad_()
+    output = net(own)
+    (output * weight[mine]).sum().backward()
+    gradients = [sum_over_ranks(parameter.grad) for parameter in net.parameters()]
+    rows = from_all(list(zip(output.detach(), own.grad, strict=True)))
+    values = [torch.stack(column) for column in zip(*rows, strict=True)]
+    values += gradients + [buffer.double() for buffer in net.buffers()]
+    net.eval()
+    return [*values, net(image).detach()]
+
+
 def main(folder):
+    folder.mkdir(exist_ok=True)
+    torch.save(normalized(), folder / f"normalized{rank()}")
     seen = {}
     for name, case in CASES.items():
         SEEN.clear()
