@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
 from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -20,18 +22,25 @@ if TYPE_CHECKING:
     from mdistiller.engine.trainer import BaseTrainer
 
 
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Update of averages: decay * average + (1 - decay) * value; whole numbers are copied."""
-    average = get_ema_multi_avg_fn(decay)
+@torch.no_grad()
+def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """Let every value of `average` be decay * itself + (1 - decay) * that of `net`.
 
-    def update(averages: list[Tensor], values: list[Tensor], count: Any) -> None:
-        if averages[0].is_floating_point():  # all of them: they come sorted by type
-            average(averages, values, count)
-        else:
-            for own, value in zip(averages, values, strict=True):
-                own.copy_(value)
-
-    return update
+    Buffers as well; whole numbers (counters) are copied. torch's AveragedModel would wait for the
+    device in every step.
+    """
+    pairs = [
+        (own, value)
+        for of in (nn.Module.parameters, nn.Module.buffers)
+        for own, value in zip(of(average), of(net), strict=True)
+    ]
+    smooth = [pair for pair in pairs if pair[0].is_floating_point()]
+    if smooth:
+        own, values = map(list, zip(*smooth, strict=True))
+        get_ema_multi_avg_fn(decay)(own, values, None)
+    for count, value in pairs:
+        if not count.is_floating_point():
+            count.copy_(value)
 
 
 class AverageStudent(Hook):
@@ -43,12 +52,14 @@ class AverageStudent(Hook):
     `student_latest`, and checkpoints hold it for the resumed run.
 
     Attributes:
-        average: the averaged student, `.module`, None before training.
+        average: the averaged student, None before training.
+        updates: steps that went into it.
         best_acc, best_epoch: of the averaged student.
     """
 
     def __init__(self) -> None:
-        self.average: AveragedModel | None = None
+        self.average: nn.Module | None = None
+        self.updates = 0
         self.best_acc, self.best_epoch = -1.0, 0
 
     def before_train(self, trainer: BaseTrainer) -> None:
@@ -59,21 +70,20 @@ class AverageStudent(Hook):
             )
         self._begin(trainer)
 
-    def _begin(self, trainer: BaseTrainer) -> AveragedModel:
+    def _begin(self, trainer: BaseTrainer) -> nn.Module:
         if self.average is None:
-            update = moving_average(trainer.cfg.SOLVER.EMA)
-            student = trainer.model.student
-            self.average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
-            self.average.requires_grad_(False)
+            self.average = copy.deepcopy(trainer.model.student).requires_grad_(False)
         return self.average
 
     def after_update(self, trainer: BaseTrainer) -> None:
         assert self.average is not None
-        self.average.update_parameters(trainer.model.student)
+        decay = trainer.cfg.SOLVER.EMA if self.updates else 0.0
+        move_average(self.average, trainer.model.student, decay)
+        self.updates += 1
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         assert self.average is not None
-        student = self.average.module
+        student = self.average
         broadcast_buffers(student)
         top1, top5, loss = validate(trainer.val_loader, Vanilla(student))
         record.update(ema_test_acc=top1, ema_test_acc_top5=top5, ema_test_loss=loss)
@@ -87,13 +97,15 @@ class AverageStudent(Hook):
 
     def state(self, trainer: BaseTrainer) -> dict[str, Any]:
         assert self.average is not None
-        own = {"best_acc": self.best_acc, "best_epoch": self.best_epoch}
+        names = ("updates", "best_acc", "best_epoch")
+        own = {name: getattr(self, name) for name in names}
         return {"ema": {"model": self.average.state_dict(), **own}}
 
     def load_state(self, trainer: BaseTrainer, state: Mapping[str, Any]) -> None:
         if "ema" in state:  # not in checkpoints of the original: those start an average
-            self._begin(trainer).load_state_dict(state["ema"]["model"])
-            self.best_acc, self.best_epoch = state["ema"]["best_acc"], state["ema"]["best_epoch"]
+            own = dict(state["ema"])
+            self._begin(trainer).load_state_dict(own.pop("model"))
+            vars(self).update(own)
 
     def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
         assert self.average is not None
@@ -104,7 +116,7 @@ class AverageStudent(Hook):
             "ema_best_epoch": self.best_epoch,
         }
         if data.test is not None:
-            student = self.average.module
+            student = self.average
             found["ema_test_acc_last"] = validate(data.test, Vanilla(student))[0]
             last_state = {key: value.clone() for key, value in student.state_dict().items()}
             best = load_checkpoint(trainer.log_path / "student_ema_best")

@@ -67,7 +67,7 @@ def test_a_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch, capsy
     told = [line for line in lines if "SOLVER.COMPILE" in line]
     assert told == [
         f"[INFO] SOLVER.COMPILE: the {role} runs uncompiled: RuntimeError: no C++ compiler here"
-        for role in ("teacher", "student")
+        for role in ("student", "teacher")
     ]
     assert all(map(same_state, plain, failed))
 
