@@ -5,28 +5,47 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from mdistiller.registry import UserError
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Run `command`; 0, or the exit code of a user's error (2) or of Ctrl-C (130)."""
+    """Run `command`; 0, or the exit code of a user's error (2) or of Ctrl-C (130).
+
+    Of several processes one tells why they end: the first, if the cause is the same in all.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error (rank {rank})"
     try:
         command()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        who = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        return _end(f"{who}: {' '.join(str(error).split())}", BAD_INPUT)
     except KeyboardInterrupt:
         advice = "continue a training run with --resume, a sweep by the same command"
-        print(f"interrupted; {advice}", file=sys.stderr, flush=True)
+        if rank == "0":
+            print(f"interrupted; {advice}", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return _end(f"{who}:\n{traceback.format_exc()}", FAILED)
     return 0
+
+
+def _end(text: str, code: int) -> int:
+    from mdistiller.engine.failure import first_to_fail, leave
+
+    told = first_to_fail()
+    if told:
+        print(text, file=sys.stderr, flush=True)
+    leave(told)
+    return code
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -55,11 +55,18 @@ class BatchPlan:
         first, last = share(stop - start, self.rank, self.world_size)
         return start + first, start + last
 
-    def loss_weight(self, step: int) -> float:
+    def loss_weight(self, step: int, accumulate: int = 1) -> float:
         """Factor for this process's mean loss that makes gradients averaged over processes exact.
 
         n_local * world_size / n_global: 1.0 wherever the batch divides evenly.
+
+        Args:
+            step: from 0.
+            accumulate: gradients of so many steps are added up, the epoch's last group perhaps of
+                fewer; n_global is then what the whole group holds.
         """
-        start, stop = self.batch(step)
+        begin = step - step % accumulate
+        end = min(begin + accumulate, len(self)) - 1
         first, last = self.local_batch(step)
-        return (last - first) * self.world_size / (stop - start)
+        size = self.batch(end)[1] - self.batch(begin)[0]
+        return (last - first) * self.world_size / size

@@ -146,9 +146,9 @@ class TrainLoader:
         views = self._drawn.views
         return views if self.num_views else torch.full_like(views, -1)
 
-    def loss_weight(self, step: int) -> float:
+    def loss_weight(self, step: int, accumulate: int = 1) -> float:
         """See :meth:`BatchPlan.loss_weight`; `step` counts from 0."""
-        return self.plan.loss_weight(step)
+        return self.plan.loss_weight(step, accumulate)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if self._begun:

@@ -49,7 +49,8 @@ ENGINE_CONFIG: dict[str, Any] = {
     "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
     "SOLVER": {
         "TRAINER": "base",
-        "BATCH_SIZE": 64,  # per process
+        "BATCH_SIZE": 64,  # per process and micro-batch
+        "ACCUMULATE": 1,  # micro-batches to an optimizer step
         "EPOCHS": 240,
         "LR": 0.05,
         "SCHEDULE": "multistep",  # multistep, cosine, plateau or constant
@@ -64,6 +65,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TYPE": "SGD",  # SGD, Adam or AdamW
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
         "AMP": "none",  # none, bf16 or fp16
+        "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
+        "SYNC_BN": False,  # several processes: batch norm by the statistics of all
+        "COMPILE": False,  # torch.compile; True, or its mode
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
         "DOT": {"DELTA": 0.075},
@@ -78,6 +82,11 @@ ENGINE_CONFIG: dict[str, Any] = {
     "IMPORTS": [],  # user files or modules that register methods, models, data sets
 }
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
+
+
+SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
+"""Keys whose values are True, False or a word."""
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class Config(CfgNode):
@@ -237,6 +246,8 @@ def coerce(value: Any, default: Any, name: str) -> Any:
     """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
     if name in NORMS:
         return check_norm(literal(value), name)
+    if name in SWITCHES_OR_TEXT:
+        return _switch_or_text(literal(value), name)
     if isinstance(default, str):
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
@@ -276,6 +287,13 @@ def check_norm(value: Any, name: str) -> Any:
         f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
         f"in [0, 1]), those of std above 0, got {value!r}"
     )
+
+
+def _switch_or_text(value: Any, name: str) -> bool | str:
+    value = {"true": True, "false": False}.get(str(value).lower(), value)
+    if not isinstance(value, (bool, str)):
+        raise UserError(f"{name} wants True, False or text, got {value!r}")
+    return value
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
@@ -354,12 +372,14 @@ def check_values(cfg: CfgNode) -> None:
     """Refuse values that have the right type and no meaning."""
     at_least = {
         "SOLVER.BATCH_SIZE": 1,
+        "SOLVER.ACCUMULATE": 1,
         "SOLVER.EPOCHS": 1,
         "SOLVER.WARMUP_EPOCHS": 0,
         "SOLVER.PATIENCE": 0,
         "SOLVER.WEIGHT_DECAY": 0,
         "SOLVER.MOMENTUM": 0,
         "SOLVER.CLIP_GRAD_NORM": 0,
+        "SOLVER.EMA": 0,
         "SOLVER.MIN_LR": 0,
         "DATASET.TEST.BATCH_SIZE": 1,
         "DATASET.VAL_SPLIT": 0,
@@ -383,14 +403,18 @@ def check_values(cfg: CfgNode) -> None:
                 "SOLVER.SCHEDULE plateau needs a SOLVER.LR_DECAY_RATE between 0 and 1, got "
                 f"{cfg.SOLVER.LR_DECAY_RATE}"
             )
+    if cfg.SOLVER.EMA >= 1:
+        raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {cfg.SOLVER.EMA}")
     if cfg.SOLVER.LR <= 0:
         raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
     for name, value, allowed in (
         ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
         ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "plateau", "constant")),
+        ("SOLVER.COMPILE", cfg.SOLVER.COMPILE, (True, False, *COMPILE_MODES)),
     ):
         if value not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            known = ", ".join(map(str, allowed))
+            raise UserError(f"{name} must be one of {known}, got {value!r}")
 
 
 def lookup(cfg: CfgNode, name: str) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mdistiller.engine.failure import first_to_fail, watching
 from mdistiller.runtime import distributed, rank, world_size
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "process_group",
     "rank",
     "sum_over_ranks",
+    "unsynchronized",
     "unwrap",
     "world_size",
     "wrap",
@@ -31,17 +33,23 @@ __all__ = [
 def process_group(device: torch.device) -> Iterator[None]:
     """The process group that torchrun asks for, for the duration; nothing without torchrun.
 
-    GPUs speak NCCL, everything else gloo. A group that is up already is left alone.
+    GPUs speak NCCL, everything else gloo. A group that is up already is left alone. In here a
+    process does not outlive the failure of another (see `failure.py`).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
+    with watching():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+        except Exception:
+            # Before a connection closes and makes others fail. The group is left to the exit of the
+            # process: to take it down can wait for operations that the others never join.
+            first_to_fail()
+            raise
         dist.destroy_process_group()
 
 
@@ -103,6 +111,13 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
         still += [f"teacher.{name}" for name, _ in tensors if not teacher.training]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(distiller, still)
     return DistributedDataParallel(distiller, find_unused_parameters=find_unused)
+
+
+def unsynchronized(distiller: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Context of forward and backward passes that leave gradients to each process for now."""
+    if isinstance(distiller, DistributedDataParallel):
+        return distiller.no_sync()
+    return contextlib.nullcontext()
 
 
 def unwrap(distiller: nn.Module) -> nn.Module:

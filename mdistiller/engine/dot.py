@@ -6,7 +6,8 @@ distillation's with the larger coefficient: mu - Delta for the task, mu + Delta 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,18 @@ class DistillationOrientedTrainer(Optimizer):
             for param in group["params"]
             if param.grad is not None
         }
+
+    def swap_gradients(self) -> None:
+        """Exchange the present gradients and those kept, so that a backward adds to the latter."""
+        kept = self._kd_gradients
+        self.step_kd()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = kept.get(id(param))
+
+    def forget_kd(self) -> None:
+        """Keep no distillation gradients."""
+        self._kd_gradients = {}
 
     def kd_gradients(self) -> dict[int, Tensor]:
         """What :meth:`step_kd` kept for the coming step, by id of the parameter."""
@@ -118,8 +131,8 @@ class DistillationOrientedTrainer(Optimizer):
 class DOTTrainer(BaseTrainer):
     """Trains `loss_ce` as the task and `loss_kd` as distillation under DOT; SOLVER.TYPE SGD only.
 
-    Each step has one forward and two backwards, which DistributedDataParallel does not allow: with
-    several processes the gradients are averaged here.
+    Each micro-batch has one forward and two backwards, which DistributedDataParallel does not
+    allow: with several processes the gradients are averaged here, once a step.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, *args: Any, **kwargs: Any):
@@ -154,7 +167,7 @@ class DOTTrainer(BaseTrainer):
             weight_decay=solver.WEIGHT_DECAY,
         )
 
-    def optimize(self, losses: dict[str, Tensor]) -> None:
+    def backward(self, losses: dict[str, Tensor]) -> None:
         if set(losses) != {"loss_ce", "loss_kd"}:
             raise UserError(
                 f"trainer {self.cfg.SOLVER.TRAINER} needs the two terms loss_ce and loss_kd, but "
@@ -162,21 +175,27 @@ class DOTTrainer(BaseTrainer):
             )
         weight = self.loss_weight()
         if losses["loss_kd"].requires_grad:  # not where the main stage is cross-entropy alone
-            self._backward(losses["loss_kd"].mean() * weight, self._kd_view, retain_graph=True)
-            self.optimizer.step_kd()  # type: ignore[attr-defined]
-        self._backward(losses["loss_ce"].mean() * weight, self.optimizer)
-        self.clip_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            with self._kd_gradients():
+                self.scaler.scale(losses["loss_kd"].mean() * weight).backward(retain_graph=True)
+        self.scaler.scale(losses["loss_ce"].mean() * weight).backward()
 
-    def _backward(self, loss: Tensor, view: Optimizer, retain_graph: bool = False) -> None:
-        """Leave the gradients of one loss in `.grad`: averaged over processes, and unscaled."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward(retain_graph=retain_graph)
+    def update(self) -> None:
+        if self._kept():
+            with self._kd_gradients():
+                average_gradients(self._parameters())
+                self.scaler.unscale_(self._kd_view)
         average_gradients(self._parameters())
-        if view is self.optimizer:
-            self._show_overflow_of_kd()
-        self.scaler.unscale_(view)
+        self._show_overflow_of_kd()
+        self.scaler.unscale_(self.optimizer)
+        super().update()
+        self.optimizer.forget_kd()  # type: ignore[attr-defined]  # fp16 may have skipped the step
+
+    @contextlib.contextmanager
+    def _kd_gradients(self) -> Iterator[None]:
+        """`.grad` holds the gradients of distillation in here, and those of the task outside."""
+        self.optimizer.swap_gradients()  # type: ignore[attr-defined]
+        yield
+        self.optimizer.swap_gradients()  # type: ignore[attr-defined]
 
     def _show_overflow_of_kd(self) -> None:
         """fp16: make an overflow of the kept gradients visible among the task's, without a sync.
@@ -184,7 +203,7 @@ class DOTTrainer(BaseTrainer):
         The scaler decides by the task gradients whether to step; infinity times zero puts a NaN
         among them.
         """
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and self._kept():
             overflow = torch.stack([g.sum() for g in self._kept()]).sum() * 0.0
             next(p.grad for p in self._parameters() if p.grad is not None).add_(overflow)
 

@@ -16,6 +16,7 @@ from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.utils import log_msg, validate
 
 if TYPE_CHECKING:
+    from mdistiller.dataset import Data
     from mdistiller.engine.metrics import Meters
     from mdistiller.engine.trainer import BaseTrainer
 
@@ -32,6 +33,12 @@ class Hook:
     def on_resume(self, trainer: BaseTrainer, log_sizes: Mapping[str, int]) -> None:
         """After a checkpoint was loaded; `log_sizes` are the bytes of each log at its time."""
 
+    def load_state(self, trainer: BaseTrainer, state: Mapping[str, Any]) -> None:
+        """After a checkpoint was loaded: take what :meth:`state` once gave, if it is there."""
+
+    def after_update(self, trainer: BaseTrainer) -> None:
+        """After every step of the optimizer in the main stage."""
+
     def after_steps(self, trainer: BaseTrainer, meters: Meters) -> None:
         """Every LOG.TENSORBOARD_FREQ steps, with the means of the epoch so far."""
 
@@ -45,8 +52,16 @@ class Hook:
         """Bytes of the log files that this hook appends to, by name."""
         return {}
 
+    def state(self, trainer: BaseTrainer) -> dict[str, Any]:
+        """What a checkpoint is to hold beside the trainer's own entries."""
+        return {}
+
     def after_train(self, trainer: BaseTrainer) -> None:
         """Once, after the last epoch."""
+
+    def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
+        """What the run's summary is to hold beside the trainer's own entries."""
+        return {}
 
     def abandon(self, trainer: BaseTrainer) -> None:
         """Instead of `after_train` where an exception ends the training."""
@@ -66,13 +81,15 @@ class Log(Hook):
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         numbers = dict(record)
         trainer.log(numbers.pop("lr"), epoch, numbers)
+        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         if is_main_process():
             print(
                 log_msg(
                     f"epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  lr {record['lr']:.3g}  "
                     f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
                     f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-                    f"(best {trainer.best_acc:.2f})  {record['images_per_second']:.0f} images/s",
+                    f"(best {trainer.best_acc:.2f})  {averaged}"
+                    f"{record['images_per_second']:.0f} images/s",
                     "TRAIN",
                 ),
                 flush=True,
@@ -239,9 +256,12 @@ class Checkpoint(Hook):
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
+    from mdistiller.engine.ema import AverageStudent  # a hook itself
+
+    common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
     if not writes:
-        return [Evaluate(), Log()]
+        return common
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]
     if cfg.LOG.WANDB:
         writers.append(Wandb())
-    return [Evaluate(), Log(), *writers, Checkpoint()]
+    return [*common, *writers, Checkpoint()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +84,20 @@ def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
         return main
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+
+def restart_scheduler(
+    optimizer: Optimizer, solver: Any, rates: Sequence[float], epoch: int
+) -> LRScheduler:
+    """A fresh schedule as it stands after `epoch` epochs from the `rates` of the groups."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = group["initial_lr"] = rate
+    scheduler = build_scheduler(optimizer, solver)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(epoch):
+            scheduler.step()
+    return scheduler
 
 
 def step_scheduler(scheduler: LRScheduler, train_loss: float) -> None:

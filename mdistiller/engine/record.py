@@ -20,7 +20,7 @@ import yaml
 
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg import Config, dump_cfg, flatten
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
 from mdistiller.registry import UserError
@@ -114,6 +114,8 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
             changes.append(f"{key} was {dict(before)}, is now {dict(now)}")
     for key in keys:
         before, now = _get(recorded, key), _get(cfg, key)
+        if before is None:  # a key newer than the run, which therefore ran with its default
+            before = _get(CFG, key)
         if key == "DATASET.ROOT":
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
         if before is not None and before != now:
@@ -129,6 +131,7 @@ _WITHOUT_EFFECT = (
     "DATASET.MAX_MEMORY_GB",
     "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TEACHER_CFG",
+    "SOLVER.COMPILE",
     "SOLVER.FIND_UNUSED_PARAMETERS",
     "SOLVER.DETERMINISTIC",
 )

@@ -20,9 +20,11 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
+from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
@@ -84,6 +86,7 @@ def _train(
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume)
     check_labels(cfg)
+    trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
     teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None
@@ -91,6 +94,9 @@ def _train(
     if rank() == 0:
         show_cfg(cfg)
     teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
@@ -166,6 +172,8 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
         summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
         trainer.model.load_state_dict(last)
+    for hook in trainer.hooks:
+        summary |= hook.summarize(trainer, data)
     return summary
 
 

@@ -1,13 +1,13 @@
-"""The training loop. Other trainers replace one of two seams: `batch_inputs` and `optimize`."""
+"""The training loop. Other trainers replace a seam: `batch_inputs`, or `backward` and `update`."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,10 +15,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
-from mdistiller.engine.distributed import broadcast_buffers, is_main_process, unwrap
+from mdistiller.engine.distributed import (
+    broadcast_buffers,
+    is_main_process,
+    unsynchronized,
+    unwrap,
+)
 from mdistiller.engine.hooks import Hook, default_hooks
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
-from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_scheduler
+from mdistiller.engine.optim import (
+    autocast,
+    build_optimizer,
+    build_scheduler,
+    restart_scheduler,
+    step_scheduler,
+)
 from mdistiller.engine.utils import correct_counts, progress
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank
@@ -39,13 +50,24 @@ def seed_everything(*parts: int) -> None:
 class BaseTrainer:
     """Trains a distiller by the sum of its loss terms.
 
+    A batch of the loader is a micro-batch: SOLVER.ACCUMULATE of them in a row, the epoch's last
+    group perhaps fewer, make one step of the optimizer, whose gradient is that of the mean loss
+    over all their samples.
+
     Attributes that hooks and subclasses read: `cfg`, `distiller` (perhaps wrapped for several
     processes), `model` (never wrapped), `optimizer`, `scheduler`, `log_path`, `epoch` (the last
     finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
     epoch), `hooks`, `stage` ("" but in a method's initialisation stage).
+
+    Class attributes:
+        own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
+            accumulate gradients nor follow the weights. It is set by itself where a subclass
+            overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
+            what it inherits says `own_steps = False`.
     """
 
     stage = ""
+    own_steps: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,6 +77,7 @@ class BaseTrainer:
         val_loader: Any,
         cfg: Any,
     ):
+        self.check(cfg, train_loader)
         self.cfg = cfg
         self.distiller = distiller
         self.model: Any = unwrap(distiller)
@@ -66,6 +89,7 @@ class BaseTrainer:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = build_scheduler(self.optimizer, cfg.SOLVER)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
+        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.epoch = 0
         self.step = 0
         self.best_acc = -1.0
@@ -74,13 +98,36 @@ class BaseTrainer:
         self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
         self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if {"train_epoch", "train_iter", "optimize"} & set(vars(cls)):
+            cls.own_steps = vars(cls).get("own_steps", True)
+
+    @classmethod
+    def check(cls, cfg: Any, train_loader: Any = None) -> None:
+        """Refuse settings that this trainer, or so short an epoch, cannot follow."""
+        solver = cfg.SOLVER
+        if cls.own_steps and (solver.ACCUMULATE > 1 or solver.EMA):
+            key = "SOLVER.ACCUMULATE" if solver.ACCUMULATE > 1 else "SOLVER.EMA"
+            raise UserError(
+                f"{key} has no effect on SOLVER.TRAINER {solver.TRAINER}, which makes its steps "
+                f"itself: leave it out, or set {cls.__name__}.own_steps = False if it calls super()"
+            )
+        if solver.ACCUMULATE > 1 and train_loader is not None:
+            batches = len(train_loader)
+            if batches < solver.ACCUMULATE:
+                raise UserError(
+                    f"SOLVER.ACCUMULATE {solver.ACCUMULATE} is more than the {batches} batches of "
+                    f"an epoch (SOLVER.BATCH_SIZE {solver.BATCH_SIZE} a process); lower it"
+                )
+
     def init_optimizer(self, cfg: Any) -> Optimizer:
         """The optimizer over the distiller's parameter groups."""
         return build_optimizer(self.model.param_groups(), cfg.SOLVER)
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps since the start of training."""
+        """Micro-batches since the start of training."""
         return self.epoch * len(self.train_loader) + self.step
 
     def train(self, resume: bool = False) -> None:
@@ -142,19 +189,20 @@ class BaseTrainer:
             hook.after_epoch(self, epoch, record)
 
     def train_iter(self, data: Sequence[Any], epoch: int, train_meters: Meters) -> str:
-        """One optimizer step; returns what to show beside the bar ("" for the mean loss)."""
+        """Learn from a micro-batch; returns what to show beside the bar ("" for the mean loss)."""
         inputs = self.batch_inputs(data, epoch)
-        with autocast(self.device, self.cfg.SOLVER.AMP):
-            logits, losses = self.distiller(**inputs)
-        target = inputs["target"]
-        hits = correct_counts(logits, target) * (100.0 / len(target))
-        train_meters.add(
-            f"{self.stage} epoch {epoch}, step {self.step}".strip(),
-            losses,
-            {"top1": hits[0], "top5": hits[1], **getattr(self.model, "metrics", {})},
-            len(target),
-        )
-        self.optimize(losses)
+        with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
+            with autocast(self.device, self.cfg.SOLVER.AMP):
+                logits, losses = self.distiller(**inputs)
+            target = inputs["target"]
+            hits = correct_counts(logits, target) * (100.0 / len(target))
+            train_meters.add(
+                f"{self.stage} epoch {epoch}, step {self.step}".strip(),
+                losses,
+                {"top1": hits[0], "top5": hits[1], **getattr(self.model, "metrics", {})},
+                len(target),
+            )
+            self.optimize(losses)
         return ""
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
@@ -169,18 +217,41 @@ class BaseTrainer:
         return {"epoch": epoch, **dict(zip(names, map(move, data), strict=False))}
 
     def optimize(self, losses: dict[str, Tensor]) -> None:
-        """Backward of the summed terms, and one optimizer step."""
+        """Add the gradients of a micro-batch; the last one of a step moves the weights."""
+        if (self.step - 1) % self.accumulate == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.backward(losses)
+        if self.ends_step:
+            self.update()
+            for hook in self.hooks:
+                hook.after_update(self)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether this micro-batch is the last one of its optimizer step."""
+        return self.step % self.accumulate == 0 or self.step == len(self.train_loader)
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        """Add the gradients of the summed terms to those at hand."""
         total = torch.stack([loss.mean() for loss in losses.values()]).sum() * self.loss_weight()
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
+
+    def update(self) -> None:
+        """One optimizer step by the gradients at hand."""
         self.clip_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def loss_weight(self) -> float:
-        """Share of this process in the step: not 1 only where the last batch splits unevenly."""
+        """Share of this process's micro-batch in the optimizer step, times the processes."""
         weight = getattr(self.train_loader, "loss_weight", None)
-        return weight(self.step - 1) if weight else 1.0
+        if weight is not None:
+            share: float = weight(self.step - 1, self.accumulate)
+            return share
+        if self.accumulate == 1:
+            return 1.0
+        done = (self.step - 1) // self.accumulate * self.accumulate
+        return 1 / min(self.accumulate, len(self.train_loader) - done)  # taken as equally large
 
     def clip_gradients(self) -> None:
         """Scale the gradients down to SOLVER.CLIP_GRAD_NORM, if that is set."""
@@ -213,6 +284,7 @@ class BaseTrainer:
             "log_sizes": {
                 name: size for hook in self.hooks for name, size in hook.sizes(self).items()
             },
+            **{key: value for hook in self.hooks for key, value in hook.state(self).items()},
         }
 
     def resume(self) -> None:
@@ -235,6 +307,7 @@ class BaseTrainer:
         self._restore_schedule(state.get("scheduler"))
         for hook in self.hooks:
             hook.on_resume(self, state.get("log_sizes", {}))
+            hook.load_state(self, state)
 
     def _restore_schedule(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
@@ -246,13 +319,9 @@ class BaseTrainer:
                 "epochs before: choose another SOLVER.SCHEDULE"
             )
         # The original saved no schedule: run a fresh one up to this epoch.
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = group["initial_lr"] = rate
-        self.scheduler = build_scheduler(self.optimizer, self.cfg.SOLVER)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range(self.epoch):
-                self.scheduler.step()
+        self.scheduler = restart_scheduler(
+            self.optimizer, self.cfg.SOLVER, self.base_rates, self.epoch
+        )
 
 
 __all__ = ["BaseTrainer", "Meters", "NonFiniteLossError", "seed_everything", "trainer_dict"]

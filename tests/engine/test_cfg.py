@@ -61,6 +61,13 @@ def test_numbers_arrive_as_the_type_of_the_default(tmp_path):
     assert load_config("", ["KD.TEMPERATURE", "2.5"]).KD.TEMPERATURE == 2.5
 
 
+def test_a_switch_may_take_a_word():
+    for words, want in (("true", True), ("False", False), ("max-autotune", "max-autotune")):
+        got = load_config("", ["SOLVER.COMPILE", words]).SOLVER.COMPILE
+        assert got == want
+    assert load_config("", ["SOLVER.COMPILE", "default", "SOLVER.COMPILE", "True"]).SOLVER.COMPILE
+
+
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
     "KDD.TEMPERATURE 4": "unknown config key KDD; did you mean 'KD",
@@ -78,6 +85,13 @@ BAD = {
     "SOLVER..LR 3": "'SOLVER..LR' is no config key",
     "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
     "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
+    "SOLVER.ACCUMULATE 0": "SOLVER.ACCUMULATE must be at least 1, got 0",
+    "SOLVER.ACCUMULATE 1.5": "SOLVER.ACCUMULATE wants a whole number, got 1.5",
+    "SOLVER.EMA -0.1": "SOLVER.EMA must be at least 0, got -0.1",
+    "SOLVER.EMA 1": "SOLVER.EMA must be below 1 (0.999, say; 0: none), got 1.0",
+    "SOLVER.SYNC_BN yes": "SOLVER.SYNC_BN wants True or False, got 'yes'",
+    "SOLVER.COMPILE fast": "SOLVER.COMPILE must be one of True, False, default, reduce-overhead",
+    "SOLVER.COMPILE 1": "SOLVER.COMPILE wants True, False or text, got 1",
     "SOLVER.SCHEDULE poly": "SOLVER.SCHEDULE must be one of multistep, cosine, plateau, constant",
     "SOLVER.SCHEDULE plateau SOLVER.WARMUP_EPOCHS 2": "SOLVER.SCHEDULE plateau has no warm-up",
     "SOLVER.SCHEDULE plateau SOLVER.LR_DECAY_RATE 1": "between 0 and 1, got 1",

@@ -10,6 +10,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_config
+from mdistiller.engine.ema import AverageStudent
 from mdistiller.engine.metrics import Meters
 from mdistiller.engine.trainer import BaseTrainer
 
@@ -38,16 +39,19 @@ def test_a_run_on_the_gpu_follows_the_cpu(tmp_path, amp):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02 if amp == "none" else 0.1)
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_no_step_waits_for_the_gpu(tmp_path, amp):
+@pytest.mark.parametrize("solver", ["AMP: none", "AMP: bf16", "ACCUMULATE: 2\n  EMA: 0.9"])
+def test_no_step_waits_for_the_gpu(tmp_path, solver):
     config = write_config(
-        tmp_path, text=f"DEVICE: cuda\nSOLVER:\n  AMP: {amp}\n", **settings(tmp_path)
+        tmp_path, text=f"DEVICE: cuda\nSOLVER:\n  {solver}\n", **settings(tmp_path)
     )
     cfg = load_config(config)
     device = torch.device("cuda")
     data = load_data(cfg, device)
     distiller = build_distiller(cfg, data, device).train()
     trainer = BaseTrainer("x", distiller, data.train, data.val, cfg)
+    for hook in trainer.hooks:
+        if isinstance(hook, AverageStudent):
+            hook.before_train(trainer)
     meters = Meters(interval=10**6)
     data.train.set_epoch(1)
     batches = iter(data.train)

@@ -1,0 +1,67 @@
+"""torch.compile for the networks of a distiller (SOLVER.COMPILE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mdistiller.distillers import Distiller
+from mdistiller.engine.distributed import is_main_process
+from mdistiller.engine.utils import log_msg
+
+BACKEND: str | Callable[..., Any] = "inductor"
+
+
+def compile_networks(distiller: Distiller, setting: bool | str) -> None:
+    """Have student and teacher compiled when they first run; without effect for False.
+
+    The modules stay what they are, and so do the names in checkpoints. A network that cannot be
+    compiled runs as it is, after one line that says why.
+
+    Args:
+        setting: SOLVER.COMPILE: True, False or the mode.
+    """
+    if not setting:
+        return
+    mode = "default" if setting is True else setting
+    for role in ("student", "teacher"):
+        net = getattr(distiller, role, None)
+        if isinstance(net, nn.Module):
+            _compile(net, role, mode)
+
+
+def _compile(net: nn.Module, role: str, mode: str) -> None:
+    try:
+        net.compile(mode=mode, backend=BACKEND)
+    except Exception as error:  # no support at all on this system or Python
+        _give_up(net, role, error)
+        return
+    compiled = net._compiled_call_impl
+    assert compiled is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except _failures() as error:
+            _give_up(net, role, error)
+            return net(*args, **kwargs)
+
+    net._compiled_call_impl = call
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """Errors of the compiler, not of the network."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
+def _give_up(net: nn.Module, role: str, error: BaseException) -> None:
+    net._compiled_call_impl = None
+    if is_main_process():
+        cause = error.__cause__ or getattr(error, "inner_exception", None) or error
+        lines = [line for line in str(cause).splitlines() if line.strip()] or [""]
+        text = f"SOLVER.COMPILE: the {role} runs uncompiled: {type(cause).__name__}: {lines[0]}"
+        print(log_msg(text), flush=True)

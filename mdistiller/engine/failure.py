@@ -1,0 +1,98 @@
+"""How a failure of one process ends all, with the cause printed once.
+
+The processes share a counter of failures in the store that torchrun, or else the first process,
+keeps at MASTER_ADDR:MASTER_PORT. Whoever raises it to 1 tells the cause. The others either fail in
+turn, because a connection closed, and say nothing; or wait for the one that failed, and are ended
+by a thread that watches the counter. So it does not matter which of them a launcher sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
+
+from torch.distributed import TCPStore
+
+POLL = 1.0
+"""Seconds between two looks at the counter."""
+LINGER = 1.5
+"""Seconds that the process which tells stays, so that all see the counter: the store may go."""
+PATIENCE = 3.0
+"""Seconds that the others wait to be ended by a launcher, which then names the right process."""
+
+
+def alone() -> bool:
+    """Whether this is the only process of its run."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def first_to_fail() -> bool:
+    """Whether this process, which has failed, is to tell why; says the same when asked again.
+
+    A cause that all have in common is left to the first process: the others give it a moment.
+    """
+    return alone() or _claim()
+
+
+def leave(told: bool) -> None:
+    """Wait as long as a process that has failed should before it exits."""
+    if not alone():
+        time.sleep(LINGER if told else PATIENCE)
+
+
+@lru_cache(maxsize=1)
+def _claim() -> bool:
+    try:
+        store = _connect(seconds=5)
+        latest = time.monotonic() + (os.environ.get("RANK", "0") != "0") * POLL
+        while time.monotonic() < latest:
+            if store.add(_key(), 0):
+                return False
+            time.sleep(0.05)
+        return bool(store.add(_key(), 1) == 1)
+    except RuntimeError:  # no store yet, or none any more: better told twice than not at all
+        return True
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """End this process when another one has failed, even if it waits for that one."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=POLL)
+
+
+def _watch(stop: threading.Event) -> None:
+    try:
+        store = _connect(seconds=1800)
+        while not stop.wait(POLL):
+            if store.add(_key(), 0) and not stop.wait(PATIENCE):
+                os._exit(1)
+    except RuntimeError:  # the store is gone: the connections of the processes will tell
+        return
+
+
+def _connect(seconds: float) -> TCPStore:
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
+    return TCPStore(
+        host,
+        int(port),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=seconds),
+    )
+
+
+def _key() -> str:
+    """The counter of this start of the run: torchrun may restart it."""
+    return f"mdistiller/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
