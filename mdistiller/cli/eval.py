@@ -49,10 +49,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ckpt == "pretrain":
         net = entry(num_classes=test.num_classes, pretrained=True)
     else:
-        height, width = test.loader.dataset.images.shape[2:]
         settings = cfg.DISTILLER.STUDENT_ARGS
         net = make_network(
-            entry, test.num_classes, (height, width), settings, "DISTILLER.STUDENT_ARGS"
+            entry, test.num_classes, test.image_size, settings, "DISTILLER.STUDENT_ARGS"
         )
         load_network(net, args.ckpt, args.model, test.num_classes)
     top1, top5, loss = validate(test.loader, Vanilla(net.to(device)))

@@ -25,28 +25,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
-    """Parameters, operations and shapes of a network, for one image.
-
-    Operations are those of convolutions and matrix products, a multiplication and an addition
-    counted as two (torch.utils.flop_counter).
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from mdistiller.models import get_model_entry
+    """Parameters, operations and shapes of a network, for one image."""
+    from mdistiller.models import count_cost, get_model_entry
 
     net = get_model_entry(name, zoo)(num_classes=classes).eval()
-    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            _, features = net(torch.zeros(1, 3, size, size))
+        parameters, flops, features = count_cost(net, (size, size))
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "flops": counter.get_total_flops(),
+        "parameters": parameters,
+        "flops": flops,
         "stages": [tuple(feature.shape[1:]) for feature in features["feats"]],
         "embedding": features["pooled_feat"][0].numel(),
     }

@@ -8,7 +8,16 @@ import importlib
 import pkgutil
 
 from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
-from mdistiller.dataset._build import Data, get_dataset, load_data, load_test_loader, mixes_labels
+from mdistiller.dataset._build import (
+    Data,
+    KnownData,
+    TestData,
+    get_dataset,
+    known_data,
+    load_data,
+    load_test_loader,
+    mixes_labels,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -20,8 +29,11 @@ __all__ = [
     "Data",
     "DataSource",
     "ImageSet",
+    "KnownData",
     "Options",
+    "TestData",
     "get_dataset",
+    "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",

@@ -17,10 +17,10 @@ from mdistiller.dataset._base import (
     Split,
     same_classes,
 )
-from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed, keeps_shape
 from mdistiller.dataset._mix import BatchAugment
 from mdistiller.dataset._split import hold_out
-from mdistiller.dataset.augment import AUGMENTS
+from mdistiller.dataset.augment import AUGMENTS, Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
@@ -120,11 +120,15 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, number of classes, and the model zoo that fits it."""
+    """The test set alone; attributes as of :class:`Data`."""
 
     loader: EvalLoader
     num_classes: int
     zoo: str
+    classes: list[str]
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
@@ -139,8 +143,38 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
     if statistics is None:
         statistics = _training_statistics(feed)
     test = feed.read("test")
-    loader = feed.eval_loader(test, feed.size(test), statistics)
-    return TestData(loader, len(test.classes), node["ZOO"] or feed.source.zoo)
+    size = feed.size(test)
+    loader = feed.eval_loader(test, size, statistics)
+    zoo = node["ZOO"] or feed.source.zoo
+    return TestData(loader, len(test.classes), zoo, test.classes, size, *statistics)
+
+
+class KnownData(NamedTuple):
+    """What the config and a registered data set say of images before any is read.
+
+    Attributes:
+        zoo: as of :class:`Data`.
+        statistics: mean and std of each channel; None if they are to be computed.
+        side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
+        keeps_shape: whether evaluation cuts the middle out of an image rather than stretch it.
+    """
+
+    zoo: str
+    statistics: Statistics | None
+    side: int
+    keeps_shape: bool
+
+
+def known_data(cfg: Any) -> KnownData:
+    """The facts of `cfg.DATASET` that need no data."""
+    node = _node(cfg)
+    source = _source(node)
+    return KnownData(
+        node["ZOO"] or source.zoo,
+        _statistics(node, source),
+        node["IMAGE_SIZE"],
+        keeps_shape(source, _augment(node, source)),
+    )
 
 
 def _node(cfg: Any) -> dict[str, Any]:
@@ -170,8 +204,7 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
 
 def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFeed:
     """The registered data set, its folder, and how it is read."""
-    entry = DATASETS[node["TYPE"]]
-    source: DataSource = entry() if isinstance(entry, type) else entry
+    source = _source(node)
     options = Options(
         node["IMAGE_SIZE"], max(1, node["NUM_WORKERS"]), node["MAX_MEMORY_GB"], node["SHARDS"]
     )
@@ -182,8 +215,17 @@ def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFee
         raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
     else:
         root = project_root() / source.root
-    augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
-    return choose_feed(node, split, source, root, options, augment, device)
+    return choose_feed(node, split, source, root, options, _augment(node, source), device)
+
+
+def _source(node: dict[str, Any]) -> DataSource:
+    entry = DATASETS[node["TYPE"]]
+    source: DataSource = entry() if isinstance(entry, type) else entry
+    return source
+
+
+def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
+    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
 
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:

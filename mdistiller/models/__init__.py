@@ -21,11 +21,13 @@ from mdistiller.models._base import (
     tiny_imagenet_model_dict,
     zoo_names,
 )
+from mdistiller.models._cost import count_cost
 
 __all__ = [
     "ModelEntry",
     "StagedNet",
     "cifar_model_dict",
+    "count_cost",
     "get_model_entry",
     "imagenet_model_dict",
     "tiny_imagenet_model_dict",

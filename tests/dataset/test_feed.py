@@ -93,7 +93,7 @@ def test_an_unsorted_validation_folder_is_explained(tmp_path):
 
 
 def test_the_test_set_alone_is_read_by_workers_too(folder):
-    loader, classes, zoo = load_test_loader(
+    loader, classes, zoo, *_ = load_test_loader(
         config("imagenet", ROOT=folder, IMAGE_SIZE=32, NUM_WORKERS=0)
     )
     assert (classes, zoo) == (3, "imagenet")

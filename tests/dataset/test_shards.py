@@ -212,7 +212,7 @@ def test_patterns_name_the_shards(root):
 
 
 def test_the_test_set_alone(root):
-    loader, classes, zoo = load_test_loader(config("webdataset", ROOT=root, NUM_WORKERS=0))
+    loader, classes, zoo, *_ = load_test_loader(config("webdataset", ROOT=root, NUM_WORKERS=0))
     assert (len(loader.dataset), classes, zoo) == (17, 4, "imagenet")
     assert collect(loader)[0].shape == (17, 3, 224, 224)
 
