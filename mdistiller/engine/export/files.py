@@ -141,7 +141,8 @@ def _onnx_of_program(deployed: Deployed) -> Any:
     traced = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            dim.dim_param = dim.dim_param.replace(traced, "batch")
+            if dim.dim_param:
+                dim.dim_param = dim.dim_param.replace(traced, "batch")
     return proto
 
 

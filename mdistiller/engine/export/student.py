@@ -115,6 +115,7 @@ class Deployed(nn.Module):
         if mean:
             self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
             self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.eval()  # all of it: the tracing exporter restores the mode of the outermost module
 
     def forward(self, image: Tensor) -> Tensor:
         if self.normalizes:
