@@ -18,6 +18,7 @@ from mdistiller.models._base import (
     cifar_model_dict,
     get_model_entry,
     imagenet_model_dict,
+    register_model,
     tiny_imagenet_model_dict,
     zoo_names,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "count_cost",
     "get_model_entry",
     "imagenet_model_dict",
+    "register_model",
     "tiny_imagenet_model_dict",
     "zoo_names",
 ]

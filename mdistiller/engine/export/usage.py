@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -9,7 +10,7 @@ from mdistiller.dataset import known_data
 from mdistiller.engine.build import constructor_facts
 from mdistiller.engine.export.files import Exported
 from mdistiller.engine.export.student import Student
-from mdistiller.models import get_model_entry
+from mdistiller.models import ModelEntry, get_model_entry
 
 _MOST_NAMES = 20  # classes that the card names
 
@@ -95,10 +96,9 @@ def snippet(student: Student, file: Exported) -> str:
     entry = get_model_entry(student.name, student.zoo)
     arguments = constructor_facts(entry, student.num_classes, student.image_size)
     arguments |= student.settings
-    user = ""
-    if not entry.constructor.__module__.startswith("mdistiller.models."):
-        names = [PurePath(name).name for name in student.cfg.IMPORTS]
-        user = f"\nimport_user_modules({names})  # where {student.name} is registered"
+    user = _user_module(entry)
+    if user:
+        user = f"\nimport_user_modules(['{user}'])  # where {student.name} is registered"
     return _SAFETENSORS.format(
         imports="from mdistiller.engine.imports import import_user_modules\n" if user else "",
         user=user,
@@ -107,3 +107,12 @@ def snippet(student: Student, file: Exported) -> str:
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
         **facts,
     )
+
+
+def _user_module(entry: ModelEntry) -> str:
+    """The file or module of the user's that registers a network; empty for the package's own."""
+    module = entry.constructor.__module__
+    if module.startswith("mdistiller.models."):
+        return ""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return PurePath(file).name if file and module.startswith("mdistiller.") else module
