@@ -8,13 +8,14 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from support import TOY, saved_teacher, write_config
+from support import REPO, TOY, saved_teacher, write_config
 from torch import nn
 
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import export as export_command
 from mdistiller.cli import models as models_command
 from mdistiller.cli import train as train_command
+from mdistiller.dataset import DATASETS, Options
 from mdistiller.engine.export import FORMATS
 from mdistiller.engine.export.student import Deployed
 from mdistiller.models import get_model_entry
@@ -160,6 +161,25 @@ def test_the_card_of_a_run_tells_how_it_was_made(exported, simkd):
     assert str(simkd.parents[2]) not in text  # a card is shared; places on this machine are not
 
 
+def test_the_pages_code_measures_the_accuracy_of_the_run(exported, simkd, monkeypatch, capsys):
+    """On all 360 digits, of which the run's own test set is the first 60."""
+    net, folder = exported
+    if "SIMKD" not in (folder / "README.md").read_text():
+        return
+    page = (REPO / "docs" / "export.md").read_text()
+    code = page.split("<!-- tested -->\n```python\n")[1].split("```")[0]
+    (folder.parent / "deploy").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    exec(code, {})
+    printed = float(capsys.readouterr().out.removesuffix(" %\n"))
+    digits = DATASETS["digits"]().load(None, "test", Options())
+    with torch.no_grad():
+        logits = net((digits.images.float() / 255 - MEAN) / STD)[0]
+    right = (logits.argmax(1) == digits.targets).float().mean()
+    assert printed == pytest.approx(100 * float(right), abs=0.3)
+
+
 def test_flops_of_the_card_are_those_of_the_list_of_networks(exported):
     text = (exported[1] / "README.md").read_text()
     if text.split("# ")[1].startswith("resnet8x4 "):
@@ -290,7 +310,7 @@ def test_a_wrong_file_is_not_written(tmp_path, capsys, monkeypatch, name, spoil,
     assert old.read_bytes() == b"what was there before"
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "safetensors"])
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript", "safetensors"])
 def test_a_missing_package_is_named_before_anything_is_written(
     tmp_path, capsys, monkeypatch, package
 ):

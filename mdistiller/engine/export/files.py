@@ -21,7 +21,8 @@ from mdistiller.weights import load_network
 
 #: Images, as the file wants them, to logits.
 Runner = Callable[[Tensor], Tensor]
-_DYNAMO = (2, 9)  # from this torch on, ONNX is made through torch.export
+#: Whether this torch makes ONNX of a program of torch.export; before 2.9 it traces the network.
+_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 @dataclass
@@ -106,10 +107,7 @@ def read_torch(path: Path, student: Student) -> Runner:
 
 def write_onnx(student: Student, deployed: Deployed) -> bytes:
     """An ONNX model with input "image" and output "logits", for any batch size."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= _DYNAMO:
-        proto = _onnx_of_program(deployed)
-    else:
-        proto = _onnx_by_tracing(deployed)
+    proto = _onnx_of_program(deployed) if _DYNAMO else _onnx_by_tracing(deployed)
     for key, value in student.metadata().items():
         proto.metadata_props.add(key=key, value=value)
     contents: bytes = proto.SerializeToString()
@@ -180,6 +178,11 @@ FORMATS.update(
     safetensors=Format(
         "student.safetensors", ("safetensors",), write_safetensors, read_safetensors, False
     ),
-    onnx=Format("student.onnx", ("onnx", "onnxruntime"), write_onnx, read_onnx),
+    onnx=Format(
+        "student.onnx",
+        ("onnx", "onnxruntime", *(["onnxscript"] if _DYNAMO else [])),
+        write_onnx,
+        read_onnx,
+    ),
     torch=Format("student.pt2", (), write_torch, read_torch),
 )
