@@ -310,7 +310,7 @@ def test_a_wrong_file_is_not_written(tmp_path, capsys, monkeypatch, name, spoil,
     assert old.read_bytes() == b"what was there before"
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript", "safetensors"])
+@pytest.mark.parametrize("package", [*FORMATS["onnx"].packages, "safetensors"])
 def test_a_missing_package_is_named_before_anything_is_written(
     tmp_path, capsys, monkeypatch, package
 ):

@@ -17,6 +17,7 @@ from mdistiller.engine.cfg import Config
 from mdistiller.models import StagedNet, get_model_entry
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant
+_LARGEST_BATCH = 2**20  # torch 2.6 refuses transformers without a bound
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Deployed(nn.Module):
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
         """What torch.export makes of it, for any batch size."""
-        shapes = ({0: torch.export.Dim("batch", min=1)},)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)},)
         return torch.export.export(self, self.example, dynamic_shapes=shapes, strict=False)
 
 
