@@ -34,6 +34,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"checkpoint {path} does not exist")
     if path.stat().st_size == 0:
         raise UserError(f"checkpoint {path} is empty")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalars()):
             warnings.simplefilter("ignore")  # about pickles of other protocols, which then fail
@@ -45,6 +47,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
                 "which could run code when read"
             ) from None
         raise UserError(f"checkpoint {path} is truncated, damaged or no PyTorch file") from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs the package safetensors: pip install mdistiller[export]"
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
 
 
 def _numpy_scalars() -> list[Any]:

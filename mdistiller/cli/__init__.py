@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "eval": "accuracy of a checkpoint on a data set",
+    "export": "a trained student as safetensors, ONNX and torch.export, with a model card",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
     "models": "networks with parameters, operations and stage shapes",
     "methods": "what every method is, uses and needs: a table",

@@ -30,21 +30,14 @@ def parser() -> argparse.ArgumentParser:
 def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     """Parameters, operations and shapes of a network, for one image.
 
-    The stem's shape is None for a network whose features begin with the first stage. Operations
-    are those of convolutions and matrix products, a multiplication and an addition counted as two
-    (torch.utils.flop_counter).
+    The stem's shape is None for a network whose features begin with the first stage.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     from mdistiller.engine.build import make_network
-    from mdistiller.models import get_model_entry
+    from mdistiller.models import count_cost, get_model_entry
 
     net = make_network(get_model_entry(name, zoo), classes, (size, size), {}, "").eval()
-    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            _, features = net(torch.zeros(1, 3, size, size))
+        parameters, flops, features = count_cost(net, (size, size))
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
@@ -52,8 +45,8 @@ def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     stages = len(getattr(net, "stages", shapes[1:]))
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "flops": counter.get_total_flops(),
+        "parameters": parameters,
+        "flops": flops,
         "stem": shapes[0] if len(shapes) > stages else None,
         "stages": shapes[-stages:],
         "embedding": features["pooled_feat"][0].numel(),

@@ -10,8 +10,10 @@ import pkgutil
 from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
 from mdistiller.dataset._build import (
     Data,
+    KnownData,
     TestData,
     get_dataset,
+    known_data,
     load_data,
     load_test_loader,
     mixes_labels,
@@ -27,9 +29,11 @@ __all__ = [
     "Data",
     "DataSource",
     "ImageSet",
+    "KnownData",
     "Options",
     "TestData",
     "get_dataset",
+    "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",

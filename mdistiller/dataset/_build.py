@@ -17,10 +17,10 @@ from mdistiller.dataset._base import (
     Split,
     same_classes,
 )
-from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed, keeps_shape
 from mdistiller.dataset._mix import BatchAugment
 from mdistiller.dataset._split import hold_out
-from mdistiller.dataset.augment import AUGMENTS
+from mdistiller.dataset.augment import AUGMENTS, Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
@@ -125,6 +125,7 @@ class TestData(NamedTuple):
     loader: EvalLoader
     num_classes: int
     zoo: str
+    classes: list[str]
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -145,7 +146,35 @@ def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
     size = feed.size(test)
     loader = feed.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or feed.source.zoo
-    return TestData(loader, len(test.classes), zoo, size, *statistics)
+    return TestData(loader, len(test.classes), zoo, test.classes, size, *statistics)
+
+
+class KnownData(NamedTuple):
+    """What the config and a registered data set say of images before any is read.
+
+    Attributes:
+        zoo: as of :class:`Data`.
+        statistics: mean and std of each channel; None if they are to be computed.
+        side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
+        keeps_shape: whether evaluation cuts the middle out of an image rather than stretch it.
+    """
+
+    zoo: str
+    statistics: Statistics | None
+    side: int
+    keeps_shape: bool
+
+
+def known_data(cfg: Any) -> KnownData:
+    """The facts of `cfg.DATASET` that need no data."""
+    node = _node(cfg)
+    source = _source(node)
+    return KnownData(
+        node["ZOO"] or source.zoo,
+        _statistics(node, source),
+        node["IMAGE_SIZE"],
+        keeps_shape(source, _augment(node, source)),
+    )
 
 
 def _node(cfg: Any) -> dict[str, Any]:
@@ -175,8 +204,7 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
 
 def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFeed:
     """The registered data set, its folder, and how it is read."""
-    entry = DATASETS[node["TYPE"]]
-    source: DataSource = entry() if isinstance(entry, type) else entry
+    source = _source(node)
     options = Options(
         node["IMAGE_SIZE"], max(1, node["NUM_WORKERS"]), node["MAX_MEMORY_GB"], node["SHARDS"]
     )
@@ -187,8 +215,17 @@ def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFee
         raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
     else:
         root = project_root() / source.root
-    augment = AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
-    return choose_feed(node, split, source, root, options, augment, device)
+    return choose_feed(node, split, source, root, options, _augment(node, source), device)
+
+
+def _source(node: dict[str, Any]) -> DataSource:
+    entry = DATASETS[node["TYPE"]]
+    source: DataSource = entry() if isinstance(entry, type) else entry
+    return source
+
+
+def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
+    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
 
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:

@@ -161,7 +161,7 @@ class WorkerFeed(MemoryFeed):
 
     @property
     def _keeps_shape(self) -> bool:
-        return self.source.keep_shape or issubclass(self.augment, ResizedCropFlip)
+        return keeps_shape(self.source, self.augment)
 
     def _fit(self, images: Any, size: Size) -> TestView:
         from mdistiller.dataset._view import TestView  # brings torchvision: a slow import
@@ -181,6 +181,11 @@ class ShardFeed(WorkerFeed):
         from mdistiller.dataset import _shard_loaders
 
         return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
+
+
+def keeps_shape(source: DataSource, augment: type[Identity]) -> bool:
+    """Whether an image is cut to a square for evaluation, rather than stretched."""
+    return source.keep_shape or issubclass(augment, ResizedCropFlip)
 
 
 def _name(images: Any, index: int) -> str:

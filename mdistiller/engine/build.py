@@ -101,15 +101,23 @@ def make_network(
         image_size: (height, width), for constructors that ask.
         settings: further keyword arguments; `key` is what the config calls them.
     """
-    facts: dict[str, Any] = {"num_classes": num_classes}
-    if "image_size" in inspect.signature(entry.constructor).parameters:
-        facts["image_size"] = image_size
+    facts = constructor_facts(entry, num_classes, image_size)
     try:
         return entry(**facts, **settings)
     except TypeError as error:
         if not settings:
             raise
         raise UserError(f"{key} {dict(settings)}: {error}") from error
+
+
+def constructor_facts(
+    entry: ModelEntry, num_classes: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """What an entry's constructor is told of the data."""
+    facts: dict[str, Any] = {"num_classes": num_classes}
+    if "image_size" in inspect.signature(entry.constructor).parameters:
+        facts["image_size"] = image_size
+    return facts
 
 
 @torch.no_grad()

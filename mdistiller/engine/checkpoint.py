@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,34 @@ import torch
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_state, strip_prefix
 
-__all__ = ["load_checkpoint", "load_state", "save_checkpoint", "strip_prefix"]
+__all__ = ["load_checkpoint", "load_state", "replacing", "save_checkpoint", "strip_prefix"]
 
 
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write `obj` so that `path` holds either the old or the whole new file, also after a crash."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one process writes; a stray one is reused
-    try:
-        with temporary.open("wb") as handle:
+    with replacing(Path(path)) as temporary, temporary.open("wb") as handle:
+        try:
             torch.save(obj, handle)
-            handle.flush()
+        except RuntimeError as error:  # how torch's zip writer reports a full disk
+            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it becomes at the end, in one move.
+
+    If anything is raised in between it is removed, and `path` stays as it was.
+    """
+    temporary = path.with_name(
+        f".{path.stem}.tmp{path.suffix}"
+    )  # one process writes; a stray one is reused
+    try:
+        yield temporary
+        with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    except RuntimeError as error:  # how torch's zip writer reports a full disk
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -27,6 +27,7 @@ from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
+    from mdistiller.dataset import Data, TestData
     from mdistiller.engine.trainer import BaseTrainer
 
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
@@ -56,14 +57,39 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
 
 
 class RunRecord(Hook):
-    """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder."""
+    """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
+
+    Args:
+        data: what the student is trained on, for `run.json`.
+    """
+
+    def __init__(self, data: Data):
+        self.data = data
 
     def before_train(self, trainer: BaseTrainer) -> None:
-        write_record(trainer.log_path, trainer.cfg, trainer.device)
+        write_record(trainer.log_path, trainer.cfg, trainer.device, data_facts(self.data))
 
 
-def write_record(folder: Path, cfg: Any, device: torch.device) -> None:
-    """Write the two files; what is known of earlier starts is kept."""
+def data_facts(data: Data | TestData) -> dict[str, Any]:
+    """What a network has to know of its data: size, normalisation, classes, zoo."""
+    return {
+        "zoo": data.zoo,
+        "image_size": list(data.image_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "num_classes": data.num_classes,
+        "classes": data.classes,
+    }
+
+
+def write_record(
+    folder: Path, cfg: Any, device: torch.device, data: Mapping[str, Any] | None = None
+) -> None:
+    """Write the two files; what is known of earlier starts is kept.
+
+    Args:
+        data: of :func:`data_facts`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_cfg(cfg))
     path = folder / "run.json"
@@ -83,7 +109,7 @@ def write_record(folder: Path, cfg: Any, device: torch.device) -> None:
             "versions": versions(),
         }
     )
-    path.write_text(json.dumps({"starts": starts}, indent=1) + "\n")
+    path.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
 
 
 def changed_settings(folder: Path, cfg: Any) -> list[str]:

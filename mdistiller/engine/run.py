@@ -100,7 +100,7 @@ def _train(
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
-        trainer.hooks[:0] = [*hooks, RunRecord()]
+        trainer.hooks[:0] = [*hooks, RunRecord(data)]
     try:
         trainer.train(resume=resume)
     except BaseException:

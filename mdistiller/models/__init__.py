@@ -19,17 +19,21 @@ from mdistiller.models._base import (
     get_model_entry,
     imagenet_model_dict,
     library_names,
+    register_model,
     tiny_imagenet_model_dict,
     zoo_names,
 )
+from mdistiller.models._cost import count_cost
 
 __all__ = [
     "ModelEntry",
     "StagedNet",
     "cifar_model_dict",
+    "count_cost",
     "get_model_entry",
     "imagenet_model_dict",
     "library_names",
+    "register_model",
     "tiny_imagenet_model_dict",
     "zoo_names",
 ]

@@ -34,7 +34,7 @@ class Block(ActivatedStage):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Staged:
-        if self.pool is True or self.pool == x.shape[2]:
+        if self.pool is True or (self.pool and self.pool == x.shape[2]):
             x = F.max_pool2d(x, 2)
         return super().forward(x)
 

@@ -1,0 +1,158 @@
+"""export: a trained student as safetensors, ONNX and torch.export, with a model card.
+
+export output/PROJECT/NAME                       the best student of a run
+export -m MODEL -c FILE -d DATASET --out DIR     a checkpoint without the record of its run
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli.models import SIZES
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    from mdistiller.engine.export import Exported, Latency, Student
+
+BATCHES = (1, 64)
+SECONDS = 2.0  # of measurement for each batch size, spread over what is measured
+FEWEST, MOST = 5, 50  # rounds
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", default="best", help="of a run: best (default), latest or epoch_N"
+    )
+    parser.add_argument("-m", "--model", help="without a run: name in the model zoo")
+    parser.add_argument(
+        "-c",
+        "--ckpt",
+        default="pretrain",
+        help="with -m: file with the weights; default: the released ones under download_ckpts/",
+    )
+    parser.add_argument("-d", "--dataset", default="", help="with -m: data it was trained on")
+    parser.add_argument(
+        "--cfg", default="", metavar="FILE", help="with -m: config with DATASET and STUDENT_ARGS"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, help="with -m: spares reading the data set to learn it"
+    )
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: the zoo's)")
+    parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
+    parser.add_argument(
+        "--formats", nargs="+", default=["safetensors", "onnx", "torch"], metavar="FORMAT"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--with-normalization",
+        dest="normalization",
+        action="store_true",
+        default=True,
+        help="ONNX and torch.export files take values from 0 to 1 (default)",
+    )
+    group.add_argument(
+        "--without-normalization",
+        dest="normalization",
+        action="store_false",
+        help="they take normalised images",
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--no-latency", action="store_true", help="measure no times for the card")
+    add_overrides(parser)
+    return parser
+
+
+def find_student(args: argparse.Namespace) -> Student:
+    """The student of the run or file that the arguments name."""
+    from mdistiller.dataset import known_data
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.export import from_checkpoint, from_run
+
+    if not args.model:
+        if not args.opts:
+            raise UserError("name a run folder, or a network and a checkpoint by -m and -c")
+        folder, *overrides = args.opts
+        given = [f"--{name}" for name in _WITHOUT_RUN if getattr(args, name.replace("-", "_"))]
+        if given:
+            raise UserError(f"{given[0]} goes with -m; {folder} says itself what it holds")
+        return from_run(Path(folder), args.checkpoint, overrides, args.imports)
+    if not args.out:
+        raise UserError("-m needs --out, the folder for the files")
+    named = bool(args.dataset or args.cfg or "DATASET.TYPE" in args.opts[::2])
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    cfg = load_config(args.cfg, [*dataset, *args.opts], args.imports)
+    if args.num_classes is None and not named:
+        raise UserError("-m needs -d, the data set it was trained on, or --num-classes")
+    known = known_data(cfg)
+    side = known.side or SIZES[known.zoo] if args.image_size is None else args.image_size
+    return from_checkpoint(cfg, args.model, args.ckpt, args.num_classes, side, named)
+
+
+_WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the files, then the card that describes them."""
+    from mdistiller.engine.export import export_student, model_card, write_card
+
+    student = find_student(args)
+    out = Path(args.out or Path(args.opts[0]) / "export")
+    files = export_student(student, out, args.formats, args.normalization, args.force)
+    for file in files:
+        print(f"{file.path}: logits within {file.difference:.1e} of PyTorch's", flush=True)
+    latencies, machine = ([], "") if args.no_latency else measure(student, files)
+    write_card(model_card(student, files, latencies, machine), out)
+    print(out / "README.md")
+
+
+def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str]:
+    """Latencies of the network and of each file that runs by itself, and the machine in words."""
+    import torch
+
+    from mdistiller.cli._timing import surroundings
+
+    machine = surroundings("cpu")
+    words = f"{machine['hardware']} (CPU, threads: {machine['threads']})"
+    found = [row for batch in BATCHES for row in latencies(student, files, batch, "cpu")]
+    if torch.cuda.is_available():
+        words += f" and {surroundings('cuda')['hardware']} (CUDA)"
+        found += [row for batch in BATCHES for row in latencies(student, [], batch, "cuda")]
+    return found, f"{words}, torch {machine['torch']}"
+
+
+def latencies(
+    student: Student, files: list[Exported], batch: int, device: str
+) -> Iterator[Latency]:
+    """Of the network and of files, in turns, until SECONDS are over."""
+    import torch
+
+    from mdistiller.cli._timing import race, seconds
+    from mdistiller.engine.export import FORMATS, Latency
+
+    images = torch.rand(batch, 3, *student.image_size, device=device)
+    net = copy.deepcopy(student.net).to(device)
+    steps: dict[str, Callable[[], Any]] = {f"PyTorch, {device.upper()}": lambda: net(images)}
+    for file in files:
+        if FORMATS[file.format].standalone:
+            steps[f"`{file.path.name}`, {device.upper()}"] = partial(file.run, images)
+    with torch.no_grad():
+        once = sum(seconds(step, device)[0] for step in steps.values())
+        rounds = max(FEWEST, min(MOST, int(SECONDS / once)))
+        for what, time in race(steps, device, rounds, wall=True).items():
+            yield Latency(what, batch, time["ms"], time["low"], time["high"], rounds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_intermixed_args(argv)
+    return guarded(lambda: export(args))

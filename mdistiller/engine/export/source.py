@@ -1,0 +1,177 @@
+"""Where a student to export comes from: a run folder, or a bare checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.dataset import known_data, load_test_loader
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.export.student import RunFacts, Student
+from mdistiller.engine.record import data_facts
+from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.models import get_model_entry
+from mdistiller.registry import UserError
+from mdistiller.weights import load_network
+
+
+def from_run(
+    folder: Path, checkpoint: str = "best", overrides: Sequence[str] = (), imports: Any = ()
+) -> Student:
+    """The student of a run folder.
+
+    Args:
+        checkpoint: best, latest or epoch_N.
+        overrides: `[key, value, ...]` over the recorded config (DATASET.ROOT, say).
+        imports: further user files.
+
+    Raises:
+        UserError: it is no run folder, or has no such checkpoint.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
+            "the network and the file by -m and -c"
+        )
+    path = _checkpoint_file(folder, checkpoint)
+    cfg = load_config(folder / "config.yaml", overrides, imports)
+    record = _read_json(folder / "run.json")
+    data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))
+    run = RunFacts(
+        checkpoint,
+        _read_json(folder / "summary.json"),
+        [row for row in _read_lines(folder / "metrics.jsonl") if "epoch" in row],
+        (record.get("starts") or [{}])[-1],
+    )
+    return _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
+
+
+def from_checkpoint(
+    cfg: Config,
+    name: str,
+    checkpoint: str,
+    num_classes: int | None = None,
+    side: int = 32,
+    dataset: bool = True,
+) -> Student:
+    """The student in a file.
+
+    Args:
+        cfg: says what the data are.
+        checkpoint: the file, or "pretrain" for the released weights.
+        num_classes: of the data. None: the data set is read, as for evaluation.
+        side: of the images in pixels, where the data are not read.
+        dataset: whether `cfg` names the data that it was trained on. If not, and the data are not
+            read, normalisation is only known if DATASET.MEAN says so.
+    """
+    if num_classes is None:
+        data = data_facts(load_test_loader(cfg, torch.device("cpu")))
+    elif min(num_classes, side) < 1:
+        raise UserError("--num-classes and --image-size must be at least 1")
+    else:
+        known = known_data(cfg)
+        given = known.statistics if dataset or cfg.DATASET.MEAN else None
+        mean, std = given or ((), ())
+        data = {
+            "zoo": known.zoo,
+            "image_size": (side, side),
+            "mean": mean,
+            "std": std,
+            "num_classes": num_classes,
+            "classes": [],
+        }
+    named = cfg.DATASET.TYPE if dataset or num_classes is None else ""
+    path = None if checkpoint == "pretrain" else Path(checkpoint)
+    return _load(cfg, name, path, data, named, None)
+
+
+def _load(
+    cfg: Config,
+    name: str,
+    path: Path | None,
+    data: Mapping[str, Any],
+    dataset: str,
+    run: RunFacts | None,
+) -> Student:
+    """Build and load; without a path, the zoo's released weights."""
+    height, width = data["image_size"]
+    cfg = cfg.clone()
+    cfg.DISTILLER.STUDENT = name
+    entry = get_model_entry(name, data["zoo"])
+    settings = arguments(cfg, "STUDENT")
+    released = settings.pop("pretrained", False)
+    given = (tuple(data["mean"]), tuple(data["std"]))
+    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
+    mean, std = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given)
+    student = Student(
+        nn.Identity(),
+        name,
+        data["zoo"],
+        settings,
+        data["num_classes"],
+        list(data["classes"]),
+        (height, width),
+        tuple(mean),
+        tuple(std),
+        dataset,
+        "released weights" if path is None else path.name,
+        cfg,
+        run,
+    )
+    if path is None:
+        wanted = {**settings, "pretrained": released or True}
+        require_classes(entry, wanted, student.num_classes)
+        student.net = student.build(pretrained=wanted["pretrained"])
+    else:
+        student.net = student.build()
+        load_network(student.net, path, name, student.num_classes)
+    student.net.eval().requires_grad_(False)
+    return student
+
+
+def _checkpoint_file(folder: Path, name: str) -> Path:
+    """The file with the student's weights of best, latest or epoch_N."""
+    if not re.fullmatch(r"best|latest|epoch_\d+", name):
+        raise UserError(f"--checkpoint is best, latest or epoch_N, got {name!r}")
+    places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]
+        raise UserError(
+            f"{folder} has no checkpoint {name} (it has: "
+            f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
+        )
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's mapping; empty if there is none.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no mapping")
+    return found
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a file, one a line."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None

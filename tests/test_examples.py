@@ -1,0 +1,162 @@
+"""The examples of docs/: the pages show the files as they are, and their commands run elsewhere."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import REPO, TOY, saved_teacher
+
+from mdistiller.dataset import DATASETS
+from mdistiller.distillers import DISTILLERS
+from mdistiller.models import cifar_model_dict
+
+DOCS = REPO / "docs"
+EXAMPLES = DOCS / "examples"
+PAGES = {name: (DOCS / name).read_text() for name in ("own_code.md", "backbone.md")}
+# One process for the commands of a section, so that importing torch is paid for once.
+RUN = """
+import json, sys, torch
+from mdistiller.cli import main
+torch.set_num_threads(1)
+for words in json.loads(sys.argv[1]):
+    print("$", *words, flush=True)
+    if main(words):
+        sys.exit(1)
+"""
+
+
+def shown(page):
+    """What a page shows as the text of which file."""
+    return re.findall(r"<!-- examples/(\S+) -->\n```\w+\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def commands(page, config):
+    """The words of a page's `mdistiller` commands about a config or its runs."""
+    blocks = re.findall(r"```sh\n(.*?)```", PAGES[page], re.DOTALL)
+    lines = next(block for block in blocks if f"--cfg {config}" in block).strip().splitlines()
+    assert all(line.startswith("mdistiller ") for line in lines)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def python(folder, *words):
+    """Run Python in a folder outside the checkout; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def follow(folder, page, config, *more):
+    """Do what a section says, training for one epoch and with `more` in each training."""
+    small = [*more, "SOLVER.EPOCHS", "1", "DEVICE", "cpu"]
+    found = commands(page, config)
+    words = [[*line, *(small if line[0] == "train" else [])] for line in found]
+    words = [[*line, *(["--no-latency"] if line[0] == "export" else [])] for line in words]
+    return python(folder, "-c", RUN, json.dumps(words))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder, with the examples copied into it."""
+    shutil.copytree(EXAMPLES, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def metrics(run):
+    (row,) = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads(row)
+
+
+def facts(run):
+    return json.loads((run / "run.json").read_text())["data"]
+
+
+def state(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_the_pages_show_the_files_as_they_are():
+    pairs = [pair for page in PAGES for pair in shown(page)]
+    for name, text in pairs:
+        assert (EXAMPLES / name).read_text() == text, name
+    unseen = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {n for n, _ in pairs}
+    assert unseen == {"draw_shells.py"}
+    for path in EXAMPLES.glob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 12, path
+
+
+def test_nothing_of_the_examples_is_in_the_package():
+    assert "shells" not in DATASETS
+    assert "COSINE" not in DISTILLERS
+    assert "plain_small" not in cifar_model_dict
+
+
+def test_own_data(folder):
+    python(folder, "draw_shells.py", "data/shells")
+    follow(folder, "own_code.md", "own_folder.yaml")
+    follow(folder, "own_code.md", "own_dataset.yaml")
+    out = folder / "output"
+    for run in (out / "folder" / "dkd", out / "shells" / "crd", out / "shells" / "kd"):
+        assert facts(run)["classes"] == ["cockle", "limpet", "whelk"]
+        assert facts(run)["mean"] == pytest.approx([0.363] * 3, abs=0.01)
+        assert metrics(run)["train_loss_kd"] > 0
+        teacher = state(run.parent / "teacher" / "student_latest")
+        for key, value in state(run / "latest").items():
+            if key.startswith("teacher."):
+                assert torch.equal(value, teacher[key.removeprefix("teacher.")])
+    crd = state(out / "shells" / "crd" / "latest")
+    banks = [value for key, value in crd.items() if value.ndim == 2 and len(value) == 120]
+    assert len(banks) == 2  # a row for each of the 120 training images, of either network
+    assert not any(
+        len(value) == 120
+        for value in state(out / "shells" / "kd" / "latest").values()
+        if value.ndim
+    )
+
+
+def test_own_method(folder):
+    teacher = saved_teacher(folder, "resnet20")
+    toy = ["DATASET.TYPE", "toy", "--import", TOY, "DISTILLER.TEACHER_CKPT", str(teacher)]
+    follow(folder, "own_code.md", "own_method.yaml", *toy)
+    run = folder / "output" / "digits" / "cosine"
+    row = metrics(run)
+    assert row["train_loss_kd"] == pytest.approx(3.0 * (1 - row["train_cosine"]), rel=1e-4)
+    assert "embed.weight" in state(run / "latest")
+    assert set(state(run / "student_latest")) == set(state(teacher)) - _deeper(state(teacher))
+
+
+def _deeper(of_resnet20):
+    """What a resnet20 has and a resnet8 has not: all but the first block of each stage."""
+    return {key for key in of_resnet20 if re.match(r"layer\d\.[1-9]", key)}
+
+
+def test_own_backbone(folder):
+    toy = ["DATASET.TYPE", "toy", "--import", TOY]
+    printed = follow(folder, "backbone.md", "own_backbone.yaml", *toy)
+    runs = folder / "output" / "plain"
+    teacher = state(runs / "teacher" / "student_latest")
+    assert teacher["stage3.3.weight"].shape == (128, 128, 3, 3)
+    for method in ("reviewkd", "fitnet", "ofd"):
+        assert metrics(runs / method)["train_loss_kd"] > 0
+        whole = state(runs / method / "latest")
+        assert torch.equal(whole["teacher.stage3.3.weight"], teacher["stage3.3.weight"])
+        assert whole["student.stage3.0.weight"].shape == (32, 16, 3, 3)
+    assert "plain_small on digits (360 images): top-1" in printed
+    deploy = folder / "deploy"
+    text = (deploy / "README.md").read_text()
+    assert "import_user_modules(['own_backbone.py'])  # where plain_small is registered" in text
+    shutil.copy(folder / "own_backbone.py", deploy)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "\n".join([*blocks, "print(tuple(logits.shape))"])
+    assert python(deploy, "-c", code) == "(4, 10)\n"
