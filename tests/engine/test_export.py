@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from support import REPO, TOY, saved_teacher, write_config
 from torch import nn
 
@@ -107,7 +108,6 @@ def test_onnx_and_torch_export_give_the_networks_logits_at_any_batch_size(export
 
 
 def test_files_say_what_they_are(exported):
-    from safetensors import safe_open
 
     _, folder = exported
     session = onnxruntime.InferenceSession(folder / "student.onnx")
@@ -252,6 +252,22 @@ def test_without_normalization_images_come_normalised(tmp_path):
         "`student.pt2`: values **normalised before**"
         in (tmp_path / "out" / "README.md").read_text()
     )
+
+
+def test_a_student_with_its_own_normalisation_is_exported_with_it(tmp_path):
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    run = train(tmp_path, epochs=1, STUDENT_NORM=[mean, std])
+    words = ["--formats", "torch", "safetensors", "--no-latency", "--checkpoint", "latest"]
+    assert export(run, "--out", tmp_path / "out", *words) == 0
+    net = get_model_entry("resnet8", "cifar")(num_classes=10)
+    load_network(net, run / "student_latest", "resnet8")
+    image = torch.rand(3, 3, 32, 32)
+    shape = (1, 3, 1, 1)
+    own = (image - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    found = torch.export.load(tmp_path / "out" / "student.pt2").module()(image)
+    torch.testing.assert_close(found, net.eval()(own)[0], rtol=0, atol=1e-4)
+    with safe_open(tmp_path / "out" / "student.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["mean"]) == mean
 
 
 def of_other_weights(kind):

@@ -101,8 +101,6 @@ def _load(
 ) -> Student:
     """Build and load; without a path, the zoo's released weights."""
     height, width = data["image_size"]
-    cfg = cfg.clone()
-    cfg.DISTILLER.STUDENT = name
     entry = get_model_entry(name, data["zoo"])
     settings = arguments(cfg, "STUDENT")
     released = settings.pop("pretrained", False)
