@@ -17,7 +17,7 @@ from mdistiller.models import cifar_model_dict
 
 DOCS = REPO / "docs"
 EXAMPLES = DOCS / "examples"
-PAGES = {name: (DOCS / name).read_text() for name in ("own_code.md", "backbone.md")}
+PAGES = {name: (DOCS / name).read_text() for name in ("own_code.md", "own_backbone.md")}
 # One process for the commands of a section, so that importing torch is paid for once.
 RUN = """
 import json, sys, torch
@@ -143,7 +143,7 @@ def _deeper(of_resnet20):
 
 def test_own_backbone(folder):
     toy = ["DATASET.TYPE", "toy", "--import", TOY]
-    printed = follow(folder, "backbone.md", "own_backbone.yaml", *toy)
+    printed = follow(folder, "own_backbone.md", "own_backbone.yaml", *toy)
     runs = folder / "output" / "plain"
     teacher = state(runs / "teacher" / "student_latest")
     assert teacher["stage3.3.weight"].shape == (128, 128, 3, 3)

@@ -65,6 +65,10 @@ DKD_BETA = {"res56_res20": 2, "res110_res32": 2} | dict.fromkeys(
 )
 
 
+SAME_FAMILY = (
+    *("res56_res20", "res110_res32", "res32x4_res8x4"),
+    *("wrn40_2_wrn16_2", "wrn40_2_wrn40_1", "vgg13_vgg8"),
+)
 TTM_KINDS = ("ttm", "wttm", "wttm_crd")
 
 
@@ -99,19 +103,19 @@ def published():
                 node = name.upper().split("_")[0]
                 method = {"wttm_crd": "WTTM+CRD"}.get(name, node)
                 yield f"{name}/{pair}", method, {f"{node}.GAMMA": gamma, f"{node}.BETA": beta}
-    sdd = {path.stem for path in (CIFAR100 / "sdd").glob("*.yaml")}
-    for pair in sorted(sdd):
-        alike = pair in {
-            *("res56_res20", "res110_res32", "res32x4_res8x4"),
-            *("wrn40_2_wrn16_2", "wrn40_2_wrn40_1", "vgg13_vgg8"),
-        }
+    for path in sorted((CIFAR100 / "sdd").rglob("*.yaml")):
+        pair, base = path.stem, {"sdd": "DKD"}.get(path.parent.name, path.parent.name.upper())
         settings = {
-            "SDD.SCALES": [1, 2] if alike else [1, 2, 4],
-            "SDD.DKD.BETA": DKD_BETA.get(pair, 8),
+            "SDD.BASE": base,
+            "SDD.SCALES": [1, 2] if pair in SAME_FAMILY else [1, 2, 4],
             "SDD.COMP_WEIGHT": 2.0,
             "SOLVER.CLIP_GRAD_NORM": 40.0,
-        }
-        yield f"sdd/{pair}", "SDD", settings
+        } | {
+            "KD": {"SDD.KD.CE_WEIGHT": 0.1, "SDD.KD.KD_WEIGHT": 0.9, "SDD.KD.WARMUP": 0},
+            "DKD": {"SDD.DKD.BETA": DKD_BETA.get(pair, 8.0), "SDD.DKD.WARMUP": 20},
+            "NKD": {"SDD.NKD.T": 4.0, "SDD.NKD.GAMMA": 8.0, "SDD.NKD.WARMUP": 20},
+        }[base]
+        yield str(path.relative_to(CIFAR100).with_suffix("")), "SDD", settings
 
 
 CELLS = list(published())
