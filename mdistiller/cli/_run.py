@@ -13,6 +13,8 @@ from mdistiller.registry import UserError
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+# how gloo and NCCL say that the other end of a connection is gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
 
 
 def guarded(command: Callable[[], None]) -> int:
@@ -31,9 +33,12 @@ def guarded(command: Callable[[], None]) -> int:
         if rank == "0":
             print(f"interrupted; {advice}", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
+        if any(sign in str(error) for sign in _LOST):
+            text = "another process ended without a word (killed, out of memory?); the launcher's"
+            return _end(f"{who}: {text} report names it", FAILED)
         return _end(f"{who}:\n{traceback.format_exc()}", FAILED)
     return 0
 

@@ -112,8 +112,12 @@ def write_record(
     path.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
 
 
-def changed_settings(folder: Path, cfg: Any) -> list[str]:
+def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:
     """What differs, of all that decides about weights, between a run's recorded config and `cfg`.
+
+    Args:
+        goes_on: whether the processes that are there now are to continue the run. Then the images
+            of an optimizer step count, however micro-batches and processes share them.
 
     Returns:
         Texts "KEY was A, is now B".
@@ -124,7 +128,32 @@ def changed_settings(folder: Path, cfg: Any) -> list[str]:
         recorded["EXPERIMENT"]["SEED"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
-    return differences(recorded, cfg)
+    changes = differences(recorded, cfg)
+    if not goes_on:
+        return changes
+    processes = recorded_processes(folder)
+    solvers = [(recorded.get("SOLVER", {}), processes), (cfg.SOLVER, world_size())]
+    before, now = (
+        node.get("BATCH_SIZE", 0) * node.get("ACCUMULATE", 1) * count for node, count in solvers
+    )
+    if before == now:
+        shared = ("SOLVER.BATCH_SIZE ", "SOLVER.ACCUMULATE ")
+        return [change for change in changes if not change.startswith(shared)]
+    if processes != world_size():
+        changes.append(
+            f"{processes} processes took {before} images a step, {world_size()} now would take "
+            f"{now}: SOLVER.BATCH_SIZE is that of each"
+        )
+    return changes
+
+
+def recorded_processes(folder: Path) -> int:
+    """How many processes trained a run last; those there are now if it does not say."""
+    try:
+        starts = json.loads((folder / "run.json").read_text())["starts"]
+        return int(starts[-1]["processes"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return world_size()
 
 
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:

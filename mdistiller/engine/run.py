@@ -89,7 +89,9 @@ def _train(
     trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
-    teacher_ckpt = resolve_teacher(cfg, data, device, _train) if method.uses_teacher else None
+    teacher_ckpt = None
+    if method.uses_teacher:
+        teacher_ckpt = resolve_teacher(cfg, data, device, _train, folder)
     distiller = build_distiller(cfg, data, device, teacher_ckpt)
     if rank() == 0:
         show_cfg(cfg)
@@ -134,7 +136,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool) -> None:
             "config and overrides as the run to continue"
         )
     if (folder / "config.yaml").is_file():  # runs of the original recorded none
-        changes = changed_settings(folder, cfg)
+        changes = changed_settings(folder, cfg, goes_on=True)
         if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
             changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
         if changes:

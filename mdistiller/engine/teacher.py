@@ -26,14 +26,23 @@ TrainRun = Callable[[Config, str, bool, torch.device], Any]
 
 
 def resolve_teacher(
-    cfg: Config, data: Data, device: torch.device, train_run: TrainRun
+    cfg: Config, data: Data, device: torch.device, train_run: TrainRun, run_folder: Path
 ) -> Path | Literal["pretrained"]:
-    """The teacher's weights: those that are there, or TEACHER_CFG's, trained if need be."""
+    """The teacher's weights: those that are there, or TEACHER_CFG's, trained if need be.
+
+    Args:
+        run_folder: of the student, where the teacher must not be.
+    """
     found = find_teacher(cfg, data)
     if found is not None:
         return found
     if not cfg.DISTILLER.TEACHER_CFG:
         raise UserError(no_teacher(cfg, data))
+    if teacher_folder(teacher_config(cfg)) == run_folder:
+        raise UserError(
+            f"{run_folder} would be the folder of the student and of the teacher that "
+            f"{cfg.DISTILLER.TEACHER_CFG} trains: give one of the two another EXPERIMENT.NAME"
+        )
     check_pair(cfg, data)
     return train_teacher(cfg, device, train_run)
 

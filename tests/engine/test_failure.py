@@ -6,7 +6,7 @@ import pytest
 from support import command, torchrun, write_config
 
 FAILS = """
-import os
+import os, signal
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 
 @trainer_dict.register("fails")
@@ -16,6 +16,13 @@ class Fails(BaseTrainer):
         if self.step == 2 and os.environ["RANK"] == "1":
             inputs["image"] = inputs["image"] * float("nan")
         return inputs
+
+@trainer_dict.register("dies")
+class Dies(BaseTrainer):
+    def batch_inputs(self, data, epoch):
+        if self.step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch_inputs(data, epoch)
 """
 
 
@@ -38,3 +45,15 @@ def test_the_cause_is_told_once(tmp_path, words, cause):
     ours = done.stderr[: done.stderr.index("torch/distributed/elastic")]  # then torchrun's report
     assert ours.count("error") == 1, ours
     assert "Traceback" not in ours
+
+
+def test_no_cause_is_made_up_for_a_process_that_was_killed(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    config = write_config(tmp_path, student="BabyStudent", epochs=1)
+    words = ["--import", tmp_path / "fails.py", "SOLVER.TRAINER", "dies"]
+    done = command("--cfg", config, *words, prefix=torchrun(2))
+    assert done.returncode != 0
+    ours = done.stderr[: done.stderr.index("torch/distributed/elastic")]
+    assert "Traceback" not in ours
+    assert ours.count("error") == ours.count("error: another process ended without a word")
+    assert "Signal 9" in done.stderr

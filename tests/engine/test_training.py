@@ -13,6 +13,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.optim import build_optimizer, build_scheduler
+from mdistiller.engine.record import changed_settings
 from mdistiller.engine.run import experiment_name
 from mdistiller.models import get_model_entry
 
@@ -249,6 +250,39 @@ def test_a_checkpoint_of_the_original_resumes(tmp_path):
     assert train_command.main(["--cfg", str(path), "--resume"]) == 0
     assert metrics(run)[-1]["epoch"] == 3
     assert metrics(run)[-1]["lr"] == pytest.approx(0.005)
+
+
+def test_a_teacher_is_never_trained_in_the_students_folder(tmp_path, capsys):
+    (tmp_path / "t").mkdir()
+    teacher = write_config(tmp_path / "t", epochs=1, student="resnet14")  # of the same NAME
+    settings = {"method": "KD", "TEACHER": "resnet14", "TEACHER_CFG": str(teacher)}
+    path = write_config(tmp_path, **settings)
+    assert train_command.main(["--cfg", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "would be the folder of the student and of the teacher" in error
+    assert "EXPERIMENT.NAME" in error
+    assert not list((tmp_path / "out").rglob("latest"))
+
+
+@pytest.mark.parametrize(
+    ("split", "processes", "refusal"),
+    [
+        ({}, 2, "1 processes took 32 images a step, 2 now would take 64"),
+        ({"BATCH_SIZE": 16}, 2, None),
+        ({"BATCH_SIZE": 16, "ACCUMULATE": 2}, 1, None),
+        ({"BATCH_SIZE": 16}, 1, "SOLVER.BATCH_SIZE was 32, is now 16"),
+    ],
+)
+def test_a_run_goes_on_with_as_many_images_a_step(tmp_path, monkeypatch, split, processes, refusal):
+    folder = train(tmp_path, epochs=1)
+    solver = "".join(f"  {key}: {value}\n" for key, value in split.items())
+    cfg = load_config(write_config(tmp_path, f"SOLVER:\n{solver}" if split else "", epochs=1))
+    monkeypatch.setattr("mdistiller.engine.record.world_size", lambda: processes)
+    changes = changed_settings(folder, cfg, goes_on=True)
+    if refusal is None:
+        assert changes == []
+    else:
+        assert any(refusal in change for change in changes)
 
 
 def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
