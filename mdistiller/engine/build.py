@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
+from mdistiller.engine.frozen import prepare_teacher
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
@@ -45,6 +46,7 @@ def build_distiller(
         teacher = build_network(cfg, "TEACHER", data, weights)
     distiller = join(cfg, data, student, teacher).to(device)
     freeze_teacher(distiller)
+    prepare_teacher(distiller, cfg, data.image_size)
     return distiller
 
 

@@ -1,0 +1,309 @@
+"""A frozen teacher made ready to be run: batch norms folded away, in the layout that is fastest.
+
+The copy stands beside the distiller's modules. Checkpoints, optimizers and processes see the
+teacher as it is, and what a method reads of it (its classifier, its norms) is untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mdistiller.distillers import Distiller
+from mdistiller.distillers._common import undisturbed
+from mdistiller.registry import UserError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOSE = 1e-4
+"""What the folded copy may be off on random input, as part of the largest value; usually 1e-6."""
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
+def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
+    """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
+
+    Without effect on methods whose teacher is not frozen in eval mode, and on teachers that have
+    nothing to fold or that cannot be copied: they run as they are.
+
+    Raises:
+        UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
+    """
+    settings, asked = cfg.DISTILLER, cfg.DISTILLER.TEACHER_DTYPE
+    teacher = getattr(distiller, "teacher", None)
+    if not isinstance(teacher, nn.Module):
+        return
+    if not is_frozen(distiller):
+        if asked != "auto":
+            raise UserError(
+                f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} has no teacher that stays as it "
+                "is; leave it at auto"
+            )
+        return
+    amp = "fp32" if cfg.SOLVER.AMP == "none" else cfg.SOLVER.AMP
+    dtype = DTYPES[amp if asked == "auto" else asked]
+    frozen = FrozenTeacher.of(teacher, image_size, dtype, fold=settings.TEACHER_FOLD)
+    if frozen is not None and (frozen.folded or asked != "auto"):
+        for part in distiller.modules():
+            if isinstance(part, Distiller) and part.teacher is teacher:
+                part.frozen = frozen
+
+
+def is_frozen(distiller: Distiller) -> bool:
+    """Whether the teacher is in eval mode throughout, and nothing of it is trained."""
+    teacher = distiller.teacher
+    return (
+        distiller.teacher_in_eval_mode
+        and teacher is not None
+        and not any(param.requires_grad for param in teacher.parameters())
+    )
+
+
+class FrozenTeacher:
+    """What `teacher(image)` returns in eval mode, to rounding, at less cost.
+
+    Every batch norm that alone reads the output of a convolution or linear layer is folded into
+    it, and convolutions run in channels_last where that is faster. The copy follows the teacher's
+    weights: a change of them is noticed before the next forward, or, if it is hidden from autograd
+    (`param.data`), when :meth:`renew` is called, as it is at the start of every epoch.
+
+    Args:
+        teacher: the network.
+        net: a copy of it to be changed.
+        pairs: names (layer, norm) to fold.
+        dtype: of its matrix products; None: full precision.
+
+    Attributes:
+        folded: how many batch norms are gone.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        net: nn.Module,
+        pairs: list[tuple[str, str]],
+        dtype: torch.dtype | None,
+    ):
+        self.teacher, self.net, self.pairs, self.dtype = teacher, net, pairs, dtype
+        self.folded = len(pairs)
+        self._seen: list[tuple[int, int]] | None = None
+        for layer_name, norm_name in pairs:
+            layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+            # new parameters: the old one may be tied to another layer's
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+            _replace(net, norm_name, _without_norm(norm))
+        for param in net.parameters():
+            param.requires_grad_(False)
+        for layer in net.modules():  # the rest is up to autocast, as ever
+            if dtype is not None and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(dtype)
+        self.channels_last = False
+        self._update()
+
+    @classmethod
+    def of(
+        cls,
+        teacher: nn.Module,
+        image_size: tuple[int, int],
+        dtype: torch.dtype | None = None,
+        fold: bool = True,
+    ) -> FrozenTeacher | None:
+        """The prepared form of a network; None if it cannot be had, or would differ.
+
+        Args:
+            image_size: (height, width) of the images.
+        """
+        try:
+            with undisturbed(teacher), torch.no_grad():
+                net = copy.deepcopy(teacher).eval()
+                image = _random_image(teacher, image_size)
+                exact = cls(teacher, net, foldable(net, image) if fold else [], None)
+                if not _agree(exact.net(image), teacher(image)):
+                    return None
+        except _FAILURES:  # a network of whatever kind: it then runs as it is
+            return None
+        if dtype is None:
+            exact.set_layout()
+            return exact
+        frozen = cls(teacher, copy.deepcopy(teacher).eval(), exact.pairs, dtype)
+        frozen.set_layout()
+        return frozen
+
+    def set_layout(self) -> None:
+        """Channels last where that is faster: on CPUs, and for tensor cores."""
+        kind = self._tensors[0].device.type
+        self.channels_last = self.folded > 0 and (
+            kind == "cpu" or (kind == "cuda" and self.dtype is not None)
+        )
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+
+    def __call__(self, image: Tensor) -> Any:
+        """Logits and features of [N, 3, H, W] images."""
+        if not torch.compiler.is_compiling() and self._state() != self._seen:
+            self._update()
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.net(image)
+
+    def renew(self) -> None:
+        """Take over the teacher's weights before the next forward."""
+        self._seen = None
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Changes with every change of the teacher's tensors that autograd knows of."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Write the teacher's weights, folded, into the copy, in place."""
+        source = dict(_tensors(self.teacher))
+        self._tensors = list(source.values())
+        some = self._tensors[0]
+        self.net.to(some.device)
+        own = dict(_tensors(self.net))
+        for layer_name, norm_name in self.pairs:
+            names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
+            layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
+            for name, value in zip(names, _folded(layer, norm), strict=True):
+                own.pop(name).copy_(value)
+        for name, tensor in own.items():
+            tensor.copy_(source[name])
+        self._seen = self._state()
+
+
+def foldable(net: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """Names (layer, norm) of the batch norms that can be folded into the layer before them.
+
+    Found by running the network once: such a layer's output goes to the norm, to no other
+    operation, and not out of the network; both run once.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    with _Readers(net) as seen:
+        returned = net(image)
+    out = {id(leaf) for leaf in tree_leaves(returned)}
+    pairs = []
+    for norm, inputs in seen.norm_inputs.items():
+        layer = seen.made_by.get(id(inputs[0])) if len(inputs) == 1 else None
+        if layer is None or len(seen.outputs[layer]) > 1:
+            continue
+        key = id(inputs[0])
+        if key not in out and key not in seen.read:
+            pairs.append((names[layer], names[norm]))
+    return pairs
+
+
+class _Readers(TorchDispatchMode):
+    """Records what layers make, what norms take, and which tensors anything else reads."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.outputs: dict[nn.Module, list[Tensor]] = {}  # held, so that no id is used twice
+        self.norm_inputs: dict[nn.Module, list[Tensor]] = {}
+        self.made_by: dict[int, nn.Module] = {}
+        self.read: dict[int, Any] = {}  # held as well
+        self._inside = False  # a norm's forward
+        self._hooks: list[Any] = []
+        for module in net.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                continue  # somebody looks at it
+            if _is_layer(module):
+                self._hooks.append(module.register_forward_hook(self._layer))
+            elif _is_norm(module):
+                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_hook(self._leave))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _layer(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.outputs.setdefault(module, []).append(output)
+        self.made_by[id(output)] = module
+
+    def _enter(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.norm_inputs.setdefault(module, []).append(inputs[0])
+        self._inside = True
+
+    def _leave(self, *call: Any) -> None:
+        self._inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._inside:
+            self.read |= {id(leaf): leaf for leaf in tree_leaves((args, kwargs))}
+        return func(*args, **(kwargs or {}))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether its weight is a parameter, used as it stands: not so in subclasses."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and (
+        "weight" in module._parameters
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    known = type(module) in _NORMS or _has_activation(module)
+    return known and module.running_var is not None and module.running_mean is not None
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether it is timm's batch norm with an activation."""
+    return type(module).__name__ == "BatchNormAct2d" and isinstance(module, nn.BatchNorm2d)
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    if _has_activation(norm):
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return nn.Identity()
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    net.get_submodule(parent)._modules[child] = module
+
+
+def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer with the norm after it, computed in float64 where there is such."""
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    wide = torch.float32 if layer.weight.device.type == "mps" else torch.float64
+
+    def exact(value: Tensor | None) -> Any:
+        return None if value is None else value.detach().to(wide)
+
+    parts = (layer.weight, layer.bias, norm.running_mean, norm.running_var)
+    weight, bias = fuse(*map(exact, parts), norm.eps, exact(norm.weight), exact(norm.bias))
+    return weight, bias
+
+
+def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name; no counters."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if not name.endswith("num_batches_tracked"):
+            yield name, tensor
+
+
+def _random_image(net: nn.Module, image_size: tuple[int, int]) -> Tensor:
+    some = next(net.parameters())
+    image = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    return image.to(some)
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether all tensors of two outputs are equal to rounding."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(
+        bool((a - b).abs().max() <= CLOSE * b.abs().max())
+        for a, b in pairs
+        if isinstance(a, Tensor)
+    )
