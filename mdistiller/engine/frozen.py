@@ -96,11 +96,11 @@ class FrozenTeacher:
         self.folded = len(pairs)
         self._seen: list[tuple[int, int]] | None = None
         for layer_name, norm_name in pairs:
-            layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+            layer: Any = net.get_submodule(layer_name)
             # new parameters: the old one may be tied to another layer's
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
-            _replace(net, norm_name, _without_norm(norm))
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+            layer.bias = nn.Parameter(layer.weight.detach().new_zeros(len(layer.weight)))
+            _replace(net, norm_name, _without_norm(net.get_submodule(norm_name)))
         for param in net.parameters():
             param.requires_grad_(False)
         for layer in net.modules():  # the rest is up to autocast, as ever
@@ -149,7 +149,7 @@ class FrozenTeacher:
 
     def __call__(self, image: Tensor) -> Any:
         """Logits and features of [N, 3, H, W] images."""
-        if not torch.compiler.is_compiling() and self._state() != self._seen:
+        if not torch.compiler.is_compiling() and self._is_stale():
             self._update()
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
@@ -159,6 +159,10 @@ class FrozenTeacher:
     def renew(self) -> None:
         """Take over the teacher's weights before the next forward."""
         self._seen = None
+
+    def _is_stale(self) -> bool:
+        replaced = next(self.teacher.parameters()) is not self._tensors[0]
+        return replaced or self._state() != self._seen
 
     def _state(self) -> list[tuple[int, int]]:
         """Changes with every change of the teacher's tensors that autograd knows of."""
@@ -274,8 +278,8 @@ def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer with the norm after it, computed in float64 where there is such."""
-    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    """Weight and bias of a layer with the norm after it, in float64 where there is such."""
+    fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     wide = torch.float32 if layer.weight.device.type == "mps" else torch.float64
 
     def exact(value: Tensor | None) -> Any:
@@ -287,8 +291,12 @@ def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name; no counters."""
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+    """Parameters and buffers by name, tied ones by each of theirs; no counters."""
+    everything = (
+        *net.named_parameters(remove_duplicate=False),
+        *net.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in everything:
         if not name.endswith("num_batches_tracked"):
             yield name, tensor
 
