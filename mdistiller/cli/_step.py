@@ -135,9 +135,8 @@ def show(row: dict[str, Any]) -> None:
     """Print the tables."""
     loops = row["loops"]
     print(f"{row['networks']}, batch {row['batch']}, amp {row['amp']}")
-    print(
-        "| loop | ms/step | quartiles | wall ms | images/s | time over ours |\n|---|---|---|---|---|---|"
-    )
+    titles = ("loop", "ms/step", "quartiles", "wall ms", "images/s", "time over ours")
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for name, taken in loops.items():
         label = f"{name} ({row['classic_loss']} loss)" if name == "classic" else name
         print(

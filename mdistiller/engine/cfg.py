@@ -45,7 +45,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_NORM": "auto",
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
-        "TEACHER_FOLD": True,  # run a frozen teacher with its batch norms folded (engine/frozen.py)
+        "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
     },
     "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss

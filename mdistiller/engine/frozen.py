@@ -31,8 +31,8 @@ _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, A
 def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
     """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
 
-    Without effect on methods whose teacher is not frozen in eval mode, and on teachers that have
-    nothing to fold or that cannot be copied: they run as they are.
+    Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
+    gain nothing or that cannot be copied: they run as they are.
 
     Raises:
         UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
@@ -40,6 +40,8 @@ def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int])
     settings, asked = cfg.DISTILLER, cfg.DISTILLER.TEACHER_DTYPE
     teacher = getattr(distiller, "teacher", None)
     if not isinstance(teacher, nn.Module):
+        return
+    if asked == "auto" and not settings.TEACHER_FOLD:
         return
     if not is_frozen(distiller):
         if asked != "auto":
@@ -51,7 +53,7 @@ def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int])
     amp = "fp32" if cfg.SOLVER.AMP == "none" else cfg.SOLVER.AMP
     dtype = DTYPES[amp if asked == "auto" else asked]
     frozen = FrozenTeacher.of(teacher, image_size, dtype, fold=settings.TEACHER_FOLD)
-    if frozen is not None and (frozen.folded or asked != "auto"):
+    if frozen is not None and (frozen.folded or frozen.channels_last or asked != "auto"):
         for part in distiller.modules():
             if isinstance(part, Distiller) and part.teacher is teacher:
                 part.frozen = frozen
@@ -121,27 +123,31 @@ class FrozenTeacher:
 
         Args:
             image_size: (height, width) of the images.
+            fold: fold and choose the layout; else only `dtype` sets it apart.
         """
         try:
             with undisturbed(teacher), torch.no_grad():
                 net = copy.deepcopy(teacher).eval()
                 image = _random_image(teacher, image_size)
                 exact = cls(teacher, net, foldable(net, image) if fold else [], None)
-                if not _agree(exact.net(image), teacher(image)):
+                if fold:
+                    exact.set_layout()
+                if not _agree(exact(image), teacher(image)):
                     return None
         except _FAILURES:  # a network of whatever kind: it then runs as it is
             return None
         if dtype is None:
-            exact.set_layout()
             return exact
         frozen = cls(teacher, copy.deepcopy(teacher).eval(), exact.pairs, dtype)
-        frozen.set_layout()
+        if fold:
+            frozen.set_layout()
         return frozen
 
     def set_layout(self) -> None:
         """Channels last where that is faster: on CPUs, and for tensor cores."""
         kind = self._tensors[0].device.type
-        self.channels_last = self.folded > 0 and (
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in self.net.modules())
+        self.channels_last = convolutions > 1 and (  # one: that of a transformer's patches
             kind == "cpu" or (kind == "cuda" and self.dtype is not None)
         )
         if self.channels_last:
