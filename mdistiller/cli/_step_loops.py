@@ -258,6 +258,8 @@ def textbook_loss(cfg: Config) -> Callable[..., Tensor] | None:
     name = cfg.DISTILLER.TYPE
     if name not in ("KD", "DKD") or cfg.LSKD.ENABLE or cfg.EXPERIMENT.LOGIT_STAND:
         return None
+    if name == "DKD" and cfg.DKD.MODE != "dkd":
+        return None
     forms, node = kept_with_tests("textbook"), cfg[name]
 
     def kd(student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
