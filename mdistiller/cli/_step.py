@@ -28,7 +28,7 @@ def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     import torch
 
     from mdistiller.cli._clock import PARTS, Clock, put_on_clock
-    from mdistiller.cli._step_loops import generated_data, untrained_distiller
+    from mdistiller.cli._step_data import generated_data, untrained_distiller
     from mdistiller.cli._timing import race
     from mdistiller.engine.cfg import load_config
     from mdistiller.registry import UserError

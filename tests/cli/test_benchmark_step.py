@@ -8,15 +8,8 @@ import torch
 
 from mdistiller.cli import benchmark
 from mdistiller.cli._clock import PARTS, Clock, put_on_clock
-from mdistiller.cli._step_loops import (
-    Bare,
-    Classic,
-    Ours,
-    classic_loader,
-    generated_data,
-    textbook_loss,
-    untrained_distiller,
-)
+from mdistiller.cli._step_data import classic_loader, generated_data, untrained_distiller
+from mdistiller.cli._step_loops import Bare, Classic, Ours, textbook_loss
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.metrics import Meters
 

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import DISTILLERS, get_distiller
-from mdistiller.engine.frozen import FrozenTeacher, foldable
+from mdistiller.engine.folding import foldable
+from mdistiller.engine.frozen import FrozenTeacher
 from mdistiller.models import cifar_model_dict, get_model_entry
 from mdistiller.registry import UserError
 
