@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.cli._step_data import Short, classic_loader, endless
+from mdistiller.cli._textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy
-from mdistiller.registry import UserError
-from mdistiller.runtime import project_root
 
 
 class Ours:
@@ -107,7 +104,7 @@ class Classic:
         self.distiller, self.steps = distiller.train(), steps
         self.device = next(distiller.parameters()).device
         self.optimizer = build_optimizer(distiller.param_groups(), cfg.SOLVER)
-        distill = textbook_loss(cfg)
+        distill = textbook_loss(cfg, distiller, data.train.dataset.targets)
         self.textbook = distill is not None
         self.distill = distill or distiller.distill
         self.batches = endless(classic_loader(cfg, data, workers))
@@ -127,37 +124,3 @@ class Classic:
         self.optimizer.step()
         self.seen = [*self.seen[-99:], (loss.item(), top1.item(), top5.item())]
         return self.seen[-1][0]
-
-
-def textbook_loss(cfg: Config) -> Callable[..., Tensor] | None:
-    """The method's weighted loss in the form that the tests keep; None where there is none."""
-    name = cfg.DISTILLER.TYPE
-    if name not in ("KD", "DKD") or cfg.LSKD.ENABLE or cfg.EXPERIMENT.LOGIT_STAND:
-        return None
-    if name == "DKD" and cfg.DKD.MODE != "dkd":
-        return None
-    forms, node = kept_with_tests("textbook"), cfg[name]
-
-    def kd(student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        loss: Tensor = forms.kd(student.logits, teacher.logits, node.TEMPERATURE)
-        return node.LOSS.KD_WEIGHT * loss
-
-    def dkd(student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        weights = node.ALPHA, node.BETA
-        loss: Tensor = forms.dkd(student.logits, teacher.logits, target, *weights, node.T)
-        return min(batch["epoch"] / node.WARMUP, 1.0) * loss
-
-    return kd if name == "KD" else dkd
-
-
-def kept_with_tests(name: str) -> Any:
-    """A module of textbook forms; they are in a checkout, not in the package."""
-    folder = project_root() / "tests" / "distillers"
-    if not (folder / f"{name}.py").is_file():
-        raise UserError(
-            f"the textbook forms are with the tests, and {folder} is not there: run "
-            "tools/benchmark.py from a checkout of the repository"
-        )
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    return importlib.import_module(name)

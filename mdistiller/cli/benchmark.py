@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def loss_cases(batch: int, device: str) -> dict[str, Any]:
     """The tests' pairs of loss and textbook form; they are in a checkout, not in the package."""
-    from mdistiller.cli._step_loops import kept_with_tests
+    from mdistiller.cli._textbook import kept_with_tests
 
     cases: dict[str, Any] = kept_with_tests("loss_cases").loss_cases(batch, device)
     return cases

@@ -9,30 +9,32 @@ import torch
 from mdistiller.cli import benchmark
 from mdistiller.cli._clock import PARTS, Clock, put_on_clock
 from mdistiller.cli._step_data import classic_loader, generated_data, untrained_distiller
-from mdistiller.cli._step_loops import Bare, Classic, Ours, textbook_loss
+from mdistiller.cli._step_loops import Bare, Classic, Ours
+from mdistiller.cli._textbook import textbook_loss
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.metrics import Meters
 
 CPU = torch.device("cpu")
 
 
-def setting(method, *words, student="resnet8", teacher="resnet14"):
-    """Config, data and distiller of a small pair on 64 generated images of 10 classes."""
+def setting(method, *words, classes=0, student="resnet8", teacher="resnet14"):
+    """Config, data and distiller of a small pair on 64 generated images, of 10 classes by default."""
     pair = ["DISTILLER.TYPE", method, "DISTILLER.STUDENT", student, "DISTILLER.TEACHER", teacher]
     cfg = load_config("", [*pair, "SOLVER.BATCH_SIZE", "16", "DATASET.TYPE", "cifar10", *words])
     cfg.defrost()
-    data = generated_data(cfg, 64, 0, CPU)
+    data = generated_data(cfg, 64, classes, CPU)
     return cfg, data, untrained_distiller(cfg, data, CPU)
 
 
-@pytest.mark.parametrize("method", ["NONE", "KD", "DKD", "AT", "KD+RKD"])
+@pytest.mark.parametrize("method", ["NONE", "KD", "DKD", "AT", "KD+RKD", "CRD"])
 def test_all_loops_have_the_same_loss_and_step(method):
-    cfg, data, distiller = setting(method)
+    # CRD: 8 images of each of 8 classes, so that all rivals are drawn and nothing is left to chance
+    cfg, data, distiller = setting(method, "CRD.NCE.K", "56", classes=8)
     batch = next(iter(data.train))
     ours = Ours(cfg, copy.deepcopy(distiller), data, 1)
     bare = Bare(cfg, copy.deepcopy(distiller), data, 1)
     classic = Classic(cfg, copy.deepcopy(distiller), data, 1, 0)
-    assert classic.textbook == (method in ("KD", "DKD"))
+    assert classic.textbook == (method in ("KD", "DKD", "CRD"))
     meters = Meters()
     ours.trainer.model.train()
     for _ in range(2):  # the second has the weights that the first left
@@ -50,9 +52,9 @@ def test_the_teacher_is_folded_in_all_but_the_classic_loop():
 
 
 def test_the_textbook_stands_in_only_where_it_is_the_same_loss():
-    assert textbook_loss(setting("KD", "LSKD.ENABLE", "True")[0]) is None
-    assert textbook_loss(setting("DKD", "DKD.MODE", "nckd")[0]) is None
-    assert textbook_loss(setting("RKD")[0]) is None
+    for words in (("KD", "LSKD.ENABLE", "True"), ("DKD", "DKD.MODE", "nckd"), ("RKD",)):
+        cfg, data, distiller = setting(*words)
+        assert textbook_loss(cfg, distiller, data.train.dataset.targets) is None
 
 
 def test_both_data_paths_normalise_the_same_images():
