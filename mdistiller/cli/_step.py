@@ -25,47 +25,61 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 
 def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row: the loops, the parts, the operations. Printed as tables."""
-    import torch
-
     from mdistiller.cli._clock import PARTS, Clock, put_on_clock
-    from mdistiller.cli._step_data import generated_data, untrained_distiller
-    from mdistiller.cli._timing import race
-    from mdistiller.engine.cfg import load_config
+    from mdistiller.cli._timing import peak_growth, race
     from mdistiller.registry import UserError
 
     if min(args.steps, args.images) < 1:
         raise UserError("--steps and --images must be at least 1")
-    cfg = load_config(args.cfg, args.opts, args.imports)
-    cfg.defrost()
-    cfg.SOLVER.BATCH_SIZE = args.batch or cfg.SOLVER.BATCH_SIZE
-    where = torch.device(device)
-    name = "+".join([cfg.DISTILLER.TYPE, cfg.DISTILLER.TEACHER, cfg.DISTILLER.STUDENT])
-    data = generated_data(cfg, args.images, args.classes, where)
-    distiller = untrained_distiller(cfg, data, where)
-    loops = make_loops(args, cfg, distiller, data)
+    cfg, loops = prepare(args, device)
     times = race({key: loop.run for key, loop in loops.items()}, device, args.rounds)
     row: dict[str, Any] = {
         "config": args.cfg,
         "settings": list(args.opts),
-        "networks": name,
+        "method": cfg.DISTILLER.TYPE,
+        "teacher": cfg.DISTILLER.TEACHER,
+        "student": cfg.DISTILLER.STUDENT,
         "batch": cfg.SOLVER.BATCH_SIZE,
         "amp": cfg.SOLVER.AMP,
         "loops": {key: per_step(taken, args.steps) for key, taken in times.items()},
     }
-    for taken in row["loops"].values():
+    for key, taken in row["loops"].items():
         taken["images_per_second"] = 1e3 * row["batch"] / taken["ms"]
+        if args.memory:
+            taken["peak_mib"] = peak_growth(one_loop, args, key, device, device=device)
     if "classic" in loops:
         row["classic_loss"] = "textbook" if loops["classic"].textbook else "ours"
-    ours = loops["ours"]
-    clock = Clock(device)
+    ours, clock = loops["ours"], Clock(device)
+    row |= work(ours, row, device)
     put_on_clock(ours.trainer, clock)
     for _ in range(args.rounds):
         ours.run()
     steps = args.rounds * args.steps
     row["parts"] = {part: 1e3 * clock.spent[part] / steps for part in PARTS}
-    row |= work(loops["ours"], row, device)
     show(row)
     return [row]
+
+
+def prepare(args: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any]]:
+    """The config, and the loops asked for over its distiller and generated images."""
+    import torch
+
+    from mdistiller.cli._step_data import generated_data, untrained_distiller
+    from mdistiller.engine.cfg import load_config
+
+    cfg = load_config(args.cfg, args.opts, args.imports)
+    cfg.defrost()
+    cfg.SOLVER.BATCH_SIZE = args.batch or cfg.SOLVER.BATCH_SIZE
+    where = torch.device(device)
+    data = generated_data(cfg, args.images, args.classes, where)
+    return cfg, make_loops(args, cfg, untrained_distiller(cfg, data, where), data)
+
+
+def one_loop(args: argparse.Namespace, name: str, device: str) -> Callable[[], None]:
+    """What runs a round of a loop, set up afresh."""
+    args = argparse.Namespace(**{**vars(args), "loops": [name]})
+    run: Callable[[], None] = prepare(args, device)[1][name].run
+    return run
 
 
 def make_loops(args: argparse.Namespace, cfg: Any, distiller: Any, data: Any) -> dict[str, Any]:
@@ -134,8 +148,11 @@ def measured_peaks(device: str, amp: str) -> dict[str, float]:
 def show(row: dict[str, Any]) -> None:
     """Print the tables."""
     loops = row["loops"]
-    print(f"{row['networks']}, batch {row['batch']}, amp {row['amp']}")
-    titles = ("loop", "ms/step", "quartiles", "wall ms", "images/s", "time over ours")
+    pair = f"{row['teacher']} -> {row['student']}"
+    print(f"{row['method']}, {pair}, batch {row['batch']}, amp {row['amp']}")
+    titles = ["loop", "ms/step", "quartiles", "wall ms", "images/s", "time over ours"]
+    memory = "peak_mib" in loops["ours"]
+    titles += ["peak, MiB"] if memory else []
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     for name, taken in loops.items():
         label = f"{name} ({row['classic_loss']} loss)" if name == "classic" else name
@@ -143,6 +160,7 @@ def show(row: dict[str, Any]) -> None:
             f"| {label} | {taken['ms']:.2f} | {taken['low']:.2f}-{taken['high']:.2f} "
             f"| {taken['wall_ms']:.2f} | {taken['images_per_second']:.0f} "
             f"| {taken['ms'] / loops['ours']['ms']:.3f} |"
+            + (f" {taken['peak_mib']:.0f} |" if memory else "")
         )
     whole = sum(row["parts"].values())
     print("| part of ours | ms/step | share |\n|---|---|---|")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from mdistiller.dataset import DATASETS, Data, DataSource, ImageSet, load_data
 from mdistiller.dataset._base import Options
@@ -94,10 +96,24 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
+class PillowImages(Dataset[Any]):
+    """Items (transformed image, target, index) of a set in memory, through Pillow one by one."""
+
+    def __init__(self, images: ImageSet, transform: Any):
+        self.arrays = images.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.targets = images.targets.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        image = self.transform(Image.fromarray(self.arrays[index]))
+        return image, self.targets[index], index
+
+
 def classic_loader(cfg: Config, data: Data, workers: int) -> Any:
     """A DataLoader over PIL images with version 1 of torchvision's transforms."""
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
     height, width = data.image_size
@@ -119,18 +135,9 @@ def classic_loader(cfg: Config, data: Data, workers: int) -> Any:
         raise UserError(f"the classic loop knows no DATASET.AUGMENT {kind}: set --loops ours bare")
     normalize = transforms.Normalize(data.mean, data.std)
     pipeline = transforms.Compose([*named[kind], transforms.ToTensor(), normalize])
-    arrays = data.train.dataset.images.permute(0, 2, 3, 1).cpu().numpy()
-    targets = data.train.dataset.targets.tolist()
-
-    class Images(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(targets)
-
-        def __getitem__(self, index: int) -> Any:
-            return pipeline(Image.fromarray(arrays[index])), targets[index], index
-
+    images = PillowImages(data.train.dataset, pipeline)
     return DataLoader(
-        Images(),
+        images,
         cfg.SOLVER.BATCH_SIZE,
         shuffle=True,
         num_workers=workers,

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def setting(method, *words, classes=0, student="resnet8", teacher="resnet14"):
-    """Config, data and distiller of a small pair on 64 generated images, of 10 classes by default."""
+    """Config, data and distiller of a small pair on 64 generated images; 0 classes: 10."""
     pair = ["DISTILLER.TYPE", method, "DISTILLER.STUDENT", student, "DISTILLER.TEACHER", teacher]
     cfg = load_config("", [*pair, "SOLVER.BATCH_SIZE", "16", "DATASET.TYPE", "cifar10", *words])
     cfg.defrost()
@@ -108,7 +108,7 @@ def test_every_part_of_a_step_is_on_the_clock_once(method):
 def test_the_report_has_loops_parts_and_operations(tmp_path, capsys):
     path = tmp_path / "step.json"
     words = ["step", "--device", "cpu", "--batch", "8", "--rounds", "2", "--steps", "2"]
-    words += ["--images", "32", "--json", str(path), "DISTILLER.TYPE", "KD"]
+    words += ["--images", "32", "--memory", "--json", str(path), "DISTILLER.TYPE", "KD"]
     pair = ["DISTILLER.TEACHER", "resnet14", "DISTILLER.STUDENT", "resnet8"]
     assert benchmark.main([*words, *pair, "DATASET.TYPE", "cifar10"]) == 0
     printed = capsys.readouterr().out
@@ -120,6 +120,7 @@ def test_the_report_has_loops_parts_and_operations(tmp_path, capsys):
     assert list(row["parts"]) == list(PARTS)
     for taken in row["loops"].values():
         assert taken["images_per_second"] == pytest.approx(8e3 / taken["ms"])
+        assert taken["peak_mib"] > 5  # the student's maps alone
     # multiply-adds by hand: resnet14 forward, resnet8 forward and twice that backward, but no
     # gradient to the images
     stem, first = 9 * 3 * 16 * 1024, 9 * 16 * 16 * 1024
