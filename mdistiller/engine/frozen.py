@@ -26,11 +26,17 @@ CLOSE = 1e-4
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
-def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
+def prepare_teacher(
+    distiller: Distiller, cfg: Any, image_size: tuple[int, int], hooks: int
+) -> None:
     """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
 
     Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
-    gain nothing or that cannot be copied: they run as they are.
+    gain nothing, that cannot be copied or that the method has put hooks on: they run as they are.
+
+    Args:
+        image_size: (height, width) of the images.
+        hooks: the number of the teacher's hooks before the method was built.
 
     Raises:
         UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
@@ -41,11 +47,11 @@ def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int])
         return
     if asked == "auto" and not settings.TEACHER_FOLD:
         return
-    if not is_frozen(distiller):
+    if not is_frozen(distiller) or count_hooks(teacher) != hooks:
         if asked != "auto":
             raise UserError(
-                f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} has no teacher that stays as it "
-                "is; leave it at auto"
+                f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} changes or watches its teacher "
+                "while it runs; leave it at auto"
             )
         return
     amp = "fp32" if cfg.SOLVER.AMP == "none" else cfg.SOLVER.AMP
@@ -73,7 +79,8 @@ class FrozenTeacher:
     Every batch norm that alone reads the output of a convolution or linear layer is folded into
     it, and convolutions run in channels_last where that is faster. The copy follows the teacher's
     weights: a change of them is noticed before the next forward, or, if it is hidden from autograd
-    (`param.data`), when :meth:`renew` is called, as it is at the start of every epoch.
+    (`param.data`), when :meth:`renew` is called, as it is at the start of every epoch. A teacher
+    that has got hooks since is then run itself: they would see nothing of the copy.
 
     Args:
         teacher: the network.
@@ -94,6 +101,7 @@ class FrozenTeacher:
     ):
         self.teacher, self.net, self.pairs, self.dtype = teacher, net, pairs, dtype
         self.folded = len(pairs)
+        self._hooks = count_hooks(teacher)
         self._seen: list[tuple[int, int]] | None = None
         for layer_name, norm_name in pairs:
             layer: Any = net.get_submodule(layer_name)
@@ -155,6 +163,8 @@ class FrozenTeacher:
         """Logits and features of [N, 3, H, W] images."""
         if not torch.compiler.is_compiling() and self._is_stale():
             self._update()
+        if self._watched:
+            return self.teacher(image)
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
@@ -177,6 +187,7 @@ class FrozenTeacher:
         """Write the teacher's weights, folded, into the copy, in place."""
         source = dict(_tensors(self.teacher))
         self._tensors = list(source.values())
+        self._watched = count_hooks(self.teacher) != self._hooks
         some = self._tensors[0]
         self.net.to(some.device)
         own = dict(_tensors(self.net))
@@ -188,6 +199,11 @@ class FrozenTeacher:
         for name, tensor in own.items():
             tensor.copy_(source[name])
         self._seen = self._state()
+
+
+def count_hooks(net: nn.Module) -> int:
+    """Number of hooks on the forwards of a network's modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
 def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from mdistiller.distillers import DISTILLERS, get_distiller
+from mdistiller.distillers import DISTILLERS, KD, get_distiller
 from mdistiller.engine.folding import foldable
 from mdistiller.engine.frozen import FrozenTeacher
 from mdistiller.models import cifar_model_dict, get_model_entry
@@ -244,3 +244,31 @@ def test_a_resumed_run_follows_the_teacher_of_its_checkpoint(tmp_path):
     distiller.load_state_dict(saved)
     after = distiller.run_teacher(batch["image"]).logits
     torch.testing.assert_close(F.relu(after), F.relu(before + 2), rtol=1e-4, atol=1e-4)
+
+
+class Watcher(KD):
+    """Reads what a layer of the teacher puts out, by a hook."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.seen = []
+        teacher.layer1.register_forward_hook(lambda *call: self.seen.append(call))
+
+
+def test_a_teacher_that_its_method_watches_is_run_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(DISTILLERS, "WATCHER", Watcher)
+    distiller, batch = built(tmp_path, "WATCHER")
+    before = len(distiller.seen)
+    distiller(**batch)
+    assert len(distiller.seen) == before + 1
+
+
+def test_a_teacher_that_gets_a_hook_is_run_itself_from_the_next_epoch_on(tmp_path):
+    distiller, batch = built(tmp_path)
+    seen = []
+    hook = distiller.teacher.layer1.register_forward_hook(lambda *call: seen.append(call))
+    distiller.train()(**batch)
+    assert len(seen) == 1
+    hook.remove()
+    distiller.train()(**batch)
+    assert len(seen) == 1
