@@ -145,6 +145,9 @@ class FrozenTeacher:
         if dtype is None:
             return exact
         frozen = cls(teacher, copy.deepcopy(teacher).eval(), exact.pairs, dtype)
+        if not all(bool(param.isfinite().all()) for param in frozen.net.parameters()):
+            # a norm of tiny variance: fp16 cannot hold the weights it would make
+            frozen = cls(teacher, copy.deepcopy(teacher).eval(), [], dtype)
         if fold:
             frozen.set_layout()
         return frozen

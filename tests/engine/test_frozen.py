@@ -226,6 +226,16 @@ def test_in_bf16_it_is_as_close_as_autocast(tmp_path, amp):
     assert distiller.teacher.conv1.weight.dtype == torch.float32
 
 
+def test_norms_that_overflow_fp16_are_not_folded():
+    net, _ = zoo_net("resnet8")
+    net.layer1[0].bn1.running_var.zero_()
+    net.layer1[0].bn1.weight.mul_(1e4)
+    assert FrozenTeacher.of(net, (32, 32)).folded == 9
+    half = FrozenTeacher.of(net, (32, 32), torch.float16)
+    assert half.folded == 0
+    assert all(param.isfinite().all() for param in half.net.parameters())
+
+
 def test_fp32_under_autocast_is_exact(tmp_path):
     settings = {"SOLVER.AMP": "bf16", "DISTILLER.TEACHER_DTYPE": "fp32"}
     distiller, batch = built(tmp_path, **settings)
