@@ -4,19 +4,21 @@ losses   every classical method's loss, forward and backward, against the textbo
          the tests keep: time, ratio, and with --memory the peak memory of both
 loader   images per second of ImageNet's training pipeline on 500 generated JPEGs, against
          torchvision's plain one with as many --workers
+step     a training step of --cfg CONFIG [KEY VALUE ...] on generated images: its parts, its share
+         of the machine's peak, and the same step in a bare and in a classic loop
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mdistiller.cli._loaders import loader
-from mdistiller.cli._run import guarded
+from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli._step import add_step_arguments, step
 from mdistiller.registry import UserError
 
 
@@ -27,31 +29,23 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("suite", choices=SUITES, help="what to measure")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto")
-    parser.add_argument("--batch", type=int, default=64, help="images in a batch (default 64)")
+    parser.add_argument("--batch", type=int, help="images in a batch (default 64, or the config's)")
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each form")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default 2)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some cases (default all)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_step_arguments(parser)
+    add_overrides(parser)
     return parser
 
 
 def loss_cases(batch: int, device: str) -> dict[str, Any]:
     """The tests' pairs of loss and textbook form; they are in a checkout, not in the package."""
-    from mdistiller.runtime import project_root
+    from mdistiller.cli._textbook import kept_with_tests
 
-    folder = project_root() / "tests" / "distillers"
-    if not (folder / "loss_cases.py").is_file():
-        raise UserError(
-            f"the textbook forms are with the tests, and {folder} is not there: run "
-            "tools/benchmark.py from a checkout of the repository"
-        )
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    import loss_cases as module  # type: ignore[import-not-found]
-
-    cases: dict[str, Any] = module.loss_cases(batch, device)
+    cases: dict[str, Any] = kept_with_tests("loss_cases").loss_cases(batch, device)
     return cases
 
 
@@ -108,6 +102,7 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 SUITES: dict[str, Callable[[argparse.Namespace, str], list[dict[str, Any]]]] = {
     "losses": losses,
     "loader": loader,
+    "step": step,
 }
 
 
@@ -118,14 +113,21 @@ def benchmark(args: argparse.Namespace) -> None:
     from mdistiller.cli._timing import surroundings
     from mdistiller.runtime import resolve_device
 
-    if min(args.rounds, args.batch, args.threads) < 1 or args.workers < 0:
+    if args.suite != "step":
+        if args.cfg or args.opts:
+            raise UserError(f"--cfg and KEY VALUE belong to the suite step, not to {args.suite}")
+        args.batch = 64 if args.batch is None else args.batch
+    counts = [args.rounds, args.threads, *([] if args.batch is None else [args.batch])]
+    if min(counts) < 1 or args.workers < 0:
         raise UserError("--rounds, --batch and --threads must be at least 1, --workers at least 0")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {args.json.absolute().parent}")
     torch.set_num_threads(args.threads)
     device = str(resolve_device(args.device))
-    facts = {**surroundings(device), "batch": args.batch, "rounds": args.rounds}
-    if args.suite == "loader":
+    facts = {**surroundings(device), "rounds": args.rounds}
+    if args.batch is not None:
+        facts["batch"] = args.batch
+    if args.suite != "losses":
         facts["workers"] = args.workers
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     rows = SUITES[args.suite](args, device)
@@ -135,5 +137,5 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     return guarded(lambda: benchmark(args))

@@ -62,6 +62,8 @@ class Distiller(nn.Module):
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
         init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
         init_stage: name of that stage while it runs.
+        frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
+            the same, sooner. It is no module, and in no state dict.
     """
 
     uses_teacher = True
@@ -76,6 +78,7 @@ class Distiller(nn.Module):
     distills: bool = True
     init: InitPlan | None = None
     init_stage: str = ""
+    frozen: Any = None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Hold the two networks; `cfg` says whether logits are standardised.
@@ -136,6 +139,8 @@ class Distiller(nn.Module):
         super().train(mode)
         if self.teacher is not None and self.teacher_in_eval_mode:
             self.teacher.eval()
+        if self.frozen is not None:
+            self.frozen.renew()
         if mode and self.init_stage:
             for child in self.children():
                 child.eval()
@@ -237,7 +242,8 @@ class Distiller(nn.Module):
         """The teacher's output, without gradient."""
         if self.teacher is None:
             raise TypeError(f"{type(self).__name__} has no teacher to run")
-        logits, features = self.teacher(image)
+        rests = self.frozen is not None and not self.teacher.training
+        logits, features = (self.frozen if rests else self.teacher)(image)
         return Output(full_precision(logits), features)
 
     def forward_test(self, image: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
+from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
@@ -43,8 +44,10 @@ def build_distiller(
         if weights is None:
             raise UserError(no_teacher(cfg, data))
         teacher = build_network(cfg, "TEACHER", data, weights)
+    hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
     freeze_teacher(distiller)
+    prepare_teacher(distiller, cfg, data.image_size, hooks)
     return distiller
 
 

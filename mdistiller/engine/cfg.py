@@ -45,6 +45,8 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_NORM": "auto",
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
+        "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
     },
     "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
     "SOLVER": {
@@ -409,6 +411,7 @@ def check_values(cfg: CfgNode) -> None:
         raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
     for name, value, allowed in (
         ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
+        ("DISTILLER.TEACHER_DTYPE", cfg.DISTILLER.TEACHER_DTYPE, ("auto", "fp32", "bf16", "fp16")),
         ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "plateau", "constant")),
         ("SOLVER.COMPILE", cfg.SOLVER.COMPILE, (True, False, *COMPILE_MODES)),
     ):

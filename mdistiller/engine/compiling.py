@@ -28,6 +28,8 @@ def compile_networks(distiller: Distiller, setting: bool | str) -> None:
     mode = "default" if setting is True else setting
     for role in ("student", "teacher"):
         net = getattr(distiller, role, None)
+        if role == "teacher" and distiller.frozen is not None:
+            net = distiller.frozen.net  # which is what runs
         if isinstance(net, nn.Module):
             _compile(net, role, mode)
 

@@ -29,6 +29,12 @@ class _Step:
     values: Tensor
 
 
+def _scalar(value: Tensor) -> Tensor:
+    """The mean of a tensor in full precision; of one number, without an operation."""
+    value = value.detach().float()
+    return value.mean() if value.ndim else value
+
+
 class Meters(dict[str, AverageMeter]):
     """Running means by name, each made on first use.
 
@@ -56,7 +62,7 @@ class Meters(dict[str, AverageMeter]):
             terms: the terms of the loss, which must be finite; means over the batch.
             others: anything else to average, means over the batch.
         """
-        values = [v.detach().float().mean() for v in (*terms.values(), *others.values())]
+        values = [_scalar(value) for value in (*terms.values(), *others.values())]
         step = _Step(label, batch_size, [*terms, *others], len(terms), torch.stack(values))
         self._waiting.append(step)
         if len(self._waiting) >= self.interval:

@@ -134,15 +134,14 @@ def test_the_stage_is_that_of_a_plain_loop(tmp_path, monkeypatch, method):
     """Same order and views, SGD with the run's momentum and decay, the rate of the stage."""
     path = config(tmp_path, method)
     distiller, data = before(path)
-    student, teacher = distiller.student, distiller.teacher
+    student = distiller.student
     params = [p for name, p in student.named_parameters() if not name.startswith("fc.")]
     optimizer = torch.optim.SGD(params, lr=0.02, momentum=0.9, weight_decay=0.0005)
-    student.train()
-    teacher.eval()
+    distiller.train()
     for epoch in (1, 2):
         data.train.set_epoch(STRIDE + epoch)
         for image, _, _ in data.train:
-            outputs = student(image)[1], teacher(image)[1]
+            outputs = student(image)[1], distiller.run_teacher(image).features
             loss = (
                 fsp_loss(*(out["feats"] for out in outputs))
                 if method == "FSP"
