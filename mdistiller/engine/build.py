@@ -81,7 +81,7 @@ def build_network(
     elif weights is not None:
         wanted = False
     if wanted:
-        settings["pretrained"] = wanted
+        settings |= {"pretrained": wanted, "new_head": weights is None}
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     check_input(net, name, data)
