@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
+from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
@@ -44,6 +45,8 @@ def build_distiller(
             raise UserError(no_teacher(cfg, data))
         teacher = build_network(cfg, "TEACHER", data, weights)
     distiller = join(cfg, data, student, teacher).to(device)
+    if cfg.SOLVER.CHANNELS_LAST:
+        use_channels_last(distiller)
     freeze_teacher(distiller)
     return distiller
 
