@@ -275,7 +275,7 @@ def fails(cfg):
 def test_a_missing_package_is_one_line(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     assert fails(config("webdataset", ROOT=root)) == (
-        "DATASET.TYPE webdataset needs the package webdataset: pip install webdataset"
+        "DATASET.TYPE webdataset needs the package webdataset: pip install mdistiller[shards]"
     )
 
 
