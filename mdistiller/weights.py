@@ -131,8 +131,21 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     net.load_state_dict(fitting)
 
 
+def with_own_head(net: Any, state: State) -> dict[str, Tensor]:
+    """`state` with the classifier of `net`, a StagedNet, in place of one for other classes."""
+    layer = {id(param) for param in net.classifier().parameters()}
+    own = {k: v for k, v in net.state_dict(keep_vars=True).items() if id(v) in layer}
+    if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in own.items()):
+        return {**state, **own}
+    return dict(state)
+
+
 def load_network(
-    net: nn.Module, path: str | os.PathLike[str], name: str, num_classes: int | None = None
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    name: str,
+    num_classes: int | None = None,
+    new_head: bool = False,
 ) -> None:
     """Load the weights of one network from a file.
 
@@ -142,8 +155,11 @@ def load_network(
     Args:
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
+        new_head: keep the network's classifier where the file's is for other classes.
     """
     state = network_state(load_checkpoint(path), path)
+    if new_head:
+        state = with_own_head(net, state)
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)

@@ -20,16 +20,22 @@ from mdistiller.registry import UserError
 def index_shards(urls: Sequence[str], target: str, threads: int) -> list[list[int]]:
     """Classes of the samples of every shard; shards are read once, then remembered.
 
-    The index is a JSON file: by name of the shard, what tells whether it has changed (suffix of the
-    class, bytes, time of the last change) and its classes.
+    The index is a JSON file: by path of the shard, relative to the folder of the first one, what
+    tells whether it has changed (suffix of the class, bytes, time of the last change; the suffix
+    alone for a URL) and its classes.
     """
     files = [Path(url) if os.path.isfile(url) else None for url in urls]
     stamps = [_stamp(target, file) for file in files]
-    names = [file.name if file else url for file, url in zip(files, urls, strict=True)]
+    folder = files[0].parent if files[0] else Path()
+    names = [
+        Path(os.path.relpath(file, folder)).as_posix() if file else url
+        for file, url in zip(files, urls, strict=True)
+    ]
     place = _index_file(files[0], urls[0])
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(place.read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        # Older indices have names without a folder, at the top level: those are counted again.
+        known = dict(json.loads(place.read_text())["shards"])
     missing = [k for k, name in enumerate(names) if known.get(name, [None])[0] != stamps[k]]
     if missing:
         with ThreadPoolExecutor(threads) as pool:
@@ -74,5 +80,5 @@ def _remember(place: Path, known: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known))
+        temporary.write_text(json.dumps({"shards": known}))
         temporary.replace(place)

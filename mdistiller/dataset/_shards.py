@@ -95,7 +95,7 @@ def import_webdataset() -> Any:
         import webdataset
     except ImportError:
         raise UserError(
-            "DATASET.TYPE webdataset needs the package webdataset: pip install webdataset"
+            "DATASET.TYPE webdataset needs the package webdataset: pip install mdistiller[shards]"
         ) from None
     return webdataset
 

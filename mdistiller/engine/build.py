@@ -14,6 +14,7 @@ from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_label
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
+from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.engine.trainer import seed_everything, trainer_dict
@@ -46,8 +47,11 @@ def build_distiller(
         teacher = build_network(cfg, "TEACHER", data, weights)
     hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
+    watched = teacher is not None and count_hooks(teacher) != hooks  # by the method
+    if cfg.SOLVER.CHANNELS_LAST:
+        use_channels_last(distiller)
     freeze_teacher(distiller)
-    prepare_teacher(distiller, cfg, data.image_size, hooks)
+    prepare_teacher(distiller, cfg, data.image_size, watched)
     return distiller
 
 
@@ -84,7 +88,7 @@ def build_network(
     elif weights is not None:
         wanted = False
     if wanted:
-        settings["pretrained"] = wanted
+        settings |= {"pretrained": wanted, "new_head": weights is None}
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     check_input(net, name, data)

@@ -27,7 +27,7 @@ _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, A
 
 
 def prepare_teacher(
-    distiller: Distiller, cfg: Any, image_size: tuple[int, int], hooks: int
+    distiller: Distiller, cfg: Any, image_size: tuple[int, int], watched: bool
 ) -> None:
     """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
 
@@ -36,7 +36,7 @@ def prepare_teacher(
 
     Args:
         image_size: (height, width) of the images.
-        hooks: the number of the teacher's hooks before the method was built.
+        watched: whether the method has put hooks on the teacher.
 
     Raises:
         UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
@@ -47,7 +47,7 @@ def prepare_teacher(
         return
     if asked == "auto" and not settings.TEACHER_FOLD:
         return
-    if not is_frozen(distiller) or count_hooks(teacher) != hooks:
+    if watched or not is_frozen(distiller):
         if asked != "auto":
             raise UserError(
                 f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} changes or watches its teacher "

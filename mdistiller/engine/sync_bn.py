@@ -12,7 +12,6 @@ average.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -38,15 +37,15 @@ def synchronize_batch_norm(distiller: Distiller) -> None:
         return
     resting = distiller.teacher if distiller.teacher_in_eval_mode else None
     untouched = set() if resting is None else set(resting.modules())
+    on_gpu = next(distiller.parameters()).is_cuda
     for name, module in distiller.named_modules():
         if isinstance(module, _BatchNorm) and module not in untouched:
-            _convert(module, name)
+            _convert(module, name, on_gpu)
 
 
-def _convert(module: _BatchNorm, name: str) -> None:
+def _convert(module: _BatchNorm, name: str, on_gpu: bool) -> None:
     if isinstance(module, nn.SyncBatchNorm):
         return
-    on_gpu = next(chain(module.parameters(), module.buffers())).is_cuda
     if type(module).forward is _BatchNorm.forward:
         kind: type = nn.SyncBatchNorm if on_gpu else SyncBatchNorm
     elif hasattr(module, "act") and hasattr(module, "drop"):  # timm's BatchNormAct2d

@@ -180,10 +180,18 @@ class ModelEntry(NamedTuple):
     constructor: Callable[..., StagedNet]
     checkpoint: str | None = None
 
-    def __call__(self, *args: Any, pretrained: bool | str = False, **kwargs: Any) -> StagedNet:
+    def __call__(
+        self,
+        *args: Any,
+        pretrained: bool | str = False,
+        new_head: bool = False,
+        **kwargs: Any,
+    ) -> StagedNet:
         """Build the network, with the released weights if `pretrained`.
 
         A text instead of True chooses among several releases, where the constructor knows some.
+        With `new_head`, weights for another number of classes get a new classifier instead of being
+        refused; a constructor that loads released weights itself never refuses them.
 
         Raises:
             UserError: there are no released weights, or they cannot be had or do not fit.
@@ -196,13 +204,13 @@ class ModelEntry(NamedTuple):
             if self.checkpoint is None:
                 raise UserError(f"{name} has no released weights; name a checkpoint of your own")
             classes = kwargs.get("num_classes", net.classifier().weight.shape[0])
-            path = self.released(classes)
+            path = self.released(None if new_head else classes)
             if path is None:
                 raise UserError(
                     f"the released weights of {name} are not at {self.checkpoint}; put them there "
                     "(download_ckpts/README.md says where from), or name a checkpoint of your own"
                 )
-            load_network(net, path, name, classes)
+            load_network(net, path, name, classes, new_head)
         return net
 
     @property

@@ -27,7 +27,7 @@ from mdistiller.models._external import (
     take,
 )
 from mdistiller.models._released import released_file
-from mdistiller.weights import load_checkpoint, load_state, network_state
+from mdistiller.weights import load_checkpoint, load_state, network_state, with_own_head
 
 # Where families keep their blocks, if not at the top level.
 _BODIES = ("features", "trunk_output", "blocks", "layers", "encoder.layers")
@@ -142,7 +142,4 @@ def load_released(net: TorchvisionNet, release: str) -> None:
     inner = net.net
     if isinstance(inner, VisionTransformer):
         state = interpolate_embeddings(inner.image_size, inner.patch_size, OrderedDict(state))
-    head = {f"{net.head}.{name}": value for name, value in net.classifier().state_dict().items()}
-    if any(state[key].shape[:1] != value.shape[:1] for key, value in head.items() if key in state):
-        state.update(head)
-    load_state(net, state, f"{release} and {net.name} as it is built here")
+    load_state(net, with_own_head(net, state), f"{release} and {net.name} as it is built here")

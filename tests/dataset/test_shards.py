@@ -174,13 +174,57 @@ def test_samples_are_counted_once_and_again_when_a_shard_changes(tmp_path, monke
     monkeypatch.setattr(module, "read_shard", spy)
     shards(tmp_path)
     assert len(reads) == 3
-    known = json.loads((tmp_path / INDEX).read_text())
+    known = json.loads((tmp_path / INDEX).read_text())["shards"]
     assert known["train-0001.tar"][1] == [k % 4 for k in range(7, 14)]
     shards(tmp_path)
     assert len(reads) == 3
     write_shards(tmp_path, num=12)
     assert shards(tmp_path).num_data == 12
     assert len(reads) == 5
+
+
+def write_twins(root):
+    """Shards of the same names in two folders: classes 0 and 1, and 3 alone; returns the first."""
+    for folder, first, num in (("a", 0, 9), ("b", 100, 5)):
+        (root / folder).mkdir()
+        for name, own in (("0000", num), ("0001", 2)):
+            with wds.TarWriter(str(root / folder / f"{name}.tar")) as writer:
+                for k in range(own):
+                    label = 3 if first else k % 2
+                    writer.write({"__key__": f"{k}", "png": png(first + k), "cls": label})
+    return root / "a" / "0000.tar"
+
+
+def check_twins(root, pattern):
+    """Every image has the label that was written with it."""
+    cfg = config("webdataset", ROOT=root, NUM_WORKERS=0, IMAGE_SIZE=8, MEAN=[0.0] * 3)
+    cfg.DATASET.update(STD=[1.0] * 3, AUGMENT="none")
+    data = load_data(set_key(cfg, TRAIN=pattern, VAL="*/0001.tar"))
+    for images, targets in (collect(data.train)[:2], collect(data.val)):
+        expected = torch.where(levels(images) >= 100, 3, levels(images) % 2)
+        assert torch.equal(targets, expected)
+    assert data.train.dataset.counts.tolist() == ([5, 9] if pattern.startswith("b") else [9, 5])
+
+
+PATTERNS = ["{a,b}/0000.tar", "*/0000.tar", "b/0000.tar::a/0000.tar"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_shards_of_one_name_in_two_folders_keep_their_own_labels(tmp_path, pattern):
+    write_twins(tmp_path)
+    for _ in range(2):  # counted, then remembered
+        check_twins(tmp_path, pattern)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_index_by_names_alone_is_counted_again(tmp_path, whole):
+    """One of an earlier version, which had the last folder's classes; or what is none at all."""
+    first = write_twins(tmp_path)
+    facts = first.stat()
+    stamp = ["cls", facts.st_size, facts.st_mtime_ns]
+    old = {"0000.tar": [stamp, [3] * 5], "0001.tar": [stamp, [3] * 2]} if whole else [1]
+    (tmp_path / "a" / INDEX).write_text(json.dumps(old))
+    check_twins(tmp_path, PATTERNS[0])
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
@@ -231,7 +275,7 @@ def fails(cfg):
 def test_a_missing_package_is_one_line(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     assert fails(config("webdataset", ROOT=root)) == (
-        "DATASET.TYPE webdataset needs the package webdataset: pip install webdataset"
+        "DATASET.TYPE webdataset needs the package webdataset: pip install mdistiller[shards]"
     )
 
 

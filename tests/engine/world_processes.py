@@ -76,10 +76,15 @@ def from_all(items):
 
 
 def normalized():
-    """Two batch norms on 9 rows, in float64: what one step of them gives."""
+    """Three batch norms on 9 rows, in float64: what one step of them gives.
+
+    The second has neither parameters nor running statistics.
+    """
     torch.manual_seed(0)
     last = nn.BatchNorm1d(16, momentum=None, affine=False)
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten(), last).double()
+    bare = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), bare, nn.Flatten(), last]
+    net = nn.Sequential(*layers).double()
     synchronize_batch_norm(Vanilla(net))
     image, weight = golden_values((9, 3, 4, 4), 1), golden_values((9, 16), 2)
     mine = slice(*share(9, rank(), world_size()))

@@ -1,0 +1,28 @@
+"""The memory format of images and convolutions (SOLVER.CHANNELS_LAST)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from mdistiller.distillers import Distiller
+
+
+def use_channels_last(distiller: Distiller) -> None:
+    """Lay all weights of convolutions out as torch.channels_last, in place, values unchanged.
+
+    Student and teacher lay their images out likewise, whoever calls them: what lies between two
+    convolutions then follows by itself. Copies of a network do the same.
+    """
+    convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
+    for net in (distiller.student, distiller.teacher):
+        if isinstance(net, nn.Module):
+            net.register_forward_pre_hook(_lay_out)
+
+
+def _lay_out(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    image, *rest = inputs
+    return (image.contiguous(memory_format=torch.channels_last), *rest)
