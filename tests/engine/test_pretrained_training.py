@@ -104,6 +104,9 @@ def test_the_way_from_released_weights_over_fine_tuning_to_a_student(tmp_path, c
     (tmp_path / "released.pth").unlink()
     (tmp_path / "second").mkdir()
     ckpt = str(tuned / "student_latest")
+    for args in ({**VIT, "pretrained": True}, VIT):  # the file itself says what it wants
+        path = write_config(tmp_path / "second", TEACHER=NAME, TEACHER_ARGS=args)
+        assert build_network(load_config(path), "TEACHER", data, ckpt).input_norm == [[0.5] * 3] * 2
     second = train(tmp_path / "second", TEACHER_CKPT=ckpt, **distiller)
     assert json.loads((second / "summary.json").read_text())["teacher_acc"] == trained
 

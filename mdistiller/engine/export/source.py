@@ -105,8 +105,6 @@ def _load(
     settings = arguments(cfg, "STUDENT")
     released = settings.pop("pretrained", False)
     given = (tuple(data["mean"]), tuple(data["std"]))
-    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
-    mean, std = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given)
     student = Student(
         nn.Identity(),
         name,
@@ -115,20 +113,23 @@ def _load(
         data["num_classes"],
         list(data["classes"]),
         (height, width),
-        tuple(mean),
-        tuple(std),
+        *given,
         dataset,
         "released weights" if path is None else path.name,
         cfg,
         run,
     )
+    stated = None
     if path is None:
         wanted = {**settings, "pretrained": released or True}
         require_classes(entry, wanted, student.num_classes)
         student.net = student.build(pretrained=wanted["pretrained"])
     else:
         student.net = student.build()
-        load_network(student.net, path, name, student.num_classes)
+        stated = load_network(student.net, path, name, student.num_classes)
+    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
+    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, stated)
+    student.mean, student.std = map(tuple, own)
     student.net.eval().requires_grad_(False)
     return student
 
