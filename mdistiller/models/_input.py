@@ -22,7 +22,7 @@ def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> Non
     (mean, std), (own_mean, own_std) = (
         [list(map(float, part)) for part in s] for s in (given, own)
     )
-    net.input_norm = [own_mean, own_std]  # type: ignore[assignment]
+    net._image_norm = [own_mean, own_std]  # type: ignore[assignment]
     pairs = zip(mean + std, own_mean + own_std, strict=True)
     if all(math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-7) for one, other in pairs):
         return
@@ -35,7 +35,7 @@ def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> Non
 
 def input_norm(net: nn.Module) -> list[list[float]] | None:
     """[mean, std] that a network wants its images normalised with; None if it was never told."""
-    return getattr(net, "input_norm", None)
+    return getattr(net, "_image_norm", None)
 
 
 def _renormalize(net: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from mdistiller.engine.build import build_distiller, build_network
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.utils import validate
 from mdistiller.models import ModelEntry, get_model_entry, imagenet_model_dict
-from mdistiller.models._input import renormalize_input
+from mdistiller.models._input import input_norm, renormalize_input
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
@@ -154,11 +154,11 @@ def test_a_teachers_file_brings_its_normalisation(far, tmp_path):
         data = load_data(cfg, CPU)
         teacher = build_distiller(cfg, data, CPU).teacher
         assert validate(data.val, Vanilla(teacher))[0] == rows(far)[-1]["test_acc"]
-        assert load(far / "latest")["norm"] == teacher.input_norm
+        assert input_norm(teacher) == FAR
         words = ["DISTILLER.TEACHER_CKPT", str(file), "DISTILLER.TEACHER_NORM", OWN]
-        assert build_distiller(load_config(path, words), data, CPU).teacher.input_norm == OWN
-        plain = build_network(cfg, "STUDENT", data)  # the data's
-        assert plain.input_norm == TOY
+        told = build_distiller(load_config(path, words), data, CPU).teacher
+        assert input_norm(told) == OWN
+        assert input_norm(build_network(cfg, "STUDENT", data)) == TOY
 
 
 @pytest.mark.parametrize("stated", ["imagenet", [[0.5] * 3, [0.0] * 3], [0.5, 0.5], 3])
