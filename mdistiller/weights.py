@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -22,7 +23,8 @@ State = Mapping[str, Tensor]
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The contents of a checkpoint file, on the CPU; only tensors and plain values are read.
 
-    Files of the original library, which hold numpy scalars, are read as well.
+    Files of the original library, which hold numpy scalars, are read as well. A safetensors file
+    gives `{"model": state}`, and "norm" with it if its metadata say `mean` and `std`.
 
     Raises:
         UserError: the file is missing, truncated, or holds something else.
@@ -49,18 +51,29 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"checkpoint {path} is truncated, damaged or no PyTorch file") from None
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> dict[str, Any]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise UserError(
             f"reading {path} needs the package safetensors: pip install mdistiller[export]"
         ) from error
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
+    if not {"mean", "std"} <= facts.keys():
+        return {"model": state}
+    return {"model": state, "norm": [_json_or_text(facts[key]) for key in ("mean", "std")]}
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _numpy_scalars() -> list[Any]:
@@ -146,7 +159,7 @@ def load_network(
     name: str,
     num_classes: int | None = None,
     new_head: bool = False,
-) -> None:
+) -> Any:
     """Load the weights of one network from a file.
 
     A student may have been trained with another head: the network takes on what the file holds of
@@ -156,8 +169,13 @@ def load_network(
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
         new_head: keep the network's classifier where the file's is for other classes.
+
+    Returns:
+        [mean, std] that the network's images are normalised with, as the file has it; None if it
+        does not say.
     """
-    state = network_state(load_checkpoint(path), path)
+    contents = load_checkpoint(path)
+    state = network_state(contents, path)
     if new_head:
         state = with_own_head(net, state)
     accept = getattr(net, "accept_neck", None)
@@ -172,3 +190,4 @@ def load_network(
             f"but {num_classes} are wanted"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
+    return contents.get("norm") if "model" in contents else None

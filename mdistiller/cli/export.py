@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", default="best", help="of a run: best (default), latest or epoch_N"
+        "--checkpoint",
+        default="best",
+        help="of a run: best (default), latest, epoch_N, ema_best or ema_latest",
     )
     parser.add_argument("-m", "--model", help="without a run: name in the model zoo")
     parser.add_argument(

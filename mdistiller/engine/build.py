@@ -92,10 +92,10 @@ def build_network(
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     check_input(net, name, data)
+    given, stated = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
-        load_network(net, weights, name, data.num_classes)
-    given = (data.mean, data.std)
-    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given))
+        stated = load_network(net, weights, name, data.num_classes)
+    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, stated))
     return net
 
 

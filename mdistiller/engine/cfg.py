@@ -280,16 +280,24 @@ def check_norm(value: Any, name: str) -> Any:
     """`value` if it names a normalisation, or is a mean and a std of three channels."""
     if value in ("auto", "data", "own"):
         return value
+    found = read_statistics(value)
+    if found is not None:
+        return found
+    raise UserError(
+        f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
+        f"in [0, 1]), those of std above 0, got {value!r}"
+    )
+
+
+def read_statistics(value: Any) -> list[list[float]] | None:
+    """`value` as [mean, std] of three channels, for images in [0, 1]; None if it is none."""
     pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else ()
     rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
     if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
         mean, std = ([float(x) for x in row] for row in rows)
         if max(mean + std) <= 1 and min(std) > 0:
             return [mean, std]
-    raise UserError(
-        f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
-        f"in [0, 1]), those of std above 0, got {value!r}"
-    )
+    return None
 
 
 def _switch_or_text(value: Any, name: str) -> bool | str:

@@ -9,11 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from mdistiller.models._input import input_norm
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_state, strip_prefix
 
-__all__ = ["load_checkpoint", "load_state", "replacing", "save_checkpoint", "strip_prefix"]
+__all__ = [
+    "load_checkpoint",
+    "load_state",
+    "network_contents",
+    "replacing",
+    "save_checkpoint",
+    "strip_prefix",
+]
+
+
+def network_contents(net: nn.Module) -> dict[str, Any]:
+    """What a file of one network holds: weights, and `norm`, how its images are normalised."""
+    return {"model": net.state_dict(), "norm": input_norm(net)}
 
 
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:

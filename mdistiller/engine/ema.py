@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
-from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.checkpoint import load_checkpoint, network_contents, save_checkpoint
 from mdistiller.engine.distributed import broadcast_buffers, is_main_process
 from mdistiller.engine.hooks import Hook, Record
 from mdistiller.engine.utils import validate
@@ -93,7 +93,7 @@ class AverageStudent(Hook):
             names.insert(0, "student_ema_best")
         if is_main_process():
             for name in names:
-                save_checkpoint({"model": student.state_dict()}, trainer.log_path / name)
+                save_checkpoint(network_contents(student), trainer.log_path / name)
 
     def state(self, trainer: BaseTrainer) -> dict[str, Any]:
         assert self.average is not None

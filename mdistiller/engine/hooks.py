@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorboardX import SummaryWriter
 
-from mdistiller.engine.checkpoint import save_checkpoint
+from mdistiller.engine.checkpoint import network_contents, save_checkpoint
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.utils import log_msg, validate
 
@@ -243,7 +243,7 @@ class Checkpoint(Hook):
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         state = trainer.state()
-        student = {"model": trainer.model.student.state_dict()}
+        student = network_contents(trainer.model.student)
         names = [("latest", "student_latest")]
         if epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
             names.insert(0, (f"epoch_{epoch}", f"student_{epoch}"))

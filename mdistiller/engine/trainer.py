@@ -31,6 +31,7 @@ from mdistiller.engine.optim import (
     step_scheduler,
 )
 from mdistiller.engine.utils import correct_counts, progress
+from mdistiller.models._input import input_norm
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank
 
@@ -275,6 +276,7 @@ class BaseTrainer:
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
+            "norm": input_norm(self.model.student),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),

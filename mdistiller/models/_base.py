@@ -225,6 +225,10 @@ class ModelEntry(NamedTuple):
         known = getattr(self.constructor, "pretrained_on", None)
         return known(settings) if known else None
 
+    def is_release(self, path: str | Path) -> bool:
+        """Whether a file is that of the released weights, wherever it lies: it has their name."""
+        return self.checkpoint is not None and Path(path).name == place_of(self.checkpoint).name
+
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""
         return inspect.signature(self.constructor).parameters["num_classes"].default

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from support import REPO, TOY, saved_teacher, write_config
+from safetensors.torch import load_file
+from support import REPO, TOY, same_state, saved_teacher, write_config
 from torch import nn
 
 from mdistiller.cli import eval as eval_command
@@ -17,10 +18,10 @@ from mdistiller.cli import export as export_command
 from mdistiller.cli import models as models_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import DATASETS, Options
-from mdistiller.engine.export import FORMATS
+from mdistiller.engine.export import FORMATS, source
 from mdistiller.engine.export.student import Deployed
 from mdistiller.models import get_model_entry
-from mdistiller.weights import load_network
+from mdistiller.weights import load_checkpoint, load_network
 
 MEAN, STD = 0.3, 0.4  # of the toy data
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -221,6 +222,49 @@ def test_another_checkpoint_of_a_run(tmp_path, choice):
     assert f"Exported from {file}" in text
 
 
+@pytest.mark.parametrize("choice", ["ema_best", "ema_latest"])
+def test_the_moving_average_of_a_run(tmp_path, choice):
+    options = {"text": "SOLVER:\n  EMA: 0.5\nDATASET:\n  VAL_SPLIT: 40\n", "epochs": 3}
+    run = train(tmp_path, **options)
+    assert export(run, "--checkpoint", choice, *TINY) == 0
+    exported = load_file(run / "export" / "student.safetensors")
+    states = {
+        name: load_checkpoint(run / f"student_{name}")["model"] for name in (choice, "latest")
+    }
+    assert same_state(exported, states[choice])
+    assert not same_state(exported, states["latest"])
+    text = (run / "export" / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    which = {"ema_best": "best", "ema_latest": "last"}[choice]
+    epoch = summary["ema_best_epoch"] if which == "best" else 3
+    on = "40 held-out training images"
+    assert (
+        f"| {choice} (these files) | {epoch} | {summary[f'ema_{which}_acc']:.2f} | {on} |" in text
+    )
+    tested = summary[f"ema_test_acc_{which}"]
+    assert f"| {choice} (these files) | {epoch} | {tested:.2f} | test set |" in text
+    assert "moving average of the weights (decay 0.5)" in text
+    header = yaml.safe_load(text.split("---\n")[1])
+    (metric,) = header["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == pytest.approx(tested, abs=1e-4)
+
+
+def test_of_equal_accuracies_the_card_names_the_epoch_whose_weights_the_files_have(
+    tmp_path, monkeypatch
+):
+    for module, values in (("hooks", [20.0, 30.0, 30.0]), ("ema", [40.0, 40.0, 10.0])):
+        scripted = iter([(value, 50.0, 1.0) for value in values])
+        target = f"mdistiller.engine.{module}.validate"
+        monkeypatch.setattr(target, lambda *_, scripted=scripted: next(scripted))
+    run = train(tmp_path, epochs=3, text="SOLVER:\n  EMA: 0.5\n")
+    best = load_checkpoint(run / "student_best")["model"]
+    assert same_state(best, load_checkpoint(run / "student_latest")["model"])
+    assert export(run, *TINY) == 0
+    text = (run / "export" / "README.md").read_text()
+    assert "| best (these files) | 3 | 30.00 |" in text
+    assert "| ema_best | 2 | 40.00 |" in text
+
+
 def test_an_unfinished_run_and_one_that_recorded_no_data_facts(tmp_path):
     run = train(tmp_path, epochs=1)
     recorded = json.loads((run / "run.json").read_text())
@@ -268,6 +312,17 @@ def test_a_student_with_its_own_normalisation_is_exported_with_it(tmp_path):
     torch.testing.assert_close(found, net.eval()(own)[0], rtol=0, atol=1e-4)
     with safe_open(tmp_path / "out" / "student.safetensors", "pt") as file:
         assert json.loads(file.metadata()["mean"]) == mean
+
+
+@pytest.mark.parametrize("name", ["torch", "safetensors"])
+def test_a_run_exported_with_another_normalisation_than_its_evaluation_is_refused(
+    tmp_path, capsys, monkeypatch, name
+):
+    run = train(tmp_path, epochs=1, STUDENT_NORM=[[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]])
+    monkeypatch.setattr(source, "own_statistics", lambda *_: ([MEAN] * 3, [STD] * 3))
+    line = refused(capsys, run, "--formats", name, "--no-latency")
+    assert "does not agree with the network: of 1 images, logits differ" in line
+    assert not list((run / "export").iterdir())
 
 
 def of_other_weights(kind):
@@ -344,8 +399,15 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     for words, message in [
         ([], "name a run folder, or a network and a checkpoint by -m and -c"),
         ([tmp_path / "nowhere"], "is no run folder: it has no config.yaml"),
-        ([run, "--checkpoint", "worst"], "--checkpoint is best, latest or epoch_N, got 'worst'"),
+        (
+            [run, "--checkpoint", "worst"],
+            "--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got",
+        ),
         ([run, "--checkpoint", "epoch_9"], "has no checkpoint epoch_9 (it has: best, latest)"),
+        (
+            [run, "--checkpoint", "ema_best"],
+            "no checkpoint ema_best (it has: best, latest); it kept no moving average (SOLVER.EMA)",
+        ),
         ([run, "--formats", "tflite"], "unknown export format (--formats) 'tflite'"),
         ([run, "-d", "digits"], "--dataset goes with -m"),
         ([*bare(tmp_path)[:-3]], "-m needs --out"),

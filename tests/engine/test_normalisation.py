@@ -2,13 +2,17 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from support import TOY as TOY_FILE
 from support import saved_teacher, write_config
 from test_training import load, train
 
 from mdistiller.cli import eval as eval_command
+from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import Vanilla, get_distiller
@@ -16,11 +20,12 @@ from mdistiller.engine.build import build_distiller, build_network
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.utils import validate
 from mdistiller.models import ModelEntry, get_model_entry, imagenet_model_dict
-from mdistiller.models._input import renormalize_input
+from mdistiller.models._input import input_norm, renormalize_input
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
 OWN = [[0.5, 0.4, 0.6], [0.5, 0.25, 0.3]]
+FAR = [[0.9] * 3, [0.1] * 3]
 TOY = [[0.3] * 3, [0.4] * 3]
 
 
@@ -90,6 +95,93 @@ def test_teacher_accuracy_and_files_are_those_of_the_own_pipeline(tmp_path, caps
     assert f"loss {ours['test_loss']:.4f}" in out
 
 
+@pytest.fixture(scope="module")
+def far(tmp_path_factory):
+    """A run whose student's images are normalised far from the data's."""
+    folder = tmp_path_factory.mktemp("far")
+    torch.set_num_threads(1)
+    return train(folder, text="SOLVER:\n  EMA: 0.5\n", epochs=3, STUDENT_NORM=FAR)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluation(capsys, file, *words):
+    """What `eval` prints of a file that comes without its run's config."""
+    capsys.readouterr()
+    named = ["-m", "resnet8", "-c", str(file), "-d", "toy", "--import", TOY_FILE]
+    assert eval_command.main([*named, *words]) == 0
+    return capsys.readouterr().out.split(": ")[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("student_latest", ""), ("latest", ""), ("student_ema_latest", "ema_")],
+)
+def test_a_runs_files_say_how_their_network_wants_images(far, capsys, name, prefix):
+    assert load(far / name)["norm"] == FAR
+    last = rows(far)[-1]
+    for words in ([], ["DATASET.MEAN", "[0.5, 0.4, 0.3]", "DATASET.STD", "[0.2, 0.3, 0.4]"]):
+        shown = evaluation(capsys, far / name, *words)
+        assert f"top-1 {last[f'{prefix}test_acc']:.2f}" in shown
+        assert f"loss {last[f'{prefix}test_loss']:.4f}" in shown
+    wrong = evaluation(capsys, far / name, "DISTILLER.STUDENT_NORM", "data")  # config goes first
+    assert f"loss {last[f'{prefix}test_loss']:.4f}" not in wrong
+
+
+def test_an_exported_file_is_evaluated_and_exported_again_with_its_normalisation(
+    far, tmp_path, capsys
+):
+    tiny = ["--formats", "safetensors", "--no-latency", "--out"]
+    words = [str(far), "--checkpoint", "latest", *tiny, str(tmp_path / "one")]
+    assert export_command.main(words) == 0
+    file = tmp_path / "one" / "student.safetensors"
+    assert f"loss {rows(far)[-1]['test_loss']:.4f}" in evaluation(capsys, file)
+    for known in (["-d", "toy", "--import", TOY_FILE], ["--num-classes", "10"]):
+        words = ["-m", "resnet8", "-c", str(file), *known, *tiny, str(tmp_path / "two"), "--force"]
+        assert export_command.main(words) == 0
+        with safe_open(tmp_path / "two" / "student.safetensors", "pt") as again:
+            assert [json.loads(again.metadata()[key]) for key in ("mean", "std")] == FAR
+
+
+def test_a_teachers_file_brings_its_normalisation(far, tmp_path):
+    words = [str(far), "--checkpoint", "latest", "--formats", "safetensors", "--no-latency"]
+    assert export_command.main([*words, "--out", str(tmp_path)]) == 0
+    path = write_config(tmp_path, method="KD", TEACHER="resnet8")
+    for file in (far / "student_latest", tmp_path / "student.safetensors"):
+        cfg = load_config(path, ["DISTILLER.TEACHER_CKPT", str(file)])
+        data = load_data(cfg, CPU)
+        teacher = build_distiller(cfg, data, CPU).teacher
+        assert validate(data.val, Vanilla(teacher))[0] == rows(far)[-1]["test_acc"]
+        assert input_norm(teacher) == FAR
+        words = ["DISTILLER.TEACHER_CKPT", str(file), "DISTILLER.TEACHER_NORM", OWN]
+        told = build_distiller(load_config(path, words), data, CPU).teacher
+        assert input_norm(told) == OWN
+        assert input_norm(build_network(cfg, "STUDENT", data)) == TOY
+
+
+@pytest.mark.parametrize("stated", ["imagenet", [[0.5] * 3, [0.0] * 3], [0.5, 0.5], 3])
+def test_a_file_that_says_nonsense_is_named_with_what_to_do(tmp_path, stated):
+    path = saved_teacher(tmp_path)
+    torch.save({**load(path), "norm": stated}, path)
+    settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CKPT": str(path)}
+    cfg = load_config(write_config(tmp_path, **settings))
+    data = load_data(cfg, CPU)
+    with pytest.raises(UserError, match=r"resnet8_10.pth says .*; set DISTILLER.TEACHER_NORM to"):
+        build_distiller(cfg, data, CPU)
+    cfg = load_config(tmp_path / "toy.yaml", ["DISTILLER.TEACHER_NORM", "data"])
+    assert not build_distiller(cfg, data, CPU).teacher._forward_pre_hooks
+
+
+def test_a_last_digit_is_no_other_normalisation():
+    net = get_model_entry("resnet8", "cifar")(num_classes=4)
+    renormalize_input(net, TOY, [[0.3 + 1e-9] * 3, [0.4] * 3])
+    assert not net._forward_pre_hooks
+    renormalize_input(net, TOY, [[0.3 + 1e-4] * 3, [0.4] * 3])
+    assert net._forward_pre_hooks
+
+
 def test_a_validation_with_the_own_normalisation_equals_one_of_the_plain_network(tmp_path):
     distiller, data = run_parts(tmp_path, "KD", TEACHER_NORM=OWN)
     keys = ["DATASET.MEAN", OWN[0], "DATASET.STD", OWN[1]]
@@ -133,6 +225,9 @@ def test_released_weights_bring_their_normalisation_and_others_do_not(tmp_path, 
     own = saved_teacher(tmp_path, "ResNet18", seed=2, zoo="imagenet", num_classes=10)
     own = own.rename(tmp_path / "own.pth")
     assert not build_network(cfg, "TEACHER", data, own)._forward_pre_hooks
+    (tmp_path / "elsewhere").mkdir()  # a copy has the name, in which torchvision puts a hash
+    copied = shutil.copy(own, tmp_path / "elsewhere" / path.name)
+    assert build_network(cfg, "TEACHER", data, copied)._forward_pre_hooks
     cfg = load_config(config, ["DATASET.TYPE", "toy_imagenet", "DISTILLER.TEACHER_NORM", "own"])
     assert build_network(cfg, "TEACHER", data, own)._forward_pre_hooks
 

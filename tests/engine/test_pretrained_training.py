@@ -17,6 +17,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import load_config
+from mdistiller.models._input import input_norm
 
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}
 NAME = "timm/vit_tiny_patch16_224"  # its images are normalised by 0.5 and 0.5
@@ -104,6 +105,10 @@ def test_the_way_from_released_weights_over_fine_tuning_to_a_student(tmp_path, c
     (tmp_path / "released.pth").unlink()
     (tmp_path / "second").mkdir()
     ckpt = str(tuned / "student_latest")
+    for args in ({**VIT, "pretrained": True}, VIT):  # the file itself says what it wants
+        path = write_config(tmp_path / "second", TEACHER=NAME, TEACHER_ARGS=args)
+        net = build_network(load_config(path), "TEACHER", data, ckpt)
+        assert input_norm(net) == [[0.5] * 3] * 2
     second = train(tmp_path / "second", TEACHER_CKPT=ckpt, **distiller)
     assert json.loads((second / "summary.json").read_text())["teacher_acc"] == trained
 

@@ -19,6 +19,7 @@ from mdistiller.engine.record import git_revision, versions
 from mdistiller.models import count_cost
 
 _TEST_SET = "test set"
+_EMA = "ema_"  # before the names of what is measured of the moving average
 _LOCAL = ("LOG", "DEVICE")  # parts of a config that only concern the machine it ran on
 _PATHS = ("ROOT", "TEACHER_CKPT", "TEACHER_CFG")
 
@@ -134,21 +135,27 @@ def accuracies(student: Student) -> list[Measured]:
         return []
     run, split = student.run, student.cfg.DATASET.VAL_SPLIT
     images = f"{split} held-out training images" if split else _TEST_SET
-    values = {row["epoch"]: row["test_acc"] for row in run.epochs if "test_acc" in row}
-    if not values:
-        return []
-    last, best = max(values), max(values, key=lambda epoch: (values[epoch], -epoch))
-    epochs = {"best": best, "latest": last}
-    if run.choice.removeprefix("epoch_").isdigit():
-        epochs[run.choice] = int(run.choice.removeprefix("epoch_"))
-    found = [
-        Measured(name, epoch, values[epoch], images)
-        for name, epoch in epochs.items()
-        if epoch in values
-    ]
-    if "test_acc_best" in run.summary:
-        found.append(Measured("best", best, run.summary["test_acc_best"], _TEST_SET))
-        found.append(Measured("latest", last, run.summary["test_acc_last"], _TEST_SET))
+    found = []
+    for prefix in ("", _EMA):
+        key = f"{prefix}test_acc"
+        values = {row["epoch"]: row[key] for row in run.epochs if key in row}
+        if not values:
+            continue
+        # of equal ones the later, as the files have it
+        last, best = max(values), max(values, key=lambda epoch: (values[epoch], epoch))
+        epochs = {f"{prefix}best": best, f"{prefix}latest": last}
+        chosen = run.choice.removeprefix("epoch_")
+        if chosen.isdigit() and not prefix:
+            epochs[run.choice] = int(chosen)
+        found += [
+            Measured(name, epoch, values[epoch], images)
+            for name, epoch in epochs.items()
+            if epoch in values
+        ]
+        if f"{key}_best" in run.summary:
+            for name, epoch, which in (("best", best, "best"), ("latest", last, "last")):
+                value = run.summary[f"{key}_{which}"]
+                found.append(Measured(f"{prefix}{name}", epoch, value, _TEST_SET))
     return found
 
 
@@ -164,6 +171,9 @@ def accuracy(student: Student) -> str:
     selected = f"The best epoch was selected on the {found[0].images}"
     flattered = ", which flatters its accuracy" if found[0].images == _TEST_SET else ""
     lines += ["", f"{selected}{flattered}."]
+    if any(item.weights.startswith(_EMA) for item in found):
+        decay = student.cfg.SOLVER.EMA
+        lines.append(f"Rows {_EMA}* are of the moving average of the weights (decay {decay}).")
     last, epochs = max(item.epoch for item in found), student.cfg.SOLVER.EPOCHS
     if last < epochs:
         lines.append(f"The run was not finished: {last} of {epochs} epochs.")

@@ -6,17 +6,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from mdistiller.dataset import known_data, load_test_loader
+from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.export.student import RunFacts, Student
 from mdistiller.engine.record import data_facts
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
 from mdistiller.models import get_model_entry
+from mdistiller.models._input import Statistics
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 
@@ -27,7 +30,7 @@ def from_run(
     """The student of a run folder.
 
     Args:
-        checkpoint: best, latest or epoch_N.
+        checkpoint: best, latest, epoch_N, ema_best or ema_latest.
         overrides: `[key, value, ...]` over the recorded config (DATASET.ROOT, say).
         imports: further user files.
 
@@ -49,7 +52,9 @@ def from_run(
         [row for row in _read_lines(folder / "metrics.jsonl") if "epoch" in row],
         (record.get("starts") or [{}])[-1],
     )
-    return _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
+    student = _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
+    student.evaluated = _evaluated(cfg, path, data)
+    return student
 
 
 def from_checkpoint(
@@ -105,8 +110,6 @@ def _load(
     settings = arguments(cfg, "STUDENT")
     released = settings.pop("pretrained", False)
     given = (tuple(data["mean"]), tuple(data["std"]))
-    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
-    mean, std = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given)
     student = Student(
         nn.Identity(),
         name,
@@ -115,28 +118,40 @@ def _load(
         data["num_classes"],
         list(data["classes"]),
         (height, width),
-        tuple(mean),
-        tuple(std),
+        *given,
         dataset,
         "released weights" if path is None else path.name,
         cfg,
         run,
     )
+    stated = None
     if path is None:
         wanted = {**settings, "pretrained": released or True}
         require_classes(entry, wanted, student.num_classes)
         student.net = student.build(pretrained=wanted["pretrained"])
     else:
         student.net = student.build()
-        load_network(student.net, path, name, student.num_classes)
+        stated = load_network(student.net, path, name, student.num_classes)
+    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
+    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, stated)
+    student.mean, student.std = map(tuple, own)
     student.net.eval().requires_grad_(False)
     return student
 
 
+def _evaluated(cfg: Config, path: Path, data: Mapping[str, Any]) -> tuple[nn.Module, Statistics]:
+    """The network as `eval` builds it, and what the loader's images are normalised with."""
+    facts: Any = SimpleNamespace(**{**data, "image_size": tuple(data["image_size"])})
+    net = build_network(cfg, "STUDENT", facts, path)
+    return net.eval().requires_grad_(False), (facts.mean, facts.std)
+
+
 def _checkpoint_file(folder: Path, name: str) -> Path:
-    """The file with the student's weights of best, latest or epoch_N."""
-    if not re.fullmatch(r"best|latest|epoch_\d+", name):
-        raise UserError(f"--checkpoint is best, latest or epoch_N, got {name!r}")
+    """The file with the student's weights of a checkpoint that was asked for by name."""
+    if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
+        raise UserError(
+            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
+        )
     places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -144,6 +159,7 @@ def _checkpoint_file(folder: Path, name: str) -> Path:
         raise UserError(
             f"{folder} has no checkpoint {name} (it has: "
             f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
+            f"{'; it kept no moving average (SOLVER.EMA)' if name.startswith('ema_') else ''}"
         )
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mdistiller.engine.build import make_network
 from mdistiller.engine.cfg import Config
 from mdistiller.models import StagedNet, get_model_entry
+from mdistiller.models._input import Statistics
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 refuses transformers without a bound
@@ -33,6 +34,8 @@ class Student:
         checkpoint: the file its weights are from.
         cfg: the config of the run it is from, or that it was exported with.
         run: of a run folder: its `record`; else None.
+        evaluated: of a run folder: the network as `eval` builds it, which normalises images anew if
+            it wants to, and what the loader's are normalised with; else None.
     """
 
     net: nn.Module
@@ -48,6 +51,7 @@ class Student:
     checkpoint: str
     cfg: Config
     run: RunFacts | None = None
+    evaluated: tuple[nn.Module, Statistics] | None = None
 
     def build(self, **settings: Any) -> nn.Module:
         """A fresh network of the same kind; random weights, but for `pretrained`."""
@@ -78,7 +82,7 @@ class RunFacts:
     """What a run folder tells beside weights.
 
     Attributes:
-        choice: the checkpoint that was asked for: best, latest or epoch_N.
+        choice: the checkpoint that was asked for: best, latest, epoch_N, ema_best or ema_latest.
         summary: of `summary.json`; empty while the run is not finished.
         epochs: the lines of `metrics.jsonl`, without those of a stage before the main one.
         start: the last entry of `run.json`.

@@ -74,7 +74,8 @@ def _export_file(student: Student, deployed: Deployed, name: str, out: Path) -> 
 def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
     """The largest difference of any logit from the network's, over batches of several sizes.
 
-    Images are random bytes, which the network gets as the evaluation's loader makes them.
+    Images are random bytes, which the network gets as the evaluation's loader makes them. Of a run,
+    it is the one that `eval` builds: what the file takes its images to be is compared as well.
 
     Args:
         raw: `run` takes images in [0, 1]; else normalised ones, if it is known how.
@@ -84,17 +85,19 @@ def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
         UserError: it is more than TOLERANCE, relative to the largest logit if that is above 1.
     """
     generator = torch.Generator().manual_seed(0)
-    statistics = (student.mean, student.std) if student.mean else ((0.0,) * 3, (1.0,) * 3)
-    normalize = Normalize(*statistics, torch.device("cpu"))
+    own = (student.mean, student.std) if student.mean else ((0.0,) * 3, (1.0,) * 3)
+    net, given = student.evaluated or (student.net, own)
+    ours, theirs = (
+        Normalize(tuple(mean), tuple(std), torch.device("cpu")) for mean, std in (given, own)
+    )
     largest = 0.0
     for batch in BATCHES:
         shape = (batch, 3, *student.image_size)
         images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        normalized = normalize(images)
-        wanted: Tensor = student.net(normalized)[0].float()
+        wanted: Tensor = net(ours(images))[0].float()
         if not wanted.isfinite().all():
             raise UserError(f"{student.checkpoint} gives logits that are not finite; not exported")
-        found = run(images.float() / 255 if raw else normalized)
+        found = run(images.float() / 255 if raw else theirs(images))
         difference = float("inf")
         if found.shape == wanted.shape:
             difference = float((found - wanted).abs().max())
