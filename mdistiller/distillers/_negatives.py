@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +69,22 @@ class Negatives(nn.Module):
         return torch.where(enough[:, None], self._distinct(index), repeated)
 
     def _distinct(self, index: Tensor) -> Tensor:
-        """The K largest of random keys, own class last."""
+        return self._chosen(index) if index.device.type == "cpu" else self._by_keys(index)
+
+    def _chosen(self, index: Tensor) -> Tensor:
+        """By numpy, image by image: on a CPU 5 times as fast as random keys for a whole batch."""
+        generator = np.random.default_rng(int(torch.randint(2**62, ())))  # repeats with torch's
+        others = (len(self.targets) - self.count[self.targets[index]]).tolist()
+        place = torch.empty(len(index), self.k, dtype=torch.int64)
+        for row, number in zip(place.numpy(), others, strict=True):
+            if number >= self.k:
+                row[:] = generator.choice(number, self.k, replace=False, shuffle=False)
+            else:
+                row[:] = 0  # drawn with replacement elsewhere
+        return self._others(index, place)
+
+    def _by_keys(self, index: Tensor) -> Tensor:
+        """The K largest of random keys, own class last; all rows at once, without a sync."""
         rows = max(1, DRAW_BLOCK // len(self.targets))
         return torch.cat([self._largest_keys(part) for part in index.split(rows)])
 
@@ -78,10 +94,13 @@ class Negatives(nn.Module):
         return keys.topk(self.k, dim=1, sorted=False).indices
 
     def _repeated(self, index: Tensor) -> Tensor:
-        """Uniform over the images by class, jumping over the own class."""
+        """Each uniform over the images of other classes."""
+        others = len(self.targets) - self.count[self.targets[index, None]]
+        return self._others(index, random_below(others.expand(-1, self.k)))
+
+    def _others(self, index: Tensor, place: Tensor) -> Tensor:
+        """The images at `place` [N, K] of the list, by class, without the own class's."""
         own = self.targets[index, None]
-        others = len(self.targets) - self.count[own]
-        place = random_below(others.expand(-1, self.k))
         return self.order[place + self.count[own] * (place >= self.start[own])]
 
     @torch.no_grad()

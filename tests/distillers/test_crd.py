@@ -186,7 +186,23 @@ def test_of_an_image_that_comes_twice_the_last_embedding_counts():
     assert torch.equal(bank.memory_v1[1], rows[1])
 
 
-def test_negatives_are_distinct_and_of_other_classes():
+@pytest.fixture(params=["_chosen", "_by_keys"])
+def form(request, monkeypatch):
+    """How distinct negatives are drawn: the CPU's form, and that of other devices."""
+    monkeypatch.setattr(Negatives, "_distinct", getattr(Negatives, request.param))
+
+
+def test_a_draw_repeats_with_torchs_seed(form):
+    negatives = Negatives(torch.arange(60) % 4, 60, 25)
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(negatives.draw(torch.arange(8)))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_negatives_are_distinct_and_of_other_classes(form):
     torch.manual_seed(0)
     targets = torch.randint(4, (60,))
     negatives = Negatives(targets, 60, 25)
@@ -199,7 +215,7 @@ def test_negatives_are_distinct_and_of_other_classes():
 
 
 @pytest.mark.parametrize("k", [3, 40])
-def test_negatives_are_uniform(k):
+def test_negatives_are_uniform(k, form):
     """Chi-square over the 20 images of other classes; k = 40 draws with replacement."""
     torch.manual_seed(1)
     targets = torch.tensor([0] * 8 + [1] * 7 + [2] * 13)
@@ -218,7 +234,7 @@ def test_negatives_are_uniform(k):
     assert kinds == 20**2 if k == 40 else kinds > 1100  # of 1140 sets
 
 
-def test_only_classes_with_too_few_others_repeat():
+def test_only_classes_with_too_few_others_repeat(form):
     torch.manual_seed(0)
     targets = torch.tensor([0] * 20 + [1] * 5)
     drawn = Negatives(targets, 25, 12).draw(torch.tensor([0, 24]))
@@ -228,13 +244,14 @@ def test_only_classes_with_too_few_others_repeat():
 
 
 def test_rows_are_drawn_in_blocks_where_the_set_is_large(monkeypatch):
+    monkeypatch.setattr(Negatives, "_distinct", Negatives._by_keys)
     monkeypatch.setattr("mdistiller.distillers._negatives.DRAW_BLOCK", 70)
     drawn = Negatives(torch.arange(30) % 3, 30, 5).draw(torch.arange(7))
     assert drawn.shape == (7, 5)
     assert (drawn % 3 != torch.arange(7)[:, None] % 3).all()
 
 
-def test_without_classes_only_the_image_itself_is_no_negative():
+def test_without_classes_only_the_image_itself_is_no_negative(form):
     drawn = Negatives(None, 10, 9).draw(torch.arange(10))
     for own, row in enumerate(drawn):
         assert sorted([own, *row.tolist()]) == list(range(10))
