@@ -62,6 +62,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "WARMUP_EPOCHS": 0,  # epochs of linear warm-up of the learning rate
         "MIN_LR": 0.0,  # where the cosine ends
         "WEIGHT_DECAY": 0.0001,
+        "NORM_DECAY": True,  # weight decay on biases and norms, too
         "MOMENTUM": 0.9,
         "NESTEROV": False,
         "TYPE": "SGD",  # SGD, Adam or AdamW

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from mdistiller.engine.distributed import average_gradients, unwrap
+from mdistiller.engine.optim import decay_groups
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 
@@ -160,7 +161,7 @@ class DOTTrainer(BaseTrainer):
                 f"SOLVER.TRAINER {solver.TRAINER} has no Nesterov form; set SOLVER.NESTEROV False"
             )
         return DistillationOrientedTrainer(
-            self.model.param_groups(),
+            decay_groups(self.model.param_groups(), solver),
             lr=solver.LR,
             momentum=solver.MOMENTUM - solver.DOT.DELTA,
             momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,

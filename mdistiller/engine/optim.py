@@ -57,7 +57,23 @@ def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
         own = {id(p): p for p in group["params"] if id(p) not in seen}
         seen |= set(own)
         group["params"] = list(own.values())
-    return OPTIMIZERS[solver.TYPE](groups, solver)
+    return OPTIMIZERS[solver.TYPE](decay_groups(groups, solver), solver)
+
+
+def decay_groups(groups: list[dict[str, Any]], solver: Any) -> list[dict[str, Any]]:
+    """The groups, with biases and the parameters of norms apart where SOLVER.NORM_DECAY is False.
+
+    Those (all with less than two dimensions, as is usual for transformers) then have no decay.
+    """
+    if solver.NORM_DECAY:
+        return groups
+    split = []
+    for group in groups:
+        wide = [param for param in group["params"] if param.ndim > 1]
+        narrow = [param for param in group["params"] if param.ndim <= 1]
+        split += [{**group, "params": wide}] if wide else []
+        split += [{**group, "params": narrow, "weight_decay": 0.0}] if narrow else []
+    return split
 
 
 def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:

@@ -12,7 +12,6 @@ from support import REPO, command, same_state, saved_teacher, write_config
 from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.optim import build_optimizer, build_scheduler
 from mdistiller.engine.record import changed_settings
 from mdistiller.engine.run import experiment_name
 from mdistiller.models import get_model_entry
@@ -84,30 +83,6 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path):
     folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1).parent
     other = untimed(folder / "runEXPERIMENT.SEED:1")
     assert other[0]["train_loss"] != untimed(first)[0]["train_loss"]
-
-
-def rates(epochs, **solver):
-    """Learning rate of each epoch."""
-    words = [word for key, value in solver.items() for word in (f"SOLVER.{key}", str(value))]
-    node = load_config("", ["SOLVER.EPOCHS", str(epochs), "SOLVER.LR", "1.0", *words]).SOLVER
-    optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], node)
-    scheduler = build_scheduler(optimizer, node)
-    seen = []
-    for _ in range(epochs):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return seen
-
-
-def test_schedules():
-    assert rates(5, LR_DECAY_STAGES="[2,4]") == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    assert rates(3, SCHEDULE="constant") == [1, 1, 1]
-    cosine = [0.5 * (1 + np.cos(np.pi * e / 4)) for e in range(4)]
-    assert rates(4, SCHEDULE="cosine") == pytest.approx(cosine)
-    assert rates(6, SCHEDULE="cosine", WARMUP_EPOCHS=2) == pytest.approx([1 / 3, 2 / 3, *cosine])
-    warm = rates(5, LR_DECAY_STAGES="[3]", WARMUP_EPOCHS=2)
-    assert warm == pytest.approx([1 / 3, 2 / 3, 1, 0.1, 0.1])
 
 
 def test_a_plateau_lowers_the_rate_and_resumes_exactly(tmp_path, monkeypatch, capsys):
