@@ -15,6 +15,7 @@ from mdistiller.cli._textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.memory_format import undo_channels_last
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy
@@ -93,7 +94,7 @@ def plain_forward(
 class Classic:
     """The usual script: images through PIL one by one, textbook losses, numbers read every step.
 
-    Always in full precision; the teacher is run as it is.
+    Always in full precision and in NCHW; the teacher is run as it is.
 
     Attributes:
         textbook: whether the method's loss is the textbook form, else it is ours.
@@ -101,6 +102,7 @@ class Classic:
 
     def __init__(self, cfg: Config, distiller: Distiller, data: Data, steps: int, workers: int):
         distiller.frozen = None
+        undo_channels_last(distiller)
         self.distiller, self.steps = distiller.train(), steps
         self.device = next(distiller.parameters()).device
         self.optimizer = build_optimizer(distiller.param_groups(), cfg.SOLVER)

@@ -23,6 +23,16 @@ def use_channels_last(distiller: Distiller) -> None:
             net.register_forward_pre_hook(_lay_out)
 
 
+def undo_channels_last(distiller: Distiller) -> None:
+    """Take back :func:`use_channels_last`, where it was done."""
+    convert_conv2d_weight_memory_format(distiller, torch.contiguous_format)  # type: ignore[arg-type]
+    for net in (distiller.student, distiller.teacher):
+        if isinstance(net, nn.Module):
+            hooks = net._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _lay_out]:
+                del hooks[key]
+
+
 def _lay_out(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
     image, *rest = inputs
     return (image.contiguous(memory_format=torch.channels_last), *rest)

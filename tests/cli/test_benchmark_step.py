@@ -51,6 +51,23 @@ def test_the_teacher_is_folded_in_all_but_the_classic_loop():
     assert Classic(cfg, copy.deepcopy(distiller), data, 1, 0).distiller.frozen is None
 
 
+def test_the_classic_loop_is_in_nchw_whatever_ours_is():
+    cfg, data, distiller = setting("KD", "SOLVER.CHANNELS_LAST", "True")
+    nets = Bare(cfg, copy.deepcopy(distiller), data, 1), Classic(cfg, distiller, data, 1, 0)
+    lies_last = []
+    for loop in nets:
+        for net in (loop.distiller.student, loop.distiller.teacher):
+            convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+            convolutions[1].register_forward_hook(
+                lambda layer, inputs, output: lies_last.append(
+                    output.is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+        loop.distiller.frozen = None
+        loop.step(next(iter(data.train)))
+    assert lies_last == [True, True, False, False]
+
+
 def test_the_textbook_stands_in_only_where_it_is_the_same_loss():
     for words in (("KD", "LSKD.ENABLE", "True"), ("DKD", "DKD.MODE", "nckd"), ("RKD",)):
         cfg, data, distiller = setting(*words)
