@@ -22,12 +22,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
 from mdistiller.distillers._common import (
     full_precision,
+    mean_square_error,
     probe,
     require_one_of,
     unit,
@@ -140,7 +140,7 @@ class FT(Distiller):
         teacher = self.run_teacher(image)
         with torch.autocast(image.device.type, enabled=False):
             last = teacher["feats"][-1]
-            return teacher.logits, {"loss_init": F.mse_loss(self.paraphraser(last), last)}
+            return teacher.logits, {"loss_init": mean_square_error(self.paraphraser(last), last)}
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         with torch.no_grad():

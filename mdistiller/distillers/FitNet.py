@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
@@ -22,6 +21,7 @@ from mdistiller.distillers._common import (
     ConvReg,
     full_precision,
     get_feat_shapes,
+    mean_square_error,
     pool_to,
     probe_size,
 )
@@ -42,7 +42,7 @@ def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
         teacher: [N, C, H', W']; averaged to H x W first where that differs.
     """
     hint = full_precision(hint)
-    return F.mse_loss(hint, pool_to(full_precision(teacher), hint))
+    return mean_square_error(hint, pool_to(full_precision(teacher), hint))
 
 
 def hint_layer(wanted: int, layers: int) -> int:

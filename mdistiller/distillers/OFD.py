@@ -24,11 +24,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, pool_to, probe
+from mdistiller.distillers._common import full_precision, mean_square_error, pool_to, probe
 from mdistiller.distillers._stages import warn_left_over
 from mdistiller.registry import UserError
 
@@ -63,7 +62,7 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
         teacher = torch.maximum(teacher, margin.reshape(-1, 1, 1))
         # Where a negative response is undercut nothing is to be learnt: the target is the student.
         goal = torch.where(teacher > 0, teacher, torch.minimum(student, teacher))
-    return F.mse_loss(student, goal, reduction="sum") / len(student)
+    return mean_square_error(student, goal, reduction="sum") / len(student)
 
 
 class Connectors(nn.Module):

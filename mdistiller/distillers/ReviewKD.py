@@ -33,6 +33,7 @@ from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import (
     FeatureShapes,
     full_precision,
+    mean_square_error,
     probe,
     settle,
     warmup_factor,
@@ -57,13 +58,13 @@ def hcl_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Hierarchical context loss, summed over pairs of maps [N, C, H, W] of equal shape."""
     total = torch.zeros((), device=student[0].device)
     for s, t in zip(map(full_precision, student), map(full_precision, teacher), strict=True):
-        weight, weights, loss = 1.0, 1.0, F.mse_loss(s, t)
+        weight, weights, loss = 1.0, 1.0, mean_square_error(s, t)
         for side in (4, 2, 1):
             if side < s.shape[2]:
                 weight /= 2
                 weights += weight
                 s_mean, t_mean = (F.adaptive_avg_pool2d(x, side) for x in (s, t))
-                loss = loss + weight * F.mse_loss(s_mean, t_mean)
+                loss = loss + weight * mean_square_error(s_mean, t_mean)
         total = total + loss / weights
     return total
 

@@ -26,11 +26,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, pool_to, probe
+from mdistiller.distillers._common import full_precision, mean_square_error, pool_to, probe
 from mdistiller.distillers._heads import linear_head
 from mdistiller.registry import UserError
 
@@ -43,7 +42,7 @@ def simkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: [N, C, H', W'], averaged to H x W first.
     """
     student = full_precision(student)
-    return F.mse_loss(student, pool_to(full_precision(teacher), student))
+    return mean_square_error(student, pool_to(full_precision(teacher), student))
 
 
 @DISTILLERS.register("SIMKD", config={"FACTOR": 2, "WEIGHT": 1.0})

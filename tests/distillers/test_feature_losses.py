@@ -8,6 +8,7 @@ from support import golden_values
 from mdistiller.distillers import RKD as RKD_CLASS
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._base import Output
+from mdistiller.distillers._common import mean_square_error
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
@@ -196,3 +197,17 @@ def test_an_unknown_choice_is_refused_at_construction(key, value):
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=f"{key} 'mine' is n"):
         distiller_dict[key.split(".")[0]](None, None, cfg)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_squared_errors_hand_back_gradients_in_the_layout_of_the_map(layout, reduction):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    student = a.contiguous(memory_format=layout).requires_grad_()
+    loss = mean_square_error(student, b, reduction)
+    (gradient,) = torch.autograd.grad(loss, student)
+    count = a.numel() if reduction == "mean" else 1
+    torch.testing.assert_close(loss, ((a - b) ** 2).sum() / count)
+    torch.testing.assert_close(gradient, 2 * (a - b) / count)
+    assert gradient.is_contiguous(memory_format=layout)
