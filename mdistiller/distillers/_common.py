@@ -37,8 +37,8 @@ def mean_square_error(student: Tensor, teacher: Tensor, reduction: str = "mean")
     """
     if student.is_contiguous():
         return F.mse_loss(student, teacher, reduction=reduction)
-    squares = (student - teacher).square()
-    return squares.sum() if reduction == "sum" else squares.mean()
+    total = (student - teacher).square().sum()  # the gradient of mean() is in NCHW, too
+    return total if reduction == "sum" else total / student.numel()
 
 
 def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
