@@ -10,10 +10,10 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
@@ -21,6 +21,7 @@ from mdistiller.distillers import DISTILLERS
 from mdistiller.distillers._compose import part_names
 from mdistiller.distillers._standardize import LSKD_CONFIG
 from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.engine.safe_yaml import DEPTH, LIMIT, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -89,6 +90,8 @@ NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
 SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
 """Keys whose values are True, False or a word."""
+_MOST_FILES = 100  # that one config is built of
+_LONGEST = 20_000  # characters of a value on the command line
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -130,64 +133,61 @@ class Config(CfgNode):
         merge(self, {k: v for k, v in incoming.items() if k != "IMPORTS"}, (), root=self)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                where = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"line {where}: {key!r} is no config key")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
-            seen.add(key)
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        return result
-
-
 def find_config(name: str | Path) -> Path:
     """The file for a config name: as given, else below the package's own `configs/`."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(
-            f"config {str(name)!r} is not a .yaml file (Python configs would run code: refused)"
+            f"config {shown(str(name))} is not a .yaml file (Python configs would run code: refused)"
         )
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for candidate in (path, config_root().joinpath(*parts)):
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
-    raise UserError(f"config file {str(name)!r} not found{suggest('/'.join(parts), known)}")
+    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for what can be no name of one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The nested mapping of a YAML file, over that of its `_BASE_` file or files."""
+    return _read_yaml(path, chain, count(1))
+
+
+def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dict[str, Any]:
     path = find_config(path)
     resolved = path.resolve()
     if resolved in chain:
         raise UserError(f"{path}: _BASE_ leads back to itself ({' -> '.join(map(str, chain))})")
+    if next(reads) > _MOST_FILES:
+        raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
     try:
-        # The loader is a SafeLoader: it builds plain values only.
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is no valid YAML: {reason}") from None
+        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        table = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
     bases = table.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {bases!r}")
+        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {shown(bases)}")
     resolve_paths(table, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
         beside = path.parent / base
-        file = beside if beside.is_file() else Path(base)  # "configs/..." works from anywhere
-        merged = overlay(merged, read_yaml(file, (*chain, resolved)))
+        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
+        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
     return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
 
@@ -199,7 +199,7 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     settings = table.get("DISTILLER")
     if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
         teacher = folder / settings["TEACHER_CFG"]
-        if teacher.is_file():
+        if is_file(teacher):
             settings["TEACHER_CFG"] = str(teacher.resolve())
 
 
