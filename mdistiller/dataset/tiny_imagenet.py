@@ -31,9 +31,8 @@ class TinyImageNet(FileSource):
 
     def files(self, root: Path, split: Split) -> FileSet:
         folder = root / ("train" if split == "train" else "val")
-        if not folder.is_dir():
-            with first_on_machine():
-                _unpack(root)
+        with first_on_machine():
+            _unpack(root)
         if not folder.is_dir():
             raise UserError(
                 f"Tiny-ImageNet is not in {root} (no {folder.name}/); put {_URL} beside it, "

@@ -38,8 +38,9 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > LIMIT:
         raise ValueError(f"it has {len(text)} characters, at most {LIMIT} are read")
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -50,7 +51,8 @@ def parse_yaml(text: str) -> Any:
     except Exception as error:  # constructors of dates, numbers and bytes raise many kinds
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
