@@ -11,9 +11,11 @@ import errno
 import json
 import os
 import shutil
+import ssl
 import time
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -130,7 +132,7 @@ def _download(part: _Part, size: int | None, sha256: str, md5: str) -> None:
         except (OSError, HTTPException) as error:
             if not part.bytes:
                 part.forget()
-            if not _passing(error):
+            if not _passing(error, begun=part.bytes > 0):
                 raise
             failures = 0 if part.bytes > most else failures + 1
             most = max(most, part.bytes)
@@ -244,19 +246,25 @@ def _opener() -> Any:
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise _RefusedError(f"{url} is no address ({error})") from None
     local = parts.scheme == "file" or (parts.scheme == "http" and parts.hostname in _HERE)
     if parts.scheme != "https" and not local:
         raise _RefusedError(f"{url} is not https")
 
 
-def _passing(error: Exception) -> bool:
-    """Whether another attempt may go better."""
+def _passing(error: Exception, begun: bool) -> bool:
+    """Whether another attempt may go better; without a name server, only if there was one."""
     if isinstance(error, HTTPError):
         return error.code in _AGAIN
     if isinstance(error, URLError):
         reason = error.reason
-        return isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError)
+        never = (FileNotFoundError, ssl.SSLCertVerificationError, *(() if begun else (gaierror,)))
+        return isinstance(reason, OSError) and not isinstance(reason, never)
+    if isinstance(error, InvalidURL):
+        return False
     ours = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
     return getattr(error, "errno", None) not in ours
 

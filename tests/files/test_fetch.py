@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 from file_server import serving
@@ -155,6 +158,22 @@ def test_a_redirect_to_something_else_is_not_followed(site, tmp_path, target):
     assert visible(tmp_path) == []
     site.moved = {"old": f"{site.url}/w"}
     fetch(f"{site.url}/old", tmp_path / "w", "it")
+
+
+@pytest.mark.parametrize("url", ["https://[x", "https://", "http://127.0.0.1:9/a b"])
+def test_an_address_that_is_none_is_not_tried_again(tmp_path, monkeypatch, url):
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: pytest.fail("a second attempt"))
+    assert "could not be downloaded (" in refused(url, tmp_path / "w", "it")
+
+
+def test_without_a_name_server_it_ends_at_once(tmp_path, monkeypatch):
+    def nowhere(*args, **kwargs):
+        raise URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: pytest.fail("a second attempt"))
+    monkeypatch.setattr(fetching, "_opener", lambda: SimpleNamespace(open=nowhere))
+    text = refused("https://example.com/w", tmp_path / "w", "it")
+    assert "(no connection: Name or service not known)" in text
 
 
 def test_a_full_disk_is_said_at_once(site, tmp_path, monkeypatch):
