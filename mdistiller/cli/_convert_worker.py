@@ -13,6 +13,7 @@ import numbers
 import pickle
 import sys
 import types
+import warnings
 from typing import Any
 
 import numpy as np
@@ -143,12 +144,14 @@ def plain(value: Any, depth: int = 0) -> Any:
 def main(source: str, target: str, mode: str) -> None:
     """Read `source`, write what is plain in it to `target`."""
     inert = types.SimpleNamespace(__name__="inert", Unpickler=Unpickler, load=_load)
-    contents = torch.load(
-        source,
-        map_location="cpu",
-        weights_only=False,  # the point of this program
-        pickle_module=pickle if mode == "run" else inert,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the source of shells
+        contents = torch.load(
+            source,
+            map_location="cpu",
+            weights_only=False,  # the point of this program
+            pickle_module=pickle if mode == "run" else inert,
+        )
     found = plain(contents)
     if hasattr(contents, "_parameters"):
         found = {"model": found}

@@ -83,7 +83,9 @@ def test_weights_that_only_code_gives_want_trust(tmp_path, capsys, monkeypatch):
     """Given, it runs in an environment without the user's secrets."""
     marker = tmp_path / "marker"
     torch.save({"model": {"w": Touch(marker)}}, tmp_path / "old")
-    assert convert(tmp_path / "old", tmp_path / "new") == 2
+    with monkeypatch.context() as patch:  # found nothing without running it
+        patch.setattr(convert_checkpoint, "_read", lambda path, mode: None)
+        assert convert(tmp_path / "old", tmp_path / "new") == 2
     error = capsys.readouterr().err
     assert "runs whatever code it brings" in error
     assert error.count("\n") == 1
