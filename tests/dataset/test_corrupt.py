@@ -11,7 +11,7 @@ from data_support import collect, config, one_line, write_folders
 from PIL import Image
 from test_shards import png, write_shards
 
-from mdistiller.dataset import _corrupt, load_data
+from mdistiller.dataset import _corrupt, _images, load_data
 from mdistiller.dataset._images import UnreadableError, decode
 from mdistiller.registry import UserError
 
@@ -68,6 +68,18 @@ def test_what_is_no_sound_image_is_named(kind):
     text = one_line(error)
     assert text.startswith("the/file.png ")
     assert ("announces" in text or "exceeds limit" in text) == ("bomb" in kind)
+
+
+def test_a_bomb_reaches_no_decoder(monkeypatch):
+    monkeypatch.setattr(_images, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("decoded"))
+    with pytest.raises(UnreadableError, match="announces 65535x65535 pixels"):
+        decode(torch.tensor(list(jpeg_bomb()), dtype=torch.uint8), "x")
+
+
+def test_a_file_that_would_start_a_program_is_of_no_known_format():
+    with pytest.raises(UnreadableError, match="no image of a known format"):
+        decode(torch.tensor(list(EPS), dtype=torch.uint8), "x")
 
 
 def broken_folders(root):
