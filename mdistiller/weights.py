@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,17 +40,37 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"checkpoint {path} is empty")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
+    _refuse_bomb(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_scalars()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
             warnings.simplefilter("ignore")  # about pickles of other protocols, which then fail
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
-            raise UserError(
-                f"checkpoint {path} is refused: it holds more than weights and plain values, "
-                "which could run code when read"
+            name = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
+            raise RefusedError(
+                f"checkpoint {path} is refused: it holds more than weights and plain values"
+                f"{f' ({name[1]})' if name else ''}, which could run code when read; "
+                f"tools/convert_checkpoint.py {path} NEW takes its weights out"
             ) from None
         raise UserError(f"checkpoint {path} is truncated, damaged or no PyTorch file") from None
+
+
+class RefusedError(UserError):
+    """A checkpoint that would have to run code to be read."""
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a zip file that would unpack to far more than it is: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            total = sum(info.file_size for info in file.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # of the old format, or damaged
+    if total > 4 * path.stat().st_size + (1 << 20):
+        raise UserError(
+            f"checkpoint {path} is refused: its {path.stat().st_size} bytes unpack to {total}"
+        )
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -76,12 +98,15 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _numpy_scalars() -> list[Any]:
-    """What files of the original hold beside tensors: numpy floats, under two module names."""
+def _safe_globals() -> list[Any]:
+    """What files of the original hold beside tensors and only keeps values, running nothing.
+
+    Numpy's numbers, under two module names, and the options of a command line.
+    """
     scalar: Any = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)}
-    return [np.dtype, *kinds, *((scalar, name) for name in names)]
+    kinds = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"}
+    return [np.dtype, *kinds, *((scalar, name) for name in names), argparse.Namespace]
 
 
 def network_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -98,9 +123,18 @@ def network_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tens
         raise UserError(
             f"checkpoint {path} holds no weights (want a state dict, or one as 'model')"
         )
+    odd = next((k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v))), None)
+    if odd is not None:
+        raise UserError(
+            f"checkpoint {path} holds no plain state dict: {str(odd)[:80]!r} is no named tensor"
+        )
     plain = strip_prefix(state, "module.")
     student = {k: v for k, v in plain.items() if k.startswith("student.")}
     return strip_prefix(student, "student.") if student else plain
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def strip_prefix(state: State, prefix: str) -> dict[str, Tensor]:

@@ -5,11 +5,12 @@ import ast
 import pytest
 from support import REPO
 
-BOTTOM = {"registry", "runtime", "weights"}
+BOTTOM = {"registry", "runtime", "weights", "files"}
 MAY_IMPORT = {
     "registry": set(),
     "runtime": {"registry"},
     "weights": {"registry"},
+    "files": {"registry"},
     "models": BOTTOM,
     "dataset": BOTTOM,
     "distillers": BOTTOM,

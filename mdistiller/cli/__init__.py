@@ -14,6 +14,8 @@ COMMANDS = {
     "methods": "what every method is, uses and needs: a table",
     "benchmark": "measured speed of the parts",
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
+    "download": "released teachers, fetched to where the zoo looks for them",
+    "convert_checkpoint": "the weights of an old file that the library refuses to read",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
         return int(importlib.import_module(f"mdistiller.cli.{args[0]}").main(args[1:]))
-    lines = [f"  {name:<11}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
     known = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])
     if args and args[0] in ("-h", "--help"):
         print(known)

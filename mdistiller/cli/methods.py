@@ -201,13 +201,12 @@ def published(name: str) -> str:
 
 def configs(name: str) -> str:
     """Folders below `configs/` with files for a method, and how many."""
-    import yaml
-
+    from mdistiller.engine.safe_yaml import parse_yaml
     from mdistiller.runtime import config_root
 
     counts: dict[str, int] = {}
     for path in sorted(config_root().rglob("*.yaml")):
-        settings = (yaml.safe_load(path.read_text()) or {}).get("DISTILLER") or {}
+        settings = (parse_yaml(path.read_text()) or {}).get("DISTILLER") or {}
         if settings.get("TYPE") == name:
             folder = path.parent.relative_to(config_root()).as_posix()
             counts[folder] = counts.get(folder, 0) + 1

@@ -34,6 +34,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "MEAN": [],  # per channel, images in [0, 1]; empty: the data set's constants
     "STD": [],
     "MAX_MEMORY_GB": 16.0,  # image files that decode to more are left to workers
+    "SKIP_CORRUPT": False,  # leave out images that cannot be read, and say which; else refuse
     "DROP_LAST": False,  # leave out the images of an epoch that do not fill a batch
     "TEST": {"BATCH_SIZE": 64},
     "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
@@ -121,12 +122,14 @@ class Options:
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
+        skip_corrupt: leave out images that cannot be read.
     """
 
     image_size: int = 0
     workers: int = 2
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)
+    skip_corrupt: bool = False
 
 
 class DataSource:

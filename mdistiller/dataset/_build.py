@@ -206,7 +206,11 @@ def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFee
     """The registered data set, its folder, and how it is read."""
     source = _source(node)
     options = Options(
-        node["IMAGE_SIZE"], max(1, node["NUM_WORKERS"]), node["MAX_MEMORY_GB"], node["SHARDS"]
+        node["IMAGE_SIZE"],
+        max(1, node["NUM_WORKERS"]),
+        node["MAX_MEMORY_GB"],
+        node["SHARDS"],
+        node["SKIP_CORRUPT"],
     )
     if node["ROOT"]:
         root = Path(node["ROOT"]).expanduser()

@@ -99,7 +99,7 @@ class WorkerFeed(MemoryFeed):
 
     def read(self, split: Split) -> Any:
         if isinstance(self.source, FileSource):
-            return self.source.files(self.root, split)
+            return self.source.usable(self.root, split, self.options)
         return super().read(split)
 
     def size(self, *splits: Any) -> Size:
@@ -210,7 +210,8 @@ def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed
     if kind == "workers" or reason:
         return workers
     if kind == "auto" and isinstance(memory.source, FileSource):
-        files, side = memory.source.files(memory.root, split), memory.options.image_size
+        side = memory.options.image_size
+        files = memory.source.usable(memory.root, split, memory.options)
         height, width = (side, side) if side else files.image(0).shape[1:]
         if decoded_gigabytes(files, height, width) > memory.options.max_memory_gb:
             return workers

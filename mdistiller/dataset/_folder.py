@@ -68,8 +68,17 @@ class FileSource(DataSource):
         """The files of one split; see :meth:`DataSource.load`."""
         raise NotImplementedError
 
+    def usable(self, root: Path, split: Split, options: Options) -> FileSet:
+        """`files`, without those that DATASET.SKIP_CORRUPT leaves out."""
+        files = self.files(root, split)
+        if not options.skip_corrupt:
+            return files
+        from mdistiller.dataset._corrupt import drop_corrupt
+
+        return drop_corrupt(files, options.workers)
+
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
-        return load_files(self.files(root, split), options)
+        return load_files(self.usable(root, split, options), options)
 
 
 def is_image(name: str) -> bool:

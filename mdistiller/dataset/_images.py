@@ -24,6 +24,16 @@ except ImportError:
     decode_jpeg = None
 
 
+MAX_PIXELS = 80_000_000
+"""Of one image, 240 MB in memory: a few bytes of file can announce far more."""
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What Pillow may take a file for; others start programs (EPS), or are no photographs."""
+
+
+class UnreadableError(UserError):
+    """A file that is no image, or a broken one."""
+
+
 def read_image(path: Path) -> Tensor:
     """The image in a file; see :func:`decode`."""
     try:
@@ -46,14 +56,21 @@ def decode(data: Tensor, name: Path | str) -> Tensor:
     Raises:
         UserError: it is none, or broken, or has more than 8 bits a channel.
     """
-    if decode_jpeg is not None and data[:2].tolist() == [0xFF, 0xD8]:
+    size = _jpeg_size(data)
+    if size is not None:
+        _check_pixels(*size, name)
+    if decode_jpeg is not None and size is not None:
         with contextlib.suppress(RuntimeError):  # what is wrong Pillow says in plainer words
             pixels: Tensor = decode_jpeg(data, mode=ImageReadMode.RGB)
             return pixels
     try:
-        with Image.open(io.BytesIO(data.numpy().tobytes())) as file:
+        with Image.open(io.BytesIO(data.numpy().tobytes()), formats=FORMATS) as file:
+            width, height = file.size
+            _check_pixels(width, height, name)
             mode = file.mode
             image = file.convert("RGB")
+    except UnreadableError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise _unreadable(name, error) from error
     if mode == "F" or mode.startswith("I"):  # Pillow cuts such values off at 255
@@ -61,10 +78,35 @@ def decode(data: Tensor, name: Path | str) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def _jpeg_size(data: Tensor) -> tuple[int, int] | None:
+    """Width and height that the header of a JPEG announces; None for anything else."""
+    file = io.BytesIO(data.numpy().data)
+    if file.read(2) != b"\xff\xd8":
+        return None
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF:
+        kind, length = head[1], int.from_bytes(head[2:], "big")
+        if kind == 0xFF:  # padding before a marker
+            file.seek(-3, 1)
+        elif 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # the start of a frame
+            frame = file.read(5)
+            return int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
+        else:
+            file.seek(length - 2, 1)
+    return None
+
+
+def _check_pixels(width: int, height: int, name: Path | str) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableError(
+            f"{name} announces {width}x{height} pixels, more than {MAX_PIXELS} (a bomb?); replace "
+            "or remove it"
+        )
+
+
 def _unreadable(name: Path | str, error: Exception) -> UserError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     reason = "no image of a known format" if "cannot identify image file" in reason else reason
-    return UserError(f"{name} cannot be read as an image ({reason}); replace or remove it")
+    return UnreadableError(f"{name} cannot be read as an image ({reason}); replace or remove it")
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

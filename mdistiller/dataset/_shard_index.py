@@ -13,19 +13,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mdistiller.dataset._shards import INDEX, read_shard
+from mdistiller.dataset._shards import INDEX, as_tensor, read_shard
 from mdistiller.registry import UserError
 
 
-def index_shards(urls: Sequence[str], target: str, threads: int) -> list[list[int]]:
+def index_shards(
+    urls: Sequence[str], target: str, threads: int, readable: Sequence[str] = ()
+) -> list[list[int | None]]:
     """Classes of the samples of every shard; shards are read once, then remembered.
+
+    With `readable`, suffixes of images, a sample whose image cannot be decoded has the class None.
 
     The index is a JSON file: by path of the shard, relative to the folder of the first one, what
     tells whether it has changed (suffix of the class, bytes, time of the last change; the suffix
     alone for a URL) and its classes.
     """
     files = [Path(url) if os.path.isfile(url) else None for url in urls]
-    stamps = [_stamp(target, file) for file in files]
+    stamps = [_stamp(target, file, readable) for file in files]
     folder = files[0].parent if files[0] else Path()
     names = [
         Path(os.path.relpath(file, folder)).as_posix() if file else url
@@ -39,7 +43,7 @@ def index_shards(urls: Sequence[str], target: str, threads: int) -> list[list[in
     missing = [k for k, name in enumerate(names) if known.get(name, [None])[0] != stamps[k]]
     if missing:
         with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda k: _classes(urls[k], target), missing)
+            found = pool.map(lambda k: _classes(urls[k], target, readable), missing)
             bar = tqdm(found, "counting shards", len(missing), leave=False, disable=None)
             for k, classes in zip(missing, bar, strict=True):
                 known[names[k]] = [stamps[k], classes]
@@ -47,25 +51,40 @@ def index_shards(urls: Sequence[str], target: str, threads: int) -> list[list[in
     return [known[name][1] for name in names]
 
 
-def _stamp(target: str, file: Path | None) -> list[Any]:
+def _stamp(target: str, file: Path | None, readable: Sequence[str]) -> list[Any]:
+    checked = [f"readable {';'.join(readable)}"] if readable else []
     if file is None:
-        return [target]
+        return [target, *checked]
     facts = file.stat()
-    return [target, facts.st_size, facts.st_mtime_ns]
+    return [target, facts.st_size, facts.st_mtime_ns, *checked]
 
 
-def _classes(url: str, target: str) -> list[int]:
-    classes = []
-    for sample in read_shard(url, only=target):
+def _classes(url: str, target: str, readable: Sequence[str]) -> list[int | None]:
+    classes: list[int | None] = []
+    for sample in read_shard(url, only="" if readable else target):
         if target in sample:
             try:
-                classes.append(int(sample[target]))
+                label = int(sample[target])
+                classes.append(label if _is_readable(sample, readable) else None)
             except ValueError:
                 raise UserError(
                     f"{url}: {sample['__key__']}.{target} holds {bytes(sample[target][:20])!r}, "
                     "not a class in digits (DATASET.SHARDS.TARGET)"
                 ) from None
     return classes
+
+
+def _is_readable(sample: dict[str, Any], readable: Sequence[str]) -> bool:
+    data = next((sample[key] for key in readable if key in sample), None)
+    if data is None:  # not asked for, or missing, which is said when it is read
+        return True
+    from mdistiller.dataset._images import UnreadableError, decode
+
+    try:
+        decode(as_tensor(data), "")
+    except UnreadableError:
+        return False
+    return True
 
 
 def _index_file(first: Path | None, url: str) -> Path:

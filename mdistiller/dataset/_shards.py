@@ -28,6 +28,7 @@ class ShardSet:
         image_keys: suffixes of the image in a sample, the first that is there.
         target_key: suffix of its class; samples without one do not count.
         window: places by which a sample may move within its stream.
+        skipped: by shard, places of samples that do not count either, as their images are broken.
     """
 
     urls: list[str]
@@ -37,6 +38,7 @@ class ShardSet:
     image_keys: Sequence[str] = ("jpg",)
     target_key: str = "cls"
     window: int = 0
+    skipped: dict[int, set[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -52,6 +54,8 @@ class ShardSet:
         """Samples of a shard from `first` to `last`: the image's file, and a name for errors."""
         url = self.urls[shard]
         samples = (sample for sample in read_shard(url) if self.target_key in sample)
+        skipped = self.skipped.get(shard, ())
+        samples = (sample for place, sample in enumerate(samples) if place not in skipped)
         found = 0
         for sample in islice(samples, first, last):
             yield self._file(sample), f"{url}: {sample['__key__']}"

@@ -22,6 +22,7 @@ from mdistiller.dataset._base import (
     Options,
     Split,
 )
+from mdistiller.dataset._corrupt import report
 from mdistiller.dataset._shard_index import index_shards
 from mdistiller.dataset._shards import ShardSet, import_webdataset
 from mdistiller.registry import UserError
@@ -46,12 +47,15 @@ class Shards(DataSource):
         if settings["SHUFFLE"] < 0 or settings["CLASSES"] < 0:
             raise UserError("DATASET.SHARDS.SHUFFLE and CLASSES must not be negative")
         urls = expand(settings[key], root, f"DATASET.SHARDS.{key}")
+        images = tuple(settings["IMAGE"].split(";"))
+        checked = images if options.skip_corrupt else ()
         with first_on_machine():
-            classes = index_shards(urls, settings["TARGET"], options.workers)
-        empty = next((url for url, found in zip(urls, classes, strict=True) if not found), None)
+            found = index_shards(urls, settings["TARGET"], options.workers, checked)
+        classes, skipped = _without_corrupt(urls, found)
+        empty = next((url for url, labels in zip(urls, classes, strict=True) if not labels), None)
         if empty:
             raise UserError(f"shard {empty} has no sample with a class (.{settings['TARGET']})")
-        targets = torch.tensor([label for found in classes for label in found])
+        targets = torch.tensor([label for labels in classes for label in labels])
         num = settings["CLASSES"] or int(targets.max()) + 1
         if not 0 <= int(targets.min()) <= int(targets.max()) < num:
             raise UserError(
@@ -60,13 +64,33 @@ class Shards(DataSource):
             )
         return ShardSet(
             urls,
-            torch.tensor([len(found) for found in classes]),
+            torch.tensor([len(labels) for labels in classes]),
             targets,
             [str(label) for label in range(num)],
-            tuple(settings["IMAGE"].split(";")),
+            images,
             settings["TARGET"],
             settings["SHUFFLE"],
+            skipped,
         )
+
+
+def _without_corrupt(
+    urls: list[str], classes: list[list[int | None]]
+) -> tuple[list[list[int]], dict[int, set[int]]]:
+    """The classes of readable samples, and the places of the others, by shard."""
+    skipped = {
+        shard: {place for place, label in enumerate(labels) if label is None}
+        for shard, labels in enumerate(classes)
+        if None in labels
+    }
+    bad = [
+        f"{urls[shard]}: sample {k + 1}"
+        for shard, places in skipped.items()
+        for k in sorted(places)
+    ]
+    report(bad, sum(map(len, classes)))
+    kept = [[label for label in labels if label is not None] for labels in classes]
+    return kept, skipped
 
 
 def expand(pattern: str, root: Path, key: str) -> list[str]:

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from mdistiller.dataset._base import DATASETS, Split, same_classes
 from mdistiller.dataset._folder import FileSet, FileSource, class_folders, list_class_folders
+from mdistiller.files import Limits, move_in, unpacked
 from mdistiller.registry import UserError
+from mdistiller.runtime import first_on_machine
 
-_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_NAME = "tiny-imagenet-200.zip"
+_URL = f"http://cs231n.stanford.edu/{_NAME}"  # its publisher gives no hash: not downloaded
 
 
 @DATASETS.register("tiny_imagenet")
@@ -28,9 +31,11 @@ class TinyImageNet(FileSource):
 
     def files(self, root: Path, split: Split) -> FileSet:
         folder = root / ("train" if split == "train" else "val")
+        with first_on_machine():
+            _unpack(root)
         if not folder.is_dir():
             raise UserError(
-                f"Tiny-ImageNet is not in {root} (no {folder.name}/); unpack {_URL} there, "
+                f"Tiny-ImageNet is not in {root} (no {folder.name}/); put {_URL} beside it, "
                 "or set DATASET.ROOT"
             )
         if split == "train":
@@ -40,6 +45,14 @@ class TinyImageNet(FileSource):
         if (root / "train").is_dir():
             same_classes(class_folders(root / "train"), test.classes, root)
         return test
+
+
+def _unpack(root: Path) -> None:
+    """Unpack the published zip file, if it lies beside the folder that is missing."""
+    archive = root.parent / _NAME
+    if archive.is_file() and not root.exists():
+        with unpacked(archive, root.parent, "Tiny-ImageNet", Limits(bytes=2 * 10**9)) as folder:
+            move_in(folder / archive.stem, root)
 
 
 def _annotated(folder: Path) -> FileSet:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import ast
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
 from mdistiller.distillers._compose import part_names
 from mdistiller.distillers._standardize import LSKD_CONFIG
-from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.engine.imports import import_user_modules, is_file, resolve_imports
+from mdistiller.engine.safe_yaml import LIMIT, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -90,6 +92,10 @@ NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
 SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
 """Keys whose values are True, False or a word."""
+_MOST_FILES = 100  # that one config is built of
+_LONGEST = 20_000  # characters of a value on the command line
+_DEEPEST = 20  # sections or lists within one another
+_MOST_SIGNS = 2_000  # brackets and signs in it
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -104,11 +110,11 @@ class Config(CfgNode):
         """Merge `[key, value, key, value, ...]`; string values are read as Python literals."""
         if len(cfg_list) % 2:
             raise UserError(
-                f"overrides come as KEY VALUE pairs, but {cfg_list[-1]!r} has no partner"
+                f"overrides come as KEY VALUE pairs, but {shown(cfg_list[-1])} has no partner"
             )
         for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
-            if not isinstance(key, str) or not all(key.split(".")):
-                raise UserError(f"{key!r} is no config key (a key looks like SOLVER.LR)")
+            if not isinstance(key, str) or not all(key.split(".")) or key.count(".") > _DEEPEST:
+                raise UserError(f"{shown(key)} is no config key (a key looks like SOLVER.LR)")
             nested: Any = value
             for part in reversed(key.split(".")):
                 nested = {part: nested}
@@ -122,8 +128,10 @@ class Config(CfgNode):
         if self.is_frozen():
             raise AttributeError("this config is frozen; clone() and defrost() it to change it")
         if "SWEEP" in incoming:
-            raise UserError(f"SWEEP: {incoming['SWEEP']} is a sweep: run it with tools/sweep.py")
-        modules = resolve_imports(literal(incoming.get("IMPORTS") or []), Path())
+            raise UserError(
+                f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
+            )
+        modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
         if modules:  # they add up; what they register has to be known before its keys are read
             import_user_modules(modules)
             add_registered_nodes(self)
@@ -131,64 +139,54 @@ class Config(CfgNode):
         merge(self, {k: v for k, v in incoming.items() if k != "IMPORTS"}, (), root=self)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                where = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"line {where}: {key!r} is no config key")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
-            seen.add(key)
-        result: dict[Any, Any] = super().construct_mapping(node, deep)
-        return result
-
-
 def find_config(name: str | Path) -> Path:
     """The file for a config name: as given, else below the package's own `configs/`."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(
-            f"config {str(name)!r} is not a .yaml file (Python configs would run code: refused)"
+            f"config {shown(str(name))} is not a .yaml file (Python configs would run code: "
+            "refused)"
         )
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for candidate in (path, config_root().joinpath(*parts)):
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
-    raise UserError(f"config file {str(name)!r} not found{suggest('/'.join(parts), known)}")
+    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
 
 
 def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The nested mapping of a YAML file, over that of its `_BASE_` file or files."""
+    return _read_yaml(path, chain, count(1))
+
+
+def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dict[str, Any]:
     path = find_config(path)
     resolved = path.resolve()
     if resolved in chain:
         raise UserError(f"{path}: _BASE_ leads back to itself ({' -> '.join(map(str, chain))})")
+    if next(reads) > _MOST_FILES:
+        raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
     try:
-        # The loader is a SafeLoader: it builds plain values only.
-        table = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is no valid YAML: {reason}") from None
+        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        table = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
     bases = table.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {bases!r}")
+        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {shown(bases)}")
     resolve_paths(table, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
         beside = path.parent / base
-        file = beside if beside.is_file() else Path(base)  # "configs/..." works from anywhere
-        merged = overlay(merged, read_yaml(file, (*chain, resolved)))
+        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
+        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
     return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
 
@@ -200,7 +198,7 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     settings = table.get("DISTILLER")
     if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
         teacher = folder / settings["TEACHER_CFG"]
-        if teacher.is_file():
+        if is_file(teacher):
             settings["TEACHER_CFG"] = str(teacher.resolve())
 
 
@@ -216,26 +214,54 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], root: CfgNode) -> None:
     """Write `incoming` into `node` in place, checking every key and type."""
     for key, value in incoming.items():
-        name = ".".join((*path, str(key)))
+        if not isinstance(key, str):
+            raise UserError(f"{shown(key)} in {'.'.join(path)} is no config key")
+        name = ".".join((*path, key))
         if value is None:  # "KEY:" without a value leaves the default
             value = {} if isinstance(node.get(key), CfgNode) else node.get(key)
         if key not in node:
             if not node.is_new_allowed():
                 raise UserError(unknown_key(name, node, path, root))
-            node[key] = (
-                Config(dict(value), new_allowed=True)
-                if isinstance(value, Mapping)
-                else literal(value)
-            )
+            node[key] = as_new(value, name)
         elif isinstance(node[key], CfgNode):
-            value = literal(value)  # of the command line: "{'patch_size': 4}"
+            value = literal(value, name)  # of the command line: "{'patch_size': 4}"
             if not isinstance(value, Mapping):
                 raise UserError(
-                    f"{name} is a section with keys {', '.join(node[key])}, got {value!r}"
+                    f"{name} is a section with keys {', '.join(node[key])}, got {shown(value)}"
                 )
             merge(node[key], value, (*path, key), root)
         else:
             node[key] = coerce(value, node[key], name)
+
+
+def as_new(value: Any, name: str) -> Any:
+    """`value` for a key without default: plain, a mapping as a node."""
+    if isinstance(value, Mapping) and name.count(".") < _DEEPEST:
+        node = Config(new_allowed=True)
+        merge(node, value, (name,), node)
+        return node
+    value = literal(value, name)
+    if isinstance(value, Mapping) and name.count(".") < _DEEPEST:  # spelled on the command line
+        return as_new(value, name)
+    if is_plain(value):
+        return value
+    raise UserError(
+        f"{name} wants a number, text, True, False, or lists and sections of these, got "
+        f"{shown(value)}"
+    )
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a config keeps a value: text, numbers (whole ones of 64 bits), nests of such."""
+    if depth > _DEEPEST:
+        return False
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item, depth + 1) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and is_plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, (float, str))
 
 
 def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) -> str:
@@ -243,37 +269,40 @@ def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) 
     siblings = [".".join((*path, key)) for key in node]
     nearest = suggest(name, siblings) or (suggest(name, flatten(root)) if not path else "")
     known = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
-    return f"unknown config key {name}{nearest}{known}"
+    plain = name if name.isprintable() and len(name) <= 120 else shown(name)
+    return f"unknown config key {plain}{nearest}{known}"
 
 
 def coerce(value: Any, default: Any, name: str) -> Any:
     """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
     if name in NORMS:
-        return check_norm(literal(value), name)
+        return check_norm(literal(value, name), name)
     if name in SWITCHES_OR_TEXT:
-        return _switch_or_text(literal(value), name)
+        return _switch_or_text(literal(value, name), name)
     if isinstance(default, str):
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and is_plain(value):
             return str(value)
-        raise UserError(f"{name} wants text, got {value!r}")
-    value = literal(value)
+        raise UserError(f"{name} wants text, got {shown(value)}")
+    value = literal(value, name)
     if isinstance(default, bool):
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         fits = isinstance(value, bool)
     elif isinstance(default, float):
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = fits and math.isfinite(value)
+        fits = fits and is_plain(value) and math.isfinite(value)
         value = float(value) if fits else value
     elif isinstance(default, int):
-        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits = isinstance(value, int) and not isinstance(value, bool) and is_plain(value)
     elif isinstance(default, (list, tuple)):
         fits = isinstance(value, (list, tuple)) and _items_fit(value, default)
         value = type(default)(value) if fits else value
     else:
         fits = True
     if not fits:
-        raise UserError(f"{name} wants {_describe(default)}, got {value!r}")
+        raise UserError(f"{name} wants {_describe(default)}, got {shown(value)}")
     return value
 
 
@@ -286,7 +315,7 @@ def check_norm(value: Any, name: str) -> Any:
         return found
     raise UserError(
         f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
-        f"in [0, 1]), those of std above 0, got {value!r}"
+        f"in [0, 1]), those of std above 0, got {shown(value)}"
     )
 
 
@@ -296,7 +325,7 @@ def read_statistics(value: Any) -> list[list[float]] | None:
     rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
     if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
         mean, std = ([float(x) for x in row] for row in rows)
-        if max(mean + std) <= 1 and min(std) > 0:
+        if all(map(math.isfinite, mean + std)) and max(mean + std) <= 1 and min(std) > 0:
             return [mean, std]
     return None
 
@@ -304,14 +333,14 @@ def read_statistics(value: Any) -> list[list[float]] | None:
 def _switch_or_text(value: Any, name: str) -> bool | str:
     value = {"true": True, "false": False}.get(str(value).lower(), value)
     if not isinstance(value, (bool, str)):
-        raise UserError(f"{name} wants True, False or text, got {value!r}")
+        raise UserError(f"{name} wants True, False or text, got {shown(value)}")
     return value
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
     allowed = {type(item) for item in default} or {int, float, str}
     allowed |= {int} if float in allowed else set()
-    return all(type(item) in allowed for item in items)
+    return all(type(item) in allowed and is_plain(item) and item == item for item in items)
 
 
 def _describe(default: Any) -> str:
@@ -324,13 +353,21 @@ def _describe(default: Any) -> str:
     return f"a list like {list(default) or [1, 2]}"
 
 
-def literal(value: Any) -> Any:
-    """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged."""
+def literal(value: Any, name: str = "") -> Any:
+    """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged.
+
+    Raises:
+        UserError: a text too long, or nested too deep, to be looked at.
+    """
     if not isinstance(value, str):
         return value
+    if len(value) > _LONGEST or sum(map(value.count, "([{-+~")) > _MOST_SIGNS:
+        raise UserError(f"{name or 'a value'} is too long or too deeply nested: {shown(value)}")
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about strange escapes in what is meant as text
+            return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return value
 
 
@@ -405,6 +442,9 @@ def check_values(cfg: CfgNode) -> None:
         value = lookup(cfg, section)[key]
         if value < low:
             raise UserError(f"{name} must be at least {low}, got {value}")
+    for key in ("MEAN", "STD"):
+        if any(type(item) not in (int, float) for item in cfg.DATASET[key]):
+            raise UserError(f"DATASET.{key} wants numbers, got {shown(cfg.DATASET[key])}")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if cfg.SOLVER.SCHEDULE == "plateau":
@@ -427,7 +467,7 @@ def check_values(cfg: CfgNode) -> None:
     ):
         if value not in allowed:
             known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known}, got {value!r}")
+            raise UserError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def lookup(cfg: CfgNode, name: str) -> Any:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from mdistiller.distillers import adopt
+from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import UserError
 
 
@@ -22,16 +23,18 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)):
-        raise UserError(f"IMPORTS wants a list of files or modules, got {names!r}")
+        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
     resolved = []
     for name in names:
         if not isinstance(name, str):
-            raise UserError(f"IMPORTS wants names of files or modules, got {name!r}")
+            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
         if name.endswith(".py"):
             places = list(dict.fromkeys([folder / name, Path(name)]))
-            found = next((place for place in places if place.is_file()), None)
+            found = next((place for place in places if is_file(place)), None)
             if found is None:
-                raise UserError(f"IMPORTS: no file {' or '.join(map(str, places))}")
+                raise UserError(
+                    f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
+                )
             name = str(found.resolve())
         resolved.append(name)
     return resolved
@@ -52,9 +55,18 @@ def import_user_modules(names: list[str]) -> None:
         except UserError:
             raise
         except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"IMPORTS: {name} fails when imported: {type(error).__name__}: {error}"
+                f"IMPORTS: {shown(name)[1:-1]} fails when imported: {reason}"
             ) from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for what can be no name of one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
+from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
@@ -124,9 +124,9 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
     """
     path = folder / "config.yaml"
     try:
-        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recorded = parse_yaml(path.read_text(encoding="utf-8"))
         recorded["EXPERIMENT"]["SEED"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
     changes = differences(recorded, cfg)
     if not goes_on:

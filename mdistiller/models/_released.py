@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from mdistiller.registry import UserError
+from mdistiller.files import fetch
 
 TORCHVISION = "torchvision:"
 
@@ -58,23 +57,12 @@ def released_file(checkpoint: str, name: str) -> Path:
     """The file of `torchvision:...` weights, downloaded if it is not there."""
     path, url = place_of(checkpoint), url_of(checkpoint)
     if not path.is_file() and url is not None:
-        download(url, path, name)
+        digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        fetch(
+            url,
+            path,
+            f"the released weights of {name}",
+            sha256=digest[1] if digest else "",
+            advice=f"get {url} and put it at {path}, or name a checkpoint of your own",
+        )
     return path
-
-
-def download(url: str, path: Path, name: str) -> None:
-    """Fetch `url`, check it against the hash in its name, and put it at `path` in one move.
-
-    Args:
-        name: the network's name, for the error.
-    """
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digest and digest[1])
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the released weights of {name} could not be downloaded ({reason}); get {url} and "
-            f"put it at {path}, or name a checkpoint of your own"
-        ) from error

@@ -2,11 +2,15 @@
 
 import hashlib
 import pickle
+import shutil
+import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from data_support import config, flat, one_line, write_folders, write_image
+from file_server import serving
 from PIL import Image
 
 from mdistiller.dataset import DATASETS, load_data, load_test_loader
@@ -63,30 +67,63 @@ def test_cifar_constants_are_those_of_the_original():
     assert DATASETS["cifar10"].std == (0.2470, 0.2435, 0.2616)
 
 
-@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
-def test_a_failed_cifar_download_says_what_to_put_where(tmp_path, monkeypatch, kind):
-    from torchvision.datasets import cifar
+def publish_cifar(folder, monkeypatch, site):
+    """CIFAR-10's archive on a local server; its folder is gone."""
+    from torchvision import datasets
 
-    def offline(*args, **kwargs):
-        raise OSError("no network")
+    write_cifar(folder, monkeypatch, "cifar10")
+    base = folder / datasets.CIFAR10.base_folder
+    with tarfile.open(folder / "made.tar.gz", "w:gz") as tar:
+        tar.add(base, base.name)
+    data = (folder / "made.tar.gz").read_bytes()
+    site.files["cifar-10-python.tar.gz"] = data
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{site.url}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(data).hexdigest())
+    shutil.rmtree(base)
+    return base
 
-    monkeypatch.setattr(cifar, "download_and_extract_archive", offline)
-    with pytest.raises(UserError) as error:
-        load_data(config(kind, ROOT=tmp_path))
+
+def test_cifar_is_downloaded_and_unpacked(tmp_path, monkeypatch):
+    with serving(cut=[500]) as site:
+        monkeypatch.setattr(sys.modules["mdistiller.files.fetch"], "PAUSE", 0)
+        base = publish_cifar(tmp_path, monkeypatch, site)
+        base.mkdir()
+        (base / "part_1").write_bytes(b"broken")
+        for _ in range(2):
+            assert load_data(config("cifar10", ROOT=tmp_path)).num_data == 20
+    assert len(site.log) == 2
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == [base.name, "cifar-10-python.tar.gz", "made.tar.gz"]
+
+
+def test_a_failed_cifar_download_says_what_to_put_where(tmp_path, monkeypatch):
+    with serving() as site:
+        base = publish_cifar(tmp_path, monkeypatch, site)
+        site.files.clear()
+        with pytest.raises(UserError) as error:
+            load_data(config("cifar10", ROOT=tmp_path))
     text = one_line(error)
-    for part in (str(tmp_path), "no network", "https://", ".tar.gz", "DATASET.ROOT"):
+    for part in (str(tmp_path), "404", "http://", ".tar.gz", base.name, "DATASET.ROOT"):
         assert part in text
 
 
-def test_a_broken_cifar_file_is_not_used(tmp_path, monkeypatch):
-    from torchvision.datasets import cifar
+def test_a_cifar_archive_of_another_hash_is_not_opened(tmp_path, monkeypatch):
+    with serving() as site:
+        base = publish_cifar(tmp_path, monkeypatch, site)
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"something")
+        with pytest.raises(UserError, match=r"wrong hash: md5 .*; remove it"):
+            load_data(config("cifar10", ROOT=tmp_path))
+    assert not base.exists()
 
-    write_cifar(tmp_path, monkeypatch, "cifar10")
-    path = tmp_path / "cifar-10-batches-py" / "part_1"
-    path.write_bytes(path.read_bytes()[:-1])
-    monkeypatch.setattr(cifar, "download_and_extract_archive", lambda *args, **kwargs: None)
-    with pytest.raises(UserError, match=r"CIFAR10.*corrupted"):
-        load_data(config("cifar10", ROOT=tmp_path))
+
+def test_a_broken_cifar_file_is_not_used(tmp_path, monkeypatch):
+    """Its pickle is not even opened; nor does the archive, which is as bad, replace it."""
+    with serving() as site:
+        base = publish_cifar(tmp_path, monkeypatch, site)
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", [["part_0", "0" * 32]])
+        with pytest.raises(UserError, match=r"CIFAR10 in .* is not as published .*corrupted"):
+            load_data(config("cifar10", ROOT=tmp_path))
+    assert base.is_dir()
 
 
 def test_digits_are_split_alike_everywhere():
@@ -138,6 +175,14 @@ def test_tiny_imagenet_is_read_in_both_layouts(tmp_path, official):
         assert torch.equal(targets, labels)
     assert len(data.val.dataset) == 4
     assert data.train.num_views is None  # rotations
+
+
+def test_tiny_imagenets_zip_file_is_unpacked(tmp_path):
+    write_tiny(tmp_path / "made" / "tiny-imagenet-200", official=True)
+    archive = shutil.make_archive(tmp_path / "tiny-imagenet-200", "zip", tmp_path / "made")
+    data = load_data(config("tiny_imagenet", ROOT=tmp_path / "here"))
+    assert (data.num_data, data.classes) == (6, ["n01", "n02"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "made", archive[-21:]]
 
 
 def test_tiny_imagenet_missing_says_what_to_put_where(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 from support import REPO
 
+from mdistiller.cli._bad_configs import bad_configs
 from mdistiller.engine.cfg import CFG, default_config, find_config, load_config, show_cfg
 from mdistiller.registry import UserError
 
@@ -124,13 +125,76 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("text", BAD_FILES)
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD_FILES |= {
+    LAUGHS: "its aliases spell more than 20000 values",
+    "SOLVER: &a {LR: *a}\n": "an alias leads back to itself",
+    "KD: " + "[" * 3000: "is no valid YAML",
+    "KD: " + "[" * 60 + "]" * 60: "nested deeper than 50 levels",
+    "# " + "x" * 300_000: "characters, at most 262144 are read",
+    "SOLVER: {LR: !!float x}\n": "is no valid YAML",
+    "SOLVER: {EPOCHS: 0x" + "F" * 5000 + "}\n": "a int too large to print",
+    "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR wants a finite number",
+    "DATASET: {MEAN: [a, b, c]}\n": "DATASET.MEAN wants numbers",
+    "DATASET: {MEAN: [.nan, .1, .1]}\n": "DATASET.MEAN wants a list",
+    "DISTILLER: {STUDENT_ARGS: {a: 2001-01-01}}\n": "DISTILLER.STUDENT_ARGS.a wants a number, text",
+    "_BASE_: " + "x" * 300 + ".yaml\n": "not found",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=lambda text: text[:30])
 def test_a_bad_file_gets_one_line(tmp_path, text):
     path = write(tmp_path, "bad.yaml", text)
     with pytest.raises(UserError) as caught:
         load_config(path)
     assert BAD_FILES[text] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["[", "(", "{1:", "-", "~", "9"])
+def test_a_monstrous_override_gets_one_line(sign):
+    free = "DISTILLER.STUDENT_ARGS.a"  # takes any text as it is, if it is not too long to look at
+    for times in (190, 1500, 100_000):
+        for key in ("SOLVER.EPOCHS", "SOLVER.LR_DECAY_STAGES", *([free] if times > 10_000 else [])):
+            with pytest.raises(UserError) as caught:
+                load_config("", [key, sign * times + "1"])
+            assert len(str(caught.value).splitlines()) == 1
+            assert len(str(caught.value)) < 300
+    assert load_config("", [free, "[[1"]).DISTILLER.STUDENT_ARGS.a == "[[1"
+
+
+def test_bases_that_multiply_are_given_up(tmp_path):
+    for a, b in zip("abcdef", "bcdefg", strict=True):
+        write(tmp_path, f"{a}.yaml", f"_BASE_: [{', '.join([f'{b}.yaml'] * 9)}]\n")
+    write(tmp_path, "g.yaml", "SOLVER: {EPOCHS: 3}\n")
+    with pytest.raises(UserError, match="_BASE_ reads more than 100 files"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_malformed_configs_load_as_they_say_or_get_one_line():
+    """Hypothesis makes them; `python -m mdistiller.cli._bad_configs` tries thousands."""
+    results = list(bad_configs(seed=7, count=200))
+    assert len(results) >= 200
+    assert [name for name, passed in results if not passed] == []
+
+
+def test_the_judge_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
+    from mdistiller.cli import _bad_configs
+
+    case = (b"SOLVER: {EPOCHS: 3}", ["KD.TEMPERATURE", "2"])
+    assert _bad_configs.judge(case, tmp_path) == ""
+    for wrong, says in (
+        (lambda *_: CFG, "SOLVER.EPOCHS: given 3, read 240"),
+        (lambda path, _: load_config(path), "KD.TEMPERATURE: given '2', read 4.0"),
+        (lambda *_: 1 / 0, "ZeroDivisionError"),
+        (lambda *_: find_config("a\nb.yaml".join("xy") * 900), "not one line"),
+    ):
+        monkeypatch.setattr(_bad_configs, "load_config", wrong)
+        if says == "not one line":
+            monkeypatch.setattr(_bad_configs, "LONGEST", 10)
+        assert says in _bad_configs.judge(case, tmp_path)
 
 
 def test_missing_and_python_configs_are_refused(tmp_path):

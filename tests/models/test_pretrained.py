@@ -1,7 +1,5 @@
 """Released weights of timm and torchvision, from files in place of downloads."""
 
-from functools import partial
-
 import pytest
 import timm
 import torch
@@ -30,7 +28,6 @@ def saved(net, path):
 def release(tmp_path, monkeypatch):
     """`release(net, weights)` publishes a network's weights as torchvision's; returns them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.tqdm", partial(torch.hub.tqdm, disable=True))
 
     def publish(net, weights):
         state = saved(net, tmp_path / "published.pth")

@@ -16,11 +16,11 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from mdistiller.engine.cfg import dump_cfg
 from mdistiller.engine.record import differences
+from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.engine.sweep.fields import Range
 from mdistiller.engine.sweep.judge import GRACE, Status, counting, holds, place, status
 from mdistiller.engine.sweep.plan import Plan, Trial
@@ -74,7 +74,7 @@ class Study:
                 recorded = attempt.user_attrs
                 if "error" in recorded:  # to be run again, perhaps mended
                     continue
-                changes = differences(yaml.safe_load(recorded["config"]), trial.configs[0])
+                changes = differences(parse_yaml(recorded["config"]), trial.configs[0])
                 if recorded["space"] != repr(self.plan.space):
                     changes.append("SPACE is another")
                 if changes:

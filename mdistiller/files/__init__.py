@@ -1,0 +1,7 @@
+"""Files from elsewhere: downloads and archives, neither of which is trusted."""
+
+from mdistiller.files.fetch import fetch
+from mdistiller.files.hashes import file_hash
+from mdistiller.files.unpack import Limits, move_in, unpacked
+
+__all__ = ["Limits", "fetch", "file_hash", "move_in", "unpacked"]
