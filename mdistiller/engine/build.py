@@ -17,6 +17,7 @@ from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.engine.teacher_cache import check_method
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
@@ -47,6 +48,7 @@ def build_distiller(
         teacher = build_network(cfg, "TEACHER", data, weights)
     hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
+    distiller.teacher_hooks = hooks
     watched = teacher is not None and count_hooks(teacher) != hooks  # by the method
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
@@ -170,6 +172,7 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
             f"LSKD.ENABLE: {cfg.DISTILLER.TYPE} has no use for standardised logits; set it to "
             f"False, or choose one of {', '.join(takers)}"
         )
+    check_method(cfg)
     if method.uses_teacher:
         model_entry(cfg, "TEACHER", data)
 

@@ -188,12 +188,12 @@ class FrozenTeacher:
     @torch.no_grad()
     def _update(self) -> None:
         """Write the teacher's weights, folded, into the copy, in place."""
-        source = dict(_tensors(self.teacher))
+        source = dict(named_tensors(self.teacher))
         self._tensors = list(source.values())
         self._watched = count_hooks(self.teacher) != self._hooks
         some = self._tensors[0]
         self.net.to(some.device)
-        own = dict(_tensors(self.net))
+        own = dict(named_tensors(self.net))
         for layer_name, norm_name in self.pairs:
             names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
             layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
@@ -209,7 +209,7 @@ def count_hooks(net: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
-def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, tied ones by each of theirs; no counters."""
     everything = (
         *net.named_parameters(remove_duplicate=False),

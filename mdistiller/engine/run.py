@@ -26,6 +26,7 @@ from mdistiller.engine.hooks import Hook
 from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
+from mdistiller.engine.teacher_cache import check_views
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError
@@ -89,6 +90,7 @@ def _train(
     trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
+    check_views(cfg, data.train)
     teacher_ckpt = None
     if method.uses_teacher:
         teacher_ckpt = resolve_teacher(cfg, data, device, _train, folder)
@@ -167,6 +169,9 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         "images_per_second": rate,
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
+    hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
+    if hits:
+        summary["teacher_hits"] = sum(hits) / len(hits)
     if data.test is not None:
         summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
         summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
@@ -198,4 +203,6 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
             f"; on the test set: last {summary['test_acc_last']:.2f}, "
             f"selected {summary['test_acc_best']:.2f}"
         )
+    if "teacher_hits" in summary:
+        text += f"; the teacher cache saved {summary['teacher_hits']:.1f} % of the teacher's passes"
     return f"{text}; files in {folder}"
