@@ -69,7 +69,7 @@ class Distiller(nn.Module):
         init_stage: name of that stage while it runs.
         frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
             the same, sooner. It is no module, and in no state dict.
-        teacher_hooks: how many forward hooks the teacher had before the method saw it.
+        watches_teacher: whether the method has put hooks on the teacher; the engine finds out.
     """
 
     uses_teacher = True
@@ -86,7 +86,7 @@ class Distiller(nn.Module):
     init: InitPlan | None = None
     init_stage: str = ""
     frozen: Any = None
-    teacher_hooks: int = 0
+    watches_teacher: bool = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Hold the two networks; `cfg` says whether logits are standardised.

@@ -48,12 +48,11 @@ def build_distiller(
         teacher = build_network(cfg, "TEACHER", data, weights)
     hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
-    distiller.teacher_hooks = hooks
-    watched = teacher is not None and count_hooks(teacher) != hooks  # by the method
+    distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
     freeze_teacher(distiller)
-    prepare_teacher(distiller, cfg, data.image_size, watched)
+    prepare_teacher(distiller, cfg, data.image_size)
     return distiller
 
 

@@ -26,9 +26,7 @@ CLOSE = 1e-4
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
-def prepare_teacher(
-    distiller: Distiller, cfg: Any, image_size: tuple[int, int], watched: bool
-) -> None:
+def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
     """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
 
     Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
@@ -36,7 +34,6 @@ def prepare_teacher(
 
     Args:
         image_size: (height, width) of the images.
-        watched: whether the method has put hooks on the teacher.
 
     Raises:
         UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
@@ -47,7 +44,7 @@ def prepare_teacher(
         return
     if asked == "auto" and not settings.TEACHER_FOLD:
         return
-    if watched or not is_frozen(distiller):
+    if distiller.watches_teacher or not is_frozen(distiller):
         if asked != "auto":
             raise UserError(
                 f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} changes or watches its teacher "

@@ -27,7 +27,7 @@ from mdistiller.engine.fingerprint import (
     teacher_digest,
     view_digest,
 )
-from mdistiller.engine.frozen import count_hooks, is_frozen
+from mdistiller.engine.frozen import is_frozen
 from mdistiller.engine.logit_store import FileStore, LogitStore, MemoryStore
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
@@ -100,7 +100,7 @@ class TeacherCache:
         teacher = distiller.teacher
         if teacher is None or not is_frozen(distiller):
             raise _refusal(cfg, "the teacher is trained")
-        if count_hooks(teacher) != distiller.teacher_hooks:
+        if distiller.watches_teacher:
             raise _refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
         self.teacher = teacher
         self._store: LogitStore | None = None
