@@ -92,7 +92,8 @@ RUNS = {
     "KD": {"method": "KD"},
     "EMA, accumulation": {
         "method": "DIST",
-        "text": "SOLVER:\n  LR: 0.005\n  BATCH_SIZE: 12\n  ACCUMULATE: 3\n  EMA: 0.9\nLSKD:\n  ENABLE: True\n",
+        "text": "SOLVER:\n  LR: 0.005\n  BATCH_SIZE: 12\n  ACCUMULATE: 3\n  EMA: 0.9\n"
+        "LSKD:\n  ENABLE: True\n",
     },
     "dot": {"method": "KD+NKD", "text": "SOLVER:\n  TRAINER: dot\n"},
 }
