@@ -13,11 +13,11 @@ from torch import nn
 from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
+from mdistiller.engine.cacheable import check_method
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
-from mdistiller.engine.teacher_cache import check_method
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry

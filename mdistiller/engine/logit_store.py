@@ -30,7 +30,13 @@ _BLOCK = 4096  # rows summed at a time
 
 
 class LogitStore(Protocol):
-    """Rows [C] by slot."""
+    """Rows [C] by slot.
+
+    Attributes:
+        replaced: why what was there was not taken; "" if it was, or there was nothing.
+    """
+
+    replaced: str
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
         """Which of M slots hold a row, [M], and the rows, [M, C]; 0 where there is none."""
@@ -48,6 +54,8 @@ class MemoryStore:
         count: number of slots.
         width: C.
     """
+
+    replaced = ""
 
     def __init__(self, count: int, width: int):
         self._rows = np.empty((count, width), dtype=np.float32)
@@ -76,9 +84,6 @@ class FileStore:
         count: number of slots.
         width: C.
         key: what the rows depend on: plain values. Also the file's first line.
-
-    Attributes:
-        replaced: why the file that was there was not taken; "" if it was, or there was none.
 
     Raises:
         OSError: the file can be neither opened nor made.

@@ -18,6 +18,7 @@ from mdistiller.engine.build import (
     check_models,
     measure_teacher,
 )
+from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.compiling import compile_networks
@@ -26,7 +27,6 @@ from mdistiller.engine.hooks import Hook
 from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
-from mdistiller.engine.teacher_cache import check_views
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.loader import TrainLoader
-from mdistiller.distillers import Distiller, get_distiller
+from mdistiller.distillers import Distiller
 from mdistiller.distillers._common import undisturbed
-from mdistiller.distillers._compose import part_names
+from mdistiller.engine.cacheable import KEY, check_method, check_views, refusal
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.fingerprint import (
     computation,
@@ -33,48 +33,8 @@ from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 
-KEY = "DISTILLER.TEACHER_CACHE"
 _PROBES = 8  # images whose logits a file holds to be compared
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
-
-
-def is_wanted(cfg: Any) -> bool:
-    """Whether the config asks for a cache; without a teacher the key has no effect."""
-    on = cfg.DISTILLER.TEACHER_CACHE != "none"
-    return on and get_distiller(cfg.DISTILLER.TYPE).uses_teacher
-
-
-def check_method(cfg: Any) -> None:
-    """Refuse a cache for a method that needs more of the teacher than its logits."""
-    name = cfg.DISTILLER.TYPE
-    if not is_wanted(cfg) or get_distiller(name).can_do_without_teacher():
-        return
-    parts = {part: get_distiller(part) for part in part_names(name)}
-    guilty = [part for part, cls in parts.items() if not cls.can_do_without_teacher()]
-    fault = "reads more of the teacher than its logits for a view that can be numbered"
-    if not all(parts[part].teacher_in_eval_mode for part in guilty):
-        fault = "has its teacher in train mode, where logits depend on the whole batch"
-    raise _refusal(cfg, f"DISTILLER.TYPE {' and '.join(guilty)} {fault}")
-
-
-def check_views(cfg: Any, loader: Any) -> None:
-    """Refuse a cache where the views of the training images cannot be numbered and made anew."""
-    if not is_wanted(cfg):
-        return
-    if not isinstance(loader, TrainLoader) or not loader.makes_images:
-        raise _refusal(cfg, "its images are made elsewhere, not by DATASET.LOADER memory")
-    if loader.mix is not None:
-        raise _refusal(cfg, "DATASET.ERASING, MIXUP and CUTMIX make views without number")
-    if not loader.num_views:
-        raise _refusal(
-            cfg,
-            f"DATASET.AUGMENT {cfg.DATASET.AUGMENT} makes views without number (crop, crop_flip "
-            "and none do not)",
-        )
-
-
-def _refusal(cfg: Any, reason: str) -> UserError:
-    return UserError(f"{KEY} {cfg.DISTILLER.TEACHER_CACHE}: {reason}; set it to none")
 
 
 class TeacherCache:
@@ -99,9 +59,9 @@ class TeacherCache:
         self.device = next(distiller.parameters()).device
         teacher = distiller.teacher
         if teacher is None or not is_frozen(distiller):
-            raise _refusal(cfg, "the teacher is trained")
+            raise refusal(cfg, "the teacher is trained")
         if distiller.watches_teacher:
-            raise _refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
+            raise refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
         self.teacher = teacher
         self._store: LogitStore | None = None
         self._writes = True
@@ -120,6 +80,9 @@ class TeacherCache:
         rows = np.zeros((len(index), self.width), dtype=np.float32)
         chosen = self._slots[self._storable]
         found[self._storable], rows[self._storable] = self._store.read(chosen)
+        if self._store.replaced:
+            self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
+            self._store.replaced = ""
         self._missing = np.flatnonzero(~found)
         self._done = 0  # of the missing
         self._rows = torch.from_numpy(rows).to(self.device)
@@ -144,7 +107,7 @@ class TeacherCache:
             UserError: the teacher has changed since it was first run, so nothing can be kept.
         """
         if teacher_digest(self.teacher) != self._weights:
-            raise _refusal(self.cfg, "the teacher has changed while the student was trained")
+            raise refusal(self.cfg, "the teacher has changed while the student was trained")
         new = self._missing[: self._done]
         new = new[self._storable[new]]
         if len(new) and self._writes:
@@ -216,16 +179,14 @@ class TeacherCache:
         first = self.kept * self.views
         slots = np.arange(first, first + len(probes))
         try:
-            store = FileStore(path, first + len(probes), self.width, key)
-            reason, (found, rows) = store.replaced, store.read(slots)
+            store = FileStore(path, first + _PROBES, self.width, key)
+            found, rows = store.read(slots)
             if not self._close(rows[found], probes[found]):
-                reason = "the teacher says something else now"
                 store.open(anew=True)
+                store.replaced = "the teacher says something else now"
             store.write(slots, probes)
         except OSError as error:
             raise UserError(f"{KEY}_DIR: {path} cannot be used: {error}") from None
-        if reason:
-            self._say(f"{path} was not this cache ({reason}) and starts anew")
         return store
 
     def _probe(self) -> Any:
@@ -240,7 +201,7 @@ class TeacherCache:
                 for index in (some, alike)
             )
         if not self._close(first, second):
-            raise _refusal(self.cfg, "the teacher's logits depend on more than the image")
+            raise refusal(self.cfg, "the teacher's logits depend on more than the image")
         return first
 
     def _close(self, first: Any, second: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mdistiller.engine.cacheable import is_wanted
 from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
 from mdistiller.engine.distributed import (
     broadcast_buffers,
@@ -30,7 +31,7 @@ from mdistiller.engine.optim import (
     restart_scheduler,
     step_scheduler,
 )
-from mdistiller.engine.teacher_cache import TeacherCache, is_wanted
+from mdistiller.engine.teacher_cache import TeacherCache
 from mdistiller.engine.utils import correct_counts, progress
 from mdistiller.models._input import input_norm
 from mdistiller.registry import Registry, UserError
