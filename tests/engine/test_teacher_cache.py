@@ -12,7 +12,7 @@ import torch
 from support import REPO, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
-from mdistiller.dataset import load_data
+from mdistiller.dataset import DATASETS, ImageSet, load_data
 from mdistiller.dataset.augment import Crop
 from mdistiller.distillers import DISTILLERS, KD
 from mdistiller.engine import compiling
@@ -302,6 +302,25 @@ def test_other_weights_have_a_file_of_their_own(tmp_path):
     saved["model"]["fc.bias"][0] += 1e-6
     torch.save(saved, tmp_path / "other.pth")
     cache_of(tmp_path, **{"DISTILLER.TEACHER_CKPT": tmp_path / "other.pth"})
+    assert len(names(tmp_path)) == 2
+
+
+def test_an_image_that_shows_no_view_counts_as_well(tmp_path, monkeypatch):
+    """Of 300 images the last has a pixel changed; 256 are looked at for what the views do."""
+
+    class Many(DATASETS["digits"]):
+        pixel = 0
+
+        def load(self, root, split, options):
+            whole = super().load(root, split, options).select(torch.arange(300))
+            images = whole.images[:, :, ::2, ::2].contiguous()
+            images[299, 0, 0, 0] += self.pixel
+            return ImageSet(images, whole.targets, whole.classes)
+
+    monkeypatch.setitem(DATASETS, "many", Many)
+    for Many.pixel in (0, 1):
+        cache = cache_of(tmp_path, **{"DATASET.TYPE": "many"})
+        assert fill(cache) == 0
     assert len(names(tmp_path)) == 2
 
 
