@@ -151,6 +151,8 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         num_workers: processes that do; of each process of the run.
     """
 
+    makes_images = False
+
     def __init__(
         self,
         dataset: Any,

@@ -74,7 +74,12 @@ class TrainLoader:
         num_data: their number.
         num_views: how many views each has, None if they cannot be enumerated.
         epoch: the epoch being iterated.
+
+    Class attributes:
+        makes_images: whether :meth:`images` can make any image of an epoch at any time.
     """
+
+    makes_images = True
 
     def __init__(
         self,
@@ -140,11 +145,29 @@ class TrainLoader:
         the same pixels, so (index, code) is an exact key for remembering what a frozen teacher
         says. Codes are 0 .. num_views - 1, or -1 where views cannot be enumerated.
         """
+        views = self._epoch_drawn().views
+        return views if self.num_views else torch.full_like(views, -1)
+
+    def batches(self) -> list[Tensor]:
+        """Positions in the set that this process's batches of the epoch take: int64, on the CPU."""
+        order = self._epoch_drawn().order.cpu()
+        return [order[slice(*self.plan.local_batch(step))] for step in range(len(self.plan))]
+
+    def images(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
+        """The epoch's views of the images at `index` (int64 [B], on the device), as in a batch.
+
+        Args:
+            parameters: of other views, for all images: what `augment.draw` gives, on the device.
+        """
+        if parameters is None:
+            parameters = self._epoch_drawn().parameters
+        return self.normalize(self.augment.apply(self._store, parameters, index))
+
+    def _epoch_drawn(self) -> Epoch:
         if self._drawn is None:
             self.set_epoch(1)
         assert self._drawn is not None
-        views = self._drawn.views
-        return views if self.num_views else torch.full_like(views, -1)
+        return self._drawn
 
     def loss_weight(self, step: int, accumulate: int = 1) -> float:
         """See :meth:`BatchPlan.loss_weight`; `step` counts from 0."""
@@ -154,8 +177,7 @@ class TrainLoader:
         if self._begun:
             self.set_epoch(self.epoch + 1)
         self._begun = True
-        assert self._drawn is not None
-        batches = self._batches(self._drawn)
+        batches = self._batches(self._epoch_drawn())
         if self.mix is None:
             return batches
         return self.mix(batches, self.num_data, self.seed, self.epoch)
@@ -164,8 +186,8 @@ class TrainLoader:
         for step in range(len(self.plan)):
             start, stop = self.plan.local_batch(step)
             index = drawn.order[start:stop]
-            images = self.augment.apply(self._store, drawn.parameters, index)
-            yield self.normalize(images), self.dataset.targets[index], index
+            images = self.images(index, drawn.parameters)
+            yield images, self.dataset.targets[index], index
 
 
 class EvalLoader:

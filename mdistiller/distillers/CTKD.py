@@ -123,6 +123,7 @@ class CTKD(Distiller):
     """KD or DKD at a temperature that is trained to make the student's task harder and harder."""
 
     takes_standardized_logits = True
+    teacher_logits_only = True
 
     def __init__(
         self,

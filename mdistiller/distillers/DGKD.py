@@ -136,6 +136,7 @@ class DGKD(Distiller):
     """DKD whose two terms are kept from pulling the logits the same way."""
 
     takes_standardized_logits = True
+    teacher_logits_only = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)

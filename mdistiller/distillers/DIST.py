@@ -72,6 +72,7 @@ class DIST(Distiller):
 
     soft_labels = True
     takes_standardized_logits = True
+    teacher_logits_only = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)

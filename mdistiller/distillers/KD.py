@@ -49,6 +49,7 @@ class KD(Distiller):
     """Soft targets: the student matches the teacher's softened class probabilities."""
 
     takes_standardized_logits = True
+    teacher_logits_only = True
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

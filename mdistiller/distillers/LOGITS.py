@@ -27,6 +27,7 @@ class LOGITS(Distiller):
     """The student regresses the teacher's logits."""
 
     takes_standardized_logits = True
+    teacher_logits_only = True
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -97,6 +97,7 @@ class OFA(Distiller):
     """
 
     soft_labels = True
+    teacher_logits_only = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class TTM(Distiller):
 
     soft_labels = True
     takes_standardized_logits = True
+    teacher_logits_only = True
     name = "TTM"
     weighted = False
 

@@ -18,6 +18,7 @@ from mdistiller.registry import Registry, UserError
 
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
 Losses = dict[str, Tensor]
+_TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 
 
 @dataclass
@@ -51,6 +52,10 @@ class Distiller(nn.Module):
         alone: why the method is no part of a sum ("it ..."); empty if it can be.
         takes_standardized_logits: True if what :meth:`distill` does with logits makes sense for
             standardised ones (LSKD); it then gets such where the config says so.
+        teacher_logits_only: True if the training step reads nothing of the teacher but its logits.
+            Remembered ones can then stand in for a forward pass of it, in a class that leaves
+            `forward_train`, `run_teacher` and `forward` as they are. A class that overrides
+            `distill` does not inherit it: it has to say so itself.
         two_views: True for methods that train on two independently augmented views of an image. The
             training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
             `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
@@ -64,12 +69,14 @@ class Distiller(nn.Module):
         init_stage: name of that stage while it runs.
         frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
             the same, sooner. It is no module, and in no state dict.
+        watches_teacher: whether the method has put hooks on the teacher; the engine finds out.
     """
 
     uses_teacher = True
     teacher_in_eval_mode = True
     alone: str = ""
     takes_standardized_logits = False
+    teacher_logits_only = False
     two_views = False
     soft_labels = False
     own_state: tuple[str, ...] = ()
@@ -79,6 +86,7 @@ class Distiller(nn.Module):
     init: InitPlan | None = None
     init_stage: str = ""
     frozen: Any = None
+    watches_teacher: bool = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Hold the two networks; `cfg` says whether logits are standardised.
@@ -96,6 +104,14 @@ class Distiller(nn.Module):
         super().__init_subclass__(**kwargs)
         if "image_strong" in inspect.signature(cls.forward_train).parameters:
             cls.two_views = True
+        if "distill" in vars(cls):
+            cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
+
+    @classmethod
+    def can_do_without_teacher(cls) -> bool:
+        """Whether `forward_train` takes `teacher_logits` in place of a pass of the teacher."""
+        plain = all(getattr(cls, name) is getattr(Distiller, name) for name in _TEACHER_SEAMS)
+        return cls.teacher_logits_only and plain
 
     @classmethod
     def build(
@@ -187,9 +203,14 @@ class Distiller(nn.Module):
         )
 
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
-        """Student logits and the terms of the objective, which the trainer sums."""
-        student = self.run_student(image)
-        teacher = self.run_teacher(image) if self.distills else None
+        """Student logits and the terms of the objective, which the trainer sums.
+
+        With `teacher_logits` in `batch`, [N, C], the teacher does not run.
+        """
+        known = batch.pop("teacher_logits", None)
+        student, teacher = self.run_student(image), None
+        if self.distills:
+            teacher = self.run_teacher(image) if known is None else Output(known, {})
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight

@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
+from mdistiller.engine.cacheable import check_method
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
@@ -47,11 +48,11 @@ def build_distiller(
         teacher = build_network(cfg, "TEACHER", data, weights)
     hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
-    watched = teacher is not None and count_hooks(teacher) != hooks  # by the method
+    distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
     freeze_teacher(distiller)
-    prepare_teacher(distiller, cfg, data.image_size, watched)
+    prepare_teacher(distiller, cfg, data.image_size)
     return distiller
 
 
@@ -170,6 +171,7 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
             f"LSKD.ENABLE: {cfg.DISTILLER.TYPE} has no use for standardised logits; set it to "
             f"False, or choose one of {', '.join(takers)}"
         )
+    check_method(cfg)
     if method.uses_teacher:
         model_entry(cfg, "TEACHER", data)
 

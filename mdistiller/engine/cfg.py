@@ -49,6 +49,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TEACHER_CFG": "",  # a config that trains the teacher first
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
+        "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
+        "TEACHER_CACHE_GB": 4.0,  # at most so much, 1e9 bytes, for a teacher and a data set
+        "TEACHER_CACHE_DIR": "",  # disk: the folder; empty: teacher_cache in LOG.PREFIX
     },
     "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
     "SOLVER": {
@@ -457,11 +460,15 @@ def check_values(cfg: CfgNode) -> None:
             )
     if cfg.SOLVER.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {cfg.SOLVER.EMA}")
+    if cfg.DISTILLER.TEACHER_CACHE_GB <= 0:
+        given = cfg.DISTILLER.TEACHER_CACHE_GB
+        raise UserError(f"DISTILLER.TEACHER_CACHE_GB must be positive, got {given}")
     if cfg.SOLVER.LR <= 0:
         raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
     for name, value, allowed in (
         ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
         ("DISTILLER.TEACHER_DTYPE", cfg.DISTILLER.TEACHER_DTYPE, ("auto", "fp32", "bf16", "fp16")),
+        ("DISTILLER.TEACHER_CACHE", cfg.DISTILLER.TEACHER_CACHE, ("none", "memory", "disk")),
         ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "plateau", "constant")),
         ("SOLVER.COMPILE", cfg.SOLVER.COMPILE, (True, False, *COMPILE_MODES)),
     ):

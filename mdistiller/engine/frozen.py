@@ -26,9 +26,7 @@ CLOSE = 1e-4
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
-def prepare_teacher(
-    distiller: Distiller, cfg: Any, image_size: tuple[int, int], watched: bool
-) -> None:
+def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
     """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
 
     Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
@@ -36,7 +34,6 @@ def prepare_teacher(
 
     Args:
         image_size: (height, width) of the images.
-        watched: whether the method has put hooks on the teacher.
 
     Raises:
         UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
@@ -47,7 +44,7 @@ def prepare_teacher(
         return
     if asked == "auto" and not settings.TEACHER_FOLD:
         return
-    if watched or not is_frozen(distiller):
+    if distiller.watches_teacher or not is_frozen(distiller):
         if asked != "auto":
             raise UserError(
                 f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} changes or watches its teacher "
@@ -188,12 +185,12 @@ class FrozenTeacher:
     @torch.no_grad()
     def _update(self) -> None:
         """Write the teacher's weights, folded, into the copy, in place."""
-        source = dict(_tensors(self.teacher))
+        source = dict(named_tensors(self.teacher))
         self._tensors = list(source.values())
         self._watched = count_hooks(self.teacher) != self._hooks
         some = self._tensors[0]
         self.net.to(some.device)
-        own = dict(_tensors(self.net))
+        own = dict(named_tensors(self.net))
         for layer_name, norm_name in self.pairs:
             names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
             layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
@@ -209,7 +206,7 @@ def count_hooks(net: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
-def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, tied ones by each of theirs; no counters."""
     everything = (
         *net.named_parameters(remove_duplicate=False),

@@ -81,6 +81,7 @@ class Log(Hook):
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         numbers = dict(record)
         trainer.log(numbers.pop("lr"), epoch, numbers)
+        known = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
         averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         if is_main_process():
             print(
@@ -88,7 +89,7 @@ class Log(Hook):
                     f"epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  lr {record['lr']:.3g}  "
                     f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
                     f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-                    f"(best {trainer.best_acc:.2f})  {averaged}"
+                    f"(best {trainer.best_acc:.2f})  {averaged}{known}"
                     f"{record['images_per_second']:.0f} images/s",
                     "TRAIN",
                 ),

@@ -81,6 +81,7 @@ class InitTrainer(BaseTrainer):
         plan = main.model.init_stages()[stage].init
         cfg = main.cfg.clone()
         cfg.defrost()
+        cfg.DISTILLER.TEACHER_CACHE = "none"  # such a stage reads features
         cfg.SOLVER.EPOCHS, cfg.SOLVER.LR = plan.epochs, plan.lr or cfg.SOLVER.LR
         cfg.SOLVER.SCHEDULE, cfg.SOLVER.WARMUP_EPOCHS = "multistep", 0
         cfg.SOLVER.LR_DECAY_STAGES = list(plan.decay_stages)

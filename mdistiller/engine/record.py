@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 # Keys that say where files go, not what is trained: they stay out of a run folder's name.
-_PLACES = ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "LOG.PREFIX", "IMPORTS")
+_PLACES = (
+    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG"),
+    *("LOG.PREFIX", "IMPORTS", "DISTILLER.TEACHER_CACHE_DIR"),
+)
 
 
 def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
@@ -186,6 +189,7 @@ _WITHOUT_EFFECT = (
     "DATASET.MAX_MEMORY_GB",
     "DISTILLER.TEACHER_CKPT",
     "DISTILLER.TEACHER_CFG",
+    "DISTILLER.TEACHER_CACHE",
     "SOLVER.COMPILE",
     "SOLVER.CHANNELS_LAST",
     "SOLVER.FIND_UNUSED_PARAMETERS",

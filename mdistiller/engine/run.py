@@ -18,6 +18,7 @@ from mdistiller.engine.build import (
     check_models,
     measure_teacher,
 )
+from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.compiling import compile_networks
@@ -89,6 +90,7 @@ def _train(
     trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
     check_models(cfg, data)  # before hours go into a teacher
+    check_views(cfg, data.train)
     teacher_ckpt = None
     if method.uses_teacher:
         teacher_ckpt = resolve_teacher(cfg, data, device, _train, folder)
@@ -167,6 +169,9 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
         "images_per_second": rate,
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
+    hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
+    if hits:
+        summary["teacher_hits"] = sum(hits) / len(hits)
     if data.test is not None:
         summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
         summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
@@ -198,4 +203,6 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
             f"; on the test set: last {summary['test_acc_last']:.2f}, "
             f"selected {summary['test_acc_best']:.2f}"
         )
+    if "teacher_hits" in summary:
+        text += f"; the teacher cache saved {summary['teacher_hits']:.1f} % of the teacher's passes"
     return f"{text}; files in {folder}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mdistiller.engine.cacheable import is_wanted
 from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
 from mdistiller.engine.distributed import (
     broadcast_buffers,
@@ -30,6 +31,7 @@ from mdistiller.engine.optim import (
     restart_scheduler,
     step_scheduler,
 )
+from mdistiller.engine.teacher_cache import TeacherCache
 from mdistiller.engine.utils import correct_counts, progress
 from mdistiller.models._input import input_norm
 from mdistiller.registry import Registry, UserError
@@ -65,10 +67,14 @@ class BaseTrainer:
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
             what it inherits says `own_steps = False`.
+        own_inputs: whether the trainer may change the images of a batch, so that logits remembered
+            for the loader's would be wrong. Set by itself where a subclass overrides
+            `batch_inputs`; one that leaves the images as they are says `own_inputs = False`.
     """
 
     stage = ""
     own_steps: ClassVar[bool] = False
+    own_inputs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -97,12 +103,15 @@ class BaseTrainer:
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
         self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
+        self.teacher_cache = self.make_cache() if is_wanted(cfg) else None
         self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if {"train_epoch", "train_iter", "optimize"} & set(vars(cls)):
             cls.own_steps = vars(cls).get("own_steps", True)
+        if "batch_inputs" in vars(cls):
+            cls.own_inputs = vars(cls).get("own_inputs", True)
 
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
@@ -114,6 +123,13 @@ class BaseTrainer:
                 f"{key} has no effect on SOLVER.TRAINER {solver.TRAINER}, which makes its steps "
                 f"itself: leave it out, or set {cls.__name__}.own_steps = False if it calls super()"
             )
+        if is_wanted(cfg) and (cls.own_steps or cls.own_inputs):
+            part, flag = ("steps", "own_steps") if cls.own_steps else ("inputs", "own_inputs")
+            raise UserError(
+                f"DISTILLER.TEACHER_CACHE {cfg.DISTILLER.TEACHER_CACHE}: SOLVER.TRAINER "
+                f"{solver.TRAINER} makes its {part} itself; set it to none, or "
+                f"{cls.__name__}.{flag} = False if that only adds to what it inherits"
+            )
         if solver.ACCUMULATE > 1 and train_loader is not None:
             batches = len(train_loader)
             if batches < solver.ACCUMULATE:
@@ -121,6 +137,10 @@ class BaseTrainer:
                     f"SOLVER.ACCUMULATE {solver.ACCUMULATE} is more than the {batches} batches of "
                     f"an epoch (SOLVER.BATCH_SIZE {solver.BATCH_SIZE} a process); lower it"
                 )
+
+    def make_cache(self) -> TeacherCache:
+        """What remembers the teacher's logits."""
+        return TeacherCache(self.cfg, self.model, self.train_loader)
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
         """The optimizer over the distiller's parameter groups."""
@@ -165,6 +185,8 @@ class BaseTrainer:
         self.distiller.train()
         meters = Meters(interval=1 if self.device.type == "cpu" else 50)
         started = time.perf_counter()
+        if self.teacher_cache is not None:
+            self.teacher_cache.begin()
         bar = progress(self.train_loader, f"{self.stage} epoch {epoch}".strip())
         for self.step, data in enumerate(bar, start=1):
             message = self.train_iter(data, epoch, meters)
@@ -174,6 +196,7 @@ class BaseTrainer:
                 for hook in self.hooks:
                     hook.after_steps(self, meters)
         means = meters.averages(self.device)
+        cached = {} if self.teacher_cache is None else self.teacher_cache.finish()
         seconds = time.perf_counter() - started
         record = {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -182,6 +205,7 @@ class BaseTrainer:
             **{f"train_{name}": value for name, value in means.items()},
             "images_per_second": len(self.train_loader.dataset) / seconds,
             "seconds": seconds,
+            **cached,
         }
         step_scheduler(self.scheduler, record["train_loss"])
         broadcast_buffers(self.model)
@@ -192,6 +216,8 @@ class BaseTrainer:
     def train_iter(self, data: Sequence[Any], epoch: int, train_meters: Meters) -> str:
         """Learn from a micro-batch; returns what to show beside the bar ("" for the mean loss)."""
         inputs = self.batch_inputs(data, epoch)
+        if self.teacher_cache is not None:
+            inputs["teacher_logits"] = self.teacher_cache.logits(self.step - 1)
         with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
             with autocast(self.device, self.cfg.SOLVER.AMP):
                 logits, losses = self.distiller(**inputs)

@@ -183,3 +183,36 @@ def test_cuda_gives_the_batches_of_the_cpu(augment):
     for ours, expected in zip(batches, train_loader(augment=augment), strict=True):
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=2.5e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num", "batch", "world"), WORLDS)
+def test_what_batches_will_hold_is_known_beforehand(num, batch, world):
+    for rank in range(world):
+        loader = train_loader(num, batch, rank=rank, world_size=world)
+        loader.set_epoch(3)
+        foretold = loader.batches()
+        assert [part.tolist() for part in foretold] == [index.tolist() for _, _, index in loader]
+        assert loader.epoch == 3
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "crop_flip", "rotate_flip"])
+def test_any_image_of_an_epoch_can_be_made_again(augment):
+    loader = train_loader(augment=augment)
+    loader.set_epoch(2)
+    early = loader.images(torch.arange(50))
+    images, _, index = collect(loader)
+    assert torch.equal(images, early[index])
+    assert torch.equal(loader.images(index.flip(0)), images.flip(0))
+
+
+def test_images_of_other_views_leave_the_epoch_as_it_is():
+    loader = train_loader()
+    loader.set_epoch(1)
+    before = loader.images(torch.arange(50))
+    other = loader.augment.draw(50, torch.Generator().manual_seed(9))
+    views = loader.augment.views(other)
+    same = views == loader.views
+    made = loader.images(torch.arange(50), other)
+    assert torch.equal(made[same], before[same])
+    assert not any(torch.equal(a, b) for a, b in zip(made[~same], before[~same], strict=True))
+    assert torch.equal(loader.images(torch.arange(50)), before)

@@ -195,3 +195,8 @@ def test_what_workers_get_can_be_sent_to_them(folder):
     task = train._task(0, train._drawn)
     maker = train._workers._loader.dataset
     assert torch.equal(pickle.loads(pickle.dumps(maker))[task], maker[task])
+
+
+def test_only_loaders_over_memory_make_any_image_at_any_time(folder):
+    assert not imagenet(folder).train.makes_images
+    assert TrainLoader.makes_images

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._common import cross_entropy, warmup_factor
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.init_stage import running
@@ -217,3 +217,51 @@ def test_a_config_key_that_is_not_set_is_named():
 
     with pytest.raises(UserError, match="Reads reads the config key NOTHING, which is not set"):
         Reads.build(*networks(), default_config(), 50)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if distiller_dict[m].uses_teacher])
+def test_a_method_says_truly_whether_the_teachers_logits_are_all_it_reads(method):
+    """With them alone the same losses, or else an error."""
+    distiller, again = build(method).train(), build(method).train()
+    items = batch()
+    runs_it_plainly = distiller.distills and distiller.teacher_in_eval_mode
+    if distiller.two_views or not runs_it_plainly:
+        assert not distiller.can_do_without_teacher()
+        return
+    known = distiller.run_teacher(items["image"]).logits
+    if not distiller.can_do_without_teacher():
+        with pytest.raises((UserError, KeyError)):
+            distiller(**items, teacher_logits=known)
+        return
+    again.run_teacher = None
+    losses, others = distiller(**items)[1], again(**items, teacher_logits=known)[1]
+    for name, loss in losses.items():
+        assert torch.equal(loss, others[name])
+
+
+def test_a_class_that_reads_the_teacher_in_its_own_way_has_to_say_how_much():
+    class Same(distiller_dict["KD"]):
+        pass
+
+    class Other(distiller_dict["KD"]):
+        def distill(self, student, teacher, target, **batch):
+            return student.logits.mean()
+
+    class Sure(Other):
+        teacher_logits_only = True
+
+    class Twice(distiller_dict["KD"]):
+        def forward_train(self, image, target, **batch):
+            return super().forward_train(image.flip(3), target, **batch)
+
+    class Cropped(distiller_dict["KD"]):
+        def run_teacher(self, image):
+            return super().run_teacher(image[..., 1:, 1:])
+
+    found = [cls.can_do_without_teacher() for cls in (Same, Other, Sure, Twice, Cropped)]
+    assert found == [True, False, True, False, False]
+
+
+def test_a_sum_reads_logits_alone_if_all_its_parts_do():
+    assert get_distiller("KD+DIST").can_do_without_teacher()
+    assert not get_distiller("KD+AT").can_do_without_teacher()

@@ -39,7 +39,10 @@ def test_a_run_on_the_gpu_follows_the_cpu(tmp_path, amp):
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02 if amp == "none" else 0.1)
 
 
-@pytest.mark.parametrize("solver", ["AMP: none", "AMP: bf16", "ACCUMULATE: 2\n  EMA: 0.9"])
+CACHED = "AMP: none\nDISTILLER:\n  TEACHER_CACHE: memory"
+
+
+@pytest.mark.parametrize("solver", ["AMP: none", "AMP: bf16", "ACCUMULATE: 2\n  EMA: 0.9", CACHED])
 def test_no_step_waits_for_the_gpu(tmp_path, solver):
     config = write_config(
         tmp_path, text=f"DEVICE: cuda\nSOLVER:\n  {solver}\n", **settings(tmp_path)
@@ -54,6 +57,8 @@ def test_no_step_waits_for_the_gpu(tmp_path, solver):
             hook.before_train(trainer)
     meters = Meters(interval=10**6)
     data.train.set_epoch(1)
+    if trainer.teacher_cache is not None:
+        trainer.teacher_cache.begin()
     batches = iter(data.train)
     for trainer.step in (1, 2):  # warm-up: cuDNN and the optimizer set themselves up
         trainer.train_iter(next(batches), 1, meters)

@@ -1,0 +1,192 @@
+"""Where remembered logits are kept: in memory, or in a file that several processes share.
+
+A row is a vector of float32 under a number, its slot. In a file each row carries a checksum of its
+values, its slot and the file's key. A row whose checksum does not hold is not there: one that was
+never written, that a killed process left half written, that is damaged or stands in a wrong place.
+So no order of writes matters, and readers and writers need no lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Slots = NDArray[np.int64]
+
+HEADER = 4096
+"""Bytes before the first row."""
+FORMAT = "mdistiller teacher logits 1"
+_BLOCK = 4096  # rows summed at a time
+
+
+class LogitStore(Protocol):
+    """Rows [C] by slot.
+
+    Attributes:
+        replaced: why what was there was not taken; "" if it was, or there was nothing.
+    """
+
+    replaced: str
+
+    def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
+        """Which of M slots hold a row, [M], and the rows, [M, C]; 0 where there is none."""
+        ...
+
+    def write(self, slots: Slots, rows: Floats) -> None:
+        """Keep M different rows."""
+        ...
+
+
+class MemoryStore:
+    """Rows in this process's memory; it is taken as they come.
+
+    Args:
+        count: number of slots.
+        width: C.
+    """
+
+    replaced = ""
+
+    def __init__(self, count: int, width: int):
+        self._rows = np.empty((count, width), dtype=np.float32)
+        self._known = np.zeros(count, dtype=bool)
+
+    def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
+        """See :class:`LogitStore`."""
+        found = self._known[slots]
+        rows = np.zeros((len(slots), self._rows.shape[1]), dtype=np.float32)
+        rows[found] = self._rows[slots[found]]
+        return found, rows
+
+    def write(self, slots: Slots, rows: Floats) -> None:
+        """See :class:`LogitStore`."""
+        self._rows[slots], self._known[slots] = rows, True
+
+
+class FileStore:
+    """Rows in a file that any number of processes of a machine read and write at once.
+
+    Made with holes, it takes space as rows come. What is there under its name and is not this file,
+    whole, is replaced by an empty one; processes that have the old one open keep it to themselves.
+
+    Args:
+        path: of the file; a lock `PATH.lock` stands beside it.
+        count: number of slots.
+        width: C.
+        key: what the rows depend on: plain values. Also the file's first line.
+
+    Raises:
+        OSError: the file can be neither opened nor made.
+    """
+
+    def __init__(self, path: Path, count: int, width: int, key: Mapping[str, Any]):
+        self.path, self.count = path, count
+        self._row = np.dtype([("logits", "<f4", (width,)), ("check", "<u8")])
+        self._header = _header(count, width, key)
+        self._sum = _Checksum(width, self._header)
+        self._size = HEADER + count * self._row.itemsize
+        self.replaced = ""
+        self.open()
+
+    def open(self, anew: bool = False) -> None:
+        """Open the file, made first if it is not there.
+
+        Args:
+            anew: replace it by an empty one.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            self.replaced = self._fault() if self.path.exists() else ""
+            if anew or self.replaced or not self.path.exists():
+                self._make()
+            self._file = self.path.open("r+b", buffering=0)
+        table = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
+        self._table = np.frombuffer(table, dtype=self._row, offset=HEADER)
+
+    def _fault(self) -> str:
+        """What is wrong with the file that is there."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            if file.read(HEADER) != self._header:
+                return "its head is damaged, or of another file"
+        return f"it has {size} bytes, not {self._size}" if size != self._size else ""
+
+    def _make(self) -> None:
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        with fresh.open("wb") as file:
+            file.write(self._header)
+            file.truncate(self._size)
+        os.replace(fresh, self.path)
+
+    def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
+        """See :class:`LogitStore`. A file that was cut off meanwhile is replaced."""
+        if os.fstat(self._file.fileno()).st_size != self._size:  # else the process would be ended
+            self.open()
+        rows = self._table[slots]
+        logits = np.ascontiguousarray(rows["logits"])
+        found = rows["check"] == self._sum(slots, logits)
+        logits[~found] = 0
+        return found, logits
+
+    def write(self, slots: Slots, rows: Floats) -> None:
+        """See :class:`LogitStore`.
+
+        Not by way of the mapping: a full disk is then an error, not the end of the process.
+
+        Raises:
+            OSError: the disk is full, or such.
+        """
+        packed = np.empty(len(slots), dtype=self._row)
+        packed["logits"], packed["check"] = rows, self._sum(slots, np.ascontiguousarray(rows))
+        file, size = self._file.fileno(), self._row.itemsize
+        everything = packed.view(np.uint8).data
+        for number, slot in enumerate(slots.tolist()):
+            row = everything[number * size : (number + 1) * size]
+            if os.pwrite(file, row, HEADER + slot * size) != size:
+                raise OSError(f"{self.path}: no space left")
+
+
+def _header(count: int, width: int, key: Mapping[str, Any]) -> bytes:
+    facts = {"format": FORMAT, "rows": count, "width": width, **key}
+    text = json.dumps(facts, sort_keys=True).encode()
+    if len(text) >= HEADER:
+        raise ValueError(f"the key of a file of logits takes {len(text)} bytes")
+    return text.ljust(HEADER - 1) + b"\n"
+
+
+class _Checksum:
+    """64-bit checksums of rows: a sum of their 32-bit words, each times an odd random number.
+
+    Modulo 2^64 an odd number times a difference of 32-bit words is not 0: a row with any one word
+    changed, or in the place of another, never passes; what differs in more, or comes from a file
+    with another key, does so by a chance of about 2^-32 or less for every such row that is read.
+    No row has the sum 0, which is that of a hole.
+
+    Args:
+        width: words of a row.
+        key: seeds the numbers.
+    """
+
+    def __init__(self, width: int, key: bytes):
+        seed = int.from_bytes(hashlib.sha256(key).digest(), "little")
+        numbers = np.random.default_rng(seed).integers(2**64, size=width + 2, dtype=np.uint64)
+        self._start, self._slot = numbers[0], numbers[1] | np.uint64(1)
+        self._factors = numbers[2:] | np.uint64(1)
+
+    def __call__(self, slots: Slots, rows: Floats) -> NDArray[np.uint64]:
+        """Of M rows [M, C]: [M]."""
+        sums = self._start + self._slot * slots.astype(np.uint64)
+        for start in range(0, len(rows), _BLOCK):
+            words = rows[start : start + _BLOCK].view(np.uint32).astype(np.uint64)
+            sums[start : start + _BLOCK] += words @ self._factors
+        return np.maximum(sums, np.uint64(1))
