@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -13,12 +14,14 @@ from mdistiller.registry import UserError
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how gloo and NCCL say that the other end of a connection is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Run `command`; 0, or the exit code of a user's error (2) or of Ctrl-C (130).
+    """Run `command`; 0, or the exit code of a user's error (2), of a run that a signal ended with its
+    state saved (75), or of Ctrl-C elsewhere (130).
 
     Of several processes one tells why they end: the first, if the cause is the same in all.
     """
@@ -28,11 +31,16 @@ def guarded(command: Callable[[], None]) -> int:
         command()
     except UserError as error:
         return _end(f"{who}: {' '.join(str(error).split())}", BAD_INPUT)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         advice = "continue a training run with --resume, a sweep by the same command"
         if rank == "0":
-            print(f"interrupted; {advice}", file=sys.stderr, flush=True)
-        return INTERRUPTED
+            print(str(stop) or f"interrupted; {advice}", file=sys.stderr, flush=True)
+        return getattr(stop, "code", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        return _end(f"{who}: cannot write {what}{error.strerror}", BAD_INPUT)
     except Exception as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise

@@ -114,7 +114,9 @@ class BatchAugment:
     ) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix as drawn from `rng`."""
         drawn = self.draw_mix(rng)
-        return (cutmix if isinstance(drawn, tuple) else mixup)(images, labels, drawn)  # type: ignore[operator]
+        if isinstance(drawn, tuple):
+            return cutmix(images, labels, drawn)
+        return mixup(images, labels, drawn)
 
     def draw_mix(self, rng: np.random.Generator) -> float | Box:
         """What to do to a batch: the weight of a mixup, or the patch of a CutMix."""

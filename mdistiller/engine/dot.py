@@ -179,6 +179,9 @@ class DOTTrainer(BaseTrainer):
                 self.scaler.scale(losses["loss_kd"].mean() * weight).backward(retain_graph=True)
         self.scaler.scale(losses["loss_ce"].mean() * weight).backward()
 
+    def gradients(self) -> list[Tensor]:
+        return [*super().gradients(), *self._kept()]
+
     def update(self) -> None:
         if self._kept():
             with self._kd_gradients():

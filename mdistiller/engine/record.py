@@ -122,12 +122,7 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
     Returns:
         Texts "KEY was A, is now B".
     """
-    path = folder / "config.yaml"
-    try:
-        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        recorded["EXPERIMENT"]["SEED"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    recorded = recorded_settings(folder)
     changes = differences(recorded, cfg)
     if not goes_on:
         return changes
@@ -147,6 +142,30 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
     return changes
 
 
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The config of a run, from its folder."""
+    path = folder / "config.yaml"
+    try:
+        recorded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recorded["EXPERIMENT"]["SEED"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    return recorded
+
+
+def side_settings(folder: Path, cfg: Any) -> list[str]:
+    """What differs from a run's recorded config and leaves its weights as they are."""
+    recorded = recorded_settings(folder)
+    sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
+    keys = [key for key in flatten(cfg) if key.startswith((*sections, *_WITHOUT_EFFECT, "DEVICE"))]
+    pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
+    return [
+        f"{key} was {before}, is now {now}"
+        for key, before, now in pairs
+        if before is not None and before != now
+    ]
+
+
 def recorded_processes(folder: Path) -> int:
     """How many processes trained a run last; those there are now if it does not say."""
     try:
@@ -159,7 +178,7 @@ def recorded_processes(folder: Path) -> int:
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
-    keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
+    keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
     changes = []
@@ -178,10 +197,12 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     return changes
 
 
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
 _ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 _WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",
+    "DATASET.WORKER_TIMEOUT",
     "DATASET.TEST",
     "DATASET.MAX_MEMORY_GB",
     "DISTILLER.TEACHER_CKPT",
@@ -190,6 +211,8 @@ _WITHOUT_EFFECT = (
     "SOLVER.CHANNELS_LAST",
     "SOLVER.FIND_UNUSED_PARAMETERS",
     "SOLVER.DETERMINISTIC",
+    "SOLVER.SKIP_NONFINITE",
+    "SOLVER.RANK_TIMEOUT",
 )
 
 
