@@ -14,6 +14,7 @@ COMMANDS = {
     "methods": "what every method is, uses and needs: a table",
     "benchmark": "measured speed of the parts",
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
+    "faults": "runs killed, files damaged, disks filled: is anything lost?",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

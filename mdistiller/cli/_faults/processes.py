@@ -1,0 +1,72 @@
+"""Two processes of one run, of which one is killed, or both are asked to stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from mdistiller.cli._faults.work import Outcome, Work, free_port
+from mdistiller.engine.preemption import EXIT_CODE
+
+_PAIR = {"SOLVER__BATCH_SIZE": 8}  # of each
+
+
+def start_pair(work: Work, name: str, **changes: Any) -> list[BaseProcess]:
+    """Begin or continue a run in two processes, as torchrun starts them."""
+    common = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    settings = {**_PAIR, **changes}
+    processes = []
+    for rank in range(2):
+        own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(work.start(name, environment=own, **settings))
+    return processes
+
+
+def join(processes: list[BaseProcess]) -> list[int]:
+    """Wait for the end of processes; their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def ranks(work: Work) -> Outcome:
+    """Kill one of two processes: the other ends as well; ask both to stop: both do, at one step."""
+    outcome = Outcome("lost processes survived")
+    draw = random.Random(work.seed + 2)
+    started = time.perf_counter()
+    if codes := [code for code in join(start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)) if code]:
+        outcome.losses.append(f"the undisturbed pair ended with {codes}\n{work.output('pair')[-3000:]}")
+        return outcome
+    length = time.perf_counter() - started
+    whole = work.run_folder("pair")
+    for number in range(1 if work.quick else 6):
+        name = f"pair{number}"
+        kinds = [signal.SIGKILL, signal.SIGTERM] * (1 if work.quick else 2)
+        for kind in kinds:
+            processes = start_pair(work, name)
+            time.sleep(draw.uniform(0.3, 0.7) * length)
+            if any(process.exitcode is not None for process in processes):
+                join(processes)
+                break
+            chosen = processes if kind == signal.SIGTERM else [draw.choice(processes)]
+            for process in chosen:
+                os.kill(process.pid or 0, kind)
+            outcome.tried += 1
+            codes = join(processes)
+            wanted = [EXIT_CODE] * 2 if kind == signal.SIGTERM else None
+            if (wanted and codes != wanted) or 0 in codes:
+                said = work.output(name)[-3000:]
+                outcome.losses.append(f"{name}: {kind.name} ended in {codes}\n{said}")
+        if any(join(start_pair(work, name))):
+            outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
+        outcome.losses += work.differences(name, whole)
+        work.forget(name)
+    return outcome
