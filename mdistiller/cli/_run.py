@@ -20,8 +20,10 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 
 def guarded(command: Callable[[], None]) -> int:
-    """Run `command`; 0, or the exit code of a user's error (2), of a run that a signal ended with its
-    state saved (75), or of Ctrl-C elsewhere (130).
+    """Run `command`; 0, or the exit code of what ended it.
+
+    They are that of a user's error (2), of a run that a signal ended with its state saved (75), and
+    of Ctrl-C elsewhere (130).
 
     Of several processes one tells why they end: the first, if the cause is the same in all.
     """

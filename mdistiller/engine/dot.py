@@ -155,12 +155,18 @@ class DOTTrainer(BaseTrainer):
                 f"SOLVER.MOMENTUM {solver.MOMENTUM} + SOLVER.DOT.DELTA {solver.DOT.DELTA}, the "
                 "momentum of the distillation gradients, must be below 1"
             )
+        groups = self.model.param_groups()
+        if solver.SKIP_NONFINITE and any(p.is_cuda for group in groups for p in group["params"]):
+            raise UserError(
+                f"SOLVER.TRAINER {solver.TRAINER} cannot skip steps on a GPU; set "
+                "SOLVER.SKIP_NONFINITE 0"
+            )
         if solver.NESTEROV:
             raise UserError(
                 f"SOLVER.TRAINER {solver.TRAINER} has no Nesterov form; set SOLVER.NESTEROV False"
             )
         return DistillationOrientedTrainer(
-            self.model.param_groups(),
+            groups,
             lr=solver.LR,
             momentum=solver.MOMENTUM - solver.DOT.DELTA,
             momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,

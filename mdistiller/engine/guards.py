@@ -24,9 +24,10 @@ _SHOWN = 8  # sample numbers in an error
 class Guard:
     """Looks at every step's loss and gradient before it moves the weights.
 
-    On CUDA a look costs a wait, so by default it comes late there: losses are read every 50 steps,
-    gradients only through the losses that follow. With SOLVER.SKIP_NONFINITE each step is looked
-    at, on any device; those skipped leave weights, optimizer and buffers as they were.
+    To look from the host is to wait for the device. On CUDA losses are therefore read every 50
+    steps, and gradients show in the losses that follow. With SOLVER.SKIP_NONFINITE each step is
+    looked at: one that is skipped leaves weights, optimizer and buffers as they were. On CUDA that
+    is decided on the device, and `skipped` follows when numbers are read.
 
     Args:
         limit: SOLVER.SKIP_NONFINITE, the steps that may be skipped in a run; 0: none.
@@ -34,11 +35,14 @@ class Guard:
 
     Attributes:
         skipped: steps so far.
+        waits: whether the host decides.
     """
 
     def __init__(self, limit: int, device: torch.device):
         self.limit, self.skipped = limit, 0
         self.looks = limit > 0 or device.type == "cpu"
+        self.waits = device.type != "cuda"
+        self._unread: Tensor | None = None  # steps skipped by the device
         self._inputs: dict[str, Any] = {}
         self._recent: list[Tensor | None] = []  # sample numbers of the latest micro-batches
         self._remembered = 1 if device.type == "cpu" else 50
@@ -78,10 +82,37 @@ class Guard:
             shared = good.int()
             dist.all_reduce(shared, dist.ReduceOp.MIN)
             good = shared.bool()
+        if not self.waits:
+            self._leave_to_device(trainer, ~good)
+            return True
         if bool(good):
             return True
         self._refuse(trainer)
         return False
+
+    def _leave_to_device(self, trainer: BaseTrainer, bad: Tensor) -> None:
+        """Have the optimizer's kernel do nothing if the step is `bad`."""
+        trainer.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # of fused ones
+        for buffer, before in zip(trainer.model.buffers(), self._buffers, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+        self._unread = bad.int() if self._unread is None else self._unread + bad
+
+    def read(self) -> None:
+        """Count what the device has skipped; to be called where the host waits anyway.
+
+        Raises:
+            NonFiniteLossError: more than may be.
+        """
+        if self._unread is None:
+            return
+        self.skipped += int(self._unread)
+        self._unread = None
+        if self.skipped > self.limit:
+            raise NonFiniteLossError(
+                f"{self.skipped} steps had a loss or gradient that is not finite, and "
+                f"SOLVER.SKIP_NONFINITE allows {self.limit}",
+                ago=len(self._recent),
+            )
 
     def _refuse(self, trainer: BaseTrainer) -> None:
         terms = {name: float(value) for name, value in self._terms[-1].items()}

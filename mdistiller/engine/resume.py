@@ -47,7 +47,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
+        "python": [version, torch.tensor(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
@@ -59,7 +59,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Take up what :func:`random_state` gave; of another kind of device only what is there."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
@@ -129,6 +129,7 @@ def current_position(trainer: BaseTrainer, progress: Progress) -> Position:
         NonFiniteLossError: a step behind had a loss that is none.
     """
     progress.meters.flush()
+    trainer.guard.read()
     own = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
     return {
         "epoch": progress.epoch,

@@ -171,6 +171,7 @@ class BaseTrainer:
         try:
             self._take_steps(progress)
             means = progress.meters.averages(self.device)
+            self.guard.read()
         except NonFiniteLossError as error:
             raise self.guard.report(self, error) from None
         seconds = progress.seconds
@@ -199,6 +200,7 @@ class BaseTrainer:
             bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
             if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
                 meters.flush()
+                self.guard.read()
                 for hook in self.hooks:
                     hook.after_steps(self, meters)
             if self.ends_step:

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,14 @@ class FewDigits(DataSource):
     zoo = "cifar"
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
-        digits = DATASETS["digits"]().load(root, split, options)
-        return digits.select(torch.arange(180 if split == "train" else 60))
+        return _digits()[0 if split == "train" else 1]
+
+
+@cache
+def _digits() -> tuple[ImageSet, ImageSet]:
+    """180 for training, 60 for evaluation; the parent has them before it forks."""
+    digits = DATASETS["digits"]().load(Path(), "train", Options())
+    return digits.select(torch.arange(180)), digits.select(torch.arange(180, 240))
 
 
 def tiny_net(num_classes: int = 10) -> BabyNet:
@@ -110,6 +116,7 @@ class Work:
     @cached_property
     def teacher(self) -> Path:
         """Weights of an untrained network."""
+        _digits()
         torch.manual_seed(1)
         path = self.folder / "teacher.pth"
         torch.save({"model": tiny_net().state_dict()}, path)
