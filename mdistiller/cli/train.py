@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from mdistiller.cli._run import add_overrides, guarded
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `--resume` without a value although KEY VALUE pairs may follow it."""
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and words[-1] == "--resume=yes" and word in ("auto", "yes"):
+                words[-1] = f"--resume={word}"
+            else:
+                words.append("--resume=yes" if word == "--resume" else word)
+        return super().parse_intermixed_args(words, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="train", description=__doc__)
+    parser = _Parser(prog="train", description=__doc__)
     parser.add_argument("--cfg", default="", metavar="FILE", help="YAML config (empty: defaults)")
     parser.add_argument(
         "--resume",
@@ -28,21 +41,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def spelled_out(words: list[str]) -> list[str]:
-    """A command line in which --resume always has a value: KEY VALUE pairs may follow it."""
-    out: list[str] = []
-    for word in words:
-        if out and out[-1] == "--resume=yes" and word in ("auto", "yes"):
-            out[-1] = f"--resume={word}"
-        else:
-            out.append("--resume=yes" if word == "--resume" else word)
-    return out
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    args = parser().parse_intermixed_args(spelled_out(words))
+    args = parser().parse_intermixed_args(argv)
 
     def run() -> None:
         from mdistiller.engine.cfg import load_config

@@ -1,7 +1,7 @@
 """One run in a folder at a time.
 
-A lock file beside the folder, locked by the system, which frees it when its holder dies. A second
-file says who that is. Its holder touches it every few seconds: so the lock also keeps off another
+A file in the folder is locked by the system, which frees it when its holder dies. A second one says
+who that is. Its holder touches it every few seconds: so the lock also keeps off another
 machine, where a shared file system does not pass the system's lock on.
 """
 
@@ -43,7 +43,7 @@ def locked(folder: Path, wait: str = "") -> Iterator[None]:
     if folder in _held:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
         lock.acquire(timeout=0)
@@ -77,11 +77,11 @@ def is_locked(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> FileLock:
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
+    return FileLock(folder / ".lock")
 
 
 def _holder(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.holder")
+    return folder / ".holder"
 
 
 def _read(folder: Path) -> tuple[str, int, float]:

@@ -48,7 +48,7 @@ def adamw(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
     return AdamW(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver))
 
 
-def _maskable(groups: list[dict[str, Any]], solver: Any) -> dict[str, bool]:
+def _maskable(groups: list[dict[str, Any]], solver: Any) -> dict[str, Any]:
     """The option that lets a GPU decide by itself to leave a step out (see `guards.py`)."""
     on_gpu = any(param.is_cuda for group in groups for param in group["params"])
     return {"fused": True} if solver.SKIP_NONFINITE and on_gpu else {}

@@ -21,6 +21,7 @@ import yaml
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
+from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
 from mdistiller.registry import UserError
@@ -91,7 +92,8 @@ def write_record(
         data: of :func:`data_facts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_cfg(cfg))
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(dump_cfg(cfg))
     path = folder / "run.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.is_file() else []
@@ -109,7 +111,8 @@ def write_record(
             "versions": versions(),
         }
     )
-    path.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
 
 
 def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:

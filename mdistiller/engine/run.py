@@ -20,7 +20,7 @@ from mdistiller.engine.build import (
     measure_teacher,
 )
 from mdistiller.engine.cfg import Config, show_cfg
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.checkpoint import load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import process_group, wait_for_all, wrap
 from mdistiller.engine.hooks import Hook
@@ -98,15 +98,7 @@ def _train(
     allow_changes: bool = False,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
-    check_place(folder)
-    with locked(folder) if rank() == 0 else contextlib.nullcontext():
-        check_folder(folder, cfg, resume, allow_changes)
-        return _train_in(folder, cfg, name, resume, device, hooks)
-
-
-def _train_in(
-    folder: Path, cfg: Config, name: str, resume: bool, device: torch.device, hooks: Sequence[Hook]
-) -> dict[str, Any]:
+    changes = check_folder(folder, cfg, resume, allow_changes)
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
@@ -127,6 +119,20 @@ def _train_in(
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, RunRecord(data)]
+        if changes:
+            print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+    with locked(folder) if rank() == 0 else contextlib.nullcontext():
+        if rank() == 0:  # another run may have been in there meanwhile
+            check_folder(folder, cfg, resume, allow_changes)
+        summary = _train_in(folder, trainer, data, teacher_acc, resume)
+    wait_for_all()
+    return summary
+
+
+def _train_in(
+    folder: Path, trainer: BaseTrainer, data: Data, teacher_acc: float | None, resume: bool
+) -> dict[str, Any]:
+    """Train, and write the summary."""
     try:
         trainer.train(resume=resume)
     except BaseException:
@@ -135,24 +141,21 @@ def _train_in(
         raise
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with replacing(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
-    wait_for_all()
     return summary
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a run folder that cannot be one."""
+def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
+    """Refuse to start a run over, and to resume one that is not there or was another.
+
+    Returns:
+        What has changed in the settings of a run that is resumed.
+    """
     blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"LOG.PREFIX: {blocked} is a file, so {folder} cannot be a folder")
-
-
-def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> None:
-    """Refuse to start a run over, and to resume one that is not there or was another.
-
-    Says what has changed of the other settings, and with `allow_changes` of all.
-    """
     there = bool(Store(folder).candidates())
     if not resume and there:
         raise UserError(
@@ -160,14 +163,14 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "EXPERIMENT.NAME (to do it again, remove the folder)"
         )
     if not resume:
-        return
+        return []
     if not there:
         raise UserError(
             f"--resume: there is no checkpoint {folder / LATEST}; start without --resume, or give "
             "the same config and overrides as the run to continue"
         )
     if not (folder / "config.yaml").is_file():  # runs of the original recorded none
-        return
+        return []
     changes = changed_settings(folder, cfg, goes_on=True)
     if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
@@ -176,9 +179,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    changes += side_settings(folder, cfg)
-    if changes and rank() == 0:
-        print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+    return [*changes, *side_settings(folder, cfg)]
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:

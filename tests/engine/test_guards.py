@@ -146,5 +146,3 @@ def test_numbers_read_late_name_the_samples_and_say_so(tmp_path):
     assert "1 samples (3)" in str(error)
     assert "noticed 3 steps later: without inputs and weights" in str(error)
     assert load(tmp_path / "nonfinite_epoch3_step4_rank0.pt")["index"].tolist() == [3]
-
-

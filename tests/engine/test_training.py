@@ -43,7 +43,7 @@ def test_a_run_leaves_the_files_of_the_original(tmp_path):
     names = {p.name for p in run.iterdir()}
     assert names == {
         *("latest", "best", "epoch_2", "student_latest", "student_best", "student_2"),
-        *("previous", "checkpoints.json"),
+        *("previous", "checkpoints.json", ".lock"),
         *("worklog.txt", "metrics.jsonl", "train.events"),
         *("config.yaml", "run.json", "summary.json"),
     }

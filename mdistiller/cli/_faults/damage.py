@@ -15,7 +15,7 @@ from typing import Any
 
 from mdistiller.cli._faults.kills import die_in_operation
 from mdistiller.cli._faults.work import Outcome, Work
-from mdistiller.engine.store import Store
+from mdistiller.engine.store import PREVIOUS, Store
 from mdistiller.registry import UserError
 
 
@@ -66,9 +66,8 @@ def corruptions(work: Work) -> Outcome:
         code, said = work.finish(name), work.output(name)
         if code:
             outcome.losses.append(f"{name}: ended with {code}\n{said[-2000:]}")
-        elif "latest" not in said or "going back to previous" not in said:
-            if text != "removed":
-                outcome.losses.append(f"{name}: not noticed")
+        elif f"going back to {PREVIOUS}" not in said and text != "removed":
+            outcome.losses.append(f"{name}: not noticed")
         outcome.losses += work.differences(name)
         work.forget(name)
     return outcome
@@ -84,8 +83,15 @@ class _FullDisk:
     def lay(self) -> None:
         """Take the place of the real one in this process."""
         io.open = builtins.open = self._open  # type: ignore[assignment]
-        os.fsync = lambda handle: (self._spend(), self.fsync(handle))[1]
-        os.replace = lambda *paths, **kwargs: (self._spend(), self.replace(*paths, **kwargs))[1]
+        os.fsync, os.replace = self._fsync, self._replace  # type: ignore[assignment]
+
+    def _fsync(self, handle: int) -> None:
+        self._spend()
+        self.fsync(handle)
+
+    def _replace(self, *paths: Any) -> None:
+        self._spend()
+        self.replace(*paths)
 
     def _spend(self) -> None:
         self.left -= 1
@@ -120,7 +126,7 @@ class _Writes:
 
 
 def full_disk(work: Work) -> Outcome:
-    """Let every write from some moment on fail: one line says so, and all that was saved is good."""
+    """Let every write from some moment on fail: one line says so, and all that is saved is good."""
     outcome = Outcome("full disks survived")
     draw = random.Random(work.seed + 1)
     count = 4 if work.quick else 30
@@ -159,5 +165,3 @@ def _complaints(code: int | None, said: str, kind: int) -> list[str]:
     if "Traceback" in said:
         found.append(f"a traceback\n{said[-3000:]}")
     return found
-
-

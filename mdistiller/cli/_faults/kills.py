@@ -15,7 +15,7 @@ _OPERATIONS = ("fsync", "replace", "link", "unlink")
 
 
 def kills(work: Work) -> Outcome:
-    """Kill and continue until a run is through, run after run, and compare each with the whole one."""
+    """Kill and continue until a run is through, run after run; compare each with the whole one."""
     draw = random.Random(work.seed)
     outcome = Outcome("kills survived")
     wanted = 12 if work.quick else 60
@@ -49,7 +49,9 @@ def _attempt(work: Work, name: str, draw: random.Random, length: float, calm: bo
     if calm:
         return work.finish(name)
     if draw.random() < 0.5:
-        process = work.start(name, before=die_in_operation(draw.randrange(3, 90), draw.random() < 0.5))
+        process = work.start(
+            name, before=die_in_operation(draw.randrange(3, 90), draw.random() < 0.5)
+        )
         process.join()
     else:
         process = work.start(name)

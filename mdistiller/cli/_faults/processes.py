@@ -42,8 +42,12 @@ def ranks(work: Work) -> Outcome:
     outcome = Outcome("lost processes survived")
     draw = random.Random(work.seed + 2)
     started = time.perf_counter()
-    if codes := [code for code in join(start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)) if code]:
-        outcome.losses.append(f"the undisturbed pair ended with {codes}\n{work.output('pair')[-3000:]}")
+    if codes := [
+        code for code in join(start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)) if code
+    ]:
+        outcome.losses.append(
+            f"the undisturbed pair ended with {codes}\n{work.output('pair')[-3000:]}"
+        )
         return outcome
     length = time.perf_counter() - started
     whole = work.run_folder("pair")

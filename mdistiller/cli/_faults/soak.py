@@ -88,11 +88,12 @@ def _growth(lives: Sequence[tuple[float, int, float, int]]) -> list[str]:
     for kind, young, old in (("MB in memory", 0, 2), ("open files", 1, 3)):
         inside = statistics.median(life[old] / life[young] for life in lives)
         early, late = (
-            statistics.median(life[old] for life in part) for part in (lives[:third], lives[-third:])
+            statistics.median(life[old] for life in part)
+            for part in (lives[:third], lives[-third:])
         )
         print(
-            f"{kind}: {early:.0f} in the first third of {len(lives)} lives, {late:.0f} in the last; "
-            f"within a life times {inside:.3f}"
+            f"{kind}: {early:.0f} in the first third of {len(lives)} lives, {late:.0f} in the "
+            f"last; within a life times {inside:.3f}"
         )
         if max(inside, late / early) > GROWTH:
             losses.append(f"{kind} grew")

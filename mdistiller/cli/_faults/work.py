@@ -1,4 +1,4 @@
-"""A small run that is trained again and again, in forked processes, and compared with one left alone.
+"""A small run, trained again and again in forked processes, and compared with one left alone.
 
 Forked: a child begins to train within a fraction of a second, and has the parent's imports.
 """
@@ -215,12 +215,16 @@ def _child(
         try:
             if before is not None:
                 before()
-            code = guarded(lambda: train(cfg, resume="auto") and None)
+            code = guarded(lambda: _train(cfg))
         except BaseException:
             traceback.print_exc()
             code = 1
         out.flush()
         os._exit(code)  # as an exit, without what the parent would have done at its own
+
+
+def _train(cfg: Config) -> None:
+    train(cfg, resume="auto")
 
 
 def same(one: Any, other: Any) -> bool:
@@ -247,7 +251,7 @@ def events(run: Path) -> dict[tuple[str, str, int], float]:
 
     shown: dict[tuple[str, str, int], float] = {}
     for folder in ("train.events", "train.events/steps"):
-        for path in sorted((run / folder).glob("events*"), key=lambda path: path.name.split(".")[-1]):
+        for path in sorted((run / folder).glob("events*"), key=lambda path: path.suffix):
             stream = io.BytesIO(path.read_bytes())
             while len(head := stream.read(12)) == 12:
                 event = event_pb2.Event()
