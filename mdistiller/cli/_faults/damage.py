@@ -57,7 +57,7 @@ def corruptions(work: Work) -> Outcome:
         outcome.losses.append(f"the run to damage did not die: {process.exitcode}")
     half = work.run_folder("half")
     damages = _damages(work.run_folder("other") / "latest")
-    chosen = list(damages)[1::3] if work.quick else list(damages)
+    chosen = list(damages)[2::4] if work.quick else list(damages)
     for text in chosen:
         name = f"damaged {text}"
         outcome.tried += 1
@@ -129,7 +129,7 @@ def full_disk(work: Work) -> Outcome:
     """Let every write from some moment on fail: one line says so, and all that is saved is good."""
     outcome = Outcome("full disks survived")
     draw = random.Random(work.seed + 1)
-    count = 4 if work.quick else 30
+    count = 2 if work.quick else 30
     for number in range(count):
         name = f"full{number}"
         kind = errno.EACCES if number % 5 == 4 else errno.ENOSPC

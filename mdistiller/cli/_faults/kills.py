@@ -18,7 +18,7 @@ def kills(work: Work) -> Outcome:
     """Kill and continue until a run is through, run after run; compare each with the whole one."""
     draw = random.Random(work.seed)
     outcome = Outcome("kills survived")
-    wanted = 12 if work.quick else 60
+    wanted = 6 if work.quick else 60
     started = time.perf_counter()
     work.finish("timed")
     length = time.perf_counter() - started

@@ -37,6 +37,18 @@ def join(processes: list[BaseProcess]) -> list[int]:
     return [process.exitcode or 0 for process in processes]
 
 
+def _await_step(work: Work, name: str, processes: list[BaseProcess]) -> None:
+    """Wait until a pair has saved something since now, or has ended."""
+    latest, now = work.run_folder(name) / "latest", time.time()
+    while all(process.exitcode is None for process in processes):
+        try:
+            if latest.stat().st_mtime > now:
+                return
+        except OSError:
+            pass  # not there yet
+        time.sleep(0.02)
+
+
 def ranks(work: Work) -> Outcome:
     """Kill one of two processes: the other ends as well; ask both to stop: both do, at one step."""
     outcome = Outcome("lost processes survived")
@@ -56,7 +68,8 @@ def ranks(work: Work) -> Outcome:
         kinds = [signal.SIGKILL, signal.SIGTERM] * (1 if work.quick else 2)
         for kind in kinds:
             processes = start_pair(work, name)
-            time.sleep(draw.uniform(0.3, 0.7) * length)
+            _await_step(work, name, processes)
+            time.sleep(draw.uniform(0.0, 0.3) * length)
             if any(process.exitcode is not None for process in processes):
                 join(processes)
                 break
