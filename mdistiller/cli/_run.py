@@ -17,6 +17,7 @@ INTERRUPTED = 130
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how gloo and NCCL say that the other end of a connection is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
+_LATE = ("Timed out waiting", "timed out", "Operation timed out")
 
 
 def guarded(command: Callable[[], None]) -> int:
@@ -49,6 +50,9 @@ def guarded(command: Callable[[], None]) -> int:
         if any(sign in str(error) for sign in _LOST):
             text = "another process ended without a word (killed, out of memory?); the launcher's"
             return _end(f"{who}: {text} report names it", FAILED)
+        if any(sign in str(error) for sign in _LATE):
+            text = "another process has not come to where this one is within SOLVER.RANK_TIMEOUT"
+            return _end(f"{who}: {text}: it hangs or is stopped", FAILED)
         return _end(f"{who}:\n{traceback.format_exc()}", FAILED)
     return 0
 

@@ -129,6 +129,19 @@ class Guard:
         many = f" after {self.skipped} skipped steps" if self.skipped else ""
         raise NonFiniteLossError(f"non-finite {what} in {where}{many}: {show_terms(terms)}")
 
+    def check_weights(self, trainer: BaseTrainer) -> None:
+        """Before they are saved: a bad gradient may have come in the very last step.
+
+        Raises:
+            NonFiniteLossError: a trained weight is not finite.
+        """
+        weights = [p.detach() for group in trainer.optimizer.param_groups for p in group["params"]]
+        largest = [norm.cpu() for norm in torch._foreach_norm(weights, math.inf)] if weights else []
+        if not all(map(math.isfinite, map(float, largest))):
+            where = f"{trainer.stage} epoch {trainer.epoch}, step {trainer.step}".strip()
+            text = f"weights are not finite after {where}: they are not saved"
+            raise NonFiniteLossError(text, ago=len(self._recent))
+
     def report(self, trainer: BaseTrainer, error: NonFiniteLossError) -> UserError:
         """The error with the samples of the step, and a file to look at.
 

@@ -131,7 +131,8 @@ class Checkpoint(Hook):
 
 
 def saved_state(trainer: BaseTrainer) -> dict[str, Any]:
-    """The state of a run whose logs, up to here, are durable."""
+    """The state of a run whose logs, up to here, are durable, and whose weights are numbers."""
+    trainer.guard.check_weights(trainer)
     for hook in trainer.hooks:
         hook.before_save(trainer)
     return trainer.state()

@@ -142,3 +142,21 @@ def test_numbers_read_late_name_the_samples_and_say_so(tmp_path):
     assert "1 samples (3)" in str(error)
     assert "noticed 3 steps later: without inputs and weights" in str(error)
     assert load(tmp_path / "nonfinite_epoch3_step4_rank0.pt")["index"].tolist() == [3]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, capsys, monkeypatch):
+    """A bad gradient in the last step of an epoch shows in no loss."""
+    from mdistiller.engine.trainer import BaseTrainer
+
+    original = BaseTrainer.update
+
+    def update(self):
+        original(self)
+        if self.epoch == 1 and self.step == 5:
+            self.model.student.fc.bias.data[3] = float("nan")
+
+    monkeypatch.setattr(BaseTrainer, "update", update)
+    config = write_config(tmp_path, student="BabyStudent", epochs=2)
+    assert train_command.main(["--cfg", str(config)]) == 2
+    assert "weights are not finite after epoch 2" in capsys.readouterr().err
+    assert load(tmp_path / "out" / "toy" / "run" / "latest")["epoch"] == 1

@@ -49,6 +49,23 @@ def _await_step(work: Work, name: str, processes: list[BaseProcess]) -> None:
         time.sleep(0.02)
 
 
+def _strike(
+    work: Work, name: str, processes: list[BaseProcess], kind: signal.Signals, draw: random.Random
+) -> list[str]:
+    """Send a signal, SIGTERM to both, any other to one; returns what is wrong with the end."""
+    chosen = draw.choice(processes)
+    for process in processes if kind == signal.SIGTERM else [chosen]:
+        os.kill(process.pid or 0, kind)
+    if kind == signal.SIGSTOP:  # one that hangs: the other gives up, a launcher ends both
+        next(process for process in processes if process is not chosen).join()
+        os.kill(chosen.pid or 0, signal.SIGKILL)
+    codes, said = join(processes), work.output(name)[-3000:]
+    good = codes == [EXIT_CODE] * 2 if kind == signal.SIGTERM else 0 not in codes
+    if kind == signal.SIGSTOP:
+        good &= "it hangs or is stopped" in said
+    return [] if good else [f"{kind.name} ended in {codes}\n{said}"]
+
+
 def ranks(work: Work) -> Outcome:
     """Kill one of two processes: the other ends as well; ask both to stop: both do, at one step."""
     outcome = Outcome("lost processes survived")
@@ -63,25 +80,21 @@ def ranks(work: Work) -> Outcome:
         return outcome
     length = time.perf_counter() - started
     whole = work.run_folder("pair")
+    kinds = [signal.SIGKILL, signal.SIGTERM, *([] if work.quick else [signal.SIGSTOP])]
     for number in range(1 if work.quick else 6):
         name = f"pair{number}"
-        kinds = [signal.SIGKILL, signal.SIGTERM] * (1 if work.quick else 2)
         for kind in kinds:
-            processes = start_pair(work, name)
+            patience = 0.1 if kind == signal.SIGSTOP else 30.0
+            processes = start_pair(work, name, SOLVER__RANK_TIMEOUT=patience)
             _await_step(work, name, processes)
             time.sleep(draw.uniform(0.0, 0.3) * length)
             if any(process.exitcode is not None for process in processes):
                 join(processes)
                 break
-            chosen = processes if kind == signal.SIGTERM else [draw.choice(processes)]
-            for process in chosen:
-                os.kill(process.pid or 0, kind)
             outcome.tried += 1
-            codes = join(processes)
-            wanted = [EXIT_CODE] * 2 if kind == signal.SIGTERM else None
-            if (wanted and codes != wanted) or 0 in codes:
-                said = work.output(name)[-3000:]
-                outcome.losses.append(f"{name}: {kind.name} ended in {codes}\n{said}")
+            outcome.losses += [
+                f"{name}: {text}" for text in _strike(work, name, processes, kind, draw)
+            ]
         if any(join(start_pair(work, name))):
             outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
         outcome.losses += work.differences(name, whole)
