@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mdistiller.registry import UserError
+
+LONGEST = datetime.timedelta(days=7)
+"""What processes wait for one another where one has long work to do."""
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -82,14 +87,36 @@ def world_size() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
+def side_group() -> dist.ProcessGroup:
+    """A second group of all processes, over gloo: for waits and words outside the training steps.
+
+    It has its own patience: what takes the first process hours (counting shards, a teacher that
+    another run trains) must not look like a process that hangs. Nothing of it waits for a GPU. All
+    processes have to ask for it first at the same point.
+    """
+    world = dist.group.WORLD
+    if _side.get("of") is not world:
+        _side.update(of=world, group=dist.new_group(backend="gloo", timeout=LONGEST))
+    return _side["group"]
+
+
+_side: dict[str, Any] = {}
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here, for days if need be."""
+    if distributed():
+        dist.barrier(group=side_group())
+
+
 @contextlib.contextmanager
 def first_on_machine() -> Iterator[None]:
     """Let one process of each machine go first, to leave files for the others."""
-    if distributed() and local_rank() != 0:
-        dist.barrier()
+    if local_rank() != 0:
+        wait_for_all()
     yield
-    if distributed() and local_rank() == 0:
-        dist.barrier()
+    if local_rank() == 0:
+        wait_for_all()
 
 
 def local_rank() -> int:

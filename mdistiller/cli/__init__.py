@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
     "download": "released teachers, fetched to where the zoo looks for them",
     "convert_checkpoint": "the weights of an old file that the library refuses to read",
+    "faults": "runs killed, files damaged, disks filled: is anything lost?",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import Any, Literal
 
 from mdistiller.cli._run import add_overrides, guarded
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes `--resume` without a value although KEY VALUE pairs may follow it."""
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and words[-1] == "--resume=yes" and word in ("auto", "yes"):
+                words[-1] = f"--resume={word}"
+            else:
+                words.append("--resume=yes" if word == "--resume" else word)
+        return super().parse_intermixed_args(words, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="train", description=__doc__)
+    parser = _Parser(prog="train", description=__doc__)
     parser.add_argument("--cfg", default="", metavar="FILE", help="YAML config (empty: defaults)")
     parser.add_argument(
-        "--resume", action="store_true", help="continue this config's run from its last epoch"
+        "--resume",
+        choices=("yes", "auto"),
+        help="continue this config's run from its last checkpoint (--resume alone, or yes); auto: "
+        "if it has one, else start it",
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="continue also under settings that change what is trained",
     )
     add_overrides(parser)
     return parser
@@ -26,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         from mdistiller.engine.cfg import load_config
         from mdistiller.engine.run import train
 
-        train(load_config(args.cfg, args.opts, args.imports), args.opts, resume=args.resume)
+        resume: bool | Literal["auto"] = "auto" if args.resume == "auto" else bool(args.resume)
+        cfg = load_config(args.cfg, args.opts, args.imports)
+        train(cfg, args.opts, resume=resume, allow_changes=args.allow_changes)
 
     return guarded(run)

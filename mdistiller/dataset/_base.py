@@ -22,6 +22,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "ZOO": "",  # model zoo: cifar, tiny_imagenet or imagenet; empty: the data set's
     "LOADER": "auto",  # memory; workers: files are decoded in every epoch; auto: what is possible
     "NUM_WORKERS": 2,  # of each process: workers, or threads that decode into memory at the start
+    "WORKER_TIMEOUT": 1800,  # seconds to wait for a worker's batch before the run ends; 0: for ever
     "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
     "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
     "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED

@@ -180,7 +180,10 @@ def known_data(cfg: Any) -> KnownData:
 def _node(cfg: Any) -> dict[str, Any]:
     """cfg.DATASET over the defaults, so that a node written for the original will do."""
     node = {**DATASET_CONFIG, **cfg.DATASET}
-    for key in ("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "MIXUP", "CUTMIX", "ERASING"):
+    for key in (
+        *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
+        *("MIXUP", "CUTMIX", "ERASING"),
+    ):
         if node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
     if node["ERASING"] > 1:

@@ -140,7 +140,10 @@ class WorkerFeed(MemoryFeed):
         view = TrainView(
             self.augment(size), self._fit(train, size), tuple(self.node["RANDAUGMENT"])
         )
-        options["num_workers"] = self.node["NUM_WORKERS"]
+        options |= {
+            "num_workers": self.node["NUM_WORKERS"],
+            "timeout": self.node["WORKER_TIMEOUT"],
+        }
         loader = self._loaders()[0]
         return loader(train, batch_size, view, *statistics, self.device, **options)
 
@@ -152,6 +155,7 @@ class WorkerFeed(MemoryFeed):
             *statistics,
             self.device,
             num_workers=self.node["NUM_WORKERS"],
+            timeout=self.node["WORKER_TIMEOUT"],
         )
 
     def _loaders(self) -> tuple[type[WorkerTrainLoader], type[WorkerEvalLoader]]:

@@ -90,13 +90,15 @@ class BatchAugment:
         self.kinds = [kind for kind, alpha in self.alphas.items() if alpha]
 
     def __call__(
-        self, batches: Iterator[Batch], num_data: int, seed: int, epoch: int
+        self, batches: Iterator[Batch], num_data: int, seed: int, epoch: int, start: int = 0
     ) -> Iterator[Batch]:
-        """The batches of an epoch, changed."""
+        """The batches of an epoch, changed; `start` of them were left out at its beginning."""
         erasing, mixing = (
             np.random.default_rng([seed % 2**64, epoch, stream]) for stream in (_ERASING, _MIXING)
         )
         boxes: Tensor | None = None
+        for _ in range(start if self.kinds else 0):
+            self.draw_mix(mixing)
         for images, targets, index in batches:
             if self.erasing:
                 if boxes is None:
@@ -110,12 +112,17 @@ class BatchAugment:
     def mix(
         self, images: Tensor, labels: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mixup or CutMix with a weight, and a patch, drawn from `rng`."""
+        """Mixup or CutMix as drawn from `rng`."""
+        drawn = self.draw_mix(rng)
+        if isinstance(drawn, tuple):
+            return cutmix(images, labels, drawn)
+        return mixup(images, labels, drawn)
+
+    def draw_mix(self, rng: np.random.Generator) -> float | Box:
+        """What to do to a batch: the weight of a mixup, or the patch of a CutMix."""
         kind = self.kinds[rng.integers(len(self.kinds))]
-        weight = rng.beta(self.alphas[kind], self.alphas[kind])
-        if kind == "mixup":
-            return mixup(images, labels, weight)
-        return cutmix(images, labels, self.draw_patch(weight, rng))
+        weight = float(rng.beta(self.alphas[kind], self.alphas[kind]))
+        return weight if kind == "mixup" else self.draw_patch(weight, rng)
 
     def draw_patch(self, weight: float, rng: np.random.Generator) -> Box:
         """A patch of `1 - weight` of the image about a uniform centre, cut off at the edges."""

@@ -49,9 +49,9 @@ class ShardTrainLoader(WorkerTrainLoader):
         task = self._lane_tasks[step]
         return replace(task, parameters=drawn.parameters[task.index], reading=self._reading)
 
-    def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self._reading += 1
-        return super()._batches(drawn)
+        return super()._batches(drawn, start)
 
 
 class ShardEvalLoader(WorkerEvalLoader):

@@ -130,7 +130,7 @@ class StreamReader:
 
         reading, lane = self._lanes.get(task.lane, (0, None))
         if lane is None or reading != task.reading:
-            lane = _Lane(self.shards, task.runs)
+            lane = _Lane(self.shards, task.runs, min(task.floor, *task.offsets))
             self._lanes[task.lane] = task.reading, lane
         for offset in task.offsets:
             data, name = lane.take(offset)
@@ -139,11 +139,27 @@ class StreamReader:
 
 
 class _Lane:
-    """A stream of samples, some held back until they are wanted."""
+    """A stream of samples, some held back until they are wanted.
 
-    def __init__(self, shards: ShardSet, runs: Sequence[Run]):
-        self._samples = enumerate(sample for run in runs for sample in shards.read(*run))
+    Args:
+        start: the lowest offset that will be; what lies before it is left out.
+    """
+
+    def __init__(self, shards: ShardSet, runs: Sequence[Run], start: int = 0):
+        self._samples = self._read(shards, runs, start)
         self._held: dict[int, tuple[bytes, str]] = {}
+
+    @staticmethod
+    def _read(
+        shards: ShardSet, runs: Sequence[Run], start: int
+    ) -> Iterator[tuple[int, tuple[bytes, str]]]:
+        offset = 0
+        for shard, first, last in runs:
+            left_out = min(max(start - offset, 0), last - first)
+            if left_out < last - first:
+                samples = shards.read(shard, first + left_out, last)
+                yield from enumerate(samples, offset + left_out)
+            offset += last - first
 
     def take(self, offset: int) -> tuple[bytes, str]:
         while offset not in self._held:

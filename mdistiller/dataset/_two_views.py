@@ -54,12 +54,16 @@ class TwoViewLoader(TrainLoader):
         """The images of this process in several steps."""
         return torch.cat([order[slice(*self.plan.local_batch(step))] for step in block])
 
-    def _batches(self, drawn: Epoch) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
         assert isinstance(drawn, _TwoViewEpoch)
-        weak_batches = super()._batches(drawn)
+        weak_batches = super()._batches(drawn, start)
         for block, groups in zip(self._blocks, drawn.groups, strict=True):
+            rest = range(max(block.start, start), block.stop)
+            if not rest:
+                continue
             index = self._block_index(drawn.order, block)
             views = self.strong.apply(self._store, drawn.strong, index, groups)
-            for weak, target, batch in islice(weak_batches, len(block)):
+            views = views[len(views) - len(self._block_index(drawn.order, rest)) :]
+            for weak, target, batch in islice(weak_batches, len(rest)):
                 strong, views = views[: len(batch)], views[len(batch) :]
                 yield (weak, self.normalize(strong)), target, batch

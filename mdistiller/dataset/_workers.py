@@ -8,6 +8,7 @@ and are normalised on the device.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -95,12 +96,15 @@ class Workers:
         maker: what a worker does; it must pickle where processes are spawned.
         num: of workers; 0 makes the batches in this process.
         device: where batches go.
+        timeout: seconds to wait for a batch; 0: for ever.
     """
 
-    def __init__(self, maker: BatchMaker, num: int, device: torch.device):
+    def __init__(self, maker: BatchMaker, num: int, device: torch.device, timeout: float = 0):
         self.device = device
         self._tasks = _Tasks()
-        staying = {"persistent_workers": True, "prefetch_factor": PREFETCH} if num else {}
+        staying: dict[str, Any] = {}
+        if num:
+            staying = {"persistent_workers": True, "prefetch_factor": PREFETCH, "timeout": timeout}
         self._loader: DataLoader[Any] = DataLoader(
             maker,  # type: ignore[arg-type]
             batch_size=None,
@@ -109,17 +113,25 @@ class Workers:
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one
-            **staying,  # type: ignore[arg-type]
+            worker_init_fn=_outlive_signals,
+            **staying,
         )
 
     def batches(self, tasks: Iterable[Any]) -> Iterator[Tensor]:
         """uint8, [B, 3, H, W], for each task.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or a worker process died or hangs.
         """
         self._tasks.tasks = tasks
-        for made in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                made = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise _worker_failure(error) from error
             if isinstance(made, str):
                 raise UserError(made)
             yield made.to(self.device, non_blocking=True)
@@ -127,6 +139,38 @@ class Workers:
 
 def _as_it_is(made: Any) -> Any:
     return made
+
+
+def _worker_failure(error: RuntimeError) -> Exception:
+    """What torch says about a worker process, in a line; any other error as it is."""
+    text = str(error)
+    if "exited unexpectedly" in text or "killed by signal" in text:
+        cause = " ".join(text.split()[:14])
+        return UserError(
+            f"a process that reads images has died ({cause} ...): killed, or out of memory; "
+            "fewer DATASET.NUM_WORKERS take less"
+        )
+    if "timed out after" in text:
+        return UserError(
+            f"no batch of images came for long ({' '.join(text.split())}): the storage hangs, or a "
+            "batch takes longer than DATASET.WORKER_TIMEOUT seconds"
+        )
+    return error
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a signal to the whole process group end the run between two steps, not its workers.
+
+    A second SIGTERM ends a worker: that is how one which hangs is got rid of.
+    """
+
+    def once(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)
+    for name in ("SIGINT", "SIGUSR1"):  # not all of them exist everywhere
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _FromWorkers:
@@ -149,6 +193,7 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         dataset: the training images.
         view: makes a view of one.
         num_workers: processes that do; of each process of the run.
+        timeout: seconds to wait for a batch; 0: for ever.
     """
 
     makes_images = False
@@ -163,10 +208,11 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         device: torch.device,
         *,
         num_workers: int = 2,
+        timeout: float = 0,
         **options: Any,
     ):
         super().__init__(dataset, batch_size, view, mean, std, device, **options)  # type: ignore[arg-type]
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
+        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The positions of an epoch, [N]; of other processes' shares they are not used."""
@@ -182,9 +228,9 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         index = drawn.order[slice(*self.plan.local_batch(step))]
         return Task(index, drawn.parameters[index])
 
-    def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tasks = (self._task(step, drawn) for step in range(len(self.plan)))
-        for step, images in enumerate(self._workers.batches(tasks)):
+    def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        tasks = (self._task(step, drawn) for step in range(start, len(self.plan)))
+        for step, images in enumerate(self._workers.batches(tasks), start):
             index = drawn.order[slice(*self.plan.local_batch(step))]
             index = index.to(self.device, non_blocking=True)
             yield self.normalize(images), self._targets[index], index
@@ -203,10 +249,11 @@ class WorkerEvalLoader(_FromWorkers, EvalLoader):
         device: torch.device,
         *,
         num_workers: int = 2,
+        timeout: float = 0,
         **options: Any,
     ):
         super().__init__(dataset, batch_size, mean, std, device, **options)
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device)
+        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
 
     def _tasks(self) -> Iterator[Any]:
         for start, stop in self._shares():

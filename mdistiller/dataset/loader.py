@@ -56,7 +56,7 @@ class TrainLoader:
     the set; all on the device. Changing them in place does not change the data.
 
     Every iteration is a new epoch, counting from 1; `set_epoch` chooses the one that comes next
-    (to resume, or to see an epoch again).
+    (to resume, or to see an epoch again), and where in it to begin.
 
     Args:
         dataset: the training images.
@@ -110,6 +110,7 @@ class TrainLoader:
         self._keep(dataset, device)
         self.epoch = 0
         self._drawn: Epoch | None = None
+        self._start = 0  # batches of the drawn epoch that are left out
         self._begun = True  # whether the drawn epoch has been iterated
 
     def _keep(self, dataset: ImageSet, device: torch.device) -> None:
@@ -123,9 +124,12 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw `epoch` (from 1), to be iterated next."""
-        self.epoch, self._begun = epoch, False
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Draw `epoch` (from 1), to be iterated next, its first `start` batches left out.
+
+        What follows is the same as without; the batches that are left out are not made.
+        """
+        self.epoch, self._start, self._begun = epoch, start, False
         seed = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(seed))
         self._drawn = self._draw(generator)
@@ -177,15 +181,14 @@ class TrainLoader:
         if self._begun:
             self.set_epoch(self.epoch + 1)
         self._begun = True
-        batches = self._batches(self._epoch_drawn())
+        batches = self._batches(self._epoch_drawn(), self._start)
         if self.mix is None:
             return batches
-        return self.mix(batches, self.num_data, self.seed, self.epoch)
+        return self.mix(batches, self.num_data, self.seed, self.epoch, self._start)
 
-    def _batches(self, drawn: Epoch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for step in range(len(self.plan)):
-            start, stop = self.plan.local_batch(step)
-            index = drawn.order[start:stop]
+    def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for step in range(start, len(self.plan)):
+            index = drawn.order[slice(*self.plan.local_batch(step))]
             images = self.images(index, drawn.parameters)
             yield images, self.dataset.targets[index], index
 

@@ -79,11 +79,16 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
+        "SKIP_NONFINITE": 0,  # steps of a run that a loss or gradient that is not finite may cost
+        "RANK_TIMEOUT": 30.0,  # several processes: minutes to wait for another one in a step
         "DOT": {"DELTA": 0.075},
     },
     "LOG": {
         "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
         "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
+        "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all
+        "SAVE_EVERY_MINUTES": 0.0,  # saves `latest` within epochs as well; 0: after epochs only
+        "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
     },
@@ -433,10 +438,13 @@ def check_values(cfg: CfgNode) -> None:
         "SOLVER.CLIP_GRAD_NORM": 0,
         "SOLVER.EMA": 0,
         "SOLVER.MIN_LR": 0,
+        "SOLVER.SKIP_NONFINITE": 0,
         "DATASET.TEST.BATCH_SIZE": 1,
         "DATASET.VAL_SPLIT": 0,
         "LOG.TENSORBOARD_FREQ": 1,
         "LOG.SAVE_CHECKPOINT_FREQ": 1,
+        "LOG.KEEP_CHECKPOINTS": 0,
+        "LOG.SAVE_EVERY_MINUTES": 0,
         "EXPERIMENT.SEED": 0,
         "LSKD.EPS": 0,
     }
@@ -460,11 +468,10 @@ def check_values(cfg: CfgNode) -> None:
             )
     if cfg.SOLVER.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {cfg.SOLVER.EMA}")
-    if cfg.DISTILLER.TEACHER_CACHE_GB <= 0:
-        given = cfg.DISTILLER.TEACHER_CACHE_GB
-        raise UserError(f"DISTILLER.TEACHER_CACHE_GB must be positive, got {given}")
-    if cfg.SOLVER.LR <= 0:
-        raise UserError(f"SOLVER.LR must be positive, got {cfg.SOLVER.LR}")
+    for key in ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB"):
+        section, name = key.split(".")
+        if cfg[section][name] <= 0:
+            raise UserError(f"{key} must be positive, got {cfg[section][name]}")
     for name, value, allowed in (
         ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
         ("DISTILLER.TEACHER_DTYPE", cfg.DISTILLER.TEACHER_DTYPE, ("auto", "fp32", "bf16", "fp16")),

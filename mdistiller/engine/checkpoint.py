@@ -1,10 +1,10 @@
-"""Checkpoints: written atomically; for reading see `mdistiller.weights`."""
+"""Files of weights: written atomically; for reading see `mdistiller.weights`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,36 @@ def network_contents(net: nn.Module) -> dict[str, Any]:
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write `obj` so that `path` holds either the old or the whole new file, also after a crash."""
     with replacing(Path(path)) as temporary, temporary.open("wb") as handle:
-        try:
-            torch.save(obj, handle)
-        except RuntimeError as error:  # how torch's zip writer reports a full disk
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        write_checkpoint(obj, handle, path)
+
+
+def write_checkpoint(obj: Any, handle: Any, path: str | os.PathLike[str]) -> None:
+    """Write `obj` to an open file, which is to become `path`."""
+    try:
+        torch.save(obj, handle)
+    except RuntimeError as error:  # how torch's zip writer reports a full disk
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(_failure(Path(path), cause)) from error
+
+
+def _failure(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    kept = "; the file that is there stays as it was" if path.exists() else ""
+    return f"cannot write {path}: {reason}{kept}"
+
+
+def _nothing(temporary: Path) -> None:
+    """What most do between writing a file and moving it."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator[Path]:
     """A file to write in place of `path`, which it becomes at the end, in one move.
 
     If anything is raised in between it is removed, and `path` stays as it was.
+
+    Args:
+        before: called with the file that is written and durable, before it is moved.
     """
     temporary = path.with_name(
         f".{path.stem}.tmp{path.suffix}"
@@ -52,9 +71,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
+        before(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(_failure(path, error)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

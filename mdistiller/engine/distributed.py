@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,29 +14,36 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.engine.failure import first_to_fail, watching
-from mdistiller.runtime import distributed, rank, world_size
+from mdistiller.runtime import distributed, rank, side_group, wait_for_all, world_size
+
+T = TypeVar("T")
 
 __all__ = [
     "average_gradients",
-    "barrier",
     "broadcast_buffers",
+    "from_main_process",
     "is_main_process",
+    "of_all_processes",
     "process_group",
     "rank",
     "sum_over_ranks",
     "unsynchronized",
     "unwrap",
+    "wait_for_all",
     "world_size",
     "wrap",
 ]
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
     """The process group that torchrun asks for, for the duration; nothing without torchrun.
 
     GPUs speak NCCL, everything else gloo. A group that is up already is left alone. In here a
     process does not outlive the failure of another (see `failure.py`).
+
+    Args:
+        minutes: what processes wait for one another in a training step.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed():
         yield
@@ -42,7 +51,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with watching():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        timeout = timedelta(minutes=minutes)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        side_group()
         try:
             yield
         except Exception:
@@ -58,10 +69,22 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
+def from_main_process(find: Callable[[], T]) -> T:
+    """What the first process finds, in all of them."""
+    found: list[Any] = [find() if rank() == 0 else None]
     if distributed():
-        dist.barrier()
+        dist.broadcast_object_list(found, src=0, group=side_group())
+    result: T = found[0]
+    return result
+
+
+def of_all_processes(own: T) -> list[T]:
+    """What every process has, by rank, in all of them."""
+    if not distributed():
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own, group=side_group())
+    return found
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

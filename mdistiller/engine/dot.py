@@ -156,12 +156,18 @@ class DOTTrainer(BaseTrainer):
                 f"SOLVER.MOMENTUM {solver.MOMENTUM} + SOLVER.DOT.DELTA {solver.DOT.DELTA}, the "
                 "momentum of the distillation gradients, must be below 1"
             )
+        groups = self.model.param_groups()
+        if solver.SKIP_NONFINITE and any(p.is_cuda for group in groups for p in group["params"]):
+            raise UserError(
+                f"SOLVER.TRAINER {solver.TRAINER} cannot skip steps on a GPU; set "
+                "SOLVER.SKIP_NONFINITE 0"
+            )
         if solver.NESTEROV:
             raise UserError(
                 f"SOLVER.TRAINER {solver.TRAINER} has no Nesterov form; set SOLVER.NESTEROV False"
             )
         return DistillationOrientedTrainer(
-            decay_groups(self.model.param_groups(), solver),
+            decay_groups(groups, solver),
             lr=solver.LR,
             momentum=solver.MOMENTUM - solver.DOT.DELTA,
             momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,
@@ -179,6 +185,9 @@ class DOTTrainer(BaseTrainer):
             with self._kd_gradients():
                 self.scaler.scale(losses["loss_kd"].mean() * weight).backward(retain_graph=True)
         self.scaler.scale(losses["loss_ce"].mean() * weight).backward()
+
+    def gradients(self) -> list[Tensor]:
+        return [*super().gradients(), *self._kept()]
 
     def update(self) -> None:
         if self._kept():

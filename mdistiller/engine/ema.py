@@ -11,9 +11,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
-from mdistiller.engine.checkpoint import load_checkpoint, network_contents, save_checkpoint
+from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.distributed import broadcast_buffers, is_main_process
 from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.store import Store
 from mdistiller.engine.utils import validate
 from mdistiller.registry import UserError
 
@@ -92,8 +93,9 @@ class AverageStudent(Hook):
             self.best_acc, self.best_epoch = top1, epoch
             names.insert(0, "student_ema_best")
         if is_main_process():
+            store = Store(trainer.log_path, trainer.cfg.LOG.SAFETENSORS)
             for name in names:
-                save_checkpoint(network_contents(student), trainer.log_path / name)
+                store.save_network(student, name)
 
     def state(self, trainer: BaseTrainer) -> dict[str, Any]:
         assert self.average is not None

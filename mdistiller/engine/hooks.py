@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorboardX import SummaryWriter
-
-from mdistiller.engine.checkpoint import network_contents, save_checkpoint
+from mdistiller.engine.disk import warn_of_low_disk
 from mdistiller.engine.distributed import is_main_process
+from mdistiller.engine.store import Store
 from mdistiller.engine.utils import log_msg, validate
 
 if TYPE_CHECKING:
@@ -21,7 +16,6 @@ if TYPE_CHECKING:
     from mdistiller.engine.trainer import BaseTrainer
 
 Record = dict[str, Any]
-EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
 
 class Hook:
@@ -47,6 +41,12 @@ class Hook:
 
     def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         """Log an epoch's numbers."""
+
+    def before_save(self, trainer: BaseTrainer) -> None:
+        """Before a checkpoint is written: make durable what was logged."""
+
+    def save(self, trainer: BaseTrainer) -> None:
+        """Between two steps, when the state of the run is to be kept."""
 
     def sizes(self, trainer: BaseTrainer) -> dict[str, int]:
         """Bytes of the log files that this hook appends to, by name."""
@@ -97,167 +97,52 @@ class Log(Hook):
             )
 
 
-class AppendedFile(Hook):
-    """A text log that continues where the checkpoint left it. Subclasses set `name`."""
-
-    name = ""
-
-    def path(self, trainer: BaseTrainer) -> Path:
-        return trainer.log_path / self.name
-
-    def before_train(self, trainer: BaseTrainer) -> None:
-        if trainer.epoch == 0 and not trainer.init_state:
-            # what a run left behind that died before its first checkpoint
-            self.path(trainer).unlink(missing_ok=True)
-
-    def on_resume(self, trainer: BaseTrainer, log_sizes: Mapping[str, int]) -> None:
-        path = self.path(trainer)
-        if self.name in log_sizes and path.is_file() and path.stat().st_size > log_sizes[self.name]:
-            os.truncate(path, log_sizes[self.name])
-
-    def append(self, trainer: BaseTrainer, text: str) -> None:
-        with self.path(trainer).open("a", encoding="utf-8") as handle:
-            handle.write(text)
-
-    def sizes(self, trainer: BaseTrainer) -> dict[str, int]:
-        path = self.path(trainer)
-        return {self.name: path.stat().st_size if path.is_file() else 0}
-
-
-class WorkLog(AppendedFile):
-    """`worklog.txt`, in the original's format."""
-
-    name = "worklog.txt"
-
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        numbers = [f"{key}: {record[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in record]
-        rule = "-" * 25
-        title = f"{trainer.stage} epoch: {epoch}".strip()
-        self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
-
-    def after_train(self, trainer: BaseTrainer) -> None:
-        self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
-
-
-class MetricsFile(AppendedFile):
-    """`metrics.jsonl`: one JSON object an epoch, with every number and the time of day (UTC).
-
-    Those of an initialisation stage have `stage` and `stage_epoch` in place of `epoch`.
-    """
-
-    name = "metrics.jsonl"
-
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        stage = {"stage": trainer.stage, "stage_epoch": epoch}
-        head = stage if trainer.stage else {"epoch": epoch}
-        self.append(trainer, json.dumps({**head, **record, "time": now}) + "\n")
-
-
-class TensorBoard(Hook):
-    """Event files in `train.events/` (x axis: epochs) and `train.events/steps/`.
-
-    Those of an initialisation stage are in a folder of its name below.
-    """
-
-    def __init__(self) -> None:
-        self.epochs: SummaryWriter | None = None
-        self.steps: SummaryWriter | None = None
-
-    def before_train(self, trainer: BaseTrainer) -> None:
-        # purge_step hides what an interrupted run wrote after its last checkpoint.
-        folder = trainer.log_path / "train.events" / trainer.stage
-        self.epochs = SummaryWriter(str(folder), purge_step=trainer.epoch + 1)
-        self.steps = SummaryWriter(str(folder / "steps"), purge_step=trainer.global_step + 1)
-
-    def after_steps(self, trainer: BaseTrainer, meters: Meters) -> None:
-        if self.steps is not None:
-            for name, meter in meters.items():
-                self.steps.add_scalar(f"step/{name}", meter.avg, trainer.global_step)
-
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        if self.epochs is not None:
-            for name, value in record.items():
-                self.epochs.add_scalar(name, value, epoch)
-            self.epochs.flush()
-
-    def after_train(self, trainer: BaseTrainer) -> None:
-        for writer in (self.epochs, self.steps):
-            if writer is not None:
-                writer.close()
-
-    def abandon(self, trainer: BaseTrainer) -> None:
-        self.after_train(trainer)
-
-
-class Wandb(Hook):
-    """Weights & Biases, on by LOG.WANDB; whatever goes wrong there, training goes on."""
-
-    def __init__(self) -> None:
-        self.run: Any = None
-
-    def before_train(self, trainer: BaseTrainer) -> None:
-        experiment = trainer.cfg.EXPERIMENT
-        try:
-            import wandb
-
-            self.run = wandb.init(
-                project=experiment.PROJECT,
-                name=trainer.log_path.name,
-                tags=[tag.strip() for tag in experiment.TAG.split(",") if tag.strip()],
-                dir=str(trainer.log_path),
-            )
-        except Exception as error:  # network, login, version: none of it is worth a lost run
-            self._give_up(error)
-
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        if self.run is None:
-            return
-        try:
-            named = {"current lr" if key == "lr" else key: value for key, value in record.items()}
-            self.run.log(named, step=epoch)
-            self.run.summary["best_acc"] = trainer.best_acc
-        except Exception as error:
-            self._give_up(error)
-
-    def after_train(self, trainer: BaseTrainer) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                self._give_up(error)
-
-    def abandon(self, trainer: BaseTrainer) -> None:
-        self.after_train(trainer)
-
-    def _give_up(self, error: Exception) -> None:
-        self.run = None
-        first = (str(error).splitlines() or [""])[0]
-        print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)
-
-
 class Checkpoint(Hook):
     """Saves `best`, `epoch_N` and, last of all, `latest`; each with the bare student beside it.
 
-    A run that dies between two files resumes from the older `latest` and writes both again.
+    A run that dies between two files resumes from the older `latest` and writes both again. Within
+    an epoch only `latest` is saved.
     """
 
+    def __init__(self, cfg: Any):
+        self.log = cfg.LOG
+
+    def before_train(self, trainer: BaseTrainer) -> None:
+        warn_of_low_disk(trainer)
+
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        state = trainer.state()
-        student = network_contents(trainer.model.student)
+        store = self._store(trainer)
+        state = saved_state(trainer)
         names = [("latest", "student_latest")]
-        if epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0:
+        if epoch % self.log.SAVE_CHECKPOINT_FREQ == 0:
             names.insert(0, (f"epoch_{epoch}", f"student_{epoch}"))
         if trainer.best_epoch == epoch:
             names.insert(0, ("best", "student_best"))
         for whole, bare in names:
-            save_checkpoint(student, trainer.log_path / bare)
-            save_checkpoint(state, trainer.log_path / whole)
+            store.save_network(trainer.model.student, bare)
+            store.save(state, whole, epoch=epoch)
+        store.prune(self.log.KEEP_CHECKPOINTS)
+
+    def save(self, trainer: BaseTrainer) -> None:
+        state = saved_state(trainer)
+        self._store(trainer).save(state, "latest", epoch=trainer.epoch, step=trainer.step)
+
+    def _store(self, trainer: BaseTrainer) -> Store:
+        return Store(trainer.log_path, self.log.SAFETENSORS)
+
+
+def saved_state(trainer: BaseTrainer) -> dict[str, Any]:
+    """The state of a run whose logs, up to here, are durable, and whose weights are numbers."""
+    trainer.guard.check_weights(trainer)
+    for hook in trainer.hooks:
+        hook.before_save(trainer)
+    return trainer.state()
 
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    from mdistiller.engine.ema import AverageStudent  # a hook itself
+    from mdistiller.engine.ema import AverageStudent  # hooks themselves
+    from mdistiller.engine.logs import MetricsFile, TensorBoard, Wandb, WorkLog
 
     common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
     if not writes:
@@ -265,4 +150,4 @@ def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]
     if cfg.LOG.WANDB:
         writers.append(Wandb())
-    return [*common, *writers, Checkpoint()]
+    return [*common, *writers, Checkpoint(cfg)]

@@ -9,11 +9,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine.checkpoint import save_checkpoint
 from mdistiller.engine.distributed import is_main_process, wrap
-from mdistiller.engine.hooks import AppendedFile, Hook, Record, TensorBoard
+from mdistiller.engine.hooks import Hook, Record, saved_state
+from mdistiller.engine.logs import AppendedFile, TensorBoard
 from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.trainer import BaseTrainer, seed_everything
+from mdistiller.engine.resume import restore_position, schedule_state, seed_everything
+from mdistiller.engine.store import LATEST, Store
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
@@ -118,9 +120,8 @@ class InitTrainer(BaseTrainer):
         own = {
             "stage": self.stage,
             "epoch": self.epoch,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "position": self.position,
+            **schedule_state(self),
         }
         return {**self.main.state(), "init": own}
 
@@ -130,6 +131,7 @@ class InitTrainer(BaseTrainer):
         self.optimizer.load_state_dict(own["optimizer"])
         self.scheduler.load_state_dict(own["scheduler"])
         self.scaler.load_state_dict(own["scaler"])
+        restore_position(self, own.get("position"))
 
 
 class LogInit(Hook):
@@ -152,4 +154,8 @@ class CheckpointInit(Hook):
     """Saves `latest`, from which the stage continues."""
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        save_checkpoint(trainer.state(), trainer.log_path / "latest")
+        self.save(trainer)
+
+    def save(self, trainer: BaseTrainer) -> None:
+        facts = {"stage": trainer.stage, "stage_epoch": trainer.epoch, "step": trainer.step}
+        Store(trainer.log_path).save(saved_state(trainer), LATEST, **facts)

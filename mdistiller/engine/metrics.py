@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,15 @@ from mdistiller.registry import UserError
 
 
 class NonFiniteLossError(UserError):
-    """A term of the loss became infinite or NaN."""
+    """A term of the loss, or a gradient, became infinite or NaN.
+
+    Args:
+        ago: how many steps before the last one of which numbers were given.
+    """
+
+    def __init__(self, text: str, ago: int = 0):
+        super().__init__(text)
+        self.ago = ago
 
 
 @dataclass
@@ -35,17 +43,23 @@ def _scalar(value: Tensor) -> Tensor:
     return value.mean() if value.ndim else value
 
 
+def show_terms(terms: Mapping[str, float]) -> str:
+    """Terms of a loss for an error."""
+    return ", ".join(f"{name}={value:g}" for name, value in terms.items())
+
+
 class Meters(dict[str, AverageMeter]):
     """Running means by name, each made on first use.
 
     Args:
         interval: after how many steps :meth:`add` reads what waits on the device; 1 where reading
             costs nothing.
+        tolerant: steps with a term that is not finite are left out of the means.
     """
 
-    def __init__(self, interval: int = 1):
+    def __init__(self, interval: int = 1, tolerant: bool = False):
         super().__init__()
-        self.interval = interval
+        self.interval, self.tolerant = interval, tolerant
         self._waiting: list[_Step] = []
 
     def __missing__(self, name: str) -> AverageMeter:
@@ -72,21 +86,35 @@ class Meters(dict[str, AverageMeter]):
         """Read the queued steps into the meters; `losses` is the sum of the terms.
 
         Raises:
-            NonFiniteLossError: names the first step with a term that is not finite, and its terms.
+            NonFiniteLossError: names the first step with a term that is not finite, and its terms;
+                not if it is `tolerant`.
         """
         steps, self._waiting = self._waiting, []
         if not steps:
             return
         numbers = iter(torch.cat([step.values for step in steps]).tolist())
-        for step in steps:
+        for ago, step in zip(reversed(range(len(steps))), steps, strict=True):
             row = {name: next(numbers) for name in step.names}
             terms = dict(list(row.items())[: step.num_terms])
             if not all(map(math.isfinite, terms.values())):
-                shown = ", ".join(f"{name}={value:g}" for name, value in terms.items())
-                raise NonFiniteLossError(f"non-finite loss in {step.label}: {shown}")
+                if self.tolerant:
+                    continue
+                text = f"non-finite loss in {step.label}: {show_terms(terms)}"
+                raise NonFiniteLossError(text, ago)
             for name, value in row.items():
                 self[name].update(value, step.batch_size)
             self["losses"].update(sum(terms.values()), step.batch_size)
+
+    def sums(self) -> dict[str, list[float]]:
+        """Last value, sum and count of every mean, by name: what :meth:`restore` takes."""
+        return {name: [meter.val, float(meter.sum), meter.count] for name, meter in self.items()}
+
+    def restore(self, parts: Sequence[Mapping[str, Sequence[float]]]) -> None:
+        """Go on from one or several :meth:`sums`, added up."""
+        for part in parts:
+            for name, (value, total, count) in part.items():
+                meter = self[name]
+                meter.val, meter.sum, meter.count = value, meter.sum + total, meter.count + count
 
     def averages(self, device: torch.device) -> dict[str, float]:
         """Means over all processes, by name."""

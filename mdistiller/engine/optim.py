@@ -32,17 +32,26 @@ def sgd(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
         momentum=solver.MOMENTUM,
         weight_decay=solver.WEIGHT_DECAY,
         nesterov=solver.NESTEROV,
+        **_maskable(groups, solver),
     )
 
 
 @OPTIMIZERS.register("Adam")
 def adam(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
-    return Adam(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY)
+    decay = solver.WEIGHT_DECAY
+    return Adam(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver))
 
 
 @OPTIMIZERS.register("AdamW")
 def adamw(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
-    return AdamW(groups, lr=solver.LR, weight_decay=solver.WEIGHT_DECAY)
+    decay = solver.WEIGHT_DECAY
+    return AdamW(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver))
+
+
+def _maskable(groups: list[dict[str, Any]], solver: Any) -> dict[str, Any]:
+    """The option that lets a GPU decide by itself to leave a step out (see `guards.py`)."""
+    on_gpu = any(param.is_cuda for group in groups for param in group["params"])
+    return {"fused": True} if solver.SKIP_NONFINITE and on_gpu else {}
 
 
 def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:

@@ -20,6 +20,7 @@ import torch
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
+from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.safe_yaml import parse_yaml
@@ -94,7 +95,8 @@ def write_record(
         data: of :func:`data_facts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_cfg(cfg))
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(dump_cfg(cfg))
     path = folder / "run.json"
     try:
         starts = json.loads(path.read_text())["starts"] if path.is_file() else []
@@ -112,7 +114,8 @@ def write_record(
             "versions": versions(),
         }
     )
-    path.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
 
 
 def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:
@@ -125,12 +128,7 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
     Returns:
         Texts "KEY was A, is now B".
     """
-    path = folder / "config.yaml"
-    try:
-        recorded = parse_yaml(path.read_text(encoding="utf-8"))
-        recorded["EXPERIMENT"]["SEED"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    recorded = recorded_settings(folder)
     changes = differences(recorded, cfg)
     if not goes_on:
         return changes
@@ -150,6 +148,30 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
     return changes
 
 
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The config of a run, from its folder."""
+    path = folder / "config.yaml"
+    try:
+        recorded: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
+        recorded["EXPERIMENT"]["SEED"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    return recorded
+
+
+def side_settings(folder: Path, cfg: Any) -> list[str]:
+    """What differs from a run's recorded config and leaves its weights as they are."""
+    recorded = recorded_settings(folder)
+    sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
+    keys = [key for key in flatten(cfg) if key.startswith((*sections, *_WITHOUT_EFFECT, "DEVICE"))]
+    pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
+    return [
+        f"{key} was {before}, is now {now}"
+        for key, before, now in pairs
+        if before is not None and before != now
+    ]
+
+
 def recorded_processes(folder: Path) -> int:
     """How many processes trained a run last; those there are now if it does not say."""
     try:
@@ -162,7 +184,7 @@ def recorded_processes(folder: Path) -> int:
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
-    keys = ["EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND"]
+    keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
     changes = []
@@ -181,10 +203,12 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     return changes
 
 
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
 _ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 _WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",
+    "DATASET.WORKER_TIMEOUT",
     "DATASET.TEST",
     "DATASET.MAX_MEMORY_GB",
     "DISTILLER.TEACHER_CKPT",
@@ -194,6 +218,8 @@ _WITHOUT_EFFECT = (
     "SOLVER.CHANNELS_LAST",
     "SOLVER.FIND_UNUSED_PARAMETERS",
     "SOLVER.DETERMINISTIC",
+    "SOLVER.SKIP_NONFINITE",
+    "SOLVER.RANK_TIMEOUT",
 )
 
 

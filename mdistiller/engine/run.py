@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,11 +21,14 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
-from mdistiller.engine.checkpoint import load_checkpoint
+from mdistiller.engine.checkpoint import load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
-from mdistiller.engine.distributed import barrier, process_group, wrap
+from mdistiller.engine.distributed import process_group, wait_for_all, wrap
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.record import RunRecord, changed_settings, experiment_name
+from mdistiller.engine.lock import locked
+from mdistiller.engine.preemption import listening
+from mdistiller.engine.record import RunRecord, changed_settings, experiment_name, side_settings
+from mdistiller.engine.store import LATEST, Store
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
@@ -36,24 +40,31 @@ from mdistiller.runtime import rank, resolve_device
 def train(
     cfg: Config,
     overrides: Sequence[str] = (),
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     hooks: Sequence[Hook] = (),
+    allow_changes: bool = False,
 ) -> dict[str, Any]:
     """Train what a config describes.
 
     Args:
         cfg: the whole config.
         overrides: the command line's `[key, value, ...]`, already merged; they name the run folder.
-        resume: continue the run in that folder.
+        resume: continue the run in that folder; "auto": if there is one, else start it.
         hooks: run before all others.
+        allow_changes: continue under another config, whatever it changes.
 
     Returns:
         The run's summary, which is also `summary.json` in its folder.
+
+    Raises:
+        Preempted: SIGTERM, SIGINT or SIGUSR1 ended the run, its state saved.
     """
-    device = resolve_device(cfg.DEVICE)
+    device, name = resolve_device(cfg.DEVICE), experiment_name(cfg, overrides)
     set_determinism(cfg.SOLVER.DETERMINISTIC)
-    with process_group(device):
-        return _train(cfg, experiment_name(cfg, overrides), resume, device, hooks)
+    if resume == "auto":
+        resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
+    with listening(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
+        return _train(cfg, name, resume, device, hooks, allow_changes)
 
 
 def train_or_continue(
@@ -64,7 +75,7 @@ def train_or_continue(
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):  # not there, or cut off while it was written
-        return train(cfg, overrides, resume=(folder / "latest").is_file(), hooks=hooks)
+        return train(cfg, overrides, resume="auto", hooks=hooks)
     changes = changed_settings(folder, cfg)
     if changes:
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(changes)})")
@@ -80,12 +91,17 @@ def set_determinism(wanted: bool) -> None:
 
 
 def _train(
-    cfg: Config, name: str, resume: bool, device: torch.device, hooks: Sequence[Hook] = ()
+    cfg: Config,
+    name: str,
+    resume: bool,
+    device: torch.device,
+    hooks: Sequence[Hook] = (),
+    allow_changes: bool = False,
 ) -> dict[str, Any]:
+    folder = Path(cfg.LOG.PREFIX) / name
+    changes = check_folder(folder, cfg, resume, allow_changes)
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     method = get_distiller(cfg.DISTILLER.TYPE)
-    folder = Path(cfg.LOG.PREFIX) / name
-    check_folder(folder, cfg, resume)
     check_labels(cfg)
     trainer_class.check(cfg)
     data = load_data(cfg, device, method.two_views)
@@ -105,6 +121,20 @@ def _train(
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, RunRecord(data)]
+        if changes:
+            print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+    with locked(folder) if rank() == 0 else contextlib.nullcontext():
+        if rank() == 0:  # another run may have been in there meanwhile
+            check_folder(folder, cfg, resume, allow_changes)
+        summary = _train_in(folder, trainer, data, teacher_acc, resume)
+    wait_for_all()
+    return summary
+
+
+def _train_in(
+    folder: Path, trainer: BaseTrainer, data: Data, teacher_acc: float | None, resume: bool
+) -> dict[str, Any]:
+    """Train, and write the summary."""
     try:
         trainer.train(resume=resume)
     except BaseException:
@@ -113,39 +143,45 @@ def _train(
         raise
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with replacing(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
-    barrier()
     return summary
 
 
-def check_folder(folder: Path, cfg: Config, resume: bool) -> None:
-    """Refuse to start a run over, and to resume one that is not there or was another."""
-    latest = folder / "latest"
+def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
+    """Refuse to start a run over, and to resume one that is not there or was another.
+
+    Returns:
+        What has changed in the settings of a run that is resumed.
+    """
     blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
         raise UserError(f"LOG.PREFIX: {blocked} is a file, so {folder} cannot be a folder")
-    if not resume and latest.is_file():
+    there = bool(Store(folder).candidates())
+    if not resume and there:
         raise UserError(
             f"{folder} holds a run already: continue it with --resume, or start another under "
             "EXPERIMENT.NAME (to do it again, remove the folder)"
         )
     if not resume:
-        return
-    if not latest.is_file():
+        return []
+    if not there:
         raise UserError(
-            f"--resume: there is no checkpoint {latest}; start without --resume, or give the same "
-            "config and overrides as the run to continue"
+            f"--resume: there is no checkpoint {folder / LATEST}; start without --resume, or give "
+            "the same config and overrides as the run to continue"
         )
-    if (folder / "config.yaml").is_file():  # runs of the original recorded none
-        changes = changed_settings(folder, cfg, goes_on=True)
-        if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
-            changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
-        if changes:
-            raise UserError(
-                f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
-                "change them back, or start another run under EXPERIMENT.NAME"
-            )
+    if not (folder / "config.yaml").is_file():  # runs of the original recorded none
+        return []
+    changes = changed_settings(folder, cfg, goes_on=True)
+    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+        changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
+    if changes and not allow_changes:
+        raise UserError(
+            f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
+            "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
+        )
+    return [*changes, *side_settings(folder, cfg)]
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 
 from mdistiller.dataset import Data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import check_pair, find_teacher, no_teacher
 from mdistiller.engine.cfg import Config, find_config, load_config
-from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.distributed import barrier
+from mdistiller.engine.distributed import from_main_process, wait_for_all
+from mdistiller.engine.lock import is_locked, locked
 from mdistiller.engine.record import changed_settings, experiment_name
+from mdistiller.engine.store import Store
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
@@ -56,7 +56,8 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
     own = teacher_config(cfg)
     folder = teacher_folder(own)
     with _only_one(folder):
-        started = (folder / "latest").is_file()
+        store = Store(folder)
+        started = bool(store.candidates())
         if started:
             changes = changed_settings(folder, own)
             if changes:
@@ -65,7 +66,8 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
                     f"({'; '.join(changes)}): set EXPERIMENT.NAME in "
                     f"{cfg.DISTILLER.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
                 )
-        if not started or load_checkpoint(folder / "latest")["epoch"] < own.SOLVER.EPOCHS:
+        done = from_main_process(lambda: store.newest()[1]["epoch"] if started else 0)
+        if done < own.SOLVER.EPOCHS:
             if rank() == 0:
                 message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
                 print(log_msg(message), flush=True)
@@ -113,19 +115,7 @@ def being_trained(cfg: Config) -> Path | None:
     if not get_distiller(settings.TYPE).uses_teacher:
         return None
     folder = teacher_folder(teacher_config(cfg))
-    lock = _lock(folder)
-    if not Path(lock.lock_file).is_file():
-        return None
-    try:
-        with lock.acquire(timeout=0):
-            return None
-    except Timeout:
-        return folder
-
-
-def _lock(folder: Path) -> FileLock:
-    """Beside the folder; the system frees it when its holder dies."""
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
+    return folder if is_locked(folder) else None
 
 
 @contextlib.contextmanager
@@ -135,19 +125,9 @@ def _only_one(folder: Path) -> Iterator[None]:
     The first process of a run holds the lock for all of them.
     """
     if rank():
-        barrier()
+        wait_for_all()
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        waiting = f"waiting for another process to train the teacher in {folder}"
-        print(log_msg(f"{waiting} ({lock.lock_file} is locked)"), flush=True)
-        lock.acquire()
-    try:
-        barrier()
+    with locked(folder, wait=f"waiting for another process to train the teacher in {folder}"):
+        wait_for_all()
         yield
-    finally:
-        lock.release()

@@ -66,8 +66,8 @@ class TeacherCache:
         self._store: LogitStore | None = None
         self._writes = True
 
-    def begin(self) -> None:
-        """Take what is known of the epoch that the loader has drawn."""
+    def begin(self, step: int = 0) -> None:
+        """Take what is known of the epoch that the loader has drawn, and go on behind `step`."""
         if self._store is None:
             self._store = self._open()
         loader = self.loader
@@ -84,7 +84,8 @@ class TeacherCache:
             self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
             self._store.replaced = ""
         self._missing = np.flatnonzero(~found)
-        self._done = 0  # of the missing
+        left_out = int(self._ends[step - 1]) if step else 0
+        self._first = self._done = int(np.searchsorted(self._missing, left_out))  # of the missing
         self._rows = torch.from_numpy(rows).to(self.device)
         self._index = index.to(self.device)
         self._todo = torch.from_numpy(self._missing).to(self.device)
@@ -108,7 +109,7 @@ class TeacherCache:
         """
         if teacher_digest(self.teacher) != self._weights:
             raise refusal(self.cfg, "the teacher has changed while the student was trained")
-        new = self._missing[: self._done]
+        new = self._missing[self._first : self._done]
         new = new[self._storable[new]]
         if len(new) and self._writes:
             rows = self._rows[torch.from_numpy(new).to(self.device)].cpu().numpy()

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mdistiller.engine.cacheable import is_wanted
-from mdistiller.engine.checkpoint import load_checkpoint, load_state, strip_prefix
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
     unsynchronized,
     unwrap,
 )
+from mdistiller.engine.guards import Guard
 from mdistiller.engine.hooks import Hook, default_hooks
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import (
     autocast,
     build_optimizer,
     build_scheduler,
-    restart_scheduler,
     step_scheduler,
 )
+from mdistiller.engine.preemption import Pauses, shielded
+from mdistiller.engine.resume import Progress, begin_epoch, capture, restore, seed_everything
 from mdistiller.engine.teacher_cache import TeacherCache
-from mdistiller.engine.utils import correct_counts, progress
-from mdistiller.models._input import input_norm
+from mdistiller.engine.utils import correct_counts
+from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank
 
 trainer_dict = Registry("trainer (SOLVER.TRAINER)")
-
-
-def seed_everything(*parts: int) -> None:
-    """Seed Python, numpy and torch from a tuple of whole numbers."""
-    words = np.random.SeedSequence(parts).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 @trainer_dict.register("crd")  # CRD needs no trainer of its own here; the name stays valid
@@ -61,6 +51,8 @@ class BaseTrainer:
     processes), `model` (never wrapped), `optimizer`, `scheduler`, `log_path`, `epoch` (the last
     finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
     epoch), `hooks`, `stage` ("" but in a method's initialisation stage).
+
+    A trainer that overrides `train_epoch` is saved, and stopped by signals, after epochs only.
 
     Class attributes:
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
@@ -104,6 +96,9 @@ class BaseTrainer:
         self.history: list[dict[str, float]] = []
         self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
         self.teacher_cache = self.make_cache() if is_wanted(cfg) else None
+        self.position: dict[str, Any] | None = None  # in an epoch: to go on from, or to save
+        self.guard = Guard(cfg.SOLVER.SKIP_NONFINITE, self.device)
+        self.pauses = Pauses(cfg.LOG.SAVE_EVERY_MINUTES, cfg.SOLVER.RANK_TIMEOUT)
         self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -117,11 +112,13 @@ class BaseTrainer:
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         """Refuse settings that this trainer, or so short an epoch, cannot follow."""
         solver = cfg.SOLVER
-        if cls.own_steps and (solver.ACCUMULATE > 1 or solver.EMA):
-            key = "SOLVER.ACCUMULATE" if solver.ACCUMULATE > 1 else "SOLVER.EMA"
+        wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
+        wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
+        if cls.own_steps and wanted:
             raise UserError(
-                f"{key} has no effect on SOLVER.TRAINER {solver.TRAINER}, which makes its steps "
-                f"itself: leave it out, or set {cls.__name__}.own_steps = False if it calls super()"
+                f"SOLVER.{wanted[-1]} has no effect on SOLVER.TRAINER {solver.TRAINER}, which "
+                f"makes its steps itself: leave it out, or set {cls.__name__}.own_steps = False if "
+                "it calls super()"
             )
         if is_wanted(cfg) and (cls.own_steps or cls.own_inputs):
             part, flag = ("steps", "own_steps") if cls.own_steps else ("inputs", "own_inputs")
@@ -159,13 +156,22 @@ class BaseTrainer:
             self.log_path.mkdir(parents=True, exist_ok=True)
         for hook in self.hooks:
             hook.before_train(self)
-        if self.epoch == 0:
-            self.initialize()
-        for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
-            self.train_epoch(epoch)
-            self.epoch, self.step = epoch, 0
+        with shielded():
+            if self.epoch == 0 and self.position is None:
+                self.initialize()
+            epochs = self.cfg.SOLVER.EPOCHS
+            for epoch in range(self.epoch + 1, epochs + 1):
+                self.train_epoch(epoch)
+                self.epoch, self.step = epoch, 0
+                if epoch < epochs or self.stage:
+                    self.pauses.after_epoch(self, epoch)
         for hook in self.hooks:
             hook.after_train(self)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of the run has been trained and saved yet."""
+        return self.epoch == 0 and self.init_state is None and self.position is None
 
     def initialize(self) -> None:
         """Run the stages that the method has before the main one."""
@@ -181,23 +187,17 @@ class BaseTrainer:
 
     def train_epoch(self, epoch: int) -> None:
         """One pass over the training data, then the hooks: evaluate, log, save."""
-        self.seed_epoch(epoch)
-        self.distiller.train()
-        meters = Meters(interval=1 if self.device.type == "cpu" else 50)
-        started = time.perf_counter()
+        progress = begin_epoch(self, epoch)
         if self.teacher_cache is not None:
-            self.teacher_cache.begin()
-        bar = progress(self.train_loader, f"{self.stage} epoch {epoch}".strip())
-        for self.step, data in enumerate(bar, start=1):
-            message = self.train_iter(data, epoch, meters)
-            bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
-            if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
-                meters.flush()
-                for hook in self.hooks:
-                    hook.after_steps(self, meters)
-        means = meters.averages(self.device)
+            self.teacher_cache.begin(self.step)
+        try:
+            self._take_steps(progress)
+            means = progress.meters.averages(self.device)
+            self.guard.read()
+        except NonFiniteLossError as error:
+            raise self.guard.report(self, error) from None
         cached = {} if self.teacher_cache is None else self.teacher_cache.finish()
-        seconds = time.perf_counter() - started
+        seconds = progress.seconds
         record = {
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_acc": means.pop("top1", 0.0),
@@ -213,14 +213,33 @@ class BaseTrainer:
         for hook in self.hooks:
             hook.after_epoch(self, epoch, record)
 
+    def _take_steps(self, progress: Progress) -> None:
+        """The batches that are left of an epoch."""
+        epoch, meters = progress.epoch, progress.meters
+        title, batches = f"{self.stage} epoch {epoch}".strip(), len(self.train_loader)
+        first = self.step + 1
+        bar = progress_bar(progress.batches, title, batches, first - 1)
+        for self.step, data in enumerate(bar, start=first):
+            message = self.train_iter(data, epoch, meters)
+            bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
+            if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
+                meters.flush()
+                self.guard.read()
+                for hook in self.hooks:
+                    hook.after_steps(self, meters)
+            if self.ends_step:
+                self.pauses.after_step(self, progress)
+
     def train_iter(self, data: Sequence[Any], epoch: int, train_meters: Meters) -> str:
         """Learn from a micro-batch; returns what to show beside the bar ("" for the mean loss)."""
         inputs = self.batch_inputs(data, epoch)
         if self.teacher_cache is not None:
             inputs["teacher_logits"] = self.teacher_cache.logits(self.step - 1)
+        self.guard.begin(self, inputs)
         with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
             with autocast(self.device, self.cfg.SOLVER.AMP):
                 logits, losses = self.distiller(**inputs)
+            self.guard.see(losses)
             target = inputs["target"]
             hits = correct_counts(logits, target) * (100.0 / len(target))
             train_meters.add(
@@ -245,13 +264,18 @@ class BaseTrainer:
 
     def optimize(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; the last one of a step moves the weights."""
-        if (self.step - 1) % self.accumulate == 0:
+        if self.begins_step:
             self.optimizer.zero_grad(set_to_none=True)
         self.backward(losses)
-        if self.ends_step:
+        if self.ends_step and self.guard.passes(self, self.gradients()):
             self.update()
             for hook in self.hooks:
                 hook.after_update(self)
+
+    @property
+    def begins_step(self) -> bool:
+        """Whether this micro-batch is the first one of its optimizer step."""
+        return (self.step - 1) % self.accumulate == 0
 
     @property
     def ends_step(self) -> bool:
@@ -262,6 +286,11 @@ class BaseTrainer:
         """Add the gradients of the summed terms to those at hand."""
         total = torch.stack([loss.mean() for loss in losses.values()]).sum() * self.loss_weight()
         self.scaler.scale(total).backward()
+
+    def gradients(self) -> list[Tensor]:
+        """All that the coming step moves the weights by."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.grad for p in params if p.grad is not None]
 
     def update(self) -> None:
         """One optimizer step by the gradients at hand."""
@@ -298,58 +327,17 @@ class BaseTrainer:
             hook.write(self, epoch, {"lr": lr, **log_dict})
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain values and tensors."""
-        return {
-            "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "norm": input_norm(self.model.student),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "best_acc": self.best_acc,
-            "best_epoch": self.best_epoch,
-            "history": self.history,
-            "log_sizes": {
-                name: size for hook in self.hooks for name, size in hook.sizes(self).items()
-            },
-            **{key: value for hook in self.hooks for key, value in hook.state(self).items()},
-        }
+        """All that a resumed run needs, as plain values and tensors; override to add to it."""
+        return capture(self)
 
     def resume(self) -> None:
-        """Continue from the run's `latest` checkpoint; checkpoints of the original work as well."""
-        path = self.log_path / "latest"
-        state = load_checkpoint(path)
-        if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
-            raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
-        load_state(self.model, strip_prefix(state["model"], "module."), f"{path} and this config")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
-        self.epoch = int(state["epoch"])
-        self.best_acc = float(state.get("best_acc", -1.0))
-        self.best_epoch = int(state.get("best_epoch", 0))
-        self.history = state.get("history", [])
-        self.init_state = state.get("init")
-        self.scaler.load_state_dict(state.get("scaler", {}) or self.scaler.state_dict())
-        self._restore_schedule(state.get("scheduler"))
-        for hook in self.hooks:
-            hook.on_resume(self, state.get("log_sizes", {}))
-            hook.load_state(self, state)
+        """Continue from the run's newest good checkpoint; those of the original work as well."""
+        restore(self)
 
-    def _restore_schedule(self, saved: dict[str, Any] | None) -> None:
-        if saved is not None:
-            self.scheduler.load_state_dict(saved)
-            return
-        if self.cfg.SOLVER.SCHEDULE == "plateau":
-            raise UserError(
-                f"{self.log_path / 'latest'} holds no schedule, and a plateau depends on all "
-                "epochs before: choose another SOLVER.SCHEDULE"
-            )
-        # The original saved no schedule: run a fresh one up to this epoch.
-        self.scheduler = restart_scheduler(
-            self.optimizer, self.cfg.SOLVER, self.base_rates, self.epoch
-        )
+    def save(self) -> None:
+        """Have the hooks keep the state, between two steps."""
+        for hook in self.hooks:
+            hook.save(self)
 
 
 __all__ = ["BaseTrainer", "Meters", "NonFiniteLossError", "seed_everything", "trainer_dict"]

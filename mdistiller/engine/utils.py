@@ -100,11 +100,17 @@ def validate(
     return 100.0 * top1 / samples, 100.0 * top5 / samples, loss / samples
 
 
-def progress(items: Iterable[Any], title: str) -> tqdm:
-    """A progress bar over `items`: on a terminal, in the main process, redrawn by time."""
+def progress(items: Iterable[Any], title: str, total: int | None = None, done: int = 0) -> tqdm:
+    """A progress bar over `items`: on a terminal, in the main process, redrawn by time.
+
+    Args:
+        total: their number, where they have no length; `done` are no longer among them.
+    """
     return tqdm(
         items,
         desc=title,
+        total=total,
+        initial=done,
         leave=False,
         mininterval=0.5,
         dynamic_ncols=True,

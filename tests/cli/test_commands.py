@@ -115,8 +115,11 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
     (tmp_path / "config.yaml").rename(run / "config.yaml")
     after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert before == after
-    (run / "latest").write_bytes(before["latest"][:-100])
-    assert "latest is truncated" in refused(capsys, ["--cfg", config, "--resume"])
+    for name in ("latest", "best"):
+        (run / name).write_bytes(before[name][:-100])
+    error = refused(capsys, ["--cfg", config, "--resume"])
+    assert "latest is not what this run wrote (damaged" in error
+    assert "nor can any other here be used" in error
 
 
 README = (REPO / "README.md").read_text()

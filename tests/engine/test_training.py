@@ -42,6 +42,7 @@ def test_a_run_leaves_the_files_of_the_original(tmp_path):
     names = {p.name for p in run.iterdir()}
     assert names == {
         *("latest", "best", "epoch_2", "student_latest", "student_best", "student_2"),
+        *("previous", "checkpoints.json", ".lock"),
         *("worklog.txt", "metrics.jsonl", "train.events"),
         *("config.yaml", "run.json", "summary.json"),
     }
@@ -102,6 +103,7 @@ def test_a_plateau_lowers_the_rate_and_resumes_exactly(tmp_path, monkeypatch, ca
     train(tmp_path, "--resume", epochs=10, text=text)
     rates = [1.0] * 5 + [0.1] * 5
     assert [row["lr"] for row in metrics(run)] == pytest.approx(rates)
+    (run / "checkpoints.json").unlink()  # as earlier versions left it
     state = load(run / "latest")
     del state["scheduler"]
     torch.save(state, run / "latest")
@@ -221,6 +223,7 @@ def test_a_checkpoint_of_the_original_resumes(tmp_path):
     }
     old["optimizer"]["param_groups"][0]["lr"] = np.float64(0.005)
     torch.save(old, run / "latest")
+    (run / "checkpoints.json").unlink()  # the original wrote none
     path = write_config(tmp_path, epochs=3)
     assert train_command.main(["--cfg", str(path), "--resume"]) == 0
     assert metrics(run)[-1]["epoch"] == 3

@@ -1,0 +1,18 @@
+"""Suites of the command `faults`: what goes wrong is made to go wrong, and nothing may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mdistiller.cli._faults.damage import corruptions, full_disk
+from mdistiller.cli._faults.kills import kills
+from mdistiller.cli._faults.processes import ranks
+from mdistiller.cli._faults.work import Outcome, Work
+
+SUITES: dict[str, Callable[[Work], Outcome]] = {
+    "kills": kills,
+    "corruptions": corruptions,
+    "disk": full_disk,
+    "ranks": ranks,
+}
+"""Name -> suite; an entry is all that a new one needs."""

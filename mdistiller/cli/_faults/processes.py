@@ -1,0 +1,102 @@
+"""Two processes of one run, of which one is killed, or both are asked to stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from mdistiller.cli._faults.work import Outcome, Work, free_port
+from mdistiller.engine.preemption import EXIT_CODE
+
+_PAIR = {"SOLVER__BATCH_SIZE": 8}  # of each
+
+
+def start_pair(work: Work, name: str, **changes: Any) -> list[BaseProcess]:
+    """Begin or continue a run in two processes, as torchrun starts them."""
+    common = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    settings = {**_PAIR, **changes}
+    processes = []
+    for rank in range(2):
+        own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(work.start(name, environment=own, **settings))
+    return processes
+
+
+def join(processes: list[BaseProcess]) -> list[int]:
+    """Wait for the end of processes; their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
+
+
+def _await_step(work: Work, name: str, processes: list[BaseProcess]) -> None:
+    """Wait until a pair has saved something since now, or has ended."""
+    latest, now = work.run_folder(name) / "latest", time.time()
+    while all(process.exitcode is None for process in processes):
+        try:
+            if latest.stat().st_mtime > now:
+                return
+        except OSError:
+            pass  # not there yet
+        time.sleep(0.02)
+
+
+def _strike(
+    work: Work, name: str, processes: list[BaseProcess], kind: signal.Signals, draw: random.Random
+) -> list[str]:
+    """Send a signal, SIGTERM to both, any other to one; returns what is wrong with the end."""
+    chosen = draw.choice(processes)
+    for process in processes if kind == signal.SIGTERM else [chosen]:
+        os.kill(process.pid or 0, kind)
+    if kind == signal.SIGSTOP:  # one that hangs: the other gives up, a launcher ends both
+        next(process for process in processes if process is not chosen).join()
+        os.kill(chosen.pid or 0, signal.SIGKILL)
+    codes, said = join(processes), work.output(name)[-3000:]
+    good = codes == [EXIT_CODE] * 2 if kind == signal.SIGTERM else 0 not in codes
+    if kind == signal.SIGSTOP:
+        good &= "it hangs or is stopped" in said
+    return [] if good else [f"{kind.name} ended in {codes}\n{said}"]
+
+
+def ranks(work: Work) -> Outcome:
+    """Kill one of two processes: the other ends as well; ask both to stop: both do, at one step."""
+    outcome = Outcome("lost processes survived")
+    draw = random.Random(work.seed + 2)
+    started = time.perf_counter()
+    if codes := [
+        code for code in join(start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)) if code
+    ]:
+        outcome.losses.append(
+            f"the undisturbed pair ended with {codes}\n{work.output('pair')[-3000:]}"
+        )
+        return outcome
+    length = time.perf_counter() - started
+    whole = work.run_folder("pair")
+    kinds = [signal.SIGKILL, signal.SIGTERM, *([] if work.quick else [signal.SIGSTOP])]
+    for number in range(1 if work.quick else 6):
+        name = f"pair{number}"
+        for kind in kinds:
+            patience = 0.1 if kind == signal.SIGSTOP else 30.0
+            processes = start_pair(work, name, SOLVER__RANK_TIMEOUT=patience)
+            _await_step(work, name, processes)
+            time.sleep(draw.uniform(0.0, 0.3) * length)
+            if any(process.exitcode is not None for process in processes):
+                join(processes)
+                break
+            outcome.tried += 1
+            outcome.losses += [
+                f"{name}: {text}" for text in _strike(work, name, processes, kind, draw)
+            ]
+        if any(join(start_pair(work, name))):
+            outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
+        outcome.losses += work.differences(name, whole)
+        work.forget(name)
+    return outcome

@@ -1,0 +1,202 @@
+"""What is written down while a run goes: text files, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.utils import log_msg
+
+if TYPE_CHECKING:
+    from mdistiller.engine.metrics import Meters
+    from mdistiller.engine.trainer import BaseTrainer
+
+EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+
+
+class AppendedFile(Hook):
+    """A text log that continues where the checkpoint left it. Subclasses set `name`."""
+
+    name = ""
+
+    def path(self, trainer: BaseTrainer) -> Path:
+        return trainer.log_path / self.name
+
+    def before_train(self, trainer: BaseTrainer) -> None:
+        if trainer.fresh:
+            # what a run left behind that died before its first checkpoint
+            self.path(trainer).unlink(missing_ok=True)
+
+    def on_resume(self, trainer: BaseTrainer, log_sizes: Mapping[str, int]) -> None:
+        path = self.path(trainer)
+        if self.name in log_sizes and path.is_file() and path.stat().st_size > log_sizes[self.name]:
+            os.truncate(path, log_sizes[self.name])
+
+    def append(self, trainer: BaseTrainer, text: str) -> None:
+        with self.path(trainer).open("a", encoding="utf-8") as handle:
+            handle.write(text)
+
+    def before_save(self, trainer: BaseTrainer) -> None:
+        if self.path(trainer).is_file():
+            with self.path(trainer).open("rb") as handle:
+                os.fsync(handle.fileno())
+
+    def sizes(self, trainer: BaseTrainer) -> dict[str, int]:
+        path = self.path(trainer)
+        return {self.name: path.stat().st_size if path.is_file() else 0}
+
+
+class WorkLog(AppendedFile):
+    """`worklog.txt`, in the original's format."""
+
+    name = "worklog.txt"
+
+    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+        numbers = [f"{key}: {record[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in record]
+        rule = "-" * 25
+        title = f"{trainer.stage} epoch: {epoch}".strip()
+        self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
+
+    def after_train(self, trainer: BaseTrainer) -> None:
+        self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
+
+
+class MetricsFile(AppendedFile):
+    """`metrics.jsonl`: one JSON object an epoch, with every number and the time of day (UTC).
+
+    Those of an initialisation stage have `stage` and `stage_epoch` in place of `epoch`.
+    """
+
+    name = "metrics.jsonl"
+
+    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        stage = {"stage": trainer.stage, "stage_epoch": epoch}
+        head = stage if trainer.stage else {"epoch": epoch}
+        self.append(trainer, json.dumps({**head, **record, "time": now}) + "\n")
+
+
+class _Events:
+    """An event file for TensorBoard, written by this thread.
+
+    tensorboardX's own writer has a queue: what waits there when the process dies is lost, and on a
+    full disk it hangs.
+
+    Args:
+        purge: steps from this one on, of earlier files in the folder, are hidden.
+    """
+
+    def __init__(self, folder: Path, purge: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f".{os.getpid()}.{time.time_ns()}"  # two starts in a second are two files
+        self._file = EventsWriter(str(folder / "events"), unique)
+        log = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(step=purge, session_log=log, wall_time=time.time()))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        summary = scalar(name, value)
+        self._file.write_event(Event(step=step, summary=summary, wall_time=time.time()))
+
+    def flush(self) -> None:
+        """Make it durable."""
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard(Hook):
+    """Event files in `train.events/` (x axis: epochs) and `train.events/steps/`.
+
+    Those of an initialisation stage are in a folder of its name below.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: _Events | None = None
+        self.steps: _Events | None = None
+
+    def before_train(self, trainer: BaseTrainer) -> None:
+        folder = trainer.log_path / "train.events" / trainer.stage
+        self.epochs = _Events(folder, trainer.epoch + 1)
+        self.steps = _Events(folder / "steps", trainer.global_step + 1)
+
+    def after_steps(self, trainer: BaseTrainer, meters: Meters) -> None:
+        if self.steps is not None:
+            for name, meter in meters.items():
+                self.steps.add(f"step/{name}", meter.avg, trainer.global_step)
+
+    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+        if self.epochs is not None:
+            for name, value in record.items():
+                self.epochs.add(name, value, epoch)
+            self.epochs.flush()
+
+    def before_save(self, trainer: BaseTrainer) -> None:
+        if self.steps is not None:
+            self.steps.flush()
+
+    def after_train(self, trainer: BaseTrainer) -> None:
+        for writer in (self.epochs, self.steps):
+            if writer is not None:
+                writer.close()
+
+    def abandon(self, trainer: BaseTrainer) -> None:
+        with contextlib.suppress(OSError):  # a full disk, which has ended the run already
+            self.after_train(trainer)
+
+
+class Wandb(Hook):
+    """Weights & Biases, on by LOG.WANDB; whatever goes wrong there, training goes on."""
+
+    def __init__(self) -> None:
+        self.run: Any = None
+
+    def before_train(self, trainer: BaseTrainer) -> None:
+        experiment = trainer.cfg.EXPERIMENT
+        try:
+            import wandb
+
+            self.run = wandb.init(
+                project=experiment.PROJECT,
+                name=trainer.log_path.name,
+                tags=[tag.strip() for tag in experiment.TAG.split(",") if tag.strip()],
+                dir=str(trainer.log_path),
+            )
+        except Exception as error:  # network, login, version: none of it is worth a lost run
+            self._give_up(error)
+
+    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+        if self.run is None:
+            return
+        try:
+            named = {"current lr" if key == "lr" else key: value for key, value in record.items()}
+            self.run.log(named, step=epoch)
+            self.run.summary["best_acc"] = trainer.best_acc
+        except Exception as error:
+            self._give_up(error)
+
+    def after_train(self, trainer: BaseTrainer) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def abandon(self, trainer: BaseTrainer) -> None:
+        self.after_train(trainer)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run = None
+        first = (str(error).splitlines() or [""])[0]
+        print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)

@@ -1,0 +1,136 @@
+"""Signals, saves within an epoch, and going on from them; here in one process, to the bit."""
+
+import os
+import signal
+import time
+
+import pytest
+from support import same_state, saved_teacher, write_config
+from test_training import load, untimed
+
+from mdistiller.cli import train as train_command
+from mdistiller.engine import preemption
+from mdistiller.engine.hooks import Checkpoint
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.registry import UserError
+
+
+def main(config, *words):
+    return train_command.main(["--cfg", str(config), *map(str, words)])
+
+
+def teacher_first(folder):
+    own = folder / "teacher"
+    own.mkdir()
+    path = write_config(own, epochs=2, student="BabyStudent")
+    path.write_text(path.read_text() + "EXPERIMENT: {NAME: teacher}\n")
+    return {"method": "KD", "TEACHER": "BabyStudent", "TEACHER_CFG": str(path)}
+
+
+def given(folder, method="KD", model="BabyStudent"):
+    path = saved_teacher(folder, model)
+    return {"method": method, "TEACHER": model, "TEACHER_CKPT": str(path)}
+
+
+CASES = {
+    "accumulation": (given, "SOLVER: {ACCUMULATE: 2, BATCH_SIZE: 20, EMA: 0.9}\n", "", 2, 4),
+    "dot, last step": (given, "SOLVER: {TRAINER: dot}\nDATASET: {MIXUP: 0.2}\n", "", 2, 5),
+    "the teacher's training": (teacher_first, "", "", 1, 3),
+    "a stage before": (
+        lambda folder: given(folder, "FSP", "resnet8"),
+        "FSP: {INIT: {EPOCHS: 2, LR: 0.02}}\n",
+        "init",
+        2,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys, case):
+    make, text, *where = CASES[case]
+    paths = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        settings = make(tmp_path / name)
+        student = "resnet8" if where[0] else "BabyStudent"
+        paths.append(write_config(tmp_path / name, text, student=student, **settings))
+    whole, stopped = paths
+    assert main(whole, "LOG.TENSORBOARD_FREQ", 2, "EXPERIMENT.NAME", "run") == 0
+
+    original = BaseTrainer.train_iter
+
+    def train_iter(self, data, epoch, meters):
+        if [self.stage, epoch, self.step] == where:
+            monkeypatch.setattr(BaseTrainer, "train_iter", original)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, data, epoch, meters)
+
+    monkeypatch.setattr(BaseTrainer, "train_iter", train_iter)
+    words = ["--resume", "auto", "LOG.TENSORBOARD_FREQ", 2, "EXPERIMENT.NAME", "run"]
+    assert main(stopped, *words) == preemption.EXIT_CODE == 75
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert main(stopped, *words) == 0
+    assert ", within epoch" in capsys.readouterr().out or where[0]
+    runs = [path.parent / "out" / "toy" / "run" for path in paths]
+    first, second = (load(run / "latest") for run in runs)
+    assert same_state(first["model"], second["model"])
+    assert untimed(runs[0]) == untimed(runs[1])
+    texts = [(run / "worklog.txt").read_text() for run in runs]
+    assert texts[0] == texts[1]
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(preemption.os, "_exit", codes.append)
+    asked = preemption._Asked()
+    with pytest.raises(preemption.Preempted, match="before the first step"):
+        asked.note(signal.SIGTERM, None)
+    asked = preemption._Asked()
+    asked.shields = 1
+    asked.note(signal.SIGTERM, None)
+    assert codes == []
+    asked.note(signal.SIGINT, None)
+    assert codes == [130]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # a launcher hands on what the process got already
+    asked.at = time.monotonic()
+    asked.note(signal.SIGTERM, None)
+    assert codes == [130]
+
+
+def test_signals_are_what_they_were_afterwards(tmp_path):
+    before = [signal.getsignal(getattr(signal, name)) for name in preemption.SIGNALS]
+    assert main(write_config(tmp_path, epochs=1, student="BabyStudent")) == 0
+    assert before == [signal.getsignal(getattr(signal, name)) for name in preemption.SIGNALS]
+
+
+def test_a_save_within_an_epoch_that_fails_is_told_and_training_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    saves = []
+
+    def save(self, trainer):
+        saves.append(trainer.step)
+        raise UserError("cannot write latest: No space left on device")
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    text = "LOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
+    assert main(write_config(tmp_path, text, epochs=1, student="BabyStudent")) == 0
+    assert saves == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("No space left on device; training goes on") == 5
+
+
+def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
+    settings = {"epochs": 1, "student": "BabyStudent"}
+    path = write_config(tmp_path, **settings)
+    assert main(path, "--resume", "auto") == 0
+    assert main(path, "--resume", "auto") == 0
+    assert "continuing from" in capsys.readouterr().out
+    path = write_config(tmp_path, "SOLVER: {LR: 0.2}\nLOG: {TENSORBOARD_FREQ: 7}\n", **settings)
+    assert main(path, "--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "SOLVER.LR was 0.05, is now 0.2" in error
+    assert "TENSORBOARD_FREQ" not in error
+    assert main(path, "--resume", "--allow-changes") == 0
+    out = capsys.readouterr().out
+    assert "SOLVER.LR was 0.05, is now 0.2; LOG.TENSORBOARD_FREQ was 500, is now 7" in out
