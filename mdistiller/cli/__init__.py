@@ -14,6 +14,7 @@ COMMANDS = {
     "methods": "what every method is, uses and needs: a table",
     "benchmark": "measured speed of the parts",
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
+    "report": "runs compared over seeds and with published numbers: Markdown, CSV, one HTML page",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

@@ -103,6 +103,8 @@ def _train(
     trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, RunRecord(data)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         trainer.train(resume=resume)
     except BaseException:
