@@ -16,9 +16,11 @@ from mdistiller.engine.report.runs import Run
 from mdistiller.registry import UserError, suggest
 
 # Keys that say where a run is and how it is watched, not what it is.
-_PLACES = ("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG.")
-_PLACES += ("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB")
-_SEED = re.compile(r",?\b(EXPERIMENT\.SEED|seed):\d+|(?<=[^,])EXPERIMENT\.SEED:\d+")
+_PLACES = (
+    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG."),
+    *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB"),
+)
+_SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
 
 
 @dataclass

@@ -29,10 +29,11 @@ class Published:
 def published() -> tuple[Published, ...]:
     """All lines."""
     with (results_root() / "published.csv").open(newline="", encoding="utf-8") as file:
-        return tuple(
-            Published(**{**row, "top1": float(row["top1"]), "verified": row["verified"] == "yes"})
-            for row in csv.DictReader(file)
-        )
+        return tuple(map(_line, csv.DictReader(file)))
+
+
+def _line(row: dict[str, Any]) -> Published:
+    return Published(**{**row, "top1": float(row["top1"]), "verified": row["verified"] == "yes"})
 
 
 def beside(config: Mapping[str, Any]) -> list[Published]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,21 @@ def _below(path: Path) -> Iterator[Run]:
                 folders.clear()
                 yield run
                 continue
+        yield from _without_folder(folder, set(folders), files)
         folders.sort(key=_natural)
         if "study.db" in files:
             yield from _of_study(folder)
             folders.clear()  # the walk of the study has been below
+
+
+def _without_folder(folder: Path, folders: Set[str], files: Sequence[str]) -> Iterator[Run]:
+    """Runs of a sweep that failed before they had a folder: their logs are there."""
+    for name in sorted(files, key=_natural):
+        run = name.removesuffix(".log")
+        if run != name and run not in folders:
+            lines = (folder / name).read_text(errors="replace").splitlines()
+            if any(line.startswith("Traceback (most recent call last)") for line in lines):
+                yield Run(folder / run, state=FAILED, why=f"{lines[-1]} (before it began)")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -166,10 +177,8 @@ def _of_study(folder: Path) -> Iterator[Run]:
         for run in _below(child) if child.is_dir() else ():
             known[run.folder.resolve()] = run
     for place, config, state, error in _trials(folder):
-        run = known.setdefault(
-            (folder / place).resolve(),
-            Run(folder / place, {key: lookup(config, key) for key in flatten(config)}),
-        )
+        run = known.setdefault((folder / place).resolve(), Run(folder / place))
+        run.config = run.config or {key: lookup(config, key) for key in flatten(config)}
         if not run.finished:
             run.state = UNFINISHED if state in ("done", "open") else state
             run.why = error or run.why or "not begun"

@@ -13,6 +13,7 @@ from mdistiller.engine.report.groups import Grid, Group, comparable, grids, vary
 from mdistiller.engine.report.numbers import LEVEL, Estimate, difference, estimate, verdict
 from mdistiller.engine.report.published import beside, departures
 from mdistiller.engine.report.runs import Run
+from mdistiller.engine.sweep.table import short
 
 NONE = "-"
 
@@ -184,7 +185,7 @@ def settings(groups: Sequence[Group]) -> Section:
     if not varying:
         return Section("Settings that differ")
     rows = [
-        [key, *(NONE if value is None else str(value) for value in values)]
+        [key, *(NONE if value is None else short(value) or "''" for value in values)]
         for key, values in varying.items()
     ]
     head = ["key", *(g.name for g in groups)]
@@ -209,12 +210,12 @@ def _heat(grid: Grid, which: str) -> Table:
         found = [over_seeds(cell, which) if cell else None for cell in cells]
         heat.append([None, *(each.mean if each else None for each in found)])
         texts = (f"{each.mean:.2f} ({each.n})" if each else NONE for each in found)
-        rows.append([f"{grid.keys[0]} {first}", *texts])
+        rows.append([f"{grid.keys[0]} {short(first)}", *texts])
     fixed = {key: value for key, value in grid.fixed.items() if value is not None}
     caption = f"{grid.keys[0]} by {grid.keys[1]}"
     if fixed:
         caption += f" at {', '.join(f'{key} {value}' for key, value in fixed.items())}"
-    head = ["", *(f"{grid.keys[1]} {second}" for second in grid.axes[1])]
+    head = ["", *(f"{grid.keys[1]} {short(second)}" for second in grid.axes[1])]
     return Table(head, rows, caption, heat)
 
 
