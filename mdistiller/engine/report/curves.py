@@ -13,6 +13,8 @@ from mdistiller.engine.report.tables import NONE, plus_minus
 
 MOST = 8
 """Curves in a chart: more cannot be told apart."""
+FEW = 5
+"""Epochs that are too few for a chart of their own."""
 SHARE = 0.95
 _LEARNING = (
     ("test_acc", "Accuracy after each epoch", "top-1 %"),
@@ -25,6 +27,10 @@ _LEARNING = (
 def learning(groups: Sequence[Group]) -> Section:
     """Accuracy and loss by epoch."""
     charts = [_chart(groups, *words) for words in _LEARNING]
+    longest = max((len(line.mean) for line in charts[0].lines), default=0)
+    if longest >= 2 * FEW:
+        half = _chart(groups, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
+        charts.insert(1, half)
     return _section("Learning curves", groups, charts)
 
 
@@ -47,15 +53,15 @@ def _section(title: str, groups: Sequence[Group], charts: list[Chart]) -> Sectio
     return section
 
 
-def _chart(groups: Sequence[Group], key: str, title: str, unit: str) -> Chart:
+def _chart(groups: Sequence[Group], key: str, title: str, unit: str, start: int = 1) -> Chart:
     lines = []
     for style, g in enumerate(groups[:MOST]):
-        epochs = g.curve(key)
+        epochs = g.curve(key)[start - 1 :]
         if epochs:
             name = g.name if g.finished else f"{g.name} (unfinished)"
             ends = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
             lines.append(Line(name, [fmean(epoch) for epoch in epochs], *ends, style))
-    return Chart(title, unit, lines)
+    return Chart(title, unit, lines, start)
 
 
 def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> float | None:

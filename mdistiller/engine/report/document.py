@@ -27,7 +27,7 @@ class Table:
 
 @dataclass
 class Line:
-    """A curve: by epoch, from 1 on, the mean over seeds, and the lowest and the highest run.
+    """A curve: by epoch, the mean over seeds, and the lowest and the highest run.
 
     Attributes:
         style: number of its colour and dash, the same for a group in all charts.
@@ -42,11 +42,12 @@ class Line:
 
 @dataclass
 class Chart:
-    """Curves over epochs."""
+    """Curves over epochs; `start` is the epoch of their first values."""
 
     title: str
     unit: str
     lines: list[Line]
+    start: int = 1
 
 
 @dataclass

@@ -69,10 +69,11 @@ def page(report: Report) -> str:
 
 def draw(chart: Chart) -> Drawing:
     """Put a chart's curves into its frame."""
-    epochs = max(len(line.mean) for line in chart.lines)
+    last = chart.start - 1 + max(len(line.mean) for line in chart.lines)
     values = [value for line in chart.lines for value in (*line.low, *line.high)]
     finite = [value for value in values if math.isfinite(value)] or [0.0]
-    x = Axis(1, max(epochs, 2), LEFT, WIDTH - RIGHT, whole_ticks(epochs))
+    last = max(last, chart.start + 1)
+    x = Axis(chart.start, last, LEFT, WIDTH - RIGHT, whole_ticks(chart.start, last))
     ticks = nice_ticks(min(finite), max(finite))
     y = Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, tuple(ticks))
     return Drawing(chart, x, y, [_curve(line, x, y) for line in chart.lines])
@@ -84,7 +85,7 @@ def _curve(line: Line, x: Axis, y: Axis) -> Drawn:
         there = _points(line.low, x, y)
         back = _points(line.high, x, y)[::-1]
         band = f"M{'L'.join(there + back)}Z"
-    last = len(line.mean)
+    last = x.low + len(line.mean) - 1
     dot = (x.place(last), y.place(line.mean[-1]) if math.isfinite(line.mean[-1]) else y.start)
     points = _points(line.mean, x, y)
     return Drawn(line, f"M{'L'.join(points)}" if points else "", band, dot)
@@ -92,8 +93,8 @@ def _curve(line: Line, x: Axis, y: Axis) -> Drawn:
 
 def _points(values: Sequence[float], x: Axis, y: Axis) -> list[str]:
     return [
-        f"{x.place(epoch):.1f} {y.place(value):.1f}"
-        for epoch, value in enumerate(values, 1)
+        f"{x.place(x.low + number):.1f} {y.place(value):.1f}"
+        for number, value in enumerate(values)
         if math.isfinite(value)
     ]
 
@@ -111,12 +112,12 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def whole_ticks(epochs: int) -> tuple[float, ...]:
+def whole_ticks(first: int, last: int) -> tuple[float, ...]:
     """Epochs to label: the first, the last, and round ones that keep a distance to both."""
-    step = next(s for s in nice_ticks(0, max(epochs, 2))[1:] if s >= 1)
-    step = max(1, round(step))
-    inner = range(step, epochs, step)
-    return (1, *(e for e in inner if e - 1 >= step / 2 and epochs - e >= step / 2), max(epochs, 2))
+    ticks = nice_ticks(first, last)
+    step = max(1, round(ticks[1] - ticks[0]))
+    inner = range(first // step * step + step, last, step)
+    return (first, *(e for e in inner if e - first >= step / 2 and last - e >= step / 2), last)
 
 
 def tick(value: float) -> str:

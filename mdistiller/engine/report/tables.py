@@ -112,24 +112,23 @@ def differences(groups: Sequence[Group], base: Group | None, which: str) -> Sect
 def published(groups: Sequence[Group]) -> Section:
     """Groups beside what papers report."""
     head = ["group", "ours, last", "ours, best", "published", "best - published", "as", "source"]
-    rows, notes = [], []
+    rows = []
     for g in groups:
         last, best = over_seeds(g, "last"), over_seeds(g, "best")
         for line in beside(g.config) if best else []:
             gap = f"{best.mean - line.top1:+.2f}" if best else NONE
             source = line.source if line.verified else f"{line.source} (not verified)"
-            shown = [plus_minus(last), plus_minus(best), f"{line.top1:.2f}", gap]
-            rows.append([g.name, *shown, line.method, source])
-            how = departures(g.config, line)
-            note = f"{g.name} and {line.source} differ in protocol: {'; '.join(how)}."
-            if how and note not in notes:
-                notes.append(note)
+            row = [g.name, plus_minus(last), plus_minus(best), f"{line.top1:.2f}", gap]
+            rows.append([*row, line.method, source, joined(departures(g.config, line))])
+    title = "Beside published numbers"
     if not rows:
-        notes.append("For these methods, networks and data sets nothing is in published.csv.")
-        return Section("Beside published numbers", notes)
-    notes.append("Published numbers are, unless a paper says otherwise, the best epoch on the test")
-    notes[-1] += " set, often of one to five runs without an interval."
-    return Section("Beside published numbers", notes, [Table(head, rows)])
+        note = "For these methods, networks and data sets nothing is in published.csv."
+        return Section(title, [note])
+    note = (
+        "Published numbers are, unless a paper says otherwise, the best epoch on the test set, "
+        "of one or a few runs, seldom with an interval."
+    )
+    return Section(title, [note], [Table([*head, "ours has another protocol"], rows)])
 
 
 def teachers(groups: Sequence[Group]) -> Section:
@@ -214,7 +213,7 @@ def _heat(grid: Grid, which: str) -> Table:
     fixed = {key: value for key, value in grid.fixed.items() if value is not None}
     caption = f"{grid.keys[0]} by {grid.keys[1]}"
     if fixed:
-        caption += f" at {', '.join(f'{key} {value}' for key, value in fixed.items())}"
+        caption += f" at {', '.join(f'{key} {short(value)}' for key, value in fixed.items())}"
     head = ["", *(f"{grid.keys[1]} {short(second)}" for second in grid.axes[1])]
     return Table(head, rows, caption, heat)
 
