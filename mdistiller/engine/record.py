@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -67,16 +68,19 @@ class RunRecord(Hook):
 
     def __init__(self, data: Data):
         self.data = data
+        self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
+        self.begun = True
         write_record(trainer.log_path, trainer.cfg, trainer.device, data_facts(self.data))
 
     def abandon(self, trainer: BaseTrainer) -> None:
-        path = trainer.log_path / "run.json"
         record = read_record(trainer.log_path)
-        if record["starts"]:
-            record["starts"][-1]["ended"] = one_line(sys.exc_info()[1])
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        if not self.begun or not record["starts"]:
+            return
+        record["starts"][-1]["ended"] = one_line(sys.exc_info()[1])
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            (trainer.log_path / "run.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
         return peak_memory(trainer.device)

@@ -94,8 +94,9 @@ def differences(groups: Sequence[Group], base: Group | None, which: str) -> Sect
     tests = sum(row[3] != NONE for row in rows)
     if tests > 1:
         section.notes.append(
-            f"These are {tests} tests: of groups that do not differ, one in twenty gets p < 0.05. "
-            f"Ask for p < {(1 - LEVEL) / tests:.2g} (Bonferroni) before calling one the winner."
+            f"These are {tests} tests: of groups that do not differ, one in twenty gets a p below "
+            f"0.05. Ask for one below {(1 - LEVEL) / tests:.2g} (Bonferroni) before calling a group "
+            "the winner."
         )
     if rows:
         section.notes.append(
