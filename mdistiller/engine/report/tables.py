@@ -95,8 +95,8 @@ def differences(groups: Sequence[Group], base: Group | None, which: str) -> Sect
     if tests > 1:
         section.notes.append(
             f"These are {tests} tests: of groups that do not differ, one in twenty gets a p below "
-            f"0.05. Ask for one below {(1 - LEVEL) / tests:.2g} (Bonferroni) before calling a group "
-            "the winner."
+            f"0.05. Ask for one below {(1 - LEVEL) / tests:.2g} (Bonferroni) before calling "
+            "one the winner."
         )
     if rows:
         section.notes.append(
