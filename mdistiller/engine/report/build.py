@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.report import curves, tables
+from mdistiller.engine.report import curves, listings, tables
 from mdistiller.engine.report.document import Report
 from mdistiller.engine.report.groups import Group, comparable, find_baseline, group
 from mdistiller.engine.report.numbers import difference
@@ -42,12 +42,12 @@ def build_report(
         curves.learning(groups),
         curves.convergence(groups, base, reach),
         curves.loss_terms(groups),
-        tables.ablations(groups, which),
+        listings.ablations(groups, which),
         tables.teachers(groups),
         tables.cost(groups),
-        tables.settings(groups),
-        tables.runs(groups),
-        tables.provenance(groups),
+        listings.settings(groups),
+        listings.runs(groups),
+        listings.provenance(groups),
     ]
     kept = [s for s in sections if s.notes or s.tables or s.charts]
     return Report(title, _lead(groups, base), kept, _numbers(groups, base, which, reach))
