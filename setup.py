@@ -1,7 +1,7 @@
 from setuptools import find_packages, setup
 
-# The configs travel inside the package, so that an installed `mdistiller` needs no clone.
+# Configs and published numbers travel inside the package: an installed `mdistiller` needs no clone.
 setup(
-    packages=[*find_packages(include=["mdistiller*"]), "mdistiller.configs"],
-    package_dir={"mdistiller.configs": "configs"},
+    packages=[*find_packages(include=["mdistiller*"]), "mdistiller.configs", "mdistiller.results"],
+    package_dir={"mdistiller.configs": "configs", "mdistiller.results": "docs/results"},
 )

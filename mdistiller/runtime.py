@@ -35,6 +35,13 @@ def config_root() -> Path:
     return checkout if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "configs"
 
 
+def results_root() -> Path:
+    """Folder of the published numbers: `docs/results/` of the checkout, or the package's copy."""
+    checkout = _PACKAGE.parent
+    inside = (checkout / "pyproject.toml").is_file()
+    return checkout / "docs" / "results" if inside else _PACKAGE / "results"
+
+
 def resolve_device(name: str = "auto") -> torch.device:
     """The torch device for a config value.
 

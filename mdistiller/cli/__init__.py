@@ -17,6 +17,7 @@ COMMANDS = {
     "download": "released teachers, fetched to where the zoo looks for them",
     "convert_checkpoint": "the weights of an old file that the library refuses to read",
     "faults": "runs killed, files damaged, disks filled: is anything lost?",
+    "report": "runs compared over seeds and with published numbers: Markdown, CSV, one HTML page",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import inspect
 import re
 import sys
@@ -185,17 +184,12 @@ def extras(name: str, forwards: int) -> str:
 
 def published(name: str) -> str:
     """What papers report for the usual pair."""
-    from mdistiller.runtime import project_root
+    from mdistiller.engine.report.published import published as lines
 
-    with (project_root() / "docs/results/published.csv").open(newline="") as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["type"], row["teacher"], row["student"]) == (name, *PAIR)
-        ]
     return "; ".join(
-        f"{row['top1']} ({row['source'] if row['method'] == name else row['method']})"
-        for row in rows
+        f"{line.top1:.2f} ({line.source if line.method == name else line.method})"
+        for line in lines()
+        if (line.type, line.teacher, line.student) == (name, *PAIR)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -63,15 +64,59 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
 class RunRecord(Hook):
     """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
 
+    The entry of a start that an exception ends says so under `ended`.
+
     Args:
         data: what the student is trained on, for `run.json`.
     """
 
     def __init__(self, data: Data):
         self.data = data
+        self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
+        self.begun = True
         write_record(trainer.log_path, trainer.cfg, trainer.device, data_facts(self.data))
+
+    def abandon(self, trainer: BaseTrainer) -> None:
+        record = read_record(trainer.log_path)
+        if not self.begun or not record["starts"]:
+            return
+        record["starts"][-1]["ended"] = one_line(sys.exc_info()[1])
+        with (
+            contextlib.suppress(OSError, UserError),  # a full disk may be what ended the run
+            replacing(trainer.log_path / "run.json") as temporary,
+        ):
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
+        return peak_memory(trainer.device)
+
+
+def one_line(error: BaseException | None) -> str:
+    """An error in a line: a user's error as it is worded, any other with its kind."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Largest memory so far, in MiB, and whose: the GPU's tensors or else the whole process.
+
+    On a GPU it is that since `torch.cuda.reset_peak_memory_stats`. A process that trained several
+    runs one after the other has the largest of them.
+    """
+    if device.type == "cuda":
+        return {
+            "peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20,
+            "peak_memory_of": "GPU",
+        }
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return {"peak_memory_mib": peak / unit, "peak_memory_of": "process"}
 
 
 def data_facts(data: Data | TestData) -> dict[str, Any]:
@@ -97,11 +142,7 @@ def write_record(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_cfg(cfg))
-    path = folder / "run.json"
-    try:
-        starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    except (ValueError, KeyError):
-        starts = []
+    starts = read_record(folder)["starts"]
     starts.append(
         {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -114,8 +155,19 @@ def write_record(
             "versions": versions(),
         }
     )
-    with replacing(path) as temporary:
+    with replacing(folder / "run.json") as temporary:
         temporary.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds; a record without starts if it is missing or damaged."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        if isinstance(record["starts"], list):
+            return dict(record)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"starts": []}
 
 
 def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:
@@ -175,9 +227,8 @@ def side_settings(folder: Path, cfg: Any) -> list[str]:
 def recorded_processes(folder: Path) -> int:
     """How many processes trained a run last; those there are now if it does not say."""
     try:
-        starts = json.loads((folder / "run.json").read_text())["starts"]
-        return int(starts[-1]["processes"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return int(read_record(folder)["starts"][-1]["processes"])
+    except (ValueError, KeyError, IndexError, TypeError):
         return world_size()
 
 

@@ -135,6 +135,8 @@ def _train_in(
     folder: Path, trainer: BaseTrainer, data: Data, teacher_acc: float | None, resume: bool
 ) -> dict[str, Any]:
     """Train, and write the summary."""
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     try:
         trainer.train(resume=resume)
     except BaseException:

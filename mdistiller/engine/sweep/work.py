@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from mdistiller.engine.cfg import Config, check_values
 from mdistiller.engine.hooks import Hook, Record
 from mdistiller.engine.imports import import_user_modules
-from mdistiller.engine.record import experiment_name
+from mdistiller.engine.record import experiment_name, one_line
 from mdistiller.engine.run import train_or_continue
 from mdistiller.engine.sweep.plan import Plan
 from mdistiller.engine.sweep.study import Attempt, Study
@@ -144,7 +144,7 @@ def _run_trial(study: Study, attempt: Attempt) -> None:
             attempt.end(TrialState.FAIL, end="interrupted")
             raise
         except Exception as error:  # one trial's failure is no other's
-            outcome = _one_line(error)
+            outcome = one_line(error)
             attempt.end(TrialState.FAIL, error=outcome)
             outcome = f"failed: {outcome}"
     if torch.cuda.is_available():  # what a failed run leaves in cycles
@@ -180,11 +180,6 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [{key: row[key] for key in CURVE} for row in rows if set(CURVE) <= set(row)]
     return {**summary, "first": curve[0], "last": curve[-1]}
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 class _Report(Hook):

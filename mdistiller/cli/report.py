@@ -1,0 +1,64 @@
+"""report: what runs amount to, over seeds and against a baseline; Markdown, CSV or an HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mdistiller.cli._run import guarded
+from mdistiller.registry import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="report", description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders above them"
+    )
+    parser.add_argument("--baseline", metavar="GROUP", help="default: the one of plain training")
+    parser.add_argument(
+        "--metric", choices=("last", "best"), default="last", help="epoch to compare (default last)"
+    )
+    parser.add_argument("--reach", type=float, metavar="X", help="convergence: epochs to X %%")
+    parser.add_argument("--title", default="Comparison of runs")
+    parser.add_argument("--md", type=Path, metavar="FILE", help="Markdown (default: printed)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row a group, unrounded")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with the curves")
+    return parser
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file and its folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+    print(f"wrote {file}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from mdistiller.engine.report.build import build_report
+    from mdistiller.engine.report.document import csv_text, markdown
+    from mdistiller.engine.report.page import page
+
+    if args.reach is not None and not 0 < args.reach <= 100:
+        raise UserError(f"--reach must be above 0 and at most 100, got {args.reach:g}")
+    found = build_report(args.runs, args.baseline, args.metric, args.reach, args.title)
+    texts = {
+        args.md: lambda: markdown(found),
+        args.csv: lambda: csv_text(found.numbers),
+        args.html: lambda: page(found),
+    }
+    files = {file: text for file, text in texts.items() if file is not None}
+    for file, text in files.items():
+        write(file, text())
+    if not files:
+        print(markdown(found), end="")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: report(args))

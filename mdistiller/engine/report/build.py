@@ -1,0 +1,113 @@
+"""A whole report from run folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.engine.report import curves, listings, tables
+from mdistiller.engine.report.document import Report
+from mdistiller.engine.report.groups import Group, comparable, find_baseline, group
+from mdistiller.engine.report.numbers import difference
+from mdistiller.engine.report.published import beside
+from mdistiller.engine.report.runs import FAILED, FINISHED, read_runs
+
+
+def build_report(
+    paths: Sequence[Path],
+    baseline: str | None = None,
+    which: str = "last",
+    reach: float | None = None,
+    title: str = "Comparison of runs",
+) -> Report:
+    """A report on all runs in and below some folders.
+
+    Args:
+        baseline: name of the group that others are compared with; by default plain training.
+        which: the accuracy that is compared, of the "last" or the "best" epoch.
+        reach: accuracy in %, to which convergence is measured.
+
+    Raises:
+        UserError: a folder holds no run, or no group is called `baseline`.
+    """
+    groups = group(read_runs(paths))
+    base = find_baseline(groups, baseline)
+    groups.sort(key=lambda g: _rank(g, base, which))
+    sections = [
+        tables.accuracy(groups),
+        tables.differences(groups, base, which),
+        tables.published(groups),
+        curves.learning(groups),
+        curves.convergence(groups, base, reach),
+        curves.loss_terms(groups),
+        listings.ablations(groups, which),
+        tables.teachers(groups),
+        tables.cost(groups),
+        listings.settings(groups),
+        listings.runs(groups),
+        listings.provenance(groups),
+    ]
+    kept = [s for s in sections if s.notes or s.tables or s.charts]
+    return Report(title, _lead(groups, base), kept, _numbers(groups, base, which, reach))
+
+
+def _rank(g: Group, base: Group | None, which: str) -> tuple[bool, bool, float]:
+    """The baseline first, then the best; last those of which no run has finished."""
+    found = tables.over_seeds(g, which)
+    return g is not base, found is None, -found.mean if found else 0.0
+
+
+def _lead(groups: Sequence[Group], base: Group | None) -> list[str]:
+    states = Counter(run.state for g in groups for run in g.runs)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    lead = [f"{states.total()} runs in {len(groups)} groups that differ in more than the seed: "]
+    lead[0] += f"{counts}."
+    if states[FINISHED] < states.total():
+        lead.append("Only finished runs are in the numbers; the others are listed under “Runs”.")
+    if base:
+        lead.append(f"Baseline: {base.name}.")
+    return lead
+
+
+def _numbers(
+    groups: Sequence[Group], base: Group | None, which: str, reach: float | None
+) -> list[dict[str, Any]]:
+    wanted = curves.goal(groups, base, reach)
+    return [_row(g, base, which, wanted) for g in groups]
+
+
+def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict[str, Any]:
+    states = Counter(run.state for run in g.runs)
+    row: dict[str, Any] = {
+        "group": g.name,
+        "runs": len(g.runs),
+        "finished": states[FINISHED],
+        "failed": states[FAILED],
+    }
+    for kind in ("last", "best"):
+        found = tables.over_seeds(g, kind)
+        row[f"{kind}_mean"] = found.mean if found else None
+        row[f"{kind}_ci95"] = found.half if found else None
+        row[f"{kind}_seeds"] = found.n if found else 0
+    row["selected_on"] = "; ".join(g.facts("selected_on"))
+    gap = None
+    if base is not None and g is not base and comparable(g, base):
+        gap = difference(*(each.by_seed(lambda run: run.number(which)) for each in (g, base)))
+    row |= {
+        f"{which}_difference": gap.mean if gap else None,
+        "difference_ci95": gap.half if gap else None,
+        "p": gap.p if gap else None,
+        "pairs": gap.n if gap else None,
+    }
+    hits = [hit for run in g.finished if wanted and (hit := curves.reached(run, wanted))]
+    row["goal"] = wanted
+    row["epochs_to_goal"] = sum(epochs for epochs, _ in hits) / len(hits) if hits else None
+    for key in ("teacher_acc", "seconds", "images_per_second", "parameters", "peak_memory_mib"):
+        values = g.by_seed(lambda run, key=key: run.summary.get(key)).values()  # type: ignore[misc]
+        row[key] = sum(values) / len(values) if values else None
+    lines = beside(g.config)
+    row["published"] = "; ".join(f"{line.top1:.2f}" for line in lines)
+    row["published_source"] = "; ".join(line.source for line in lines)
+    return row

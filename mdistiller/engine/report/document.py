@@ -1,0 +1,110 @@
+"""A report's parts, apart from how they are shown; Markdown and CSV of them."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Table:
+    """Cells as texts; the first column names the row.
+
+    Attributes:
+        caption: what it shows, where the section's title does not say so.
+        heat: numbers to shade the cells by, of the shape of the rows; None: not shaded.
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+    heat: list[list[float | None]] | None = None
+
+
+@dataclass
+class Line:
+    """A curve: by epoch, the mean over seeds, and the lowest and the highest run.
+
+    Attributes:
+        style: number of its colour and dash, the same for a group in all charts.
+    """
+
+    name: str
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    style: int = 0
+
+
+@dataclass
+class Chart:
+    """Curves over epochs; `start` is the epoch of their first values."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+    start: int = 1
+
+
+@dataclass
+class Section:
+    """A heading with notes, tables and charts."""
+
+    title: str
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """A whole report; `numbers` are the unrounded ones, a row a group."""
+
+    title: str
+    lead: list[str]
+    sections: list[Section]
+    numbers: list[dict[str, Any]]
+
+
+def markdown(report: Report) -> str:
+    """The report without its charts. Texts from configs cannot become markup."""
+    parts = [f"# {_safe(report.title)}", *map(_safe, report.lead)]
+    for section in report.sections:
+        if not (section.notes or section.tables):
+            continue
+        parts.append(f"## {_safe(section.title)}")
+        for table in section.tables:
+            parts += [f"**{_safe(table.caption)}**"] if table.caption else []
+            parts.append(_table(table))
+        parts += map(_safe, section.notes)
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(table: Table) -> str:
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    texts = [lines[0], *lines[2:]]
+    safe = [[_safe(cell).replace("|", "\\|") for cell in row] for row in texts]
+    safe.insert(1, lines[1])
+    return "\n".join(f"| {' | '.join(row)} |" for row in safe)
+
+
+def _safe(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False).replace("\\", "\\\\")
+    for sign in "`*[":
+        escaped = escaped.replace(sign, f"\\{sign}")
+    return escaped
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the columns of them all; what is missing or None is empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

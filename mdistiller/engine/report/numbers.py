@@ -1,0 +1,67 @@
+"""The statistics of a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+LEVEL = 0.95
+FEWEST = 3
+"""Pairs below which no test concludes anything: with two, one degree of freedom is left."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds; `half` is half the width of its confidence interval, None for one seed."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean of differences between runs of the same seed; `p` of the paired t-test, or None."""
+
+    p: float | None = None
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and 95 % t interval of independent values; None of none."""
+    if not values:
+        return None
+    mean, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Estimate(mean, None, n)
+    error = statistics.stdev(values) / math.sqrt(n)
+    return Estimate(mean, float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error, n)
+
+
+def difference(ours: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
+    """Mean of ours - base over the seeds that both have; None without any.
+
+    There is no test of a single pair, nor of differences that are all the same up to rounding.
+    """
+    seeds = sorted(ours.keys() & base.keys())
+    gaps = estimate([ours[seed] - base[seed] for seed in seeds])
+    if gaps is None:
+        return None
+    if gaps.half is None or gaps.half < 1e-9:
+        return Difference(gaps.mean, gaps.half, gaps.n)
+    p = stats.ttest_rel([ours[s] for s in seeds], [base[s] for s in seeds]).pvalue
+    return Difference(gaps.mean, gaps.half, gaps.n, float(p))
+
+
+def verdict(found: Difference) -> str:
+    """What a difference lets one say."""
+    if found.n < FEWEST:
+        return f"too few pairs to conclude ({found.n})"
+    if found.p is None:
+        return "no test: every pair differs by the same"
+    if found.p < 1 - LEVEL:
+        return "higher" if found.mean > 0 else "lower"
+    return "not told apart"
