@@ -26,6 +26,7 @@ from mdistiller.cli._run import guarded
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
 from mdistiller.dataset._base import Options, Split
 from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.run import train
 from mdistiller.engine.store import Store
 from mdistiller.models import ModelEntry, cifar_model_dict
@@ -184,8 +185,10 @@ class Work:
             for part in ("model", "optimizer", "scheduler", "ema", "best_acc", "best_epoch"):
                 if not same(ours.get(part), theirs.get(part)):
                     found.append(f"{part} differs")
-            for file in ("best", "epoch_2", "student_best", "student_latest", "student_ema_best"):
-                one, other = (torch.load(folder / file) for folder in (run, whole))
+            if weight_files(run) != weight_files(whole):
+                found.append(f"there are {weight_files(run)}, not {weight_files(whole)}")
+            for file in weight_files(whole):
+                one, other = (load_checkpoint(folder / file) for folder in (run, whole))
                 if not same(one["model"], other["model"]):
                     found.append(f"{file} differs")
             if rows(run) != rows(whole):
@@ -225,6 +228,12 @@ def _child(
 
 def _train(cfg: Config) -> None:
     train(cfg, resume="auto")
+
+
+def weight_files(run: Path) -> list[str]:
+    """Names of the files with weights that a run leaves for good."""
+    names = ("best", "epoch_*", "student_*")
+    return sorted(path.name for name in names for path in run.glob(name))
 
 
 def same(one: Any, other: Any) -> bool:
