@@ -1,6 +1,11 @@
 """Loaders with worker processes: the same batches for any number of them, and those of memory."""
 
+import multiprocessing
+import os
 import pickle
+import signal
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from worker_support import STATISTICS, WNIDS, imagenet, photo
 
 from mdistiller.dataset import DATASETS, DataSource, load_data
 from mdistiller.dataset._view import TrainView
-from mdistiller.dataset._workers import WorkerTrainLoader
+from mdistiller.dataset._workers import BatchMaker, Task, Workers, WorkerTrainLoader
 from mdistiller.dataset.loader import TrainLoader
 from mdistiller.registry import UserError
 
@@ -200,3 +205,41 @@ def test_what_workers_get_can_be_sent_to_them(folder):
 def test_only_loaders_over_memory_make_any_image_at_any_time(folder):
     assert not imagenet(folder).train.makes_images
     assert TrainLoader.makes_images
+
+
+@dataclass
+class Fails:
+    """A reader whose process dies, or sleeps for a long time."""
+
+    sleeps: bool
+
+    def __call__(self, task):
+        if self.sleeps:
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("sleeps", "says"),
+    [
+        (False, "a process that reads images has died .* killed, or out of memory"),
+        (True, "no batch of images came for long .*DATASET.WORKER_TIMEOUT"),
+    ],
+)
+def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(sleeps, says):
+    workers = Workers(BatchMaker(Fails(sleeps), None), 1, torch.device("cpu"), timeout=1)
+    with pytest.raises(UserError, match=says) as error:
+        list(workers.batches([Task(torch.arange(2))]))
+    assert "\n" not in str(error.value)
+
+
+def test_signals_to_the_whole_group_leave_workers_alone(folder):
+    others = set(multiprocessing.active_children())
+    loader = imagenet(folder, workers=1).train
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, name)
+    assert len(list(batches)) == len(loader) - 1
+    assert worker.is_alive()

@@ -14,8 +14,8 @@ from mdistiller.cli._faults.processes import join, start_pair
 from mdistiller.cli._faults.work import Outcome, Work
 
 _YOUNG = 3.0  # seconds after which a process is first measured
-_LIFE = (8.0, 40.0)
-_LONG = {"SOLVER__EPOCHS": 60, "SOLVER__LR_DECAY_STAGES": [30], "LOG__KEEP_CHECKPOINTS": 2}
+_LIFE = (4.0, 20.0)
+_LONG = {"SOLVER__EPOCHS": 150, "SOLVER__LR_DECAY_STAGES": [75], "LOG__KEEP_CHECKPOINTS": 2}
 GROWTH = 1.1
 """Times the memory that a process may gain in its life, and from the first third to the last."""
 

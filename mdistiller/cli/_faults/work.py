@@ -5,8 +5,6 @@ Forked: a child begins to train within a fraction of a second, and has the paren
 
 from __future__ import annotations
 
-import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,12 +20,12 @@ from typing import Any
 
 import torch
 
+from mdistiller.cli._faults.compare import differences
 from mdistiller.cli._run import guarded
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
 from mdistiller.dataset._base import Options, Split
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.run import train
-from mdistiller.engine.store import Store
 from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.models.cifar.baby import BabyNet
 
@@ -60,7 +58,6 @@ def tiny_net(num_classes: int = 10) -> BabyNet:
 
 
 cifar_model_dict.setdefault(NAME, ModelEntry(tiny_net, None))
-UNTIMED = ("time", "seconds", "images_per_second")
 _SETTINGS: dict[str, Any] = {
     "DEVICE": "cpu",
     "EXPERIMENT.PROJECT": "faults",
@@ -176,26 +173,7 @@ class Work:
 
     def differences(self, name: str, whole: Path | None = None) -> list[str]:
         """What a finished run has otherwise than the one that was left alone."""
-        whole = whole or self.whole
-        run = self.run_folder(name)
-        found = []
-        try:
-            ours, theirs = (Store(folder).load("latest") for folder in (run, whole))
-            for part in ("model", "optimizer", "scheduler", "ema", "best_acc", "best_epoch"):
-                if not same(ours.get(part), theirs.get(part)):
-                    found.append(f"{part} differs")
-            for file in ("best", "epoch_2", "student_best", "student_latest", "student_ema_best"):
-                one, other = (torch.load(folder / file) for folder in (run, whole))
-                if not same(one["model"], other["model"]):
-                    found.append(f"{file} differs")
-            if rows(run) != rows(whole):
-                found.append("metrics.jsonl differs")
-            if (run / "worklog.txt").read_bytes() != (whole / "worklog.txt").read_bytes():
-                found.append("worklog.txt differs")
-            if events(run) != events(whole):
-                found.append("the curves of TensorBoard differ")
-        except Exception as error:
-            found.append(f"{type(error).__name__}: {error}")
+        found = differences(self.run_folder(name), whole or self.whole)
         return [f"{name}: {text}" for text in found]
 
     def forget(self, name: str) -> None:
@@ -225,49 +203,6 @@ def _child(
 
 def _train(cfg: Config) -> None:
     train(cfg, resume="auto")
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether nested values are equal, tensors to the bit."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, without times."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [{key: row[key] for key in row if key not in UNTIMED} for row in found]
-
-
-def events(run: Path) -> dict[tuple[str, str, int], float]:
-    """(folder, curve, step) -> value, as TensorBoard shows the event files of a run."""
-    from tensorboardX.proto import event_pb2
-
-    shown: dict[tuple[str, str, int], float] = {}
-    for folder in ("train.events", "train.events/steps"):
-        for path in sorted((run / folder).glob("events*"), key=lambda path: path.suffix):
-            stream = io.BytesIO(path.read_bytes())
-            while len(head := stream.read(12)) == 12:
-                event = event_pb2.Event()
-                length = int.from_bytes(head[:8], "little")
-                data = stream.read(length)
-                if len(data) < length or len(stream.read(4)) < 4:
-                    break  # what a dying process left
-                event.ParseFromString(data)
-                if event.HasField("session_log"):
-                    late = [key for key in shown if key[0] == folder and key[2] >= event.step]
-                    for key in late:
-                        del shown[key]
-                for value in event.summary.value:
-                    if not value.tag.endswith(UNTIMED):
-                        shown[folder, value.tag, event.step] = value.simple_value
-    return shown
 
 
 def free_port() -> int:
