@@ -74,11 +74,6 @@ class Loaded:
     subjects: list[Subject]
     teacher: Subject | None
 
-    @property
-    def all(self) -> list[Subject]:
-        """The teacher, if there is one, and the others."""
-        return [*([self.teacher] if self.teacher else []), *self.subjects]
-
 
 def load_networks(args: argparse.Namespace) -> Loaded:
     """The networks and the data that the arguments name."""
@@ -116,6 +111,8 @@ def _sources(args: argparse.Namespace, paths: list[str], given: Config) -> list[
         if not args.model:
             raise UserError("name run folders or files by -c, or networks by -m (see --help)")
         files = paths = ["pretrain"] * len(args.model)
+    if args.model and not files:
+        raise UserError("-m goes with a file of weights; a run folder says itself what it holds")
     names = args.model * len(files) if len(args.model) < 2 else list(args.model)
     if len(names) not in (0, len(files)):
         raise UserError(
