@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="of a run folder: latest, best, epoch_N, ema_latest or ema_best; may be repeated "
-        "(default: latest and best)",
+        "(default: latest; eval: and best)",
     )
     parser.add_argument("-d", "--dataset", default="", help="data set (default: a run's; cifar100)")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
@@ -75,8 +76,12 @@ class Loaded:
     teacher: Subject | None
 
 
-def load_networks(args: argparse.Namespace) -> Loaded:
-    """The networks and the data that the arguments name."""
+def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
+    """The networks and the data that the arguments name.
+
+    Args:
+        usual: checkpoints of a run folder, where --checkpoint names none.
+    """
     from mdistiller.dataset import load_test_loader
     from mdistiller.engine.analysis.subjects import data_config, load
     from mdistiller.engine.cfg import load_config
@@ -88,7 +93,7 @@ def load_networks(args: argparse.Namespace) -> Loaded:
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
     overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
     given = load_config(args.cfg, overrides, args.imports)
-    sources = _sources(args, paths, given)
+    sources = _sources(args, paths, given, usual)
     teacher = _teacher(args, given)
     known = [*sources, *([teacher] if teacher else [])]
     named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
@@ -102,7 +107,9 @@ def load_networks(args: argparse.Namespace) -> Loaded:
     )
 
 
-def _sources(args: argparse.Namespace, paths: list[str], given: Config) -> list[Source]:
+def _sources(
+    args: argparse.Namespace, paths: list[str], given: Config, usual: Sequence[str]
+) -> list[Source]:
     """Run folders' students, and files of the networks that -m names."""
     from mdistiller.engine.analysis.subjects import file_source, run_sources
 
@@ -124,7 +131,7 @@ def _sources(args: argparse.Namespace, paths: list[str], given: Config) -> list[
     found: list[Source] = []
     for path in paths:
         if Path(path).is_dir():
-            found += run_sources(Path(path), args.checkpoint, args.imports)
+            found += run_sources(Path(path), args.checkpoint or usual, args.imports)
         else:
             found.append(file_source(path, names.pop(0), given, args.imports))
     return found

@@ -39,7 +39,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     outputs = [path for path in (args.json, args.csv, args.confusion) if path]
     _tables.check_places(outputs)
-    given = load_networks(args)
+    given = load_networks(args, ["latest", "best"])
     test = given.test
     found = evaluate(
         given.subjects,

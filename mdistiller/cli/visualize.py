@@ -53,8 +53,7 @@ def _picture(args: argparse.Namespace) -> Figure:
     count = PICTURES[args.picture] if args.samples is None else args.samples
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
-    args.checkpoint = args.checkpoint or ["latest"]
-    given = load_networks(args)
+    given = load_networks(args, ["latest"])
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
         given.test,

@@ -54,18 +54,12 @@ class Subject:
     net: nn.Module
 
 
-def run_sources(
-    folder: Path, checkpoints: Sequence[str] = (), imports: Overrides = ()
-) -> list[Source]:
-    """The students of a run folder: its latest and its best, or the checkpoints asked for."""
+def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = ()) -> list[Source]:
+    """The students of these checkpoints of a run folder."""
     cfg = recorded_config(folder, imports=imports)
-    chosen = list(checkpoints)
-    if not chosen:
-        there = [name for name in ("latest", "best") if (folder / f"student_{name}").is_file()]
-        chosen = there or ["latest"]  # to be refused with a list of what is there
     summary = read_json(folder / "summary.json")
     sources = []
-    for choice in chosen:
+    for choice in checkpoints:
         note = ""
         if choice == "best" and summary:
             note = f"epoch {summary['best_epoch']}, selected on the {summary['selected_on']}"
