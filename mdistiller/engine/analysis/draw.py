@@ -31,14 +31,14 @@ def check_out(path: Path) -> None:
     _figure(1, 1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, layout: Any = "constrained") -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
             f"pictures need matplotlib ({error}): pip install mdistiller[viz]"
         ) from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -97,10 +97,12 @@ def correlations(
         teacher, students: title and matrix [C, C] of each.
         names: of the C classes.
     """
-    figure = _figure(4.6 * (1 + len(students)) + 0.8, 4.6)
+    figure = _figure(4.6 * (1 + len(students)) + 0.8, 4.8, "compressed")
     axes = figure.subplots(1, 1 + len(students), squeeze=False)[0]
     differences = [matrix - teacher[1] for _, matrix in students]
-    widest = max([float(d.abs().max()) for d in differences] + [1e-6])
+    widest = max(
+        [float(d.abs().max()) for d in differences] + [0.01]
+    )  # so that noise does not fill the scale
     image = _matrix(axes[0], teacher[1], f"{teacher[0]}\ncorrelation of logits", 1.0, names)
     figure.colorbar(image, ax=axes[0], shrink=0.8, label="correlation")
     for ax, (title, _), difference in zip(axes[1:], students, differences, strict=True):
