@@ -12,7 +12,7 @@ from torchmetrics import functional as tm
 
 from mdistiller.engine.analysis import maps, samples
 from mdistiller.engine.analysis.features import Cka, CollapseSums, Hsic, pool
-from mdistiller.engine.analysis.predictions import BINS, ComparisonSums, QualitySums
+from mdistiller.engine.analysis.predictions import ComparisonSums, QualitySums
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_quality_agrees_with_torchmetrics(scale, classes):
     found, probs = quality(logits, target), logits.softmax(dim=1)
     many = {"num_classes": classes}
     five = tm.accuracy(logits, target, "multiclass", top_k=min(5, classes), average="micro", **many)
-    ece = tm.calibration_error(probs, target, "multiclass", n_bins=BINS, norm="l1", **many)
+    ece = tm.calibration_error(probs, target, "multiclass", n_bins=15, norm="l1", **many)
     per_class = tm.accuracy(logits, target, "multiclass", average="none", **many)
     confusion = tm.confusion_matrix(logits, target, "multiclass", **many)
     assert found.confusion == confusion.tolist()
