@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
@@ -74,6 +76,19 @@ def saved_teacher(folder, model="resnet8", num_classes=10, seed=1, zoo="cifar"):
     path = Path(folder) / f"{model}_{num_classes}.pth"
     torch.save({"model": net.state_dict()}, path)
     return path
+
+
+def image_folder(root, classes=("cat", "dog", "eel"), size=32):
+    """Eight training and four validation images a class, each class of its own colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for k, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (size, size, 3), dtype=np.uint8)
+                pixels[..., k % 3] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
 
 
 def same_state(first, second):

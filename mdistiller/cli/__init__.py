@@ -7,7 +7,8 @@ import sys
 
 COMMANDS = {
     "train": "train a network, alone or under a teacher",
-    "eval": "accuracy of a checkpoint on a data set",
+    "eval": "how good checkpoints are on a data set, alone and beside their teacher",
+    "visualize": "t-SNE, correlation of logits and attention maps of checkpoints, as PNG or SVG",
     "export": "a trained student as safetensors, ONNX and torch.export, with a model card",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
     "models": "networks with parameters, operations and stage shapes",

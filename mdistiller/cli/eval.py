@@ -1,59 +1,75 @@
-"""eval: top-1 and top-5 accuracy of a network's checkpoint on a data set."""
+"""eval: how good networks are on a data set, alone and beside their teacher.
+
+eval -m MODEL -c FILE -d DATASET            a checkpoint
+eval output/digits/*  --teacher RUN|NAME    the students of run folders, on their own data
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._run import guarded
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="eval", description=__doc__)
-    parser.add_argument("-m", "--model", required=True, help="name in the model zoo")
-    parser.add_argument(
-        "-c",
-        "--ckpt",
-        default="pretrain",
-        help="file with the weights; default: the released ones under download_ckpts/",
+    parser = argparse.ArgumentParser(
+        prog="eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-d", "--dataset", default="", help="data set (default cifar100)")
-    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    add_networks(parser)
     parser.add_argument(
-        "--cfg",
-        default="",
-        metavar="FILE",
-        help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from",
+        "--features", action="store_true", help="neural collapse and, with --teacher, CKA"
     )
-    add_overrides(parser)
+    for name, what in (
+        ("json", "all that is found"),
+        ("csv", "a row a network, without what is found of single classes"),
+        ("confusion", "accuracy and predicted classes of each class, as CSV"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what}")
     return parser
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Load, validate, print one line."""
-    from mdistiller.dataset import load_test_loader
-    from mdistiller.distillers import Vanilla
-    from mdistiller.engine.build import build_network
-    from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.released import PRETRAINED
-    from mdistiller.engine.utils import log_msg, validate
-    from mdistiller.runtime import resolve_device
+    """Load, run over the data once, print a line a network and the tables, write the files."""
+    from mdistiller.cli import _tables
+    from mdistiller.engine.analysis.evaluate import evaluate
+    from mdistiller.engine.utils import log_msg
 
-    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
-    fixed = ["DATASET.TEST.BATCH_SIZE", str(args.batch_size), "DISTILLER.STUDENT", args.model]
-    cfg = load_config(args.cfg, [*dataset, *fixed, *args.opts], args.imports)
-    device = resolve_device(cfg.DEVICE)
-    test = load_test_loader(cfg, device)
-    net = build_network(cfg, "STUDENT", test, PRETRAINED if args.ckpt == "pretrain" else args.ckpt)
-    top1, top5, loss = validate(test.loader, Vanilla(net.to(device)))
-    size = len(test.loader.dataset)
-    print(
-        log_msg(
-            f"{args.model} on {cfg.DATASET.TYPE} ({size} images): "
-            f"top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.4f}",
-            "EVAL",
-        )
+    outputs = [path for path in (args.json, args.csv, args.confusion) if path]
+    _tables.check_places(outputs)
+    given = load_networks(args, ["latest", "best"])
+    test = given.test
+    found = evaluate(
+        given.subjects,
+        test.loader,
+        test.num_classes,
+        given.device,
+        given.teacher,
+        args.features,
     )
+    for one in found:
+        quality = one.quality
+        print(
+            log_msg(
+                f"{one.subject.source.name} on {given.dataset} ({quality.images} images): top-1 "
+                f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
+                "EVAL",
+            )
+        )
+    print(f"\n{_tables.markdown(found, test.classes)}")
+    facts = {
+        "dataset": given.dataset,
+        "classes": test.classes,
+        "teacher": given.teacher.source.label if given.teacher else None,
+    }
+    if args.json:
+        args.json.write_text(_tables.json_text(facts, found))
+    if args.csv:
+        args.csv.write_text(_tables.csv_text(found))
+    if args.confusion:
+        args.confusion.write_text(_tables.confusion_text(found, test.classes))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -112,7 +112,7 @@ def evaluation(capsys, file, *words):
     capsys.readouterr()
     named = ["-m", "resnet8", "-c", str(file), "-d", "toy", "--import", TOY_FILE]
     assert eval_command.main([*named, *words]) == 0
-    return capsys.readouterr().out.split(": ")[-1]
+    return capsys.readouterr().out.splitlines()[0].split(": ")[-1]
 
 
 @pytest.mark.parametrize(

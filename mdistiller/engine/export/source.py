@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +12,11 @@ from torch import nn
 
 from mdistiller.dataset import known_data, load_test_loader
 from mdistiller.engine.build import build_network
-from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.export.student import RunFacts, Student
 from mdistiller.engine.record import data_facts
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.engine.run_folder import checkpoint_file, read_json, read_lines, recorded_config
 from mdistiller.models import get_model_entry
 from mdistiller.models._input import Statistics
 from mdistiller.registry import UserError
@@ -37,19 +36,14 @@ def from_run(
     Raises:
         UserError: it is no run folder, or has no such checkpoint.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
-            "the network and the file by -m and -c"
-        )
-    path = _checkpoint_file(folder, checkpoint)
-    cfg = load_config(folder / "config.yaml", overrides, imports)
-    record = _read_json(folder / "run.json")
+    cfg = recorded_config(folder, overrides, imports)
+    path = checkpoint_file(folder, checkpoint)
+    record = read_json(folder / "run.json")
     data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))
     run = RunFacts(
         checkpoint,
-        _read_json(folder / "summary.json"),
-        [row for row in _read_lines(folder / "metrics.jsonl") if "epoch" in row],
+        read_json(folder / "summary.json"),
+        [row for row in read_lines(folder / "metrics.jsonl") if "epoch" in row],
         (record.get("starts") or [{}])[-1],
     )
     student = _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
@@ -144,48 +138,3 @@ def _evaluated(cfg: Config, path: Path, data: Mapping[str, Any]) -> tuple[nn.Mod
     facts: Any = SimpleNamespace(**{**data, "image_size": tuple(data["image_size"])})
     net = build_network(cfg, "STUDENT", facts, path)
     return net.eval().requires_grad_(False), (facts.mean, facts.std)
-
-
-def _checkpoint_file(folder: Path, name: str) -> Path:
-    """The file with the student's weights of a checkpoint that was asked for by name."""
-    if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
-        raise UserError(
-            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
-        )
-    places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]
-        raise UserError(
-            f"{folder} has no checkpoint {name} (it has: "
-            f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
-            f"{'; it kept no moving average (SOLVER.EMA)' if name.startswith('ema_') else ''}"
-        )
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty if there is none.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping")
-    return found
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a file, one a line."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,153 @@
+"""Which networks to look at, and on what data: the arguments that eval and visualize share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdistiller.cli._run import add_overrides
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdistiller.dataset import TestData
+    from mdistiller.engine.analysis.subjects import Source, Subject
+    from mdistiller.engine.cfg import Config
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """The arguments; `KEY VALUE` may have further run folders and files before it."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        default=[],
+        help="name in the model zoo of the files that -c gives; repeated: of each",
+    )
+    parser.add_argument(
+        "-c",
+        "--ckpt",
+        action="append",
+        default=[],
+        metavar="RUN|FILE",
+        help="run folder, which needs no -m, or file with the weights; may be repeated. Default: "
+        "the released ones under download_ckpts/",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a run folder: latest, best, epoch_N, ema_latest or ema_best; may be repeated "
+        "(default: latest; eval: and best)",
+    )
+    parser.add_argument("-d", "--dataset", default="", help="data set (default: a run's; cifar100)")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--cfg",
+        default="",
+        metavar="FILE",
+        help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from (TEACHER_*, too)",
+    )
+    parser.add_argument(
+        "--teacher", default="", metavar="NAME|RUN", help="teacher to compare with, or its run"
+    )
+    parser.add_argument(
+        "--teacher-ckpt",
+        default="pretrain",
+        metavar="FILE",
+        help="its weights; default: the released ones. Of a run: the latest",
+    )
+    add_overrides(parser)
+
+
+@dataclass
+class Loaded:
+    """Networks in eval mode on the device, and the test set they are looked at on."""
+
+    dataset: str
+    test: TestData
+    device: torch.device
+    subjects: list[Subject]
+    teacher: Subject | None
+
+
+def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
+    """The networks and the data that the arguments name.
+
+    Args:
+        usual: checkpoints of a run folder, where --checkpoint names none.
+    """
+    from mdistiller.dataset import load_test_loader
+    from mdistiller.engine.analysis.subjects import data_config, load
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.runtime import resolve_device
+
+    paths = list(args.ckpt)
+    while args.opts and Path(args.opts[0]).exists():
+        paths.append(args.opts.pop(0))
+    if args.opts and "/" in args.opts[0]:
+        raise UserError(f"there is no run folder or file {args.opts[0]}")
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    given = load_config(args.cfg, overrides, args.imports)
+    sources = _sources(args, paths, given, usual)
+    teacher = _teacher(args, given)
+    known = [*sources, *([teacher] if teacher else [])]
+    named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
+    runs = any(source.run for source in known)
+    cfg = data_config(known, overrides, args.imports) if runs and not named else given
+    device = resolve_device(cfg.DEVICE)
+    test = load_test_loader(cfg, device)
+    subjects = [load(source, test, device) for source in sources]
+    return Loaded(
+        cfg.DATASET.TYPE, test, device, subjects, load(teacher, test, device) if teacher else None
+    )
+
+
+def _sources(
+    args: argparse.Namespace, paths: list[str], given: Config, usual: Sequence[str]
+) -> list[Source]:
+    """Run folders' students, and files of the networks that -m names."""
+    from mdistiller.engine.analysis.subjects import file_source, run_sources
+
+    files = [path for path in paths if not Path(path).is_dir()]
+    if not paths:
+        if not args.model:
+            raise UserError("name run folders or files by -c, or networks by -m (see --help)")
+        files = paths = ["pretrain"] * len(args.model)
+    if args.model and not files:
+        raise UserError("-m goes with a file of weights; a run folder says itself what it holds")
+    names = args.model * len(files) if len(args.model) < 2 else list(args.model)
+    if len(names) not in (0, len(files)):
+        raise UserError(
+            f"-m names {len(names)} networks for {len(files)} files: give one for all, or one each"
+        )
+    names = names or [""] * len(files)
+    if args.checkpoint and len(files) == len(paths):
+        raise UserError("--checkpoint goes with a run folder; a file is named by -c itself")
+    found: list[Source] = []
+    for path in paths:
+        if Path(path).is_dir():
+            found += run_sources(Path(path), args.checkpoint or usual, args.imports)
+        else:
+            found.append(file_source(path, names.pop(0), given, args.imports))
+    return found
+
+
+def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
+    from mdistiller.engine.analysis.subjects import file_source, run_sources
+
+    if not args.teacher:
+        if args.teacher_ckpt != "pretrain":
+            raise UserError("--teacher-ckpt needs --teacher, the network's name")
+        return None
+    if Path(args.teacher).is_dir():
+        if args.teacher_ckpt == "pretrain":
+            return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
+        raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
+    return file_source(args.teacher_ckpt, args.teacher, given, role="TEACHER")

@@ -1,0 +1,83 @@
+"""visualize: pictures of what networks have learned, as PNG or SVG.
+
+visualize tsne RUN --out tsne.png                          embeddings in two dimensions
+visualize correlation RUN --teacher RUN|NAME --out c.svg   of logits, minus the teacher's
+visualize attention RUN --teacher RUN|NAME --out a.png     where each stage is active
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._run import guarded
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5}
+"""What can be drawn, and of how many images by default; 0: all."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", choices=PICTURES)
+    add_networks(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.png or .svg")
+    parser.add_argument(
+        "--classes", default="", metavar="A,B,...", help="names or numbers of classes to show"
+    )
+    defaults = ", ".join(f"{name} {count or 'all'}" for name, count in PICTURES.items())
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help=f"number of test images (default: {defaults})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of t-SNE")
+    return parser
+
+
+def picture(words: Sequence[str]) -> Figure:
+    """The figure that a command line without --out asks for: for notebooks."""
+    return _picture(parser().parse_intermixed_args(words))
+
+
+def _picture(args: argparse.Namespace) -> Figure:
+    from mdistiller.engine.analysis import pictures
+
+    count = PICTURES[args.picture] if args.samples is None else args.samples
+    if args.samples is not None and args.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {args.samples}")
+    given = load_networks(args, ["latest"])
+    figure: Figure = getattr(pictures, f"{args.picture}_picture")(
+        given.subjects,
+        given.test,
+        given.device,
+        given.teacher,
+        classes=[name.strip() for name in args.classes.split(",") if name.strip()],
+        count=count,
+        seed=args.seed,
+    )
+    return figure
+
+
+def visualize(args: argparse.Namespace) -> None:
+    """Load, draw, write one file."""
+    from mdistiller.engine.analysis import draw
+
+    if args.out is None:
+        raise UserError("name the file for the picture by --out FILE.png or FILE.svg")
+    draw.check_out(args.out)
+    draw.save(_picture(args), args.out)
+    print(args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_intermixed_args(argv)
+    return guarded(lambda: visualize(args))

@@ -1,0 +1,1 @@
+"""Looking at trained networks: their quality, their teacher's beside it, features, pictures."""

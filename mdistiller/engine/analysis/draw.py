@@ -1,0 +1,168 @@
+"""Figures of matplotlib, in colours that do not depend on telling red from green."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, without yellow, which is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvPX*<>"
+MOST_CLASSES = len(COLOURS) * len(MARKERS)
+SUFFIXES = (".png", ".svg")
+
+
+def check_out(path: Path) -> None:
+    """Refuse a picture that could not be made or written, before any work."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {path} must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    _figure(1, 1)
+
+
+def _figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            f"pictures need matplotlib ({error}): pip install mdistiller[viz]"
+        ) from None
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write PNG or SVG, by suffix; the same picture gives the same bytes."""
+    import matplotlib
+
+    kind = path.suffix.lower().removeprefix(".")
+    with matplotlib.rc_context({"svg.hashsalt": "mdistiller"}):
+        figure.savefig(
+            path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
+        )
+
+
+def scatter(
+    panels: Sequence[tuple[str, np.ndarray]],
+    targets: Tensor,
+    chosen: Sequence[int],
+    classes: Sequence[str],
+) -> Figure:
+    """Points by class, a panel a network.
+
+    Args:
+        panels: title and points [N, 2] of each.
+        targets: [N] classes of the points.
+        chosen: the classes that are shown, at most MOST_CLASSES, in the order of the legend.
+        classes: names of all classes.
+    """
+    figure = _figure(4.6 * len(panels) + 1.2, 4.8)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, points) in zip(axes, panels, strict=True):
+        for i, k in enumerate(chosen):
+            of_class = points[(targets == k).numpy()]
+            style = {"c": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            ax.scatter(*of_class.T, s=14, alpha=0.75, linewidths=0, label=classes[k], **style)
+        ax.set_title(title, fontsize=10)
+        ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        title="class",
+        loc="outside right upper",
+        markerscale=1.8,
+        frameon=False,
+        ncols=-(-len(chosen) // 20),
+    )
+    return figure
+
+
+def correlations(
+    teacher: tuple[str, Tensor], students: Sequence[tuple[str, Tensor]], names: Sequence[str]
+) -> Figure:
+    """The teacher's correlation matrix, and what each student's differs by.
+
+    Args:
+        teacher, students: title and matrix [C, C] of each.
+        names: of the C classes.
+    """
+    figure = _figure(4.6 * (1 + len(students)) + 0.8, 4.8, "compressed")
+    axes = figure.subplots(1, 1 + len(students), squeeze=False)[0]
+    differences = [matrix - teacher[1] for _, matrix in students]
+    widest = max(
+        [float(d.abs().max()) for d in differences] + [0.01]
+    )  # so that noise does not fill the scale
+    image = _matrix(axes[0], teacher[1], f"{teacher[0]}\ncorrelation of logits", 1.0, names)
+    figure.colorbar(image, ax=axes[0], shrink=0.8, label="correlation")
+    for ax, (title, _), difference in zip(axes[1:], students, differences, strict=True):
+        mean = float(difference.abs().mean())
+        text = f"{title}\nminus the teacher's (mean of |difference| {mean:.3f})"
+        image = _matrix(ax, difference, text, widest, names)
+    figure.colorbar(image, ax=list(axes[1:]), shrink=0.8, label="difference of correlations")
+    return figure
+
+
+def _matrix(ax: Any, matrix: Tensor, title: str, limit: float, names: Sequence[str]) -> Any:
+    image = ax.imshow(matrix.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
+    ax.set_title(title, fontsize=10)
+    if len(names) <= 20:
+        ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="class", ylabel="class")
+    return image
+
+
+def attention(
+    images: Tensor,
+    rows: Sequence[str],
+    networks: Sequence[tuple[str, list[Tensor], Sequence[str]]],
+) -> Figure:
+    """A row an image: the image, then the maps of each network's stages, each on its own scale.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        rows: what to call the images.
+        networks: title, maps [N, h, w] of each stage, and predictions of each.
+    """
+    columns = 1 + sum(len(maps) for _, maps, _ in networks)
+    figure = _figure(1.3 * columns + 0.4 * len(networks), 1.25 * len(images) + 1)
+    parts: Any = figure.subfigures(
+        1, 1 + len(networks), width_ratios=[1.2, *(len(maps) for _, maps, _ in networks)]
+    )
+    axes = parts[0].subplots(len(images), 1, squeeze=False)
+    for ax, image, name in zip(axes[:, 0], images, rows, strict=True):
+        ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+        ax.set_ylabel(name, rotation=90, fontsize=9)
+    axes[0, 0].set_title("image", fontsize=9)
+    lines = max(title.count("\n") for title, _, _ in networks)
+    parts[0].suptitle("\n" * lines + " ", fontsize=10)  # rows are as high as in the other parts
+    for part, (title, maps, predicted) in zip(parts[1:], networks, strict=True):
+        part.suptitle(title + "\n" * (lines - title.count("\n")), fontsize=10)
+        axes = part.subplots(len(images), len(maps), squeeze=False)
+        for j, stage in enumerate(maps):
+            axes[0, j].set_title(f"stage {j + 1}", fontsize=9)
+            for ax, values in zip(axes[:, j], stage, strict=True):
+                ax.imshow(values.numpy(), cmap="cividis", interpolation="nearest")
+        for ax, name in zip(axes[:, 0], predicted, strict=True):
+            ax.set_ylabel(f"says {name}", fontsize=8)
+    for part in parts:
+        for ax in part.axes:
+            ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images [N, 3, H, W] as they were in [0, 1] before (x - mean) / std."""
+    factor, offset = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (std, mean))
+    return images * factor + offset

@@ -1,0 +1,146 @@
+"""What a network's predictions are worth, and how they differ from its teacher's.
+
+Sums over batches stay on the device and are read once, at the end. They are in float64 where the
+device has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdistiller.distillers._common import divergence
+from mdistiller.engine.utils import correct_counts
+
+BINS = 15
+"""Of confidence, equally wide, for the calibration error."""
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A network on a labelled set.
+
+    Attributes:
+        top1, top5: accuracy in percent.
+        nll: mean cross-entropy, the negative log-likelihood of an image's class, in nats.
+        ece: expected calibration error in percent: the mean over images of the difference between
+            accuracy and mean confidence of their bin; [a, b) is a bin, as in torchmetrics.
+        confusion: images by true class (row) and predicted class (column).
+    """
+
+    top1: float
+    top5: float
+    nll: float
+    ece: float
+    confusion: list[list[int]]
+
+    @property
+    def images(self) -> int:
+        return sum(map(sum, self.confusion))
+
+    @property
+    def class_accuracy(self) -> list[float]:
+        """In percent, by class; NaN for a class without images."""
+        return [
+            100.0 * row[k] / sum(row) if sum(row) else float("nan")
+            for k, row in enumerate(self.confusion)
+        ]
+
+
+class QualitySums:
+    """Sums over batches that make a :class:`Quality`."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.dtype = wide(device)
+        self.totals = torch.zeros(3, dtype=self.dtype, device=device)  # top-1, top-5, NLL
+        self.bins = torch.zeros(BINS, 2, dtype=self.dtype, device=device)  # right, confidence
+        # counted in floats, whose sums by index every device has
+        self.confusion = torch.zeros(num_classes**2, dtype=self.dtype, device=device)
+        self.edges = torch.linspace(0, 1, BINS + 1, device=device)
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: logits [N, C], target [N] class indices."""
+        logits = logits.float()
+        confidence, predicted = logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1)
+        right = predicted == target
+        self.totals[:2] += correct_counts(logits, target)
+        self.totals[2] += F.cross_entropy(logits.to(self.dtype), target, reduction="sum")
+        place = (torch.bucketize(confidence, self.edges, right=True) - 1).clamp(0, BINS - 1)
+        self.bins.index_add_(0, place, torch.stack([right, confidence], dim=1).to(self.dtype))
+        cell = target * logits.shape[1] + predicted
+        self.confusion.index_add_(0, cell, torch.ones_like(cell, dtype=self.dtype))
+
+    def result(self) -> Quality:
+        """The means; at least one batch must have been added."""
+        side = round(len(self.confusion) ** 0.5)
+        confusion = self.confusion.round().long().view(side, side).tolist()
+        images = sum(map(sum, confusion))
+        gaps = (self.bins[:, 0] - self.bins[:, 1]).abs().sum()
+        top1, top5, nll, ece = (torch.cat([self.totals, gaps[None]]) / images).tolist()
+        return Quality(100 * top1, 100 * top5, nll, 100 * ece, confusion)
+
+
+OUTCOMES = ("both_right", "only_teacher", "only_student", "both_wrong_same", "both_wrong_other")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A student beside its teacher; shares of the images in percent, which sum to 100.
+
+    Attributes:
+        both_right, only_teacher, only_student: who names the class.
+        both_wrong_same, both_wrong_other: neither does; whether they name the same one.
+        kl: mean KL(teacher || student) at temperature 1, in nats.
+    """
+
+    both_right: float
+    only_teacher: float
+    only_student: float
+    both_wrong_same: float
+    both_wrong_other: float
+    kl: float
+
+    @property
+    def agreement(self) -> float:
+        """Images of which both name the same class, in percent."""
+        return self.both_right + self.both_wrong_same
+
+    @property
+    def gap(self) -> float:
+        """The teacher's top-1 accuracy minus the student's, in points."""
+        return self.only_teacher - self.only_student
+
+
+class ComparisonSums:
+    """Sums over batches that make a :class:`Comparison`."""
+
+    def __init__(self, device: torch.device):
+        self.dtype = wide(device)
+        self.outcomes = torch.zeros(len(OUTCOMES), dtype=self.dtype, device=device)
+        self.kl = torch.zeros((), dtype=self.dtype, device=device)
+
+    def add(self, student: Tensor, teacher: Tensor, target: Tensor) -> None:
+        """Add a batch: logits [N, C] of both, target [N] class indices."""
+        own, other = (logits.to(self.dtype) for logits in (student, teacher))
+        self.kl += divergence(other.log_softmax(dim=1), own.log_softmax(dim=1)).sum()
+        says, said = own.argmax(dim=1), other.argmax(dim=1)
+        right, taught = says == target, said == target
+        other_class = (says != said).long()
+        when_wrong = torch.where(right, 2, 3 + other_class)
+        place = torch.where(taught, torch.where(right, 0, 1), when_wrong)
+        self.outcomes.index_add_(0, place, torch.ones_like(place, dtype=self.dtype))
+
+    def result(self) -> Comparison:
+        """The means; at least one batch must have been added."""
+        counts = dict(zip(OUTCOMES, self.outcomes.tolist(), strict=True))
+        images = sum(counts.values())
+        shares = {name: 100 * count / images for name, count in counts.items()}
+        return Comparison(**shares, kl=self.kl.item() / images)
