@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mdistiller.cli._faults.damage import corruptions, full_disk
+from mdistiller.cli._faults.inputs import inputs
 from mdistiller.cli._faults.kills import kills
 from mdistiller.cli._faults.processes import ranks
 from mdistiller.cli._faults.work import Outcome, Work
@@ -14,5 +15,6 @@ SUITES: dict[str, Callable[[Work], Outcome]] = {
     "corruptions": corruptions,
     "disk": full_disk,
     "ranks": ranks,
+    "inputs": inputs,
 }
 """Name -> suite; an entry is all that a new one needs."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mdistiller.engine.cfg import Config, flatten, lookup
 from mdistiller.engine.record import experiment_name, read_record
+from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.registry import UserError
 
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
@@ -114,12 +113,12 @@ def read_run(folder: Path) -> Run | None:
     config: Any = {}
     why = ""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not {"EXPERIMENT", "SOLVER"} <= set(config):
             return None
     except FileNotFoundError:
         why = "no config.yaml: a run of the original project, or of another program"
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         config, why = {}, "config.yaml is damaged"
     rows = _rows(folder / "metrics.jsonl")
     run = Run(
@@ -206,6 +205,6 @@ def _trials(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
             if "trial" in attempt.user_attrs:
                 attempts[attempt.user_attrs["trial"]].append(attempt)
         for group in attempts.values():
-            config = Config(yaml.safe_load(group[-1].user_attrs["config"]))
+            config = Config(parse_yaml(group[-1].user_attrs["config"]))
             now = status(group, forgiven)
             yield experiment_name(config), config, now.state, now.error
