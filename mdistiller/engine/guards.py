@@ -71,6 +71,8 @@ class Guard:
         """
         if not self.looks:
             return True
+        if not self._terms:  # of a trainer whose `train_iter` is its own
+            return True
         finite = torch.stack([term for terms in self._terms for term in terms.values()]).isfinite()
         good = finite.all()
         if (
