@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.hooks import MetricsFile
+from mdistiller.engine.logs import MetricsFile
 from mdistiller.engine.record import write_record
 from mdistiller.engine.run import summarize
 

@@ -142,5 +142,5 @@ def test_verify_evaluates_where_the_data_are(site, tmp_path, capsys, monkeypatch
     assert "not evaluated: cifar100 is not in" in capsys.readouterr().out
     (tmp_path / "data" / "cifar-100-python").mkdir(parents=True)
     assert get(tmp_path / "to", "resnet56", "--verify") == 0
-    assert [(args.model, args.dataset) for args in asked] == [("resnet56", "cifar100")]
-    assert asked[0].ckpt == str(tmp_path / "to" / FILES["resnet56"])
+    assert [(args.model, args.dataset) for args in asked] == [(["resnet56"], "cifar100")]
+    assert asked[0].ckpt == [str(tmp_path / "to" / FILES["resnet56"])]

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from torchmetrics import functional as tm
 
-from mdistiller.engine.analysis import maps, samples
+from mdistiller.engine.analysis import draw, maps, samples
 from mdistiller.engine.analysis.features import Cka, CollapseSums, Hsic, pool
 from mdistiller.engine.analysis.predictions import ComparisonSums, QualitySums
 from mdistiller.registry import UserError
@@ -240,3 +240,17 @@ def test_images_are_drawn_evenly_and_by_seed():
     assert samples.choose_images(targets, [1]) == [50, 51, 52]
     with pytest.raises(UserError, match="no images of these"):
         samples.choose_images(targets, [3], 5)
+
+
+def test_an_svg_does_not_show_the_last_bits_of_its_layout(tmp_path):
+    def written(name, shift):
+        figure = draw._figure(2, 2, layout=None)
+        figure.add_axes((0.1 + shift, 0.1, 0.8, 0.8)).imshow(np.eye(4))
+        draw.save(figure, tmp_path / name)
+        return (tmp_path / name).read_text()
+
+    one = written("a.svg", 0.0)
+    assert 'url(#clip0)"' in one
+    assert 'id="clip0"' in one
+    assert written("b.svg", 1e-13) == one
+    assert written("c.svg", 0.05) != one

@@ -443,28 +443,29 @@ def test_a_resumed_point_of_a_search_keeps_its_values(sweep):
     assert study.take(study.plan.trials[0]).choose() == values
 
 
-def test_a_teacher_is_trained_by_one_while_others_wait(sweep, capsys):
+def test_a_teacher_is_trained_by_one_while_others_wait(sweep):
     path = sweep("", TEACHER="Dot", TEACHER_CFG="teacher.yaml")
     text = "_BASE_: toy.yaml\nEXPERIMENT: {NAME: teacher}\nDISTILLER: {TYPE: NONE}\n"
     (path.parent / "teacher.yaml").write_text(text)
     cfg = load_config(path.parent / "toy.yaml", ["DISTILLER.TYPE", "KD"])
     folder = path.parent / "out" / "toy" / "teacher"
-    trained = []
+    others = []
 
     def train(own, name, resume, device):
-        trained.append(name)
         assert teacher.being_trained(cfg) == folder
-        (thread := threading.Thread(target=lambda: teacher.train_teacher(cfg, None, None))).start()
-        wait_for(lambda: "waiting for another process to train" in capsys.readouterr().out)
+        student = ["DISTILLER.TYPE", "KD", "EXPERIMENT.NAME", "student"]
+        words = [str(REPO / "tools" / "train.py"), "--cfg", str(path.parent / "toy.yaml"), *student]
+        others.append(subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True))
+        said = iter(others[0].stdout.readline, "")
+        assert any("waiting for another process to train" in line for line in said)
         work.train_or_continue(own)
-        waiting.append(thread)
 
-    waiting = []
     assert teacher.being_trained(cfg) is None
     assert teacher.train_teacher(cfg, None, train) == folder / "student_latest"
-    waiting[0].join(60)
-    assert not waiting[0].is_alive()
-    assert trained == ["toy/teacher"]
+    rest, _ = others[0].communicate(timeout=300)
+    assert others[0].returncode == 0
+    assert "training the teacher" not in rest
+    assert len(rows(folder)) == cfg.SOLVER.EPOCHS
     assert teacher.being_trained(cfg) is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +47,18 @@ def save(figure: Figure, path: Path) -> None:
     """Write PNG or SVG, by suffix; the same picture gives the same bytes."""
     import matplotlib
 
-    kind = path.suffix.lower().removeprefix(".")
+    if path.suffix.lower() == ".png":
+        figure.savefig(path, format="png", dpi=150)
+        return
+    text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "mdistiller"}):
-        figure.savefig(
-            path, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
-        )
+        figure.savefig(text, format="svg", dpi=150, metadata={"Date": None})
+    # Clip paths are named by hashes of coordinates whose last bits the layout's solver varies.
+    names = dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text.getvalue()))
+    numbers = {name: f"clip{number}" for number, name in enumerate(names)}
+    ids = r'(?<=id=")\w+(?=")|(?<=url\(#)\w+'
+    svg = re.sub(ids, lambda found: numbers.get(found[0], found[0]), text.getvalue())
+    path.write_text(svg, encoding="utf-8")
 
 
 def scatter(
