@@ -20,6 +20,9 @@ def parser() -> argparse.ArgumentParser:
         "--metric", choices=("last", "best"), default="last", help="epoch to compare (default last)"
     )
     parser.add_argument("--reach", type=float, metavar="X", help="convergence: epochs to X %%")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="what eval --json wrote about the runs"
+    )
     parser.add_argument("--title", default="Comparison of runs")
     parser.add_argument("--md", type=Path, metavar="FILE", help="Markdown (default: printed)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row a group, unrounded")
@@ -45,7 +48,9 @@ def report(args: argparse.Namespace) -> None:
 
     if args.reach is not None and not 0 < args.reach <= 100:
         raise UserError(f"--reach must be above 0 and at most 100, got {args.reach:g}")
-    found = build_report(args.runs, args.baseline, args.metric, args.reach, args.title)
+    found = build_report(
+        args.runs, args.baseline, args.metric, args.reach, args.title, args.evaluation
+    )
     texts = {
         args.md: lambda: markdown(found),
         args.csv: lambda: csv_text(found.numbers),

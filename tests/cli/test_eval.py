@@ -11,6 +11,7 @@ import torch
 from support import TOY, command, image_folder, saved_teacher, write_config
 
 from mdistiller.cli import eval as eval_command
+from mdistiller.cli import report as report_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_test_loader
 from mdistiller.distillers import Vanilla
@@ -143,6 +144,19 @@ def test_a_student_beside_its_teacher(run, tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"| toy/run latest | {beside['gap']:.2f} | {beside['agreement']:.2f} |" in table
     assert f"| {student['cka']['pooled']:.3f} |" in table
+
+
+def test_the_report_takes_what_was_found_of_a_run(run, tmp_path):
+    path = tmp_path / "found.json"
+    words = ["--teacher", "vgg8", "--teacher-ckpt", saved_teacher(tmp_path, "vgg8")]
+    _, best, _ = evaluated(tmp_path, run, *words)["networks"]
+    table = tmp_path / "r.csv"
+    words = ["--evaluation", str(path), "--metric", "best", "--csv", str(table)]
+    assert report_command.main([str(run), *words]) == 0
+    (row,) = csv.DictReader(table.open())
+    for name in ("agreement", "kl", "only_student"):
+        assert float(row[f"teacher.{name}"]) == pytest.approx(best["teacher"][name])
+    assert float(row["ece"]) == pytest.approx(best["ece"])
 
 
 def test_a_run_compared_with_itself_agrees_whatever_the_batches(run, tmp_path):

@@ -1,6 +1,7 @@
 """The report command: its files, bad input, text that must not become markup, and the page."""
 
 import csv
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -53,14 +54,42 @@ def test_markdown_is_printed_and_files_are_written(runs, tmp_path, capsys):
     assert rows["plain"]["last_mean"] == "71.0"
 
 
+def evaluation(path, *networks):
+    """A file as `eval --json` writes it, of weights with an agreement each."""
+    found = [
+        {"weights": str(weights), "nll": 0.5, "teacher": {"agreement": agreement, "kl": 0.25}}
+        for weights, agreement in networks
+    ]
+    path.write_text(json.dumps({"networks": found}))
+    return str(path)
+
+
+def test_agreement_with_the_teacher_is_over_seeds_and_of_the_compared_epoch(runs, tmp_path, capsys):
+    plain = [runs / f"plain,seed:{seed}" for seed in (0, 1, 2)]
+    last = [(run / "student_latest", 80.0 + seed) for seed, run in enumerate(plain)]
+    best = [(run / "student_best", 50.0) for run in plain]
+    file = evaluation(tmp_path / "e.json", *last, *best, (tmp_path / "other", 1.0))
+    assert command.main([str(runs), "--evaluation", file]) == 0
+    printed = capsys.readouterr().out
+    assert "## Answers" in printed
+    assert "| plain | 0.5000 ± 0.0000 | 81.00 ± 2.48 | 0.2500 ± 0.0000 |" in printed
+    assert command.main([str(runs), "--evaluation", file, "--metric", "best"]) == 0
+    assert "| 50.00 ± 0.00 |" in capsys.readouterr().out
+
+
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
+    (tmp_path / "bad.json").write_text("[1]")
+    strange = evaluation(tmp_path / "strange.json", (tmp_path / "student_best", 1.0))
     for words, message in {
         ("none",): "none is no folder",
         (tmp_path,): "there is no run in or below",
         (runs, "--baseline", "plane"): "--baseline 'plane'; did you mean 'plain'?",
         (runs, "--reach", "0"): "--reach must be above 0 and at most 100, got 0",
         (runs, "--csv", tmp_path / "file" / "r.csv"): "r.csv cannot be written",
+        (runs, "--evaluation", tmp_path / "none"): "none cannot be read: No such file",
+        (runs, "--evaluation", tmp_path / "bad.json"): "bad.json is not what eval writes",
+        (runs, "--evaluation", strange): "strange.json is about none of these runs",
     }.items():
         assert command.main([str(word) for word in words]) == 2
         error = capsys.readouterr().err

@@ -9,6 +9,12 @@ from typing import Any
 
 from mdistiller.engine.report import curves, listings, tables
 from mdistiller.engine.report.document import Report
+from mdistiller.engine.report.evaluations import (
+    COLUMNS,
+    attach_evaluations,
+    evaluated,
+    predictions,
+)
 from mdistiller.engine.report.groups import Group, comparable, find_baseline, group
 from mdistiller.engine.report.numbers import difference
 from mdistiller.engine.report.published import beside
@@ -21,6 +27,7 @@ def build_report(
     which: str = "last",
     reach: float | None = None,
     title: str = "Comparison of runs",
+    evaluation: Path | None = None,
 ) -> Report:
     """A report on all runs in and below some folders.
 
@@ -28,11 +35,15 @@ def build_report(
         baseline: name of the group that others are compared with; by default plain training.
         which: the accuracy that is compared, of the "last" or the "best" epoch.
         reach: accuracy in %, to which convergence is measured.
+        evaluation: what `eval --json` wrote about the runs.
 
     Raises:
         UserError: a folder holds no run, or no group is called `baseline`.
     """
-    groups = group(read_runs(paths))
+    runs = read_runs(paths)
+    if evaluation is not None:
+        attach_evaluations(runs, evaluation)
+    groups = group(runs)
     base = find_baseline(groups, baseline)
     groups.sort(key=lambda g: _rank(g, base, which))
     sections = [
@@ -44,6 +55,7 @@ def build_report(
         curves.loss_terms(groups),
         listings.ablations(groups, which),
         tables.teachers(groups),
+        predictions(groups, which),
         tables.cost(groups),
         listings.settings(groups),
         listings.runs(groups),
@@ -107,6 +119,9 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
     for key in ("teacher_acc", "seconds", "images_per_second", "parameters", "peak_memory_mib"):
         values = g.by_seed(lambda run, key=key: run.summary.get(key)).values()  # type: ignore[misc]
         row[key] = sum(values) / len(values) if values else None
+    for name in COLUMNS:
+        values = g.by_seed(lambda run, name=name: evaluated(run, which, name)).values()  # type: ignore[misc]
+        row[name] = sum(values) / len(values) if values else None
     lines = beside(g.config)
     row["published"] = "; ".join(f"{line.top1:.2f}" for line in lines)
     row["published_source"] = "; ".join(line.source for line in lines)

@@ -30,6 +30,7 @@ class Run:
         epochs: rows of `metrics.jsonl`, those of the stages before the main one left out.
         stages: those.
         record: `run.json`.
+        evaluations: what `eval` found of the student, by epoch ("last", "best").
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:

@@ -146,9 +146,9 @@ def teachers(groups: Sequence[Group]) -> Section:
     if not rows:
         return Section("Teacher and student")
     note = (
-        "Both on the images that epochs are evaluated on. Agreement of the two on single images: "
+        "Both on the images that epochs are evaluated on. On what the two agree: "
+        "tools/eval.py RUNS --teacher RUN --json FILE, and --evaluation FILE here."
     )
-    note += "tools/eval.py with --teacher."
     return Section("Teacher and student", [note], [Table(head, rows)])
 
 
