@@ -1,5 +1,6 @@
 """Every YAML file of ImageNet and Tiny-ImageNet trains on a folder with the data set's layout."""
 
+import functools
 import json
 import math
 import shutil
@@ -64,10 +65,24 @@ def scratch(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Files with a teacher each, made when they are asked for."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    @functools.cache
+    def teacher(zoo, name):
+        (folder / zoo).mkdir(exist_ok=True)
+        return saved_teacher(folder / zoo, name, len(WNIDS), zoo=zoo)
+
+    yield teacher
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(("zoo", "path"), CONFIGS)
-def test_a_shipped_config_trains(scratch, folders, zoo, path):
+def test_a_shipped_config_trains(scratch, folders, teachers, zoo, path):
     cfg = load_config(path)
-    teacher = saved_teacher(scratch, cfg.DISTILLER.TEACHER, len(WNIDS), zoo=zoo)
+    teacher = teachers(zoo, cfg.DISTILLER.TEACHER)
     words = overrides(zoo, path, folders[zoo], scratch, teacher)
     assert train_command.main(["--cfg", str(path), *words]) == 0
     run = scratch / cfg.EXPERIMENT.PROJECT / "run"
