@@ -99,12 +99,24 @@ def _train(
     allow_changes: bool = False,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
-    changes = check_folder(folder, cfg, resume, allow_changes)
-    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    check_folder(folder, cfg, resume, allow_changes)
     method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
-    trainer_class.check(cfg)
-    data = load_data(cfg, device, method.two_views)
+    trainer_dict[cfg.SOLVER.TRAINER].check(cfg)
+    with contextlib.closing(load_data(cfg, device, method.two_views)) as data:
+        return _train_on(data, cfg, name, resume, device, hooks, allow_changes)
+
+
+def _train_on(
+    data: Data,
+    cfg: Config,
+    name: str,
+    resume: bool,
+    device: torch.device,
+    hooks: Sequence[Hook],
+    allow_changes: bool,
+) -> dict[str, Any]:
+    folder, method = Path(cfg.LOG.PREFIX) / name, get_distiller(cfg.DISTILLER.TYPE)
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
@@ -118,14 +130,14 @@ def _train(
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
-    trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
+    trainer = trainer_dict[cfg.SOLVER.TRAINER](name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, RunRecord(data)]
-        if changes:
-            print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
     with locked(folder) if rank() == 0 else contextlib.nullcontext():
         if rank() == 0:  # another run may have been in there meanwhile
-            check_folder(folder, cfg, resume, allow_changes)
+            changes = check_folder(folder, cfg, resume, allow_changes)
+            if changes:
+                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     wait_for_all()
     return summary

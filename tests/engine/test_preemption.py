@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from support import same_state, saved_teacher, write_config
+from support import REPO, same_state, saved_teacher, write_config
 from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
@@ -134,3 +136,27 @@ def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
     assert main(path, "--resume", "--allow-changes") == 0
     out = capsys.readouterr().out
     assert "SOLVER.LR was 0.05, is now 0.2; LOG.TENSORBOARD_FREQ was 500, is now 7" in out
+
+
+def test_a_run_with_workers_ends_by_itself(tmp_path):
+    """When done, and when SIGTERM reaches its first process alone; the two at once."""
+    ends = {"done": 0, "stopped": 75}
+    running = {}
+    for name in ends:
+        (tmp_path / name).mkdir()
+        text = "DATASET: {LOADER: workers, NUM_WORKERS: 2}\nLOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
+        epochs = 2 if name == "done" else 10**4
+        config = write_config(tmp_path / name, text, student="BabyStudent", epochs=epochs)
+        words = [sys.executable, str(REPO / "tools" / "train.py"), "--cfg", str(config)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        running[name] = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        latest = tmp_path / "stopped" / "out" / "toy" / "run" / "latest"
+        until = time.monotonic() + 90
+        while not latest.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        running["stopped"].send_signal(signal.SIGTERM)
+        assert {name: process.wait(90) for name, process in running.items()} == ends
+    finally:
+        for process in running.values():
+            process.kill()
