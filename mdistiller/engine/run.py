@@ -132,10 +132,11 @@ def _train_on(
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     trainer = trainer_dict[cfg.SOLVER.TRAINER](name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
-        trainer.hooks[:0] = [*hooks, RunRecord(data)]
+        record = RunRecord(data)
+        trainer.hooks[:0] = [*hooks, record]
     with locked(folder) if rank() == 0 else contextlib.nullcontext():
         if rank() == 0:  # another run may have been in there meanwhile
-            changes = check_folder(folder, cfg, resume, allow_changes)
+            record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
@@ -178,6 +179,12 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"{folder} holds a run already: continue it with --resume, or start another under "
             "EXPERIMENT.NAME (to do it again, remove the folder)"
         )
+    kept = None if there else trained_file(folder)
+    if kept:
+        raise UserError(
+            f"{folder} holds what a run has trained ({kept}) but no checkpoint to go on from: "
+            "start another run under EXPERIMENT.NAME, or remove the folder"
+        )
     if not resume:
         return []
     if not there:
@@ -195,7 +202,26 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
+    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    if begun:
+        raise UserError(
+            f"--resume: {folder} has begun with what cannot be changed any more "
+            f"({'; '.join(begun)}): change it back, or start another run under EXPERIMENT.NAME"
+        )
     return [*changes, *side_settings(folder, cfg)]
+
+
+def trained_file(folder: Path) -> str | None:
+    """A file that only a run leaves which has trained an epoch and saved it.
+
+    One that died before has its config, records, and a line of metrics at most.
+    """
+    for pattern in ("student_*", "summary.json", "latest.damaged"):
+        for path in sorted(folder.glob(pattern)):
+            return path.name
+    metrics = folder / "metrics.jsonl"
+    several = metrics.is_file() and metrics.read_bytes().count(b"\n") > 1
+    return metrics.name if several else None
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:
