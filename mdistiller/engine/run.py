@@ -156,6 +156,7 @@ def _train_in(
         for hook in trainer.hooks:
             hook.abandon(trainer)
         raise
+    wait_for_all()  # the first one writes the files that all are going to read
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
