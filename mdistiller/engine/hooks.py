@@ -137,6 +137,8 @@ class Checkpoint(Hook):
         for hook in trainer.hooks:
             networks |= hook.networks(trainer, epoch)
         this = (store.entry(LATEST) or store.entry(PREVIOUS) or {}).get("sha256", "")
+        if not this:  # a run of the original, whose files stay as they are
+            return
         found = {name: store.entry(name) or {} for name in (*wholes, *networks)}
         done = [name for name in found if found[name].get("of") == this]
         for name in wholes:

@@ -78,7 +78,6 @@ class Store:
     def save_network(self, net: nn.Module, name: str, **facts: Any) -> None:
         """Write a network alone."""
         contents = network_contents(net)
-        self.save(contents, name, **facts)
         if self.safetensors:
             metadata = {"format": "pt"}
             if contents["norm"]:
@@ -87,6 +86,7 @@ class Store:
             state = {key: value.contiguous().clone() for key, value in contents["model"].items()}
             with self._replacing(f"{name}.safetensors", facts) as hashing:
                 hashing.write(_import_safetensors().save(state, metadata))
+        self.save(contents, name, **facts)  # last: where it is there, so is the other
 
     @contextlib.contextmanager
     def _replacing(self, name: str, facts: Entry) -> Iterator[_Hashing]:
