@@ -207,7 +207,7 @@ def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path)
         return
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update({key: settings[key] for key in settings if key != "params"})
-    losses = [record["train_loss"] for record in trainer.history]
+    losses = [record.get("train_loss", 0.0) for record in trainer.history]
     unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages
     if unknown and trainer.cfg.SOLVER.SCHEDULE == "plateau":
         raise UserError(
