@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
 
 State = Mapping[str, Tensor]
@@ -29,7 +30,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     gives `{"model": state}`, and "norm" with it if its metadata say `mean` and `std`.
 
     Raises:
-        UserError: the file is missing, truncated, or holds something else.
+        UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
+            something else.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,6 +40,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"checkpoint {path} does not exist")
     if path.stat().st_size == 0:
         raise UserError(f"checkpoint {path} is empty")
+    check_file(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     _refuse_bomb(path)

@@ -11,10 +11,12 @@ import io
 import os
 import pickle
 import random
+import struct
 import tarfile
 import tempfile
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def bad_inputs(seed: int, count: int, configs: bool = True) -> Iterator[tuple[st
 
         yield from bad_configs(seed, count - count // 2)
         count //= 2
-    kinds = (_checkpoint, _archive, _image)
+    kinds = (_checkpoint, _archive, _image, _image_bomb)
     with tempfile.TemporaryDirectory() as place:
         for number in range(count):
             folder = Path(place, str(number))
@@ -257,6 +259,30 @@ def _image(chance: random.Random, folder: Path) -> Attack:
         assert len(image) == 3
 
     return f"damaged image ({kind})", read
+
+
+def _image_bomb(chance: random.Random, folder: Path) -> Attack:
+    """A small file whose header announces far more pixels than any image has."""
+    kind, side = chance.choice(["PNG", "BMP", "GIF", "JPEG"]), chance.randint(20_000, 65_000)
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, kind)
+    data = bytearray(stream.getvalue())
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<ii", side, side)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", side, side)
+    else:
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = struct.pack(">HH", side, side)
+
+    def read() -> None:
+        decode(torch.tensor(list(data), dtype=torch.uint8), f"image.{kind}")
+        raise AssertionError(f"an image of {side} x {side} pixels was read")
+
+    return f"image bomb ({kind})", read
 
 
 def main() -> None:

@@ -54,6 +54,13 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def close(self) -> None:
+        """End the processes that read images, if there are any."""
+        for loader in (self.train, self.val, self.test):
+            close = getattr(loader, "close", None)
+            if close is not None:
+                close()
+
 
 def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
     """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""

@@ -8,7 +8,9 @@ and are normalised on the device.
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -116,6 +118,13 @@ class Workers:
             worker_init_fn=_outlive_signals,
             **staying,
         )
+        _open.add(self)
+
+    def close(self) -> None:
+        """End the processes; batches that are asked for later start new ones."""
+        running, self._loader._iterator = self._loader._iterator, None
+        if running is not None:
+            running._shutdown_workers()  # type: ignore[attr-defined]
 
     def batches(self, tasks: Iterable[Any]) -> Iterator[Tensor]:
         """uint8, [B, 3, H, W], for each task.
@@ -135,6 +144,16 @@ class Workers:
             if isinstance(made, str):
                 raise UserError(made)
             yield made.to(self.device, non_blocking=True)
+
+
+_open: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's hook, which signals once and then waits: it was registered first."""
+    for workers in list(_open):
+        workers.close()
 
 
 def _as_it_is(made: Any) -> Any:
@@ -177,6 +196,7 @@ class _FromWorkers:
     """What both loaders share: a set that stays where it is, and who reads it."""
 
     dataset: Any
+    _workers: Workers
 
     def _keep(self, dataset: Any, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
@@ -184,6 +204,10 @@ class _FromWorkers:
 
     def _reader(self) -> Reader:
         return SetReader(self.dataset)
+
+    def close(self) -> None:
+        """End the processes that read; another iteration starts new ones."""
+        self._workers.close()
 
 
 class WorkerTrainLoader(_FromWorkers, TrainLoader):

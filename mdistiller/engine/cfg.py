@@ -87,7 +87,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
         "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
         "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all
-        "SAVE_EVERY_MINUTES": 0.0,  # saves `latest` within epochs as well; 0: after epochs only
+        "SAVE_EVERY_MINUTES": 15.0,  # saves `latest` within epochs as well; 0: after epochs only
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
@@ -406,18 +406,23 @@ def default_config() -> Config:
 
 
 def load_config(
-    path: str | Path = "", overrides: Sequence[str] = (), imports: Sequence[str] = ()
+    path: str | Path | Mapping[str, Any] = "",
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
 ) -> Config:
     """Defaults, then the file, then `[key, value, ...]`; checked, and frozen.
 
     Args:
+        path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory.
     """
     cfg = CFG.clone()
     add_registered_nodes(cfg)
     if imports:
         cfg.merge_from_list(["IMPORTS", list(imports)])
-    if path:
+    if isinstance(path, Mapping):
+        cfg.merge_from_other_cfg(path)
+    elif path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides)
     check_values(cfg)

@@ -46,7 +46,9 @@ def write_checkpoint(obj: Any, handle: Any, path: str | os.PathLike[str]) -> Non
 
 
 def _failure(path: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = (
+        getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    )
     kept = "; the file that is there stays as it was" if path.exists() else ""
     return f"cannot write {path}: {reason}{kept}"
 

@@ -181,6 +181,8 @@ class DOTTrainer(BaseTrainer):
                 f"{self.cfg.DISTILLER.TYPE} gives {', '.join(losses)}; use SOLVER.TRAINER base"
             )
         weight = self.loss_weight()
+        if self.begins_step:  # of a step that was left out, or that fp16's scaler did not make
+            self.optimizer.forget_kd()  # type: ignore[attr-defined]
         if losses["loss_kd"].requires_grad:  # not where the main stage is cross-entropy alone
             with self._kd_gradients():
                 self.scaler.scale(losses["loss_kd"].mean() * weight).backward(retain_graph=True)
@@ -198,7 +200,6 @@ class DOTTrainer(BaseTrainer):
         self._show_overflow_of_kd()
         self.scaler.unscale_(self.optimizer)
         super().update()
-        self.optimizer.forget_kd()  # type: ignore[attr-defined]  # fp16 may have skipped the step
 
     @contextlib.contextmanager
     def _kd_gradients(self) -> Iterator[None]:

@@ -12,9 +12,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
 from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.distributed import broadcast_buffers, is_main_process
+from mdistiller.engine.distributed import broadcast_buffers
 from mdistiller.engine.hooks import Hook, Record
-from mdistiller.engine.store import Store
 from mdistiller.engine.utils import validate
 from mdistiller.registry import UserError
 
@@ -88,14 +87,13 @@ class AverageStudent(Hook):
         broadcast_buffers(student)
         top1, top5, loss = validate(trainer.val_loader, Vanilla(student))
         record.update(ema_test_acc=top1, ema_test_acc_top5=top5, ema_test_loss=loss)
-        names = ["student_ema_latest"]
         if top1 >= self.best_acc:
             self.best_acc, self.best_epoch = top1, epoch
-            names.insert(0, "student_ema_best")
-        if is_main_process():
-            store = Store(trainer.log_path, trainer.cfg.LOG.SAFETENSORS)
-            for name in names:
-                store.save_network(student, name)
+
+    def networks(self, trainer: BaseTrainer, epoch: int) -> dict[str, nn.Module]:
+        assert self.average is not None
+        names = ["student_ema_latest", *(["student_ema_best"] if self.best_epoch == epoch else [])]
+        return dict.fromkeys(names, self.average)
 
     def state(self, trainer: BaseTrainer) -> dict[str, Any]:
         assert self.average is not None

@@ -22,6 +22,8 @@ POLL = 1.0
 """Seconds between two looks at the counter."""
 LINGER = 1.5
 """Seconds that the process which tells stays, so that all see the counter: the store may go."""
+ANSWER = 10.0
+"""Seconds that the store has to answer."""
 PATIENCE = 3.0
 """Seconds that the others wait to be ended by a launcher, which then names the right process."""
 
@@ -47,6 +49,15 @@ def leave(told: bool) -> None:
 
 @lru_cache(maxsize=1)
 def _claim() -> bool:
+    """Waits for the store only so long: the process that keeps it may be the one that hangs."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(_ask()), daemon=True)
+    thread.start()
+    thread.join(ANSWER)
+    return not answers or answers[0]
+
+
+def _ask() -> bool:
     try:
         store = _connect(seconds=5)
         latest = time.monotonic() + (os.environ.get("RANK", "0") != "0") * POLL

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from mdistiller.engine.disk import warn_of_low_disk
 from mdistiller.engine.distributed import is_main_process
-from mdistiller.engine.store import Store
+from mdistiller.engine.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.utils import log_msg, validate
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ class Hook:
         """What a checkpoint is to hold beside the trainer's own entries."""
         return {}
 
+    def networks(self, trainer: BaseTrainer, epoch: int) -> dict[str, nn.Module]:
+        """Networks to be kept in files of their own after an epoch, by the files' names."""
+        return {}
+
     def after_train(self, trainer: BaseTrainer) -> None:
         """Once, after the last epoch."""
 
@@ -98,10 +104,10 @@ class Log(Hook):
 
 
 class Checkpoint(Hook):
-    """Saves `best`, `epoch_N` and, last of all, `latest`; each with the bare student beside it.
+    """Saves `latest`, then what else an epoch leaves: `best`, `epoch_N`, and networks alone.
 
-    A run that dies between two files resumes from the older `latest` and writes both again. Within
-    an epoch only `latest` is saved.
+    So no file is of an epoch that a run which dies here would do again; it writes those that are
+    lacking when it goes on. Within an epoch only `latest` is saved.
     """
 
     def __init__(self, cfg: Any):
@@ -109,23 +115,42 @@ class Checkpoint(Hook):
 
     def before_train(self, trainer: BaseTrainer) -> None:
         warn_of_low_disk(trainer)
+        if trainer.epoch and trainer.position is None:
+            self._write_beside(trainer, trainer.epoch)
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         store = self._store(trainer)
-        state = saved_state(trainer)
-        names = [("latest", "student_latest")]
-        if epoch % self.log.SAVE_CHECKPOINT_FREQ == 0:
-            names.insert(0, (f"epoch_{epoch}", f"student_{epoch}"))
+        store.save(saved_state(trainer), LATEST, epoch=epoch)
+        self._write_beside(trainer, epoch)
+        store.prune(self.log.KEEP_CHECKPOINTS, epoch)
+
+    def _write_beside(self, trainer: BaseTrainer, epoch: int) -> None:
+        """Write what `latest` of an epoch has beside it, as far as it is not there."""
+        store, student = self._store(trainer), trainer.model.student
+        wholes, networks = [], {"student_latest": student}
         if trainer.best_epoch == epoch:
-            names.insert(0, ("best", "student_best"))
-        for whole, bare in names:
-            store.save_network(trainer.model.student, bare)
-            store.save(state, whole, epoch=epoch)
-        store.prune(self.log.KEEP_CHECKPOINTS)
+            wholes.append("best")
+            networks["student_best"] = student
+        if epoch % self.log.SAVE_CHECKPOINT_FREQ == 0:
+            wholes.append(f"epoch_{epoch}")
+            networks[f"student_{epoch}"] = student
+        for hook in trainer.hooks:
+            networks |= hook.networks(trainer, epoch)
+        this = (store.entry(LATEST) or store.entry(PREVIOUS) or {}).get("sha256", "")
+        if not this:  # a run of the original, whose files stay as they are
+            return
+        found = {name: store.entry(name) or {} for name in (*wholes, *networks)}
+        done = [name for name in found if found[name].get("of") == this]
+        for name in wholes:
+            if name not in done:
+                store.save(saved_state(trainer), name, epoch=epoch, of=this)
+        for name, network in networks.items():
+            if name not in done:
+                store.save_network(network, name, epoch=epoch, of=this)
 
     def save(self, trainer: BaseTrainer) -> None:
         state = saved_state(trainer)
-        self._store(trainer).save(state, "latest", epoch=trainer.epoch, step=trainer.step)
+        self._store(trainer).save(state, LATEST, epoch=trainer.epoch, step=trainer.step)
 
     def _store(self, trainer: BaseTrainer) -> Store:
         return Store(trainer.log_path, self.log.SAFETENSORS)

@@ -61,6 +61,11 @@ def import_user_modules(names: list[str]) -> None:
             ) from error
 
 
+def is_imported(name: str) -> bool:
+    """Whether a file or module has been imported in this process already."""
+    return (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file; False too for what can be no name of one."""
     try:
@@ -69,10 +74,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _import_file(path: Path) -> ModuleType:
+def _module_name(path: Path) -> str:
+    """The parent package makes `from ._base import Distiller` mean what it means over there."""
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    # The parent package makes `from ._base import Distiller` mean what it means over there.
-    full_name = f"mdistiller.distillers._user_{path.stem}_{digest}"
+    return f"mdistiller.distillers._user_{path.stem}_{digest}"
+
+
+def _import_file(path: Path) -> ModuleType:
+    full_name = _module_name(path)
     if full_name in sys.modules:
         return sys.modules[full_name]
     spec = importlib.util.spec_from_file_location(full_name, path)

@@ -13,7 +13,12 @@ from mdistiller.engine.distributed import is_main_process, wrap
 from mdistiller.engine.hooks import Hook, Record, saved_state
 from mdistiller.engine.logs import AppendedFile, TensorBoard
 from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.resume import restore_position, schedule_state, seed_everything
+from mdistiller.engine.resume import (
+    restore_position,
+    restore_schedule,
+    schedule_state,
+    seed_everything,
+)
 from mdistiller.engine.store import LATEST, Store
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import log_msg
@@ -128,9 +133,7 @@ class InitTrainer(BaseTrainer):
     def load(self, own: dict[str, Any]) -> None:
         """Continue from what :meth:`state` holds under "init"."""
         self.epoch = own["epoch"]
-        self.optimizer.load_state_dict(own["optimizer"])
-        self.scheduler.load_state_dict(own["scheduler"])
-        self.scaler.load_state_dict(own["scaler"])
+        restore_schedule(self, own, self.log_path)
         restore_position(self, own.get("position"))
 
 

@@ -24,7 +24,7 @@ from mdistiller.registry import UserError
 BEAT = 10.0
 """Seconds between two signs of life."""
 STALE = 45.0
-"""Seconds without one after which a holder on another machine counts as dead."""
+"""Seconds to wait for one from a holder on another machine; else it counts as dead."""
 
 _held: dict[Path, int] = {}  # of this process; a teacher's run is locked by who needs it and by it
 
@@ -84,32 +84,31 @@ def _holder(folder: Path) -> Path:
     return folder / ".holder"
 
 
-def _read(folder: Path) -> tuple[str, int, float]:
-    """Host and process of who is in a folder, and the seconds since its last sign of life."""
+def _read(folder: Path) -> tuple[str, int]:
+    """Host and process of who is in a folder, or was."""
     try:
         facts = json.loads(_holder(folder).read_text())
-        age = time.time() - _holder(folder).stat().st_mtime
-        return str(facts["host"]), int(facts["process"]), age
+        return str(facts["host"]), int(facts["process"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "", 0, float("inf")
+        return "", 0
 
 
 def _occupied(folder: Path) -> str:
-    host, process, age = _read(folder)
-    who = (
-        f"process {process} on {host}, seen {max(age, 0):.0f} s ago" if host else "another process"
-    )
+    host, process = _read(folder)
+    who = f"process {process} on {host}" if host else "another process"
     return f"{folder} is being written by {who}: wait for it, or choose another EXPERIMENT.NAME"
 
 
 def _wait_for_other_machine(folder: Path) -> None:
     """Give a holder on another machine the time to show that it lives.
 
+    Its clock may be another, and so may the disk's: only whether the file's time moves counts.
+
     Raises:
         UserError: it does.
     """
-    host, process, age = _read(folder)
-    if not host or host == socket.gethostname() or age > STALE:
+    host, process = _read(folder)
+    if not host or host == socket.gethostname():
         return
     print(log_msg(f"waiting {STALE:.0f} s to see whether process {process} on {host} lives"))
     last = _holder(folder).stat().st_mtime

@@ -112,16 +112,16 @@ def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
 
 
 def restart_scheduler(
-    optimizer: Optimizer, solver: Any, rates: Sequence[float], epoch: int
+    optimizer: Optimizer, solver: Any, rates: Sequence[float], losses: Sequence[float]
 ) -> LRScheduler:
-    """A fresh schedule as it stands after `epoch` epochs from the `rates` of the groups."""
+    """A fresh schedule from the `rates` of the groups, after epochs with these training losses."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = group["initial_lr"] = rate
     scheduler = build_scheduler(optimizer, solver)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in range(epoch):
-            scheduler.step()
+        for loss in losses:
+            step_scheduler(scheduler, loss)
     return scheduler
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
+from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.resume import Progress, current_position
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -49,6 +50,7 @@ class _Asked:
 
     def __init__(self) -> None:
         self.signal, self.at, self.shields, self.listens = 0, 0.0, 0, False
+        self.begun = False  # whether steps have been taken
 
     @property
     def name(self) -> str:
@@ -63,7 +65,8 @@ class _Asked:
             return
         self.signal, self.at = number, now
         if not self.shields:
-            raise Preempted(f"stopped by {self.name} before the first step")
+            when = "when no step is taken, all is saved" if self.begun else "before the first step"
+            raise Preempted(f"stopped by {self.name} {when}: start again with --resume auto")
         if os.environ.get("RANK", "0") == "0":
             text = f"{self.name}: stopping after this step; a second signal stops at once\n"
             os.write(2, text.encode())  # print may be what was interrupted
@@ -93,7 +96,7 @@ def listening() -> Iterator[None]:
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Signals wait for the end of a step, in here; elsewhere they end the process at once."""
-    _asked.shields += 1
+    _asked.shields, _asked.begun = _asked.shields + 1, True
     try:
         yield
     finally:
@@ -119,6 +122,7 @@ class Pauses:
         Raises:
             Preempted: the state is saved.
             UserError: it should have been, and could not.
+            NonFiniteLossError: there is nothing to save: the weights are none.
         """
         stop, save = self._agree()
         if not (stop or save):
@@ -127,7 +131,7 @@ class Pauses:
         try:
             trainer.save()
         except UserError as error:
-            if stop:
+            if stop or isinstance(error, NonFiniteLossError):
                 raise
             print(log_msg(f"{error}; training goes on"), flush=True)
         trainer.position = None

@@ -68,15 +68,20 @@ class RunRecord(Hook):
 
     Args:
         data: what the student is trained on, for `run.json`.
+
+    Attributes:
+        changes: settings that differ from those of the start before, for `run.json`.
     """
 
     def __init__(self, data: Data):
         self.data = data
+        self.changes: Sequence[str] = ()
         self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
         self.begun = True
-        write_record(trainer.log_path, trainer.cfg, trainer.device, data_facts(self.data))
+        facts = data_facts(self.data)
+        write_record(trainer.log_path, trainer.cfg, trainer.device, facts, self.changes)
 
     def abandon(self, trainer: BaseTrainer) -> None:
         record = read_record(trainer.log_path)
@@ -132,12 +137,17 @@ def data_facts(data: Data | TestData) -> dict[str, Any]:
 
 
 def write_record(
-    folder: Path, cfg: Any, device: torch.device, data: Mapping[str, Any] | None = None
+    folder: Path,
+    cfg: Any,
+    device: torch.device,
+    data: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
 ) -> None:
     """Write the two files; what is known of earlier starts is kept.
 
     Args:
         data: of :func:`data_facts`.
+        changes: of the settings, since the start before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
@@ -153,6 +163,7 @@ def write_record(
             "threads": torch.get_num_threads(),
             "git": git_revision(),
             "versions": versions(),
+            **({"changes": list(changes)} if changes else {}),
         }
     )
     with replacing(folder / "run.json") as temporary:

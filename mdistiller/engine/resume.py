@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from mdistiller.engine.trainer import BaseTrainer
 
 Position = dict[str, Any]
+_STEPS = (
+    *("LR", "SCHEDULE", "LR_DECAY_STAGES", "LR_DECAY_RATE", "PATIENCE", "WARMUP_EPOCHS", "MIN_LR"),
+    *("EPOCHS", "WEIGHT_DECAY", "NORM_DECAY", "MOMENTUM", "NESTEROV", "SKIP_NONFINITE"),
+)
 
 
 def seed_everything(*parts: int) -> None:
@@ -76,12 +81,14 @@ class Progress:
         meters: its means so far.
         started: when it would have begun, had it not been interrupted (of `time.perf_counter`).
         batches: those that are left.
+        known: to the teacher cache, of the images behind.
     """
 
     epoch: int
     meters: Meters
     started: float
     batches: Iterable[Any] = field(default_factory=tuple)
+    known: int = 0
 
     @property
     def seconds(self) -> float:
@@ -113,8 +120,10 @@ def begin_epoch(trainer: BaseTrainer, epoch: int) -> Progress:
     progress.started -= position["seconds"]
     processes = position["processes"]
     if len(processes) == world_size():
-        meters.restore([processes[rank()]["meters"]])
-        set_random_state(processes[rank()]["random"], trainer.device)
+        own = processes[rank()]
+        meters.restore([own["meters"]])
+        progress.known = own.get("known", 0)
+        set_random_state(own["random"], trainer.device)
     else:  # other processes draw other numbers
         seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), start)
         sums = [process["meters"] for process in processes]
@@ -130,7 +139,10 @@ def current_position(trainer: BaseTrainer, progress: Progress) -> Position:
     """
     progress.meters.flush()
     trainer.guard.read()
-    own = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
+    own: dict[str, Any] = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
+    if trainer.teacher_cache is not None:
+        trainer.teacher_cache.keep(trainer.step)
+        own["known"] = trainer.teacher_cache.known(trainer.step)
     return {
         "epoch": progress.epoch,
         "updates": -(-trainer.step // trainer.accumulate),
@@ -159,9 +171,52 @@ def capture(trainer: BaseTrainer) -> dict[str, Any]:
 
 
 def schedule_state(trainer: BaseTrainer) -> dict[str, Any]:
-    """Of what moves the weights."""
+    """Of what moves the weights, and the settings that it is of."""
     names = ("optimizer", "scheduler", "scaler")
-    return {name: getattr(trainer, name).state_dict() for name in names}
+    own = {name: getattr(trainer, name).state_dict() for name in names}
+    return {**own, "settings": _step_settings(trainer)}
+
+
+def _step_settings(trainer: BaseTrainer) -> dict[str, Any]:
+    """What decides about steps and rates."""
+    solver = trainer.cfg.SOLVER
+    keys = [key for key in _STEPS if key != "EPOCHS" or solver.SCHEDULE == "cosine"]
+    kind = type(trainer.optimizer).__name__
+    return {"optimizer": kind, "DELTA": solver.DOT.DELTA, **{key: solver[key] for key in keys}}
+
+
+def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path) -> None:
+    """Take up what :func:`schedule_state` gave, as far as the config has not changed it since.
+
+    Decay, momentum and the like are the config's; so is the schedule, as it would stand by now had
+    it always been this one. Another kind of optimizer starts without memory.
+    """
+    optimizer, now = trainer.optimizer, _step_settings(trainer)
+    before = saved.get("settings", now)  # older files do not say
+    own = [dict(group) for group in optimizer.param_groups]
+    if before["optimizer"] == now["optimizer"]:
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
+    elif rank() == 0:
+        print(log_msg("another optimizer: it starts without memory"), flush=True)
+    trainer.scaler.load_state_dict(saved.get("scaler", {}) or trainer.scaler.state_dict())
+    if "scheduler" in saved and before == now:
+        trainer.scheduler.load_state_dict(saved["scheduler"])
+        return
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: settings[key] for key in settings if key != "params"})
+    losses = [record.get("train_loss", 0.0) for record in trainer.history]
+    unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages
+    if unknown and trainer.cfg.SOLVER.SCHEDULE == "plateau":
+        raise UserError(
+            f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
+            "SOLVER.SCHEDULE"
+        )
+    trainer.scheduler = restart_scheduler(
+        optimizer, trainer.cfg.SOLVER, trainer.base_rates, [*[0.0] * unknown, *losses]
+    )
 
 
 def restore(trainer: BaseTrainer) -> None:
@@ -173,10 +228,6 @@ def restore(trainer: BaseTrainer) -> None:
     if rank() == 0:
         store.put_aside(name)
     load_state(trainer.model, strip_prefix(state["model"], "module."), f"{path} and this config")
-    try:
-        trainer.optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
-        raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     trainer.epoch = int(state["epoch"])
     trainer.best_acc = float(state.get("best_acc", -1.0))
     trainer.best_epoch = int(state.get("best_epoch", 0))
@@ -184,8 +235,7 @@ def restore(trainer: BaseTrainer) -> None:
     trainer.init_state = state.get("init")
     trainer.guard.skipped = int(state.get("skipped", 0))
     restore_position(trainer, state.get("position"))
-    trainer.scaler.load_state_dict(state.get("scaler", {}) or trainer.scaler.state_dict())
-    _restore_schedule(trainer, state.get("scheduler"), path)
+    restore_schedule(trainer, state, path)
     for hook in trainer.hooks:
         hook.on_resume(trainer, state.get("log_sizes", {}))
         hook.load_state(trainer, state)
@@ -200,18 +250,3 @@ def restore_position(trainer: BaseTrainer, position: Position | None) -> None:
     if position is not None:
         batches = len(trainer.train_loader)
         trainer.step = min(int(position["updates"]) * trainer.accumulate, batches)
-
-
-def _restore_schedule(trainer: BaseTrainer, saved: dict[str, Any] | None, path: Any) -> None:
-    if saved is not None:
-        trainer.scheduler.load_state_dict(saved)
-        return
-    if trainer.cfg.SOLVER.SCHEDULE == "plateau":
-        raise UserError(
-            f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
-            "SOLVER.SCHEDULE"
-        )
-    # The original saved no schedule: run a fresh one up to this epoch.
-    trainer.scheduler = restart_scheduler(
-        trainer.optimizer, trainer.cfg.SOLVER, trainer.base_rates, trainer.epoch
-    )

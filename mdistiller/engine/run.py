@@ -99,12 +99,24 @@ def _train(
     allow_changes: bool = False,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
-    changes = check_folder(folder, cfg, resume, allow_changes)
-    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    check_folder(folder, cfg, resume, allow_changes)
     method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
-    trainer_class.check(cfg)
-    data = load_data(cfg, device, method.two_views)
+    trainer_dict[cfg.SOLVER.TRAINER].check(cfg)
+    with contextlib.closing(load_data(cfg, device, method.two_views)) as data:
+        return _train_on(data, cfg, name, resume, device, hooks, allow_changes)
+
+
+def _train_on(
+    data: Data,
+    cfg: Config,
+    name: str,
+    resume: bool,
+    device: torch.device,
+    hooks: Sequence[Hook],
+    allow_changes: bool,
+) -> dict[str, Any]:
+    folder, method = Path(cfg.LOG.PREFIX) / name, get_distiller(cfg.DISTILLER.TYPE)
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
@@ -118,14 +130,15 @@ def _train(
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
-    trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
+    trainer = trainer_dict[cfg.SOLVER.TRAINER](name, wrapped, data.train, data.val, cfg)
     if rank() == 0:
-        trainer.hooks[:0] = [*hooks, RunRecord(data)]
-        if changes:
-            print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+        record = RunRecord(data)
+        trainer.hooks[:0] = [*hooks, record]
     with locked(folder) if rank() == 0 else contextlib.nullcontext():
         if rank() == 0:  # another run may have been in there meanwhile
-            check_folder(folder, cfg, resume, allow_changes)
+            record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
+            if changes:
+                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     wait_for_all()
     return summary
@@ -143,6 +156,7 @@ def _train_in(
         for hook in trainer.hooks:
             hook.abandon(trainer)
         raise
+    wait_for_all()  # the first one writes the files that all are going to read
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
@@ -166,6 +180,12 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"{folder} holds a run already: continue it with --resume, or start another under "
             "EXPERIMENT.NAME (to do it again, remove the folder)"
         )
+    kept = None if there else trained_file(folder)
+    if kept:
+        raise UserError(
+            f"{folder} holds what a run has trained ({kept}) but no checkpoint to go on from: "
+            "start another run under EXPERIMENT.NAME, or remove the folder"
+        )
     if not resume:
         return []
     if not there:
@@ -183,7 +203,26 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
+    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    if begun:
+        raise UserError(
+            f"--resume: {folder} has begun with what cannot be changed any more "
+            f"({'; '.join(begun)}): change it back, or start another run under EXPERIMENT.NAME"
+        )
     return [*changes, *side_settings(folder, cfg)]
+
+
+def trained_file(folder: Path) -> str | None:
+    """A file that only a run leaves which has trained an epoch and saved it.
+
+    One that died before has its config, records, and a line of metrics at most.
+    """
+    for pattern in ("student_*", "summary.json", "latest.damaged"):
+        for path in sorted(folder.glob(pattern)):
+            return path.name
+    metrics = folder / "metrics.jsonl"
+    several = metrics.is_file() and metrics.read_bytes().count(b"\n") > 1
+    return metrics.name if several else None
 
 
 def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.imports import is_imported
+from mdistiller.engine.record import recorded_settings
+from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import UserError
 
 
@@ -17,15 +20,48 @@ def recorded_config(
 ) -> Config:
     """The config of a run, with `[key, value, ...]` and IMPORTS over it.
 
+    The folder may be somebody else's: code that its config names runs only if `imports` has a file
+    of this name, or the module, as well.
+
     Raises:
-        UserError: it is no run folder.
+        UserError: it is no run folder, or it names other code.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
             "the network and the file by -m and -c"
         )
-    return load_config(folder / "config.yaml", overrides, imports)
+    table = recorded_settings(folder)
+    named = table.pop("IMPORTS", None) or []
+    given = {_own_name(name) for name in imports}
+    for name in [named] if isinstance(named, str) else named:
+        if _own_name(str(name)) not in given and not is_imported(str(name)):
+            raise UserError(
+                f"{folder} was trained with code of its own, which runs only if you name it, too: "
+                f"look at it, and give --import {shown(str(name))[1:-1]}"
+            )
+    known = [name for name in named if is_imported(str(name))]
+    return load_config(table, overrides, [*imports, *known])
+
+
+def _own_name(imported: str) -> str:
+    """A module's name, or a file's without its folder: that may differ on another machine."""
+    return Path(imported).name if imported.endswith(".py") else imported
+
+
+def refuse_commands(folder: Path, cfg: Config, overrides: Sequence[str]) -> None:
+    """Before the images of somebody's run are read: URLs of shards may be, or lead to, a command.
+
+    Raises:
+        UserError: there are some, and the user has not named them.
+    """
+    for key in ("TRAIN", "VAL"):
+        name, pattern = f"DATASET.SHARDS.{key}", cfg.DATASET.SHARDS[key]
+        if ":" in pattern and name not in overrides[0::2]:
+            raise UserError(
+                f"{folder} names its images by a URL, which may run a command: look at it, and "
+                f"give {name} {shown(pattern)}"
+            )
 
 
 def checkpoint_file(folder: Path, name: str) -> Path:

@@ -1,8 +1,8 @@
 """The checkpoints of a run folder, and how they are known to be what was written.
 
 `checkpoints.json` names the SHA-256 of every file. It is written before a file gets its name, and
-has the hash of the file that is replaced as well: whenever the process dies, what stands under a
-name is listed. The `latest` that was there before stays as `previous`.
+has the hash of the file that is replaced as well: whenever the process dies, or a move fails, what
+stands under a name is listed. The `latest` that was there before stays as `previous`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from mdistiller.engine.checkpoint import (
     write_checkpoint,
 )
 from mdistiller.engine.utils import log_msg
+from mdistiller.manifest import MANIFEST, Entry, read_manifest, sha256
 from mdistiller.registry import UserError
 
-LATEST, PREVIOUS, MANIFEST = "latest", "previous", "checkpoints.json"
-_KNOWN = 3  # hashes listed under a name
-_BLOCK = 2**22
-
-Entry = dict[str, Any]
+LATEST, PREVIOUS = "latest", "previous"
+_WHOLE = r"best|epoch_\d+"
 
 
 class _Hashing:
@@ -50,15 +48,6 @@ class _Hashing:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents."""
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            found.update(block)
-    return found.hexdigest()
 
 
 class Store:
@@ -86,17 +75,18 @@ class Store:
         with self._replacing(name, facts) as hashing:
             write_checkpoint(contents, hashing, self.folder / name)
 
-    def save_network(self, net: nn.Module, name: str) -> None:
+    def save_network(self, net: nn.Module, name: str, **facts: Any) -> None:
         """Write a network alone."""
         contents = network_contents(net)
-        self.save(contents, name)
         if self.safetensors:
-            facts = {"format": "pt"}
+            metadata = {"format": "pt"}
             if contents["norm"]:
-                facts |= dict(zip(("mean", "std"), map(json.dumps, contents["norm"]), strict=True))
+                norm = map(json.dumps, contents["norm"])
+                metadata |= dict(zip(("mean", "std"), norm, strict=True))
             state = {key: value.contiguous().clone() for key, value in contents["model"].items()}
-            with self._replacing(f"{name}.safetensors", {}) as hashing:
-                hashing.write(_import_safetensors().save(state, facts))
+            with self._replacing(f"{name}.safetensors", facts) as hashing:
+                hashing.write(_import_safetensors().save(state, metadata))
+        self.save(contents, name, **facts)  # last: where it is there, so is the other
 
     @contextlib.contextmanager
     def _replacing(self, name: str, facts: Entry) -> Iterator[_Hashing]:
@@ -106,34 +96,53 @@ class Store:
             digest = written[0].digest()
             if sha256(temporary) != digest:
                 raise OSError(None, "what is read back differs from what was written")
-            self._list(name, {"sha256": digest, "bytes": temporary.stat().st_size, **facts})
-            if name == LATEST and (self.folder / LATEST).exists():
-                _keep(self.folder / LATEST, self.folder / PREVIOUS)
+            found = temporary.stat()
+            own = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            self._list(name, own | facts)
+            if name == LATEST:
+                aside.unlink(missing_ok=True)  # of a save that did not come to its end
+                if path.exists():
+                    _keep(path, aside)
 
-        path = self.folder / name
+        path, aside = self.folder / name, self.folder / f".{PREVIOUS}.new"
         with replacing(path, settle) as temporary, temporary.open("wb") as handle:
             written.append(_Hashing(handle))
             yield written[0]
+        if name == LATEST and aside.exists():
+            with contextlib.suppress(OSError):  # `previous` is then the one before
+                os.replace(aside, self.folder / PREVIOUS)
 
     def _list(self, name: str, entry: Entry) -> None:
-        """Enter a file that is about to get its name."""
-        files = self.manifest()
+        """Enter a file that is about to get its name; only files that are there stay entered."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        before = files.get(name, [])
+        there = {known: self.entry(known) for known in self.manifest()}
+        files = {known: [found] for known, found in there.items() if found is not None}
         if name == LATEST:
-            files[PREVIOUS] = [*before, *files.get(PREVIOUS, [])][:_KNOWN]
-        files[name] = [{**entry, "time": now}, *before][:_KNOWN]
+            files[PREVIOUS] = [*files.get(LATEST, []), *files.get(PREVIOUS, [])]
+        files[name] = [{**entry, "time": now}, *files.get(name, [])]
         with replacing(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
     def manifest(self) -> dict[str, list[Entry]]:
-        """What is known of the files, the newest first; nothing where no manifest can be read."""
-        try:
-            files = json.loads((self.folder / MANIFEST).read_text())["files"]
-            hashes = [entry["sha256"] for entries in files.values() for entry in entries]
-            return files if all(isinstance(digest, str) for digest in hashes) else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+        """What may stand under the names of the files, the newest first."""
+        return read_manifest(self.folder)
+
+    def entry(self, name: str) -> Entry | None:
+        """What the manifest says of the file that is there under a name; None: nothing.
+
+        Where it lists two, the newer file may not have got its name.
+        """
+        entries, path = self.manifest().get(name, []), self.folder / name
+        if not entries or not path.is_file():
+            return None
+        if len(entries) == 1:
+            return entries[0]
+        facts = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        alike = [entry for entry in entries if facts.items() <= entry.items()]
+        if len(alike) != 1:  # the folder was copied
+            digest = sha256(path)
+            alike = [entry for entry in entries if entry["sha256"] == digest]
+        return (alike or entries)[0]
 
     def load(self, name: str) -> dict[str, Any]:
         """The state of a training run.
@@ -143,12 +152,6 @@ class Store:
                 else.
         """
         path = self.folder / name
-        known = [entry["sha256"] for entry in self.manifest().get(name, [])]
-        if known and path.is_file() and path.stat().st_size and sha256(path) not in known:
-            raise UserError(
-                f"checkpoint {path} is not what this run wrote (damaged, or another file; to "
-                f"use it nevertheless, remove {MANIFEST})"
-            )
         state = load_checkpoint(path)
         if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
             raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
@@ -181,36 +184,47 @@ class Store:
             os.replace(latest, latest.with_name("latest.damaged"))
 
     def candidates(self) -> list[str]:
-        """Names to continue from, the newest first; `latest` also where it should be but is not."""
-        found = self.folder.glob("*")
-        files = [path for path in found if re.fullmatch(r"best|epoch_\d+", path.name)]
-        files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        """Names to continue from, the newest first; `latest` also where it should be but is not.
+
+        The manifest says what is newer, since copies of a folder have other times; without one,
+        the times do.
+        """
+        found = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
+        listed = bool(self.manifest())
+
+        def age(path: Path) -> tuple[float, ...]:
+            entry = self.entry(path.name) or {}
+            numbered = path.name.removeprefix("epoch_")
+            epoch = entry.get("epoch", int(numbered) if numbered.isdigit() else 0)
+            return (epoch, path.stat().st_mtime) if listed else (path.stat().st_mtime,)
+
+        found.sort(key=age, reverse=True)
         kept = [name for name in (LATEST, PREVIOUS) if (self.folder / name).is_file()]
-        names = [*kept, *(path.name for path in files)]
+        names = [*kept, *(path.name for path in found)]
         return names if LATEST in names or not names else [LATEST, *names]
 
-    def prune(self, keep: int) -> None:
-        """Remove numbered checkpoints and students but the newest `keep`; 0 keeps all."""
-        if not keep:
-            return
+    def prune(self, keep: int, epoch: int) -> None:
+        """Remove numbered checkpoints and students up to an epoch but the newest `keep`; 0: none.
+
+        Later ones are of a run that went back behind them: it will write them anew.
+        """
         found: dict[int, list[Path]] = {}
         for path in self.folder.iterdir():
             match = re.fullmatch(r"(?:epoch|student)_(\d+)(?:\.safetensors)?", path.name)
-            if match:
+            if match and int(match[1]) <= epoch:
                 found.setdefault(int(match[1]), []).append(path)
-        for epoch in sorted(found)[:-keep]:
-            for path in found[epoch]:
+        for number in sorted(found)[:-keep] if keep else []:
+            for path in found[number]:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
-def _keep(latest: Path, previous: Path) -> None:
-    """Give a file a second name, so that `latest` is never missing; else the second name alone."""
-    previous.unlink(missing_ok=True)
+def _keep(latest: Path, aside: Path) -> None:
+    """Give a file a second name, so that `latest` is never missing; else the name `previous`."""
     try:
-        os.link(latest, previous)
+        os.link(latest, aside)
     except OSError:  # a file system without hard links
-        os.replace(latest, previous)
+        os.replace(latest, latest.with_name(PREVIOUS))
 
 
 def _import_safetensors() -> Any:

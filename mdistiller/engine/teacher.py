@@ -16,6 +16,7 @@ from mdistiller.engine.cfg import Config, find_config, load_config
 from mdistiller.engine.distributed import from_main_process, wait_for_all
 from mdistiller.engine.lock import is_locked, locked
 from mdistiller.engine.record import changed_settings, experiment_name
+from mdistiller.engine.run_folder import read_json
 from mdistiller.engine.store import Store
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -56,9 +57,9 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
     own = teacher_config(cfg)
     folder = teacher_folder(own)
     with _only_one(folder):
-        store = Store(folder)
-        started = bool(store.candidates())
-        if started:
+        started = bool(Store(folder).candidates())
+        finished = from_main_process(lambda: _is_finished(folder, own))
+        if started or (folder / "student_latest").is_file():
             changes = changed_settings(folder, own)
             if changes:
                 raise UserError(
@@ -66,13 +67,18 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
                     f"({'; '.join(changes)}): set EXPERIMENT.NAME in "
                     f"{cfg.DISTILLER.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
                 )
-        done = from_main_process(lambda: store.newest()[1]["epoch"] if started else 0)
-        if done < own.SOLVER.EPOCHS:
+        if not finished:
             if rank() == 0:
                 message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
                 print(log_msg(message), flush=True)
             train_run(own, experiment_name(own), started, device)
     return folder / "student_latest"
+
+
+def _is_finished(folder: Path, own: Config) -> bool:
+    """Whether a run has come to its end and its last student is there; checkpoints need not be."""
+    epochs = read_json(folder / "summary.json").get("epochs", 0)
+    return epochs >= own.SOLVER.EPOCHS and (folder / "student_latest").is_file()
 
 
 def teacher_config(cfg: Config) -> Config:

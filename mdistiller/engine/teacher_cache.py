@@ -2,8 +2,11 @@
 
 Order and views of an epoch are drawn before it starts, so what will be missing is known then. What
 is there is put on the device at once; what is missing goes through the teacher in full batches,
-just before a step needs it, and is kept when the epoch is over. Within the epoch nothing waits for
-the device.
+just before a step needs it, and is kept when the epoch is over, or the run is saved. Within the
+epoch nothing waits for the device.
+
+A row must not depend on what else is known: the batches are always of one size, filled up if need
+be, for which a row's bits are the same whatever the others are.
 """
 
 from __future__ import annotations
@@ -66,8 +69,12 @@ class TeacherCache:
         self._store: LogitStore | None = None
         self._writes = True
 
-    def begin(self, step: int = 0) -> None:
-        """Take what is known of the epoch that the loader has drawn, and go on behind `step`."""
+    def begin(self, step: int = 0, known: int = 0) -> None:
+        """Take what is known of the epoch that the loader has drawn, and go on behind `step`.
+
+        Args:
+            known: images before, as :meth:`known` gave it.
+        """
         if self._store is None:
             self._store = self._open()
         loader = self.loader
@@ -83,8 +90,9 @@ class TeacherCache:
         if self._store.replaced:
             self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
             self._store.replaced = ""
-        self._missing = np.flatnonzero(~found)
-        left_out = int(self._ends[step - 1]) if step else 0
+        left_out = self._before(step)
+        found[:left_out] = np.arange(left_out) < known  # as they were when the epoch began
+        self._missing, self._found = np.flatnonzero(~found), found
         self._first = self._done = int(np.searchsorted(self._missing, left_out))  # of the missing
         self._rows = torch.from_numpy(rows).to(self.device)
         self._index = index.to(self.device)
@@ -92,7 +100,7 @@ class TeacherCache:
 
     def logits(self, step: int) -> Tensor:
         """Of the batch of a step (from 0): float32 [B, C], on the device."""
-        start, stop = (int(self._ends[step - 1]) if step else 0), int(self._ends[step])
+        start, stop = self._before(step), self._before(step + 1)
         needed = np.searchsorted(self._missing, stop)
         while self._done < needed:
             part = self._todo[self._done : self._done + self.loader.batch_size]
@@ -101,25 +109,37 @@ class TeacherCache:
             self._done += len(part)
         return self._rows[start:stop].clone()  # the method may write into it
 
-    def finish(self) -> dict[str, float]:
-        """Keep what is new; how many of the images were known, in percent, over all processes.
+    def _before(self, step: int) -> int:
+        """Images in the batches before a step."""
+        return int(self._ends[step - 1]) if step else 0
+
+    def known(self, step: int) -> int:
+        """How many images of the steps before this one were known when the epoch began."""
+        return int(self._found[: self._before(step)].sum())
+
+    def keep(self, step: int) -> None:
+        """Keep what is new before a step.
 
         Raises:
-            UserError: the teacher has changed since it was first run, so nothing can be kept.
+            UserError: the teacher has changed since it was first run.
         """
         if teacher_digest(self.teacher) != self._weights:
             raise refusal(self.cfg, "the teacher has changed while the student was trained")
-        new = self._missing[self._first : self._done]
+        stop = int(np.searchsorted(self._missing, self._before(step)))
+        new, self._first = self._missing[self._first : stop], max(stop, self._first)
         new = new[self._storable[new]]
         if len(new) and self._writes:
             rows = self._rows[torch.from_numpy(new).to(self.device)].cpu().numpy()
-            self._keep(self._slots[new], rows)
-        known = len(self._slots) - len(self._missing)
-        counts = torch.tensor([known, len(self._slots)], device=self.device)
+            self._write(self._slots[new], rows)
+
+    def finish(self) -> dict[str, float]:
+        """Keep what is new; how many of the images were known, in percent, over all processes."""
+        self.keep(len(self._ends))
+        counts = torch.tensor([int(self._found.sum()), len(self._slots)], device=self.device)
         hits, total = sum_over_ranks(counts).tolist()
         return {"teacher_hits": 100.0 * hits / total}
 
-    def _keep(self, slots: Any, rows: Any) -> None:
+    def _write(self, slots: Any, rows: Any) -> None:
         assert self._store is not None
         try:
             self._store.write(slots, rows)
@@ -133,9 +153,9 @@ class TeacherCache:
             return self.distiller.run_teacher(images).logits
 
     def _filled(self, part: Tensor) -> Tensor:
-        """`part`, filled up to a whole batch for a compiled network, which wants one size."""
+        """`part`, filled up to a whole batch."""
         lacking = self.loader.batch_size - len(part)
-        if not lacking or not self.cfg.SOLVER.COMPILE:
+        if not lacking:
             return part
         return torch.cat([part, part[-1:].expand(lacking)])
 

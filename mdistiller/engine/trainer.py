@@ -189,7 +189,7 @@ class BaseTrainer:
         """One pass over the training data, then the hooks: evaluate, log, save."""
         progress = begin_epoch(self, epoch)
         if self.teacher_cache is not None:
-            self.teacher_cache.begin(self.step)
+            self.teacher_cache.begin(self.step, progress.known)
         try:
             self._take_steps(progress)
             means = progress.meters.averages(self.device)

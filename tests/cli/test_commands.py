@@ -104,7 +104,7 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
     for name in ("latest", "best"):
         (run / name).write_bytes(before[name][:-100])
     error = refused(capsys, ["--cfg", config, "--resume"])
-    assert "latest is not what this run wrote (damaged" in error
+    assert "latest is not what its run wrote (damaged" in error
     assert "nor can any other here be used" in error
 
 

@@ -8,9 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from support import TOY, command, image_folder, saved_teacher, write_config
 
 from mdistiller.cli import eval as eval_command
+from mdistiller.cli import export as export_command
 from mdistiller.cli import report as report_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_test_loader
@@ -222,3 +224,25 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     ]
     for words, says in cases:
         assert says in refused(capsys, *words), words
+
+
+def test_code_that_a_folder_names_runs_only_if_the_user_names_it_too(run, tmp_path, capsys):
+    folder, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(run, folder)
+    helper = folder / "helper.py"
+    helper.write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["IMPORTS"].append(str(helper))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert f"look at it, and give --import {helper}" in refused(capsys, folder)
+    assert export_command.main([str(folder)]) == 2
+    assert not ran.exists()
+    own = tmp_path / "helper.py"  # as on another machine
+    own.write_text(helper.read_text())
+    helper.unlink()
+    assert evaluated(tmp_path, folder, "--import", own)["networks"]
+    assert ran.exists()
+    config["IMPORTS"].pop()
+    config["DATASET"]["SHARDS"]["VAL"] = "pipe:false"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "a command: look at it, and give DATASET.SHARDS.VAL" in refused(capsys, folder)

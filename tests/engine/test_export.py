@@ -417,7 +417,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     ]:
         assert message in refused(capsys, *words)
     (run / "student_best").write_bytes((run / "student_best").read_bytes()[:-100])
-    assert "student_best is truncated" in refused(capsys, run)
+    assert "student_best is not what its run wrote" in refused(capsys, run)
     (run / "config.yaml").write_text("STUDENT: [")
     assert "config.yaml" in refused(capsys, run)
     assert not (run / "export").exists()

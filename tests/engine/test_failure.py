@@ -1,9 +1,13 @@
 """One of two processes fails, or both for one reason: all end, and the cause is told once."""
 
+import socket
+import threading
 import time
 
 import pytest
 from support import command, torchrun, write_config
+
+from mdistiller.engine import failure
 
 FAILS = """
 import os, signal
@@ -57,3 +61,19 @@ def test_no_cause_is_made_up_for_a_process_that_was_killed(tmp_path):
     assert "Traceback" not in ours
     assert ours.count("error") == ours.count("error: another process ended without a word")
     assert "Signal 9" in done.stderr
+
+
+def test_a_process_that_keeps_the_store_and_hangs_keeps_none_from_telling(monkeypatch):
+    """It takes connections, as the system does for one that is stopped, and says nothing."""
+    answers = []
+    with socket.create_server(("localhost", 0)) as silent:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        monkeypatch.setattr(failure, "ANSWER", 0.3)
+        failure._claim.cache_clear()
+        asks = threading.Thread(target=lambda: answers.append(failure.first_to_fail()), daemon=True)
+        asks.start()
+        asks.join(20)
+    failure._claim.cache_clear()
+    assert answers == [True]

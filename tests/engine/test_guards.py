@@ -41,13 +41,13 @@ LOSS, GRADIENT = 'student.logits.sum() * float("nan")', "Poison.apply(student.lo
 _numbers = itertools.count()
 
 
-def run(folder, what, skip=0, when=3):
+def run(folder, what, skip=0, when=3, trainer="base"):
     name = f"Bad{next(_numbers)}"
     text = BAD.replace("WHAT", what).replace("WHEN", str(when)).replace("NAME", name)
     (folder / "bad.py").write_text(text)
     config = write_config(
         folder,
-        f"SOLVER: {{SKIP_NONFINITE: {skip}}}\n",
+        f"SOLVER: {{SKIP_NONFINITE: {skip}, TRAINER: {trainer}}}\n",
         method=name,
         epochs=1,
         student="BabyStudent",
@@ -90,6 +90,13 @@ def test_a_skipped_step_is_none(tmp_path, capsys, what):
     assert code == 2
     stopped = load(folder / "nonfinite_epoch1_step5_rank0.pt")["model"]
     assert all(torch.equal(state["model"][key], value) for key, value in stopped.items())
+
+
+@pytest.mark.parametrize("trainer", ["dot", "crd_dot"])
+def test_gradients_of_a_skipped_step_are_in_no_later_one(tmp_path, trainer):
+    code, folder = run(tmp_path, GRADIENT, skip=1, when=2, trainer=trainer)
+    assert code == 0
+    assert load(folder / "latest")["skipped"] == 1
 
 
 def test_more_than_may_be_skipped_end_the_run():

@@ -1,16 +1,21 @@
 """Signals, saves within an epoch, and going on from them; here in one process, to the bit."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from support import same_state, saved_teacher, write_config
+from support import REPO, same_state, saved_teacher, write_config
 from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine import preemption
+from mdistiller.engine.guards import Guard
 from mdistiller.engine.hooks import Checkpoint
+from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
 
@@ -35,6 +40,13 @@ def given(folder, method="KD", model="BabyStudent"):
 CASES = {
     "accumulation": (given, "SOLVER: {ACCUMULATE: 2, BATCH_SIZE: 20, EMA: 0.9}\n", "", 2, 4),
     "dot, last step": (given, "SOLVER: {TRAINER: dot}\nDATASET: {MIXUP: 0.2}\n", "", 2, 5),
+    "logits on disk": (
+        lambda folder: {**given(folder), "TEACHER_CACHE": "disk"},
+        "DATASET: {AUGMENT: none}\n",
+        "",
+        1,
+        3,
+    ),
     "the teacher's training": (teacher_first, "", "", 1, 3),
     "a stage before": (
         lambda folder: given(folder, "FSP", "resnet8"),
@@ -87,6 +99,10 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     with pytest.raises(preemption.Preempted, match="before the first step"):
         asked.note(signal.SIGTERM, None)
     asked = preemption._Asked()
+    asked.begun = True
+    with pytest.raises(preemption.Preempted, match="no step is taken, all is saved"):
+        asked.note(signal.SIGTERM, None)
+    asked = preemption._Asked()
     asked.shields = 1
     asked.note(signal.SIGTERM, None)
     assert codes == []
@@ -120,6 +136,18 @@ def test_a_save_within_an_epoch_that_fails_is_told_and_training_goes_on(
     assert capsys.readouterr().out.count("No space left on device; training goes on") == 5
 
 
+def test_weights_that_are_none_end_a_run_that_would_save_them(tmp_path, monkeypatch, capsys):
+    def spoilt(self, trainer):
+        raise NonFiniteLossError("weights are not finite after epoch 0, step 1")
+
+    monkeypatch.setattr(Guard, "check_weights", spoilt)
+    text = "LOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
+    assert main(write_config(tmp_path, text, epochs=1, student="BabyStudent")) == 2
+    said = capsys.readouterr()
+    assert "weights are not finite after epoch 0, step 1" in said.err
+    assert "training goes on" not in said.out
+
+
 def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
     settings = {"epochs": 1, "student": "BabyStudent"}
     path = write_config(tmp_path, **settings)
@@ -134,3 +162,52 @@ def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
     assert main(path, "--resume", "--allow-changes") == 0
     out = capsys.readouterr().out
     assert "SOLVER.LR was 0.05, is now 0.2; LOG.TENSORBOARD_FREQ was 500, is now 7" in out
+
+
+def test_allowed_changes_hold_from_then_on_and_are_recorded(tmp_path, capsys):
+    settings = {"student": "BabyStudent"}
+    assert main(write_config(tmp_path, epochs=1, **settings)) == 0
+    run = tmp_path / "out" / "toy" / "run"
+    solver = "LR: 0.2, WEIGHT_DECAY: 0.01, MOMENTUM: 0.5, LR_DECAY_STAGES: [2]"
+    path = write_config(tmp_path, f"SOLVER: {{{solver}}}\n", epochs=3, **settings)
+    assert main(path, "--resume", "--allow-changes") == 0
+    assert [row["lr"] for row in untimed(run)] == pytest.approx([0.05, 0.2, 0.02])
+    (group,) = load(run / "latest")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.01, 0.5)
+    changes = json.loads((run / "run.json").read_text())["starts"][-1]["changes"]
+    assert "SOLVER.WEIGHT_DECAY was 0.0005, is now 0.01" in changes
+
+    adam = "LR: 0.001, WEIGHT_DECAY: 0.01, TYPE: AdamW, LR_DECAY_STAGES: [2], MOMENTUM: 0.5"
+    path = write_config(tmp_path, f"SOLVER: {{{adam}}}\n", epochs=4, **settings)
+    assert main(path, "--resume", "--allow-changes") == 0
+    assert "another optimizer: it starts without memory" in capsys.readouterr().out
+    assert "exp_avg" in load(run / "latest")["optimizer"]["state"][0]
+    assert main(path, "--resume", "--allow-changes", "EXPERIMENT.NAME", "run", *SEED) == 2
+    assert "cannot be changed any more (EXPERIMENT.SEED was 0" in capsys.readouterr().err
+
+
+SEED = ("EXPERIMENT.SEED", 3)
+
+
+def test_a_run_with_workers_ends_by_itself(tmp_path):
+    """When done, and when SIGTERM reaches its first process alone; the two at once."""
+    ends = {"done": 0, "stopped": 75}
+    running = {}
+    for name in ends:
+        (tmp_path / name).mkdir()
+        text = "DATASET: {LOADER: workers, NUM_WORKERS: 2}\nLOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
+        epochs = 2 if name == "done" else 10**4
+        config = write_config(tmp_path / name, text, student="BabyStudent", epochs=epochs)
+        words = [sys.executable, str(REPO / "tools" / "train.py"), "--cfg", str(config)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        running[name] = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        latest = tmp_path / "stopped" / "out" / "toy" / "run" / "latest"
+        until = time.monotonic() + 90
+        while not latest.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        running["stopped"].send_signal(signal.SIGTERM)
+        assert {name: process.wait(90) for name, process in running.items()} == ends
+    finally:
+        for process in running.values():
+            process.kill()

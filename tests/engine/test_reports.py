@@ -380,3 +380,9 @@ def test_the_report_sets_a_run_beside_its_published_number(tmp_path):
     found = rows(report, "Beside published numbers")["DKD"]
     assert found[:5] == ["74.00", "75.00", "76.32", "-1.32", "DKD"]
     assert found[5:] == ["DKD (arXiv 2203.08679)", "epochs 10 instead of 240"]
+
+
+def test_no_cell_of_a_table_is_a_formula():
+    rows = [{"name": "=1+2", "other": "-x", "number": -1.5}, {"name": "@a", "number": None}]
+    lines = csv_text(rows).splitlines()
+    assert lines == ["name,other,number", "'=1+2,'-x,-1.5", "'@a,,"]

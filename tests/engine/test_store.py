@@ -15,7 +15,9 @@ from test_training import load
 from mdistiller.cli import train as train_command
 from mdistiller.engine import lock
 from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.store import Store, sha256
+from mdistiller.engine.hooks import Evaluate
+from mdistiller.engine.store import Store
+from mdistiller.manifest import sha256
 from mdistiller.registry import UserError
 
 
@@ -61,7 +63,7 @@ def test_a_listed_file_is_good_whenever_the_process_dies(tmp_path, monkeypatch):
         original = getattr(os, moment)
 
         def dies(*args, original=original):
-            if str(args[-1]).endswith(("latest", "previous")):
+            if str(args[-1]).endswith(("/latest", "previous.new")):
                 raise KeyboardInterrupt
             return original(*args)
 
@@ -72,6 +74,113 @@ def test_a_listed_file_is_good_whenever_the_process_dies(tmp_path, monkeypatch):
         assert Store(copy).newest()[1]["epoch"] == 2
         Store(copy).save(state(4), "latest")
         assert [Store(copy).load(name)["epoch"] for name in ("latest", "previous")] == [4, 2]
+
+
+@pytest.mark.parametrize("error", [PermissionError, KeyboardInterrupt])
+def test_moves_that_fail_again_and_again_leave_the_file_known(tmp_path, error):
+    store = Store(tmp_path)
+    for epoch in (1, 2):
+        store.save(state(epoch), "latest")
+    original = os.replace
+
+    def fails(source, target):
+        if str(target).endswith("/latest"):
+            raise error(13, "Permission denied")
+        original(source, target)
+
+    for epoch in range(3, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", fails)
+            with pytest.raises((UserError, KeyboardInterrupt)):
+                store.save(state(epoch), "latest")
+        assert [store.load(name)["epoch"] for name in ("latest", "previous")] == [2, 1]
+    for path in tmp_path.iterdir():  # as in a copy of the folder
+        os.utime(path, (1, 1))
+    store.save(state(8), "latest")
+    assert [store.load(name)["epoch"] for name in ("latest", "previous")] == [8, 2]
+
+
+def test_going_back_follows_the_manifest_not_the_times_of_files(tmp_path):
+    store = Store(tmp_path)
+    for age, (name, epoch) in enumerate({"epoch_80": 80, "epoch_40": 40, "best": 60}.items()):
+        store.save(state(epoch), name, epoch=epoch)
+        os.utime(tmp_path / name, (age, age))
+    assert store.candidates() == ["latest", "epoch_80", "best", "epoch_40"]
+    (tmp_path / "checkpoints.json").unlink()
+    assert store.candidates() == ["latest", "best", "epoch_40", "epoch_80"]
+
+
+def test_pruning_keeps_what_this_epoch_wrote_and_forgets_what_is_gone(tmp_path):
+    store = Store(tmp_path)
+    for epoch in (40, 80, 10, 20):  # it went back to before epoch 10
+        store.save(state(epoch), f"epoch_{epoch}", epoch=epoch)
+    store.prune(1, 20)
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == [
+        "epoch_20",
+        "epoch_40",
+        "epoch_80",
+    ]
+    store.prune(2, 80)
+    store.save(state(80), "best")
+    assert set(store.manifest()) == {"best", "epoch_40", "epoch_80"}
+
+
+def test_a_student_that_is_not_what_was_written_is_not_read(tmp_path, capsys):
+    Store(tmp_path).save_network(torch.nn.Linear(30, 30), "student_best")
+    whole = (tmp_path / "student_best").read_bytes()
+    contents = bytearray(whole)
+    contents[len(contents) // 2] ^= 64
+    (tmp_path / "student_best").write_bytes(contents)
+    with pytest.raises(UserError, match="student_best is not what its run wrote"):
+        load_checkpoint(tmp_path / "student_best")
+    (tmp_path / "checkpoints.json").write_text('{"files": ')
+    (tmp_path / "student_best").write_bytes(whole)
+    load_checkpoint(tmp_path / "student_best")
+    assert "checkpoints.json is damaged: files beside it are not checked" in capsys.readouterr().err
+
+
+def test_only_students_left_are_not_trained_over(tmp_path, capsys):
+    run = train(tmp_path, epochs=1)
+    for name in ("latest", "previous", "best", "summary.json"):
+        (run / name).unlink(missing_ok=True)
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    train(tmp_path, code=2, epochs=1)
+    assert (
+        "holds what a run has trained (student_best) but no checkpoint" in capsys.readouterr().err
+    )
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for path in run.glob("student_*"):  # what a run leaves that dies before its first checkpoint
+        path.unlink()
+    train(tmp_path, epochs=1)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_best_that_was_not_written_is_when_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """It dies when `latest` is there and `best` is not; the moving average's file as well."""
+    original = Store.save
+
+    def dies(self, contents, name, **facts):
+        if name == "best" and facts["epoch"] == 2:
+            raise KeyboardInterrupt
+        original(self, contents, name, **facts)
+
+    monkeypatch.setattr(Evaluate, "after_epoch", lambda *args: args[-1].update(numbers[args[2]]))
+    numbers = {epoch: {"test_acc": 50.0 + epoch, "test_loss": 1.0} for epoch in (1, 2, 3)}
+    numbers[3]["test_acc"] = 1.0
+    text = "SOLVER: {EMA: 0.5}\n"
+    monkeypatch.setattr(Store, "save", dies)
+    run = train(tmp_path, text, code=130, epochs=3)
+    monkeypatch.setattr(Store, "save", original)
+    assert [load(run / name)["epoch"] for name in ("latest", "best")] == [2, 1]
+    path = write_config(tmp_path, text, student="BabyStudent", epochs=3)
+    assert train_command.main(["--cfg", str(path), "--resume"]) == 0
+    assert json.loads((run / "summary.json").read_text())["best_epoch"] == 2
+    assert [load(run / name)["epoch"] for name in ("latest", "best")] == [3, 2]
+    kept = load(run / "best")
+    students = {name: load(run / f"student_{name}")["model"] for name in ("best", "ema_latest")}
+    own = {k.removeprefix("student."): v for k, v in kept["model"].items() if "student." in k}
+    assert same_state(own, students["best"])
+    assert same_state(load(run / "latest")["ema"]["model"], students["ema_latest"])
 
 
 def test_what_cannot_be_read_back_replaces_nothing(tmp_path, monkeypatch):
@@ -108,10 +217,11 @@ def test_another_machine_is_believed_while_it_shows_life(tmp_path, monkeypatch, 
     monkeypatch.setattr(lock, "STALE", 1.5)
     holder = tmp_path / ".holder"
     holder.write_text(json.dumps({"host": "elsewhere", "process": 7}))
+    os.utime(holder, (7, 7))
 
     def sleep(seconds, original=time.sleep):
         original(seconds)
-        holder.touch()
+        os.utime(holder, (9, 9))  # by a clock that is years behind
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lock.time, "sleep", sleep)

@@ -12,7 +12,8 @@ import torch
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.store import Store
 
-UNTIMED = ("time", "seconds", "images_per_second")
+UNTIMED = ("time", "seconds", "images_per_second", "teacher_hits")
+"""What may differ: a cache's hits tell what a start found, see docs/reliability.md."""
 
 
 def differences(run: Path, whole: Path) -> list[str]:

@@ -7,55 +7,111 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from mdistiller.cli._faults.work import Outcome, Work
 
 _OPERATIONS = ("fsync", "replace", "link", "unlink")
 
 
+@dataclass
+class Variant:
+    """A run to kill: what is other than in the usual one, and how often.
+
+    Args:
+        share: of the kills.
+    """
+
+    name: str
+    share: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = (
+    Variant("killed", 0.5),
+    Variant(
+        "dot with a cache",
+        0.25,
+        {
+            "SOLVER__TRAINER": "dot",
+            "DISTILLER__TEACHER_CACHE": "disk",
+            "DATASET__AUGMENT": "none",
+        },
+    ),
+    Variant(
+        "bank and workers",
+        0.25,
+        {
+            "DISTILLER__TYPE": "CRD",
+            "CRD__NCE__K": 16,
+            "DATASET__LOADER": "workers",
+            "DATASET__NUM_WORKERS": 1,
+        },
+    ),
+)
+
+
 def kills(work: Work) -> Outcome:
     """Kill and continue until a run is through, run after run; compare each with the whole one."""
-    draw = random.Random(work.seed)
-    outcome = Outcome("kills survived")
-    wanted = 6 if work.quick else 60
-    started = time.perf_counter()
-    work.finish("timed")
-    length = time.perf_counter() - started
-    outcome.losses += work.differences("timed")
-    number, resumed_within = 0, 0
-    while outcome.tried < wanted or not outcome.tried:
-        number += 1
-        name = f"killed{number}"
-        fruitless, code = 0, None
-        while code is None or code < 0:
-            calm = outcome.tried >= wanted or fruitless > 20
-            code = _attempt(work, name, draw, length, calm)
-            outcome.tried += code == -signal.SIGKILL
-            fruitless += 1
-        if code:
-            outcome.losses.append(f"{name}: ended with {code}\n{work.output(name)[-2000:]}")
-            return outcome
-        resumed_within += work.output(name).count(", within epoch")
-        outcome.losses += work.differences(name)
-        work.forget(name)
-    if not resumed_within:
+    outcome, draw = Outcome("kills survived"), random.Random(work.seed)
+    within = 0
+    for variant in VARIANTS:
+        wanted = outcome.tried + int(variant.share * (4 if work.quick else 60))
+        within += _kill_often(work, variant, wanted, draw, outcome)
+    if not within:
         outcome.losses.append("no run was continued within an epoch")
     return outcome
 
 
-def _attempt(work: Work, name: str, draw: random.Random, length: float, calm: bool) -> int:
+def _kill_often(
+    work: Work, variant: Variant, wanted: int, draw: random.Random, outcome: Outcome
+) -> int:
+    """Until so many kills are `tried`; returns how many times a run went on within an epoch."""
+    started, settings = time.perf_counter(), variant.settings
+    whole = f"whole {variant.name}"
+    if work.finish(whole, **{**settings, "LOG__SAVE_EVERY_MINUTES": 0.0}):
+        outcome.losses.append(f"{whole}: failed\n{work.output(whole)[-2000:]}")
+        return 0
+    length = time.perf_counter() - started
+    number, resumed_within = 0, 0
+    while outcome.tried < wanted:
+        number += 1
+        name = f"{variant.name}{number}"
+        fruitless, code = 0, None
+        while code is None or code < 0:
+            calm = outcome.tried >= wanted or fruitless > 20
+            code = _attempt(work, name, settings, draw, length, calm)
+            outcome.tried += code == -signal.SIGKILL
+            fruitless += 1
+        if code:
+            outcome.losses.append(f"{name}: ended with {code}\n{work.output(name)[-2000:]}")
+            return resumed_within
+        resumed_within += work.output(name).count(", within epoch")
+        outcome.losses += work.differences(name, work.run_folder(whole))
+        work.forget(name)
+    return resumed_within
+
+
+def _attempt(
+    work: Work,
+    name: str,
+    settings: dict[str, Any],
+    draw: random.Random,
+    length: float,
+    calm: bool,
+) -> int:
     """One start of a run; its exit code."""
     if calm:
-        return work.finish(name)
+        return work.finish(name, **settings)
     if draw.random() < 0.5:
-        process = work.start(
-            name, before=die_in_operation(draw.randrange(3, 90), draw.random() < 0.5)
-        )
+        trap = die_in_operation(draw.randrange(3, 90), draw.random() < 0.5)
+        process = work.start(name, before=trap, **settings)
         process.join()
     else:
-        process = work.start(name)
-        kill_after(process, draw.uniform(0.1, 0.8) * length)
+        process = work.start(name, **settings)
+        kill_after(process, draw.uniform(0.1, 1.2) * length)
     return process.exitcode or 0
 
 

@@ -1,12 +1,19 @@
-"""Two processes of one run, of which one is killed, or both are asked to stop."""
+"""Two processes of one run, of which one is killed, or both are asked to stop.
+
+Most are forked, which is quick; some are started by torchrun, as users do.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from mdistiller.cli._faults.work import Outcome, Work, free_port
@@ -39,8 +46,12 @@ def join(processes: list[BaseProcess]) -> list[int]:
 
 def _await_step(work: Work, name: str, processes: list[BaseProcess]) -> None:
     """Wait until a pair has saved something since now, or has ended."""
+    _await_save(work, name, lambda: next((p for p in processes if p.exitcode is not None), None))
+
+
+def _await_save(work: Work, name: str, ended: Callable[[], object]) -> None:
     latest, now = work.run_folder(name) / "latest", time.time()
-    while all(process.exitcode is None for process in processes):
+    while ended() is None:
         try:
             if latest.stat().st_mtime > now:
                 return
@@ -70,18 +81,18 @@ def ranks(work: Work) -> Outcome:
     """Kill one of two processes: the other ends as well; ask both to stop: both do, at one step."""
     outcome = Outcome("lost processes survived")
     draw = random.Random(work.seed + 2)
+    pair = start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)
+    _await_step(work, "pair", pair)
     started = time.perf_counter()
-    if codes := [
-        code for code in join(start_pair(work, "pair", LOG__SAVE_EVERY_MINUTES=0.0)) if code
-    ]:
+    if any(codes := join(pair)):
         outcome.losses.append(
             f"the undisturbed pair ended with {codes}\n{work.output('pair')[-3000:]}"
         )
         return outcome
-    length = time.perf_counter() - started
+    length = time.perf_counter() - started  # of all epochs but the first
     whole = work.run_folder("pair")
     kinds = [signal.SIGKILL, signal.SIGTERM, *([] if work.quick else [signal.SIGSTOP])]
-    for number in range(1 if work.quick else 6):
+    for number in range(1 if work.quick else 4):
         name = f"pair{number}"
         for kind in kinds:
             patience = 0.1 if kind == signal.SIGSTOP else 30.0
@@ -99,4 +110,44 @@ def ranks(work: Work) -> Outcome:
             outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
         outcome.losses += work.differences(name, whole)
         work.forget(name)
+    if not work.quick and Path("/proc/self/task").is_dir():
+        _under_torchrun(work, whole, outcome, draw)
     return outcome
+
+
+def _under_torchrun(work: Work, whole: Path, outcome: Outcome, draw: random.Random) -> None:
+    """Kill a process that torchrun started; then stop torchrun; then let it go on to the end."""
+    name = "torchrun"
+    for kind in (signal.SIGKILL, signal.SIGTERM):
+        launcher = _launch(work, name)
+        _await_save(work, name, launcher.poll)
+        task = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        children = [int(word) for word in task.read_text().split()]
+        struck = draw.choice(children) if kind == signal.SIGKILL else launcher.pid
+        os.kill(struck, kind)
+        outcome.tried += 1
+        if launcher.wait(180) == 0:
+            outcome.losses.append(
+                f"{name}: {kind.name} was not noticed\n{work.output(name)[-2000:]}"
+            )
+    if "stopped by SIGTERM" not in work.output(name):
+        outcome.losses.append(f"{name}: SIGTERM was not heard\n{work.output(name)[-3000:]}")
+    if _launch(work, name).wait(300):
+        outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
+    outcome.losses += work.differences(name, whole)
+    work.forget(name)
+
+
+def _launch(work: Work, name: str) -> subprocess.Popen[bytes]:
+    """Begin or continue a run by torchrun."""
+    words = ["--standalone", "--nproc-per-node=2", "-m", "mdistiller.cli", "train"]
+    own = ["--resume=auto", "--import", "mdistiller.cli._faults.work"]
+    settings = work.settings(name, **_PAIR)
+    values = [str(word) for pair in settings.items() for word in pair]
+    with (work.folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, *own, *values],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )

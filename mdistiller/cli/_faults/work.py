@@ -30,6 +30,7 @@ from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.models.cifar.baby import BabyNet
 
 NAME = "faults"
+Before = Callable[[], Callable[[], object] | None]
 
 
 @DATASETS.register(NAME)
@@ -121,14 +122,18 @@ class Work:
 
     def config(self, name: str, **changes: Any) -> Config:
         """The run's config, in a folder of this name."""
-        settings = {
+        settings = self.settings(name, **changes)
+        return load_config("", [word for pair in settings.items() for word in pair])
+
+    def settings(self, name: str, **changes: Any) -> dict[str, Any]:
+        """What is other than by default in the config of a run."""
+        return {
             **_SETTINGS,
             "LOG.PREFIX": str(self.folder),
             "EXPERIMENT.NAME": name,
             "DISTILLER.TEACHER_CKPT": str(self.teacher),
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
-        return load_config("", [word for pair in settings.items() for word in pair])
 
     def run_folder(self, name: str) -> Path:
         return self.folder / "faults" / name
@@ -141,14 +146,14 @@ class Work:
     def start(
         self,
         name: str,
-        before: Callable[[], None] | None = None,
+        before: Before | None = None,
         environment: dict[str, str] | None = None,
         **changes: Any,
     ) -> BaseProcess:
         """Begin or continue a run in a forked process.
 
         Args:
-            before: called there first, to lay a trap.
+            before: called there first, to lay a trap; what it returns is called at the end.
         """
         cfg = self.config(name, **changes)
         log = self.folder / f"{name}.log"
@@ -182,18 +187,17 @@ class Work:
         (self.folder / f"{name}.log").unlink(missing_ok=True)
 
 
-def _child(
-    cfg: Config, log: Path, before: Callable[[], None] | None, environment: dict[str, str]
-) -> None:
+def _child(cfg: Config, log: Path, before: Before | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with log.open("a", buffering=1) as out:
         sys.stdout = sys.stderr = out
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
         try:
-            if before is not None:
-                before()
+            after = None if before is None else before()
             code = guarded(lambda: _train(cfg))
+            if after is not None:
+                after()
         except BaseException:
             traceback.print_exc()
             code = 1

@@ -14,7 +14,12 @@ from mdistiller.dataset import TestData
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.released import PRETRAINED
-from mdistiller.engine.run_folder import checkpoint_file, read_json, recorded_config
+from mdistiller.engine.run_folder import (
+    checkpoint_file,
+    read_json,
+    recorded_config,
+    refuse_commands,
+)
 from mdistiller.registry import UserError
 
 Overrides = Sequence[str]
@@ -111,7 +116,9 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
                 "data for both by -d or --cfg"
             )
     assert first.run is not None
-    return recorded_config(first.run, overrides, imports)
+    cfg = recorded_config(first.run, overrides, imports)
+    refuse_commands(first.run, cfg, overrides)
+    return cfg
 
 
 def _data_facts(cfg: Config) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from mdistiller.engine.cfg import Config
 from mdistiller.engine.export.student import RunFacts, Student
 from mdistiller.engine.record import data_facts
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
-from mdistiller.engine.run_folder import checkpoint_file, read_json, read_lines, recorded_config
+from mdistiller.engine.run_folder import (
+    checkpoint_file,
+    read_json,
+    read_lines,
+    recorded_config,
+    refuse_commands,
+)
 from mdistiller.models import get_model_entry
 from mdistiller.models._input import Statistics
 from mdistiller.registry import UserError
@@ -37,6 +43,7 @@ def from_run(
         UserError: it is no run folder, or has no such checkpoint.
     """
     cfg = recorded_config(folder, overrides, imports)
+    refuse_commands(folder, cfg, overrides)
     path = checkpoint_file(folder, checkpoint)
     record = read_json(folder / "run.json")
     data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))

@@ -100,11 +100,19 @@ def _safe(text: str) -> str:
     return escaped
 
 
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the columns of them all; what is missing or None is empty."""
+    """Rows with the columns of them all; what is missing or None is empty.
+
+    Text that a spreadsheet would take for a formula gets a quotation mark before it.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({key: _no_formula(value) for key, value in row.items()})
     return out.getvalue()

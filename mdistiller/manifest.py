@@ -1,0 +1,60 @@
+"""`checkpoints.json` of a run folder: the SHA-256 of its files, and whether they still have it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mdistiller.registry import UserError
+
+MANIFEST = "checkpoints.json"
+_BLOCK = 2**22
+_told: set[Path] = set()
+
+Entry = dict[str, Any]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents."""
+    found = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, list[Entry]]:
+    """File name -> what it may be, the newest first; empty if there is no manifest.
+
+    One that cannot be read counts as none, and is said aloud, once.
+    """
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        if all(isinstance(entry["sha256"], str) for name in files for entry in files[name]):
+            return dict(files)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    if path not in _told:
+        _told.add(path)
+        print(f"warning: {path} is damaged: files beside it are not checked", file=sys.stderr)
+    return {}
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that a manifest beside it lists with another hash.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    entries = read_manifest(path.parent).get(path.name)
+    if entries and sha256(path) not in [entry["sha256"] for entry in entries]:
+        raise UserError(
+            f"checkpoint {path} is not what its run wrote (damaged, or another file; to use it "
+            f"nevertheless, remove {MANIFEST})"
+        )
