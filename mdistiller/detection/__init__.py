@@ -1,0 +1,1 @@
+"""Object detection: distilling Faster and Mask R-CNN on COCO-format data, on torchvision's detectors."""
