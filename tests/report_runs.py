@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.hooks import MetricsFile
+from mdistiller.engine.logs import MetricsFile
 from mdistiller.engine.record import write_record
 from mdistiller.engine.run import summarize
 
@@ -39,6 +39,7 @@ def make_run(folder, accuracies, *pairs, seed=0, teacher=None, finished=True, te
         best = max(accuracies)
         trainer = SimpleNamespace(
             history=history,
+            selects="test_acc",
             log_path=folder,
             epoch=len(accuracies),
             best_acc=best,

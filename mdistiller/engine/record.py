@@ -20,7 +20,7 @@ import torch
 
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten, own_sections
 from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
@@ -67,16 +67,16 @@ class RunRecord(Hook):
     The entry of a start that an exception ends says so under `ended`.
 
     Args:
-        data: what the student is trained on, for `run.json`.
+        facts: of what the student is trained on, for `run.json`.
     """
 
-    def __init__(self, data: Data):
-        self.data = data
+    def __init__(self, facts: Mapping[str, Any]):
+        self.facts = facts
         self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
         self.begun = True
-        write_record(trainer.log_path, trainer.cfg, trainer.device, data_facts(self.data))
+        write_record(trainer.log_path, trainer.cfg, trainer.device, self.facts)
 
     def abandon(self, trainer: BaseTrainer) -> None:
         record = read_record(trainer.log_path)
@@ -137,7 +137,7 @@ def write_record(
     """Write the two files; what is known of earlier starts is kept.
 
     Args:
-        data: of :func:`data_facts`.
+        data: of :func:`data_facts`, say.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
@@ -235,6 +235,7 @@ def recorded_processes(folder: Path) -> int:
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
+    sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
@@ -271,6 +272,9 @@ _WITHOUT_EFFECT = (
     "SOLVER.DETERMINISTIC",
     "SOLVER.SKIP_NONFINITE",
     "SOLVER.RANK_TIMEOUT",
+    "DETECTION.DATA.WORKERS",
+    "DETECTION.EVALUATOR",
+    "DETECTION.EVALUATE_TEACHER",
 )
 
 
