@@ -1,1 +1,1 @@
-"""Object detection: distilling Faster and Mask R-CNN on COCO-format data, on torchvision's detectors."""
+"""Object detection: Faster and Mask R-CNN distilled on COCO-format data, on torchvision's parts."""
