@@ -48,7 +48,7 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
             f"and the data have {len(own[_SCORES])}: choose the data's LABEL_SPACE to fit, or set "
             f"{where}.NEW_HEAD True to start the class-dependent parts anew"
         )
-    load_state(detector, _without_counters(state, own), f"{path} and {where} ({network.ARCH})")
+    load_state(detector, without_counters(state, own), f"{path} and {where} ({network.ARCH})")
 
 
 def check_facts(
@@ -93,7 +93,7 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
     inside = {name for name, _ in body.named_children()}  # the rest are what follows the last stage
     own = {key: value for key, value in plain.items() if key.partition(".")[0] in inside}
     what = f"{path} and the backbone of {where} ({arch})"
-    load_state(body, _without_counters(own, body.state_dict()), what)
+    load_state(body, without_counters(own, body.state_dict()), what)
 
 
 def _released(name: str, release: str) -> Path:
@@ -105,6 +105,6 @@ def _other_classes(key: str, own: Tensor, state: Mapping[str, Tensor]) -> bool:
     return key.startswith(_PER_CLASS) and key in state and len(state[key]) != len(own)
 
 
-def _without_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` without the batch norms' counters that a frozen network does not have."""
     return {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
