@@ -53,6 +53,13 @@ class SetReader:
             yield self.dataset.image(i), name
 
 
+class Maker(Protocol):
+    """Makes the batch of a task, in a worker process."""
+
+    def __getitem__(self, task: Any) -> Any:
+        """Something with `to(device)` and `pin_memory()`, such as a tensor; or what is wrong."""
+
+
 @dataclass
 class BatchMaker:
     """Makes the batch of a task; the `dataset` of a DataLoader, whose keys are tasks.
@@ -99,7 +106,7 @@ class Workers:
         timeout: seconds to wait for a batch; 0: for ever.
     """
 
-    def __init__(self, maker: BatchMaker, num: int, device: torch.device, timeout: float = 0):
+    def __init__(self, maker: Maker, num: int, device: torch.device, timeout: float = 0):
         self.device = device
         self._tasks = _Tasks()
         staying: dict[str, Any] = {}
@@ -117,8 +124,8 @@ class Workers:
             **staying,
         )
 
-    def batches(self, tasks: Iterable[Any]) -> Iterator[Tensor]:
-        """uint8, [B, 3, H, W], for each task.
+    def batches(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """What the maker makes of each task (uint8, [B, 3, H, W], say), on the device.
 
         Raises:
             UserError: an image cannot be read, or a worker process died or hangs.

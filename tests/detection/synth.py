@@ -1,4 +1,4 @@
-"""Small COCO-format sets of discs, boxes and triangles on noise, drawn here: nothing to download."""
+"""Small COCO-format sets of discs, boxes and triangles on noise, drawn here."""
 
 import json
 from dataclasses import dataclass
