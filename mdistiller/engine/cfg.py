@@ -463,7 +463,7 @@ def check_values(cfg: CfgNode) -> None:
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if cfg.SOLVER.SCHEDULE == "plateau":
-        if cfg.SOLVER.WARMUP_EPOCHS:
+        if values.get("SOLVER.WARMUP_EPOCHS"):
             raise UserError("SOLVER.SCHEDULE plateau has no warm-up: set SOLVER.WARMUP_EPOCHS 0")
         if not 0 < cfg.SOLVER.LR_DECAY_RATE < 1:
             raise UserError(

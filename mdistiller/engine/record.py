@@ -250,7 +250,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
             before = _get(CFG, key)
         if key == "DATASET.ROOT":
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
-        if before is not None and before != now:
+        if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
 
@@ -272,7 +272,6 @@ _WITHOUT_EFFECT = (
     "SOLVER.DETERMINISTIC",
     "SOLVER.SKIP_NONFINITE",
     "SOLVER.RANK_TIMEOUT",
-    "DETECTION.DATA.WORKERS",
     "DETECTION.EVALUATOR",
     "DETECTION.EVALUATE_TEACHER",
 )
