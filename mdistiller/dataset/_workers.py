@@ -8,7 +8,9 @@ and are normalised on the device.
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -123,6 +125,7 @@ class Workers:
             worker_init_fn=_outlive_signals,
             **staying,
         )
+        _live.add(self._loader)
 
     def batches(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """What the maker makes of each task (uint8, [B, 3, H, W], say), on the device.
@@ -142,6 +145,18 @@ class Workers:
             if isinstance(made, str):
                 raise UserError(made)
             yield made.to(self.device, non_blocking=True)
+
+
+_live: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers that are still there at exit: Python would send one SIGTERM and wait."""
+    for loader in _live:
+        end = getattr(loader._iterator, "_shutdown_workers", None)  # nothing public does
+        if end is not None:
+            end()
 
 
 def _as_it_is(made: Any) -> Any:
