@@ -55,7 +55,7 @@ class Inputs(nn.Module):
         super().__init__()
         self.flip = form.order == "bgr"
         for name, values in (("mean", form.mean), ("std", form.std)):
-            levels = torch.tensor(values).view(3, 1, 1) / 255
+            levels = torch.tensor([value / 255 for value in values]).view(3, 1, 1)
             self.register_buffer(name, levels, persistent=False)
 
     def forward(self, images: Sequence[Tensor]) -> ImageList:
