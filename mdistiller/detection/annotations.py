@@ -250,7 +250,7 @@ def _segments(segmentation: Any, image: dict[str, Any]) -> tuple[Any, str]:
             return segmentation, ""
         return None, f"its RLE mask is {shown(segmentation.get('size'), 60)}, unlike the image"
     if not segmentation:
-        return None, "it has no segmentation, which masks are trained on"
+        return None, "it has no segmentation, which a Mask R-CNN needs"
     parts = polygon_parts(segmentation)
     if not parts:
         return None, "its segmentation is neither polygons of 3 or more points nor RLE"

@@ -243,7 +243,8 @@ class ValBatches:
     def _tasks(self) -> Iterator[list[View]]:
         for start in range(self.start, self.stop, self.batch_size):
             stop = min(start + self.batch_size, self.stop)
-            yield [View(index, self.min_size, self.max_size) for index in range(start, stop)]
+            sizes = (self.min_size, self.max_size)
+            yield [View(index, *sizes, masks=False) for index in range(start, stop)]
 
     def __iter__(self) -> Iterator[Batch]:
         for made in self._workers.batches(self._tasks()):

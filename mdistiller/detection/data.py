@@ -13,6 +13,7 @@ import torch
 
 from mdistiller.detection.batches import TrainBatches, ValBatches
 from mdistiller.detection.dataset import COCO91, CocoDetectionSet
+from mdistiller.detection.evaluate import coco_api
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
@@ -58,7 +59,7 @@ def build_set(cfg: Any, split: str) -> CocoDetectionSet:
         images,
         annotations,
         label_space=node.LABEL_SPACE,
-        masks=train and bool(cfg.DETECTION.STUDENT.MASK),
+        masks=bool(cfg.DETECTION.STUDENT.MASK),
         mend=node.BAD_ANNOTATIONS == "fix",
         keep_empty=not train or node.KEEP_EMPTY,
         exif=node.EXIF,
@@ -142,8 +143,13 @@ def train_batches(cfg: Any, device: torch.device | str = "cpu") -> TrainBatches:
 
 
 def val_loader(cfg: Any, device: torch.device | str = "cpu") -> ValBatches:
-    """Validation batches of a config; `.dataset` is the set."""
+    """Validation batches of a config; `.dataset` is the set. Their targets have no masks.
+
+    Raises:
+        UserError: also if what measures them later, DETECTION.EVALUATOR, is not installed.
+    """
     node = cfg.DETECTION.DATA
+    coco_api(cfg.DETECTION.EVALUATOR)
     return ValBatches(
         build_set(cfg, "VAL"),
         node.TEST_BATCH_SIZE,

@@ -25,12 +25,17 @@ COCO91 = 91
 
 @dataclass(frozen=True)
 class View:
-    """How an image is seen: its position in the set, its shorter side, whether it is flipped."""
+    """How an image is seen: its position in the set, its shorter side, whether it is flipped.
+
+    Attributes:
+        masks: whether masks are drawn, if the set has them.
+    """
 
     index: int
     min_size: int
     max_size: int
     flip: bool = False
+    masks: bool = True
 
 
 class CocoDetectionSet:
@@ -42,7 +47,7 @@ class CocoDetectionSet:
         images: the folder.
         annotations: the file.
         label_space: see `data.DATA`.
-        masks: objects need masks, and targets have them.
+        masks: objects need masks, and targets have them, too.
         mend: whether its `BAD_ANNOTATIONS` is fix.
         keep_empty: keep images without objects.
         exif: see its `EXIF`.
@@ -223,7 +228,7 @@ class CocoDetectionSet:
             "image_id": self.image_id(view.index),
             "size": (height, width),
         }
-        if self.masks:
+        if self.masks and view.masks:
             target["masks"] = self._masks(where, (height, width), new, view.flip)
         return image, target
 
