@@ -30,7 +30,7 @@ ITERATIONS: dict[str, Any] = {
     "WARMUP_FACTOR": 0.001,
     "EVAL_PERIOD": 10000,  # iterations of a round, after which is evaluated and saved
     "WEIGHT_DECAY_NORM": 0.0,  # weight decay of batch norms and the like
-    "EPOCHS": 0,  # rounds: follows from the above
+    "EPOCHS": 1,  # rounds: follows from the above, not to be set
 }
 """What SOLVER has in place of, and beside, the keys of classification."""
 
@@ -79,7 +79,7 @@ def load_config(
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
     rounds = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
-    if cfg.SOLVER.EPOCHS not in (0, rounds):
+    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], rounds):
         raise UserError(
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}: detection counts iterations; set SOLVER.MAX_ITER, "
             "and SOLVER.EVAL_PERIOD for the iterations from one evaluation to the next"
