@@ -33,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_file(args: argparse.Namespace) -> None:
     """Write the converted weights to a new file, and say how a config uses it."""
-    from mdistiller.detection.convert import convert
+    from mdistiller.detection.convert import convert, read
     from mdistiller.detection.weights import FACTS
     from mdistiller.engine.checkpoint import save_checkpoint
 
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")
-    contents = convert(args.file, args.input, not args.stride_in_3x3)
+    contents = convert(read(args.file), args.file, args.input, not args.stride_in_3x3)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(contents, args.out)
     facts = contents[FACTS]

@@ -63,18 +63,20 @@ _DEPTHS = {  # blocks of each stage, and whether they are bottlenecks
 }
 
 
-def convert(path: Path, form: str = "bgr", stride_in_1x1: bool = True) -> dict[str, Any]:
-    """The contents of a file that `DETECTION.*.WEIGHTS` takes, from one of detectron2.
+def convert(
+    arrays: Mapping[str, Tensor], path: Path, form: str = "bgr", stride_in_1x1: bool = True
+) -> dict[str, Any]:
+    """The contents of a file that `DETECTION.*.WEIGHTS` takes, from what detectron2 has.
 
     Args:
-        path: a .pkl of the model zoo, or a .pth of a training with detectron2.
+        arrays: by detectron2's names; see :func:`read`.
+        path: the file they are of, for errors.
         form: of FORMATS, how its images were put to it.
         stride_in_1x1: as of NETWORK; without meaning for ResNet-18 and 34.
 
     Raises:
-        UserError: the file is refused, or anything in it is missing, unknown or of another shape.
+        UserError: anything is missing, unknown or of another shape.
     """
-    arrays = _read(path)
     state = {}
     unknown = []
     for name, value in arrays.items():
@@ -110,8 +112,12 @@ def rename(name: str) -> str | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors by detectron2's names."""
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights, by detectron2's names, of a .pkl of its zoo or a .pth of a training with it.
+
+    Raises:
+        UserError: the file is refused, damaged or holds something else.
+    """
     contents = load_arrays(path) if path.suffix in (".pkl", ".pickle") else load_checkpoint(path)
     state = contents.get("model") if isinstance(contents, Mapping) else None
     if not isinstance(state, Mapping) or not state:

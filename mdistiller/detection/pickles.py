@@ -41,8 +41,9 @@ def _dtype(name: str, *rest: Any) -> np.dtype:
     return np.dtype(name, copy=True)
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype)[0]
+def _no_bytes() -> bytes:
+    """How pickles of protocol 2 hold the bytes of an empty array."""
+    return b""
 
 
 def _encode(text: str, code: str = "latin1") -> bytes:
@@ -55,6 +56,7 @@ def _encode(text: str, code: str = "latin1") -> bytes:
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _dtype,
     **{
@@ -62,7 +64,6 @@ _KNOWN: dict[tuple[str, str], Any] = {
         for core in ("core", "_core")
         for module, name, made in (
             ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _scalar),
             ("numeric", "_frombuffer", _frombuffer),
         )
     },
