@@ -122,9 +122,7 @@ class _Reading:
     def read(self, contents: dict[str, Any]) -> Annotations:
         categories = self._by_id(contents["categories"], "category")
         images = self._by_id(contents["images"], "image")
-        for number, record in categories.items():
-            if not isinstance(record.get("name"), str):
-                raise UserError(f"{self.path}: category {number} has no name")
+        self._check_names(categories)
         if not categories or not images:
             what = "images" if categories else "categories"
             raise UserError(f"{self.path} has no {what}: nothing to learn or to test")
@@ -147,6 +145,19 @@ class _Reading:
             Packed(segments for _, _, segments in objects) if self.segmentations else None,
             self.counts,
         )
+
+    def _check_names(self, categories: dict[int, dict[str, Any]]) -> None:
+        known: dict[str, int] = {}
+        for number, record in categories.items():
+            name = record.get("name")
+            if not isinstance(name, str):
+                raise UserError(f"{self.path}: category {number} has no name")
+            if name in known:
+                raise UserError(
+                    f"{self.path}: categories {known[name]} and {number} have the same name "
+                    f"{shown(name, 60)}; rename one"
+                )
+            known[name] = number
 
     def _by_id(self, records: list[Any], kind: str) -> dict[int, dict[str, Any]]:
         """Records in the order of their ids."""
@@ -217,10 +228,10 @@ class _Reading:
         if not self.mend:
             raise UserError(
                 f"{self.path}: annotation {number} of image {record['image_id']}: {fault}; mend "
-                f"it, or set DETECTION.DATA.BAD_ANNOTATIONS fix to {'clip' if usable else 'drop'} "
+                f"it, or set DETECTION.DATA.BAD_ANNOTATIONS fix to {'mend' if usable else 'drop'} "
                 "such ones"
             )
-        self.counts["objects clipped" if usable else "objects without box or mask"] += 1
+        self.counts["objects mended" if usable else "objects without box or mask"] += 1
 
 
 def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:

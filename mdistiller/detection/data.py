@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mdistiller.detection.batches import TrainBatches, ValBatches
-from mdistiller.detection.dataset import COCO91, CocoDetectionSet
+from mdistiller.detection.dataset import CocoDetectionSet
 from mdistiller.detection.evaluate import coco_api
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
@@ -21,7 +21,6 @@ __all__ = [
     "DATA",
     "CocoDetectionSet",
     "build_set",
-    "check_classes",
     "check_same_classes",
     "train_batches",
     "val_loader",
@@ -88,29 +87,6 @@ def check_keys(node: Any) -> None:
 def _place(text: str) -> Path:
     path = Path(text).expanduser()
     return path if path.is_absolute() else project_root() / path
-
-
-def check_classes(data: CocoDetectionSet, num_classes: int, network: str) -> None:
-    """Refuse a network with another class count than the data, background included.
-
-    Args:
-        num_classes: of the network.
-        network: its name or key, for the error.
-    """
-    if num_classes == data.num_classes:
-        return
-    own = len(data.category_ids)
-    if num_classes == COCO91 and all(0 < number < COCO91 for number in data.category_ids.values()):
-        advice = "if they are COCO's ids, set DETECTION.DATA.LABEL_SPACE coco91"
-    elif num_classes == own + 1:
-        advice = "set DETECTION.DATA.LABEL_SPACE contiguous"
-    else:
-        advice = "take a network for these classes, or data with its classes"
-    raise UserError(
-        f"{network} tells {num_classes} classes apart (background included), but "
-        f"{data.annotations.path} has {own} categories, {data.num_classes} classes under "
-        f"DETECTION.DATA.LABEL_SPACE {data.label_space}; {advice}"
-    )
 
 
 def check_same_classes(train: CocoDetectionSet, val: CocoDetectionSet) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller.dataset._corrupt import drop_corrupt
+from mdistiller.dataset._corrupt import corrupt
 from mdistiller.dataset._folder import FileSet
 from mdistiller.dataset._images import read_image, resize
 from mdistiller.detection.annotations import read_annotations
@@ -81,6 +81,10 @@ class CocoDetectionSet:
     ):
         self.folder, self.exif, self.masks = Path(images), exif, masks
         self.label_space, self.split = label_space, split
+        if not self.folder.is_dir():
+            raise UserError(
+                f"there is no image folder {self.folder}; set DETECTION.DATA.{split}_IMAGES"
+            )
         key = f"DETECTION.DATA.{split}_ANNOTATIONS"
         self.annotations = read_annotations(Path(annotations), key, segmentations=masks, mend=mend)
         self._name_labels()
@@ -134,22 +138,16 @@ class CocoDetectionSet:
         self.positions = filled
 
     def _drop_corrupt(self, threads: int) -> None:
-        files = FileSet(
-            self.folder,
-            self.annotations.names[self.positions],
-            torch.from_numpy(self.positions),
-            [],
-        )
-        kept = drop_corrupt(files, threads)
-        self.annotations.counts["unreadable images"] = len(files) - len(kept)
-        self.positions = kept.targets.numpy()
+        names = self.annotations.names[self.positions]
+        files = FileSet(self.folder, names, torch.zeros(len(names)), [])
+        bad = corrupt(files, threads)
+        self.annotations.counts["unreadable images"] = len(bad)
+        self.positions = np.delete(self.positions, bad)
+        if not len(self):
+            raise UserError(f"no image of {self.annotations.path} in {self.folder} can be read")
 
     def _require_images(self) -> None:
         """All files have to be there; whether they are sound shows when they are read."""
-        if not self.folder.is_dir():
-            raise UserError(
-                f"there is no image folder {self.folder}; set DETECTION.DATA.{self.split}_IMAGES"
-            )
         for index in range(len(self)):
             if not self.path(index).is_file():
                 raise UserError(
@@ -252,3 +250,17 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
     """
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))  # type: ignore[return-value]
+
+
+def class_advice(network: int, data: int, where: str) -> str:
+    """What to do about a network with another class count than the data.
+
+    Args:
+        network, data: class counts, background included; data's under its LABEL_SPACE.
+        where: the network's config node.
+    """
+    if network == COCO91 and data == 81:
+        return "for torchvision's COCO detectors set DETECTION.DATA.LABEL_SPACE coco91"
+    if data == COCO91:
+        return "set DETECTION.DATA.LABEL_SPACE contiguous, if it is for the data's categories"
+    return f"name weights for the data's classes, or start these parts anew: {where}.NEW_HEAD True"

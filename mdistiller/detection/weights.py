@@ -13,6 +13,7 @@ from typing import Any
 import torchvision.models as zoo
 from torch import Tensor, nn
 
+from mdistiller.detection.dataset import class_advice
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.inputs import FORMATS
 from mdistiller.models._released import TORCHVISION, released_file
@@ -43,10 +44,10 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
     if network.NEW_HEAD:
         state = {**state, **{k: v for k, v in own.items() if _other_classes(k, v, state)}}
     if _SCORES in state and _other_classes(_SCORES, own[_SCORES], state):
+        found, wanted = len(state[_SCORES]), len(own[_SCORES])
         raise UserError(
-            f"{where}.WEIGHTS {path} is for {len(state[_SCORES])} classes, background included, "
-            f"and the data have {len(own[_SCORES])}: choose the data's LABEL_SPACE to fit, or set "
-            f"{where}.NEW_HEAD True to start the class-dependent parts anew"
+            f"{where}.WEIGHTS {path} is for {found} classes, background included, and the data "
+            f"have {wanted}: {class_advice(found, wanted, where)}"
         )
     load_state(detector, without_counters(state, own), f"{path} and {where} ({network.ARCH})")
 
