@@ -3,6 +3,7 @@
 visualize tsne RUN --out tsne.png                          embeddings in two dimensions
 visualize correlation RUN --teacher RUN|NAME --out c.svg   of logits, minus the teacher's
 visualize attention RUN --teacher RUN|NAME --out a.png     where each stage is active
+visualize detections RUN --out d.png                       of detectors, beside truth and teacher
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mdistiller.registry import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5}
+PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5, "detections": 4}
 """What can be drawn, and of how many images by default; 0: all."""
 
 
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=int, metavar="N", help=f"number of test images (default: {defaults})"
     )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="detections: score from which on one is shown"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of t-SNE")
     return parser
 
@@ -48,11 +52,15 @@ def picture(words: Sequence[str]) -> Figure:
 
 
 def _picture(args: argparse.Namespace) -> Figure:
-    from mdistiller.engine.analysis import pictures
-
     count = PICTURES[args.picture] if args.samples is None else args.samples
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
+    if args.picture == "detections":
+        from mdistiller.cli import _detectors
+
+        return _detectors.picture(args, count)
+    from mdistiller.engine.analysis import pictures
+
     given = load_networks(args, ["latest"])
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
