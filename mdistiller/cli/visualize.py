@@ -20,8 +20,10 @@ from mdistiller.registry import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5, "detections": 4}
-"""What can be drawn, and of how many images by default; 0: all."""
+PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5}
+"""What can be drawn of classifiers, and of how many images by default; 0: all."""
+COUNTS = {**PICTURES, "detections": 4}
+"""The same with the picture of detectors."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,13 +31,13 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", choices=PICTURES)
+    parser.add_argument("picture", choices=COUNTS)
     add_networks(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.png or .svg")
     parser.add_argument(
         "--classes", default="", metavar="A,B,...", help="names or numbers of classes to show"
     )
-    defaults = ", ".join(f"{name} {count or 'all'}" for name, count in PICTURES.items())
+    defaults = ", ".join(f"{name} {count or 'all'}" for name, count in COUNTS.items())
     parser.add_argument(
         "--samples", type=int, metavar="N", help=f"number of test images (default: {defaults})"
     )
@@ -52,7 +54,7 @@ def picture(words: Sequence[str]) -> Figure:
 
 
 def _picture(args: argparse.Namespace) -> Figure:
-    count = PICTURES[args.picture] if args.samples is None else args.samples
+    count = COUNTS[args.picture] if args.samples is None else args.samples
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
     if args.picture == "detections":
