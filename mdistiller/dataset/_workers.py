@@ -143,6 +143,7 @@ class Workers:
             except RuntimeError as error:
                 raise _worker_failure(error) from error
             if isinstance(made, str):
+                _end(self._loader)
                 raise UserError(made)
             yield made.to(self.device, non_blocking=True)
 
@@ -150,13 +151,21 @@ class Workers:
 _live: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
 
 
+def _end(loader: DataLoader[Any]) -> None:
+    """End a loader's workers, if it has any, so that nobody has to wait for them later.
+
+    Nothing public does. The garbage collector, where it frees the queues before the loader, and the
+    interpreter's exit send one SIGTERM and wait.
+    """
+    workers, loader._iterator = loader._iterator, None
+    if workers is not None and hasattr(workers, "_shutdown_workers"):
+        workers._shutdown_workers()
+
+
 @atexit.register
-def _end_workers() -> None:
-    """End the workers that are still there at exit: Python would send one SIGTERM and wait."""
+def _end_all() -> None:
     for loader in _live:
-        end = getattr(loader._iterator, "_shutdown_workers", None)  # nothing public does
-        if end is not None:
-            end()
+        _end(loader)
 
 
 def _as_it_is(made: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mdistiller.detection.masks import polygon_parts, rle_size
+from mdistiller.detection.masks import polygon_parts, rle_counts
 from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import UserError
 
@@ -256,10 +256,11 @@ def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, st
 def _segments(segmentation: Any, image: dict[str, Any]) -> tuple[Any, str]:
     """The polygons or RLE of an object, None if they are of no use; and what is wrong."""
     if isinstance(segmentation, dict):
-        size = rle_size(segmentation)
-        if size == (image["height"], image["width"]):
-            return segmentation, ""
-        return None, f"its RLE mask is {shown(segmentation.get('size'), 60)}, unlike the image"
+        if segmentation.get("size") != [image["height"], image["width"]]:
+            return None, f"its RLE mask is {shown(segmentation.get('size'), 60)}, unlike the image"
+        if rle_counts(segmentation) is None:
+            return None, "its RLE mask does not fill the image"
+        return segmentation, ""
     if not segmentation:
         return None, "it has no segmentation, which a Mask R-CNN needs"
     parts = polygon_parts(segmentation)

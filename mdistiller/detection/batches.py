@@ -115,6 +115,41 @@ class _Maker:
         return _Made([image for image, _ in items], [target for _, target in items])
 
 
+class Tasks:
+    """What workers are asked for in training, without end; and the state after each batch.
+
+    It knows nothing of the workers, which keep hold of it: only without a cycle of references are
+    they ended at once where their batches are no longer wanted.
+    """
+
+    def __init__(
+        self, draws: Draws, part: slice, min_sizes: Sequence[int], max_size: int, flip: float
+    ):
+        self.draws, self.part = draws, part
+        self.min_sizes, self.max_size, self.flip = tuple(min_sizes), max_size, flip
+        self.state = draws.state_dict()  # of the batches that were given out
+        self._coming: deque[dict[str, Any]] = deque()  # states after those being made
+
+    def view(self, position: int, image: int) -> View:
+        """How the image at a position of the stream is seen."""
+        entropy = np.random.SeedSequence([self.draws.seed, 1, position])
+        size, flip = (int(value) for value in entropy.generate_state(2, np.uint64))
+        min_size = self.min_sizes[size % len(self.min_sizes)]
+        return View(image, min_size, self.max_size, flip < self.flip * 2**64)
+
+    def __iter__(self) -> Iterator[list[View]]:
+        self.draws.load_state_dict(self.state)
+        self._coming.clear()
+        while True:
+            drawn = self.draws.next()[self.part]
+            self._coming.append(self.draws.state_dict())
+            yield [self.view(*pair) for pair in drawn]
+
+    def given(self) -> None:
+        """Note that the next batch was given out."""
+        self.state = self._coming.popleft()
+
+
 class TrainBatches:
     """Endless training batches of this process; iterating continues where it stopped.
 
@@ -151,48 +186,31 @@ class TrainBatches:
     ):
         if batch_size < 1:
             raise UserError(f"SOLVER.BATCH_SIZE {batch_size} must be at least 1")
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.min_sizes, self.max_size, self.flip = tuple(min_sizes), max_size, flip
-        self.rank = runtime.rank() if rank is None else rank
+        self.dataset, self.batch_size = dataset, batch_size
+        rank = runtime.rank() if rank is None else rank
         world_size = runtime.world_size() if world_size is None else world_size
         portrait = dataset.portrait if grouping else np.zeros(len(dataset), bool)
-        self._draws = Draws(portrait, batch_size * world_size, seed)
-        self._state = self._draws.state_dict()  # of the batches that were given out
-        self._coming: deque[dict[str, Any]] = deque()  # states after the batches being made
+        draws = Draws(portrait, batch_size * world_size, seed)
+        part = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.tasks = Tasks(draws, part, min_sizes, max_size, flip)
         self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
 
-    def view(self, position: int, image: int) -> View:
-        """How the image at a position of the stream is seen."""
-        entropy = np.random.SeedSequence([self.seed % 2**64, 1, position])
-        size, flip = (int(value) for value in entropy.generate_state(2, np.uint64))
-        min_size = self.min_sizes[size % len(self.min_sizes)]
-        return View(image, min_size, self.max_size, flip < self.flip * 2**64)
-
-    def _tasks(self) -> Iterator[list[View]]:
-        start = self.rank * self.batch_size
-        while True:
-            drawn = self._draws.next()[start : start + self.batch_size]
-            self._coming.append(self._draws.state_dict())
-            yield [self.view(*pair) for pair in drawn]
-
     def __iter__(self) -> Iterator[Batch]:
-        self._draws.load_state_dict(self._state)
-        self._coming.clear()
-        for made in self._workers.batches(self._tasks()):
-            self._state = self._coming.popleft()
+        for made in self._workers.batches(self.tasks):
+            self.tasks.given()
             yield made.batch()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what follows is the same after loading them, also into other processes."""
-        return {**self._state, **self._facts()}
+        return {**self.tasks.state, **self._facts()}
 
     def _facts(self) -> dict[str, Any]:
         """What a position means nothing without."""
-        draws = self._draws
+        draws = self.tasks.draws
         return {
             "images": len(self.dataset),
             "batch_size": draws.batch_size,
-            "seed": self.seed,
+            "seed": draws.seed,
             "grouped": bool(draws.portrait.any()),
         }
 
@@ -208,7 +226,7 @@ class TrainBatches:
                     f"the run's data were at {name} {state.get(name)!r}, now it is {value!r}: "
                     "resuming would give other batches; start a new run"
                 )
-        self._state = {"position": state["position"], "waiting": state["waiting"]}
+        self.tasks.state = {"position": state["position"], "waiting": state["waiting"]}
 
 
 class ValBatches:
@@ -240,11 +258,10 @@ class ValBatches:
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
 
-    def _tasks(self) -> Iterator[list[View]]:
-        for start in range(self.start, self.stop, self.batch_size):
-            stop = min(start + self.batch_size, self.stop)
-            sizes = (self.min_size, self.max_size)
-            yield [View(index, *sizes, masks=False) for index in range(start, stop)]
+    def _tasks(self) -> list[list[View]]:
+        sizes = (self.min_size, self.max_size)
+        views = [View(i, *sizes, masks=False) for i in range(self.start, self.stop)]
+        return [views[k : k + self.batch_size] for k in range(0, len(views), self.batch_size)]
 
     def __iter__(self) -> Iterator[Batch]:
         for made in self._workers.batches(self._tasks()):

@@ -80,7 +80,7 @@ def check_keys(node: Any) -> None:
         raise UserError(f"DETECTION.DATA.FLIP {node.FLIP} is a probability, 0..1")
     if node.BAD_ANNOTATIONS not in ("error", "fix"):
         raise UserError(
-            f"DETECTION.DATA.BAD_ANNOTATIONS {node.BAD_ANNOTATIONS!r} : use error or fix"
+            f"DETECTION.DATA.BAD_ANNOTATIONS {node.BAD_ANNOTATIONS!r} is unknown; use error or fix"
         )
 
 

@@ -41,19 +41,34 @@ def polygon_parts(segmentation: Any) -> list[list[float]]:
     ]
 
 
-def rle_size(rle: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of run lengths that fit them; None if something is wrong with them.
+def rle_counts(rle: Mapping[str, Any]) -> list[int] | None:
+    """Run lengths, of a string as well, in turn of pixels outside and inside, column by column.
 
-    What a compressed string spells is not looked at.
+    None if they do not fill `size`, or something else is wrong: pycocotools would not notice.
     """
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or len(size) != 2 or not all(type(s) is int for s in size):
         return None
-    if isinstance(counts, list):
-        right = all(type(c) is int and c >= 0 for c in counts) and sum(counts) == math.prod(size)
-    else:
-        right = isinstance(counts, str) and bool(counts)
-    return (size[0], size[1]) if right else None
+    if isinstance(counts, str):
+        counts = _unpack(counts)
+    if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
+        return None
+    return counts if sum(counts) == math.prod(size) else None
+
+
+def _unpack(text: str) -> list[int]:
+    """COCO's packed run lengths: five bits a character, differences to the one before the last."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last character of a number
+            value -= (code & 16) << (shift - 4)  # which was negative
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 def draw_mask(segmentation: Any, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
@@ -65,19 +80,16 @@ def draw_mask(segmentation: Any, height: int, width: int, size: tuple[int, int])
         height, width: of the image that the segmentation is of.
         size: height and width of the mask.
     """
-    api = coco_masks()
     if isinstance(segmentation, Mapping):
-        return resize_nearest(_decode(api, segmentation), size)
+        counts = rle_counts(segmentation)
+        assert counts is not None  # checked when the file was read
+        runs = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
+        return resize_nearest(runs.reshape(width, height).T, size)
+    api = coco_masks()
     scale = np.array([size[1] / width, size[0] / height])
     parts = [(np.reshape(part, (-1, 2)) * scale).ravel().tolist() for part in segmentation]
     drawn: np.ndarray = api.decode(api.merge(api.frPyObjects(parts, *size)))
     return drawn
-
-
-def _decode(api: Any, rle: Mapping[str, Any]) -> np.ndarray:
-    packed = api.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
-    mask: np.ndarray = api.decode(packed)
-    return mask
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -265,7 +265,12 @@ WRONG = {
     ),
     "wrong counts": (
         {"segmentation": {"size": [96, 128], "counts": [16]}},
-        "its RLE mask is [96, 128]",
+        "its RLE mask does not fill the image",
+        "without",
+    ),
+    "packed nonsense": (
+        {"segmentation": {"size": [96, 128], "counts": "zzzz9z"}},
+        "its RLE mask does not fill the image",
         "without",
     ),
 }
