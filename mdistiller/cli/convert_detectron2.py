@@ -3,7 +3,7 @@
 Takes Faster and Mask R-CNNs with ResNet and FPN: the zoo's .pkl files, and .pth files of trainings
 with detectron2. No code of the file is run. The zoo's detectors take blue first (--input bgr), and
 their bottlenecks halve the resolution in the first layer; say otherwise for those that were trained
-from torchvision's ResNets.
+from torchvision's ResNets. MSRA's R-50.pkl and R-101.pkl become files for BACKBONE_WEIGHTS.
 """
 
 from __future__ import annotations
@@ -33,21 +33,27 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_file(args: argparse.Namespace) -> None:
     """Write the converted weights to a new file, and say how a config uses it."""
+    from mdistiller.detection.caffe2 import convert_backbone, is_backbone
     from mdistiller.detection.convert import convert, read
     from mdistiller.detection.weights import FACTS
     from mdistiller.engine.checkpoint import save_checkpoint
 
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")
-    contents = convert(read(args.file), args.file, args.input, not args.stride_in_3x3)
+    arrays = read(args.file)
+    if is_backbone(arrays):
+        contents = convert_backbone(arrays, args.file)
+        settings = "BACKBONE_WEIGHTS, with INPUT bgr STRIDE_IN_1X1 True"
+    else:
+        contents = convert(arrays, args.file, args.input, not args.stride_in_3x3)
+        facts = contents[FACTS]
+        settings = " ".join(f"{key.upper()} {facts[key]}" for key in facts if key in _SAID)
+        settings = (
+            f"WEIGHTS, with {settings}, for {facts['num_classes']} classes, background included"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(contents, args.out)
-    facts = contents[FACTS]
-    settings = " ".join(f"{key.upper()} {facts[key]}" for key in facts if key in _SAID)
-    print(
-        f"{args.out}: {len(contents['model'])} tensors, {facts['num_classes']} classes with the "
-        f"background; in a config: {settings}"
-    )
+    print(f"{args.out}: {len(contents['model'])} tensors; in a config for {settings}")
 
 
 _SAID = ("arch", "flavour", "input", "stride_in_1x1", "mask", "channels")

@@ -119,7 +119,9 @@ def read(path: Path) -> dict[str, Tensor]:
         UserError: the file is refused, damaged or holds something else.
     """
     contents = load_arrays(path) if path.suffix in (".pkl", ".pickle") else load_checkpoint(path)
-    state = contents.get("model") if isinstance(contents, Mapping) else None
+    state = contents
+    for key in ("model", "blobs"):  # of detectron2; of Caffe2, which may do without
+        state = state.get(key, state) if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{path} holds no weights under 'model', as files of detectron2 do")
     tensors = {}

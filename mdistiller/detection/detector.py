@@ -43,8 +43,9 @@ class Detector(GeneralizedRCNN):
         self.paste = paste
         self.facts = facts
         # Under autocast boxes would be computed in half precision, which knows no single pixels.
-        for head in (rpn.head, roi_heads.box_predictor):
-            head.register_forward_hook(_in_full_precision)
+        for head in (rpn.head, roi_heads.box_predictor, roi_heads.mask_predictor):
+            if head is not None:
+                head.register_forward_hook(_in_full_precision)
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None

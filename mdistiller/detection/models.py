@@ -158,6 +158,11 @@ def check_network(network: Any, where: str) -> None:
             f"{where}.WEIGHTS: torchvision released no {network.ARCH} detector; it has "
             f"{', '.join(NAMED)}"
         )
+    if network.WEIGHTS == "torchvision" and network.ARCH in _NO_EPS and network.NORM != "frozen":
+        raise UserError(
+            f"{where}.NORM is {network.NORM}, but torchvision's {network.ARCH} was trained with "
+            "constant batch norms: set it to frozen"
+        )
 
 
 def assemble(network: Any, num_classes: int) -> Detector:

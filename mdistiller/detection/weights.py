@@ -13,6 +13,7 @@ from typing import Any
 import torchvision.models as zoo
 from torch import Tensor, nn
 
+from mdistiller.detection.caffe2 import BACKBONE
 from mdistiller.detection.dataset import class_advice
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.inputs import FORMATS
@@ -53,7 +54,11 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
 
 
 def check_facts(
-    facts: Mapping[str, Any], wanted: Mapping[str, Any], path: str | Path, where: str
+    facts: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    path: str | Path,
+    where: str,
+    of: str = "WEIGHTS",
 ) -> None:
     """Refuse a file whose facts are not those of the network it is for.
 
@@ -66,7 +71,7 @@ def check_facts(
         if name != "num_classes" and not same:
             key = name.upper()
             raise UserError(
-                f"{where}.WEIGHTS {path} is of a detector with {key} {str(said)[:60]}, but "
+                f"{where}.{of} {path} is of a detector with {key} {str(said)[:60]}, but "
                 f"{where}.{key} is {value}: set it to that"
             )
 
@@ -88,7 +93,12 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
                 "as they were trained"
             )
         path = _released(arch, "IMAGENET1K_V1")
-    state = network_state(load_checkpoint(path), path)
+    contents = load_checkpoint(path)
+    facts = contents.get(BACKBONE) if isinstance(contents, Mapping) else None
+    if isinstance(facts, Mapping):
+        wanted = {key: detector.facts[key] for key in ("input", "stride_in_1x1")}
+        check_facts(facts, wanted, path, where, "BACKBONE_WEIGHTS")
+    state = network_state(contents, path)
     plain = {key.removeprefix("features."): value for key, value in state.items()}
     body: nn.Module = detector.backbone.body
     inside = {name for name, _ in body.named_children()}  # the rest are what follows the last stage

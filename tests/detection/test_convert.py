@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from torchvision.models.resnet import Bottleneck, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
 from mdistiller.cli import convert_detectron2
+from mdistiller.detection.caffe2 import convert_backbone
 from mdistiller.detection.convert import convert, read, rename
 from mdistiller.detection.models import assemble, build_detector
 from mdistiller.registry import UserError
@@ -73,8 +75,9 @@ def test_a_converted_mask_rcnn_gives_what_the_zoos_does(tmp_path, mask18, capsys
     path = zoo.write(tmp_path / "zoo.pkl", mask18)
     assert command(path, tmp_path / "new.pth") == 0
     said = capsys.readouterr().out
-    assert "4 classes with the background" in said
-    assert "ARCH resnet18 FLAVOUR d2 INPUT bgr STRIDE_IN_1X1 False MASK True CHANNELS 16" in said
+    assert "4 classes, background included" in said
+    assert "for WEIGHTS, with ARCH resnet18 FLAVOUR d2 INPUT bgr STRIDE_IN_1X1 False" in said
+    assert "MASK True CHANNELS 16" in said
     net = build_detector(node(tmp_path / "new.pth", MASK=True), 4).eval()
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in net.modules()) == 20
     compare(net, zoo.Reference(mask18))
@@ -166,6 +169,62 @@ def test_constants_must_be_the_flavours(mask18):
         converted(mask18 | {"pixel_mean": rgb})
     with pytest.raises(UserError, match=r"pixel_std is \[1\.0, .* INPUT rgb"):
         converted(mask18 | {"pixel_mean": rgb}, form="rgb")
+
+
+def folded(seed=0):
+    """A ResNet-50 as MSRA's files have it, and the same by torchvision's names."""
+    torch.manual_seed(seed)
+    net = resnet50(norm_layer=FrozenBatchNorm2d)
+    arrays = {"fc1000_w": np.zeros((1000, 2048), "f"), "conv1_b": np.zeros(64, "f")}
+    layers = {"conv1": "2a", "conv2": "2b", "conv3": "2c", "downsample.0": "1"}
+    for layer in net.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            layer.weight.uniform_(0.2, 0.4)
+            layer.bias.normal_(0, 0.1)
+    pairs = [("conv1_w", "res_conv1", net.conv1, net.bn1)]
+    for n in range(2, 6):
+        for i, block in enumerate(getattr(net, f"layer{n - 1}")):
+            for own, theirs in layers.items():
+                if own != "downsample.0" or block.downsample is not None:
+                    norm = own.replace("conv", "bn").replace("downsample.0", "downsample.1")
+                    name = f"res{n}_{i}_branch{theirs}"
+                    parts = block.get_submodule(own), block.get_submodule(norm)
+                    pairs.append((f"{name}_w", name, *parts))
+    for weight, name, conv, norm in pairs:
+        arrays[weight] = conv.weight.detach().numpy()
+        arrays[f"{name}_bn_s"], arrays[f"{name}_bn_b"] = norm.weight.numpy(), norm.bias.numpy()
+    return arrays, net
+
+
+def test_msras_backbones(tmp_path, capsys):
+    arrays, net = folded()
+    for module in net.modules():  # the factor is all there is: no eps
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0
+        if isinstance(module, Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": arrays}, protocol=2))
+    assert command(path, tmp_path / "msra.pth") == 0
+    assert "for BACKBONE_WEIGHTS, with INPUT bgr STRIDE_IN_1X1 True" in capsys.readouterr().out
+    keys = {"ARCH": "resnet50", "NORM": "frozen", "BACKBONE_WEIGHTS": str(tmp_path / "msra.pth")}
+    own = build_detector(nets.node(INPUT="bgr", STRIDE_IN_1X1=True, **keys), 4)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        y = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
+        for k in "234":
+            y = net.get_submodule(f"layer{k}")(y)
+        torch.testing.assert_close(own.eval().backbone.body(x)["3"], y, rtol=1e-4, atol=1e-5)
+    for wrong, error in (
+        ({"STRIDE_IN_1X1": True}, "INPUT bgr, but DETECTION.STUDENT.INPUT is rgb"),
+        ({"INPUT": "bgr"}, "STRIDE_IN_1X1 True, but DETECTION.STUDENT.STRIDE_IN_1X1 is False"),
+    ):
+        with torch.device("meta"), pytest.raises(UserError, match=error):
+            build_detector(nets.node(**wrong, **keys), 4)
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    for bad in ({"conv1_b": torch.ones(64)}, {"res2_0_branch2a_gn_s": torch.ones(64)}):
+        with pytest.raises(UserError, match=rf"1 weights that .* \({next(iter(bad))}\)"):
+            convert_backbone(tensors | bad, path)
 
 
 class Call:

@@ -324,6 +324,8 @@ def test_settings_that_contradict_one_another():
         build_detector(nets.named("fasterrcnn_resnet50_fpn", FLAVOUR="d2"), 4)
     with pytest.raises(UserError, match="has MASK True; set it so"):
         build_detector(nets.node(ARCH="maskrcnn_resnet50_fpn", CHANNELS=256), 4)
+    with pytest.raises(UserError, match="trained with constant batch norms: set it to frozen"):
+        build_detector(nets.named("fasterrcnn_resnet50_fpn", WEIGHTS="torchvision"), 91)
     for key, value in (("NORM", "frozen"), ("FREEZE_AT", 2)):
         with pytest.raises(UserError, match="random ones cannot stay frozen"):
             build_detector(nets.node(**{key: value}), 4)
