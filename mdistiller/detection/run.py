@@ -13,9 +13,10 @@ from mdistiller.detection.data import check_same_classes, train_batches, val_loa
 from mdistiller.detection.dataset import CocoDetectionSet
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.distillers import DetectionDistiller
+from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.methods import METHODS, method_names
 from mdistiller.detection.models import build_detector
-from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds, evaluate
+from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
 from mdistiller.detection.weights import FACTS
 from mdistiller.distillers import Vanilla
 from mdistiller.engine import run as engine
@@ -26,7 +27,7 @@ from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
-from mdistiller.runtime import rank
+from mdistiller.runtime import project_root, rank
 
 
 @dataclass
@@ -84,7 +85,7 @@ def build_distiller(cfg: Config, num_classes: int, device: torch.device) -> Dete
         num_classes: with the background.
     """
     seed_everything(cfg.EXPERIMENT.SEED)
-    student, teacher = build_detector(cfg.DETECTION.STUDENT, num_classes), None
+    student, teacher = build_detector(located(cfg.DETECTION.STUDENT), num_classes), None
     if method_names(cfg.DISTILLER.TYPE):
         teacher = build_teacher(cfg, num_classes).to(device)
     student.file_entries = {FACTS: student.facts}  # type: ignore[assignment]
@@ -102,14 +103,14 @@ def build_teacher(cfg: Config, num_classes: int) -> Detector:
     Raises:
         UserError: it has none, or the settings of student and teacher are mixed up.
     """
-    node, name = cfg.DETECTION.TEACHER, cfg.DISTILLER.TYPE
+    node, name = located(cfg.DETECTION.TEACHER), cfg.DISTILLER.TYPE
     if not node.WEIGHTS:
         raise UserError(
             f"DISTILLER.TYPE {name} needs a trained teacher: set DETECTION.TEACHER.WEIGHTS to its "
             "file (of a run: student_best or student_latest; of detectron2's zoo: converted by "
             "tools/convert_detectron2.py), or to torchvision"
         )
-    if node.WEIGHTS != "torchvision" and not Path(node.WEIGHTS).expanduser().is_file():
+    if node.WEIGHTS != "torchvision" and not Path(node.WEIGHTS).is_file():
         raise UserError(
             f"DETECTION.TEACHER.WEIGHTS: {node.WEIGHTS} does not exist; train the teacher first "
             "(its config without DISTILLER.TYPE), or name another file"
@@ -130,9 +131,20 @@ def build_teacher(cfg: Config, num_classes: int) -> Detector:
     return build_detector(node, num_classes, "DETECTION.TEACHER")
 
 
+def located(node: Any) -> Any:
+    """A network's node; its files that are not where they say are those of the checkout."""
+    node = node.clone()
+    node.defrost()
+    for key in ("WEIGHTS", "BACKBONE_WEIGHTS"):
+        path = project_root() / node[key]
+        if node[key] and not Path(node[key]).is_file() and path.is_file():
+            node[key] = str(path)
+    return node
+
+
 def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:
     """The teacher's box AP in percent on the validation set, printed."""
-    found = evaluate(teacher, val, device, cfg)
+    found = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
     if rank() == 0:
         print(log_msg(f"teacher: box AP {found[SCORE]:.2f}, AP50 {found['bbox/AP50']:.2f}"))
         if found[SCORE] < 1:

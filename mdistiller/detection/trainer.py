@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from mdistiller.detection.batches import Batch, TrainBatches, ValBatches
+from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.runtime import world_size
@@ -157,7 +158,8 @@ class DetectionTrainer(BaseTrainer):
         return {"train_loss": loss, **{f"train_{name}": value for name, value in means.items()}}
 
     def evaluate(self) -> dict[str, float]:
-        found = evaluate(self.model.student, self.val_loader, self.device, self.cfg)
+        backend = self.cfg.DETECTION.EVALUATOR
+        found = evaluate_detector(self.model.student, self.val_loader, self.device, backend)
         return {f"test_{name}": value for name, value in found.items()}
 
     def progress_line(self, record: dict[str, Any]) -> str:
@@ -169,13 +171,3 @@ class DetectionTrainer(BaseTrainer):
             f"AP {record[self.selects]:.2f} AP50 {record['test_bbox/AP50']:.2f}{masks} "
             f"(best {self.best_acc:.2f})  {seconds:.2f} s/iteration  "
         )
-
-
-def evaluate(
-    detector: nn.Module, loader: ValBatches, device: torch.device, cfg: Any
-) -> dict[str, float]:
-    """Average precision in percent by name, in all processes; the detector is then in eval mode."""
-    from mdistiller.detection.evaluate import evaluate_detector
-
-    detector.eval()
-    return evaluate_detector(detector, loader, device, cfg.DETECTION.EVALUATOR)

@@ -139,6 +139,10 @@ class Config(CfgNode):
             raise UserError(
                 f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
             )
+        if "DETECTION" in incoming and "DETECTION" not in self:
+            raise UserError(
+                "DETECTION: this is for a detector: run it with tools/train_detection.py"
+            )
         modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
         if modules:  # they add up; what they register has to be known before its keys are read
             import_user_modules(modules)
