@@ -1,4 +1,4 @@
-"""Small detectors for the tests: ResNet-18 with 32 channels, lively but tame random weights."""
+"""Small detectors for the tests: MobileNetV2 with 32 channels, lively but tame random weights."""
 
 import copy
 
@@ -9,7 +9,13 @@ from yacs.config import CfgNode
 
 from mdistiller.detection.models import NETWORK, build_detector
 
-SMALL = {"ARCH": "resnet18", "CHANNELS": 32, "NORM": "batch", "FREEZE_AT": 0, "ROI_SAMPLES": 64}
+SMALL = {
+    "ARCH": "mobilenet_v2",
+    "CHANNELS": 32,
+    "NORM": "batch",
+    "FREEZE_AT": 0,
+    "ROI_SAMPLES": 64,
+}
 
 
 def node(**keys):

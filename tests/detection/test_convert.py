@@ -26,7 +26,14 @@ def command(*words):
 
 def node(path, **keys):
     """A config node for a converted file."""
-    settings = {"FLAVOUR": "d2", "INPUT": "bgr", "CHANNELS": 16, "NORM": "frozen", **keys}
+    settings = {
+        "ARCH": "resnet18",
+        "FLAVOUR": "d2",
+        "INPUT": "bgr",
+        "CHANNELS": 16,
+        "NORM": "frozen",
+        **keys,
+    }
     return nets.node(WEIGHTS=str(path), **settings)
 
 

@@ -35,7 +35,7 @@ def stock(kind, net):
 
 @pytest.mark.parametrize(("kind", "mask"), [(FasterRCNN, False), (MaskRCNN, True)])
 def test_the_tv_flavour_is_torchvisions(kind, mask):
-    net = nets.detector(MASK=mask, CHANNELS=256)
+    net = nets.detector(ARCH="resnet18", MASK=mask, CHANNELS=256)
     image, target = nets.images()[:1], nets.targets(mask)[:1]  # which stock resizes by 1
     other = stock(kind, net)
     torch.manual_seed(1)
@@ -176,17 +176,18 @@ def saved(net, path):
 
 
 def test_frozen_stages_and_norms(tmp_path):
-    path = saved(nets.detector(), tmp_path / "net.pth")
-    net = build_detector(nets.node(WEIGHTS=path, NORM="frozen", FREEZE_AT=2), 4)
+    path = saved(nets.detector(ARCH="resnet18"), tmp_path / "net.pth")
+    keys = {"ARCH": "resnet18", "WEIGHTS": path}
+    net = build_detector(nets.node(NORM="frozen", FREEZE_AT=2, **keys), 4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     fixed = {name for name, p in net.backbone.body.named_parameters() if not p.requires_grad}
     assert {name.split(".")[0] for name in fixed} == {"conv1", "layer1"}
-    trained = build_detector(nets.node(WEIGHTS=path, FREEZE_AT=1), 4)
+    trained = build_detector(nets.node(FREEZE_AT=1, **keys), 4)
     assert isinstance(trained.backbone.body.bn1, FrozenBatchNorm2d)
     assert isinstance(trained.backbone.body.layer1[0].bn1, nn.BatchNorm2d)
     assert trained.backbone.body.layer1[0].conv1.weight.requires_grad
-    mobile = saved(nets.detector(ARCH="mobilenet_v2"), tmp_path / "mobile.pth")
-    net = build_detector(nets.node(ARCH="mobilenet_v2", WEIGHTS=mobile, FREEZE_AT=2), 4)
+    mobile = saved(nets.detector(), tmp_path / "mobile.pth")
+    net = build_detector(nets.node(WEIGHTS=mobile, FREEZE_AT=2), 4)
     fixed = {name for name, p in net.backbone.body.named_parameters() if not p.requires_grad}
     assert {name.split(".")[0] for name in fixed} == {"0", "1", "2", "3"}
 
@@ -210,7 +211,7 @@ def test_weights_come_back_as_they_were(tmp_path, norm):
 MIXED_UP = {
     "FLAVOUR": ("d2", "a detector with FLAVOUR tv, but DETECTION.TEACHER.FLAVOUR is d2"),
     "INPUT": ("bgr", "INPUT rgb, but DETECTION.TEACHER.INPUT is bgr"),
-    "ARCH": ("resnet34", "ARCH resnet18, but DETECTION.TEACHER.ARCH is resnet34"),
+    "ARCH": ("resnet18", "ARCH mobilenet_v2, but DETECTION.TEACHER.ARCH is resnet18"),
     "MASK": (True, "MASK False, but DETECTION.TEACHER.MASK is True"),
     "CHANNELS": (64, "CHANNELS 32, but DETECTION.TEACHER.CHANNELS is 64"),
     "ANCHOR_SIZES": ([16, 32, 64, 128, 256], r"ANCHOR_SIZES \[32, 64"),
@@ -308,7 +309,7 @@ BAD = {
     "FREEZE_AT": (6, "allowed: 0, 1, 2, 3, 4, 5"),
     "CHANNELS": (0, "at least 1"),
     "ANCHOR_SIZES": ([32, 64], "want 5 sizes above 0"),
-    "WEIGHTS": ("torchvision", "torchvision released no resnet18 detector"),
+    "WEIGHTS": ("torchvision", "torchvision released no mobilenet_v2 detector"),
 }
 
 
