@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "train_detection": "train a detector (Faster or Mask R-CNN), alone or under a teacher",
     "eval": "how good checkpoints are on a data set, alone and beside their teacher",
+    "eval_detection": "average precision of detectors on a COCO-format set, by class",
     "visualize": "t-SNE, correlation of logits and attention maps of checkpoints, as PNG or SVG",
     "export": "a trained student as safetensors, ONNX and torch.export, with a model card",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",

@@ -46,10 +46,13 @@ DATA: dict[str, Any] = {
 }
 
 
-def build_set(cfg: Any, split: str) -> CocoDetectionSet:
+def build_set(cfg: Any, split: str, masks: bool | None = None) -> CocoDetectionSet:
     """The training ("TRAIN") or validation ("VAL") set of a config.
 
     In validation no image is left out: that would change the average precision.
+
+    Args:
+        masks: whether objects need masks; by default, if the student has them.
     """
     node, train = cfg.DETECTION.DATA, split == "TRAIN"
     check_keys(node)
@@ -58,7 +61,7 @@ def build_set(cfg: Any, split: str) -> CocoDetectionSet:
         images,
         annotations,
         label_space=node.LABEL_SPACE,
-        masks=bool(cfg.DETECTION.STUDENT.MASK),
+        masks=bool(cfg.DETECTION.STUDENT.MASK) if masks is None else masks,
         mend=node.BAD_ANNOTATIONS == "fix",
         keep_empty=not train or node.KEEP_EMPTY,
         exif=node.EXIF,
@@ -118,8 +121,13 @@ def train_batches(cfg: Any, device: torch.device | str = "cpu") -> TrainBatches:
     )
 
 
-def val_loader(cfg: Any, device: torch.device | str = "cpu") -> ValBatches:
+def val_loader(
+    cfg: Any, device: torch.device | str = "cpu", masks: bool | None = None
+) -> ValBatches:
     """Validation batches of a config; `.dataset` is the set. Their targets have no masks.
+
+    Args:
+        masks: whether objects need masks, to measure those of a detector; see :func:`build_set`.
 
     Raises:
         UserError: also if what measures them later, DETECTION.EVALUATOR, is not installed.
@@ -127,7 +135,7 @@ def val_loader(cfg: Any, device: torch.device | str = "cpu") -> ValBatches:
     node = cfg.DETECTION.DATA
     coco_api(cfg.DETECTION.EVALUATOR)
     return ValBatches(
-        build_set(cfg, "VAL"),
+        build_set(cfg, "VAL", masks),
         node.TEST_BATCH_SIZE,
         min_size=node.TEST_MIN_SIZE,
         max_size=node.MAX_SIZE,
