@@ -54,6 +54,7 @@ class Annotations:
         category_ids: int64 [A].
         segmentations: polygons or RLE of each object, if they were asked for.
         counts: what was left out or mended: name -> how often.
+        left_out: ids of annotations, also of crowds, that are of no use.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Annotations:
     category_ids: np.ndarray
     segmentations: Packed | None
     counts: Counter[str] = field(default_factory=Counter)
+    left_out: set[int] = field(default_factory=set)
 
     def objects(self, image: int) -> slice:
         """Where the objects of the image at a position are."""
@@ -118,6 +120,7 @@ class _Reading:
     def __init__(self, path: Path, segmentations: bool, mend: bool):
         self.path, self.segmentations, self.mend = path, segmentations, mend
         self.counts: Counter[str] = Counter()
+        self.left_out: set[int] = set()
 
     def read(self, contents: dict[str, Any]) -> Annotations:
         categories = self._by_id(contents["categories"], "category")
@@ -144,6 +147,7 @@ class _Reading:
             np.array([category for _, category, _ in objects], np.int64),
             Packed(segments for _, _, segments in objects) if self.segmentations else None,
             self.counts,
+            self.left_out,
         )
 
     def _check_names(self, categories: dict[int, dict[str, Any]]) -> None:
@@ -209,9 +213,6 @@ class _Reading:
         self, number: int, record: dict[str, Any], image: dict[str, Any], found: dict[int, Any]
     ) -> None:
         """Add an object to those of its image, unless it is a crowd or of no use."""
-        if record.get("iscrowd"):
-            self.counts["crowd regions"] += 1
-            return
         box, fault = _corners(record.get("bbox"), image["height"], image["width"])
         segments = None
         if box is not None and self.segmentations:
@@ -220,7 +221,9 @@ class _Reading:
             box = None if segments is None else box
         if fault:
             self._mend(number, record, fault, box is not None)
-        if box is not None:
+        if record.get("iscrowd"):
+            self.counts["crowd regions"] += 1
+        elif box is not None:
             found[record["image_id"]].append((box, record["category_id"], segments))
 
     def _mend(self, number: int, record: dict[str, Any], fault: str, usable: bool) -> None:
@@ -232,6 +235,8 @@ class _Reading:
                 "such ones"
             )
         self.counts["objects mended" if usable else "objects without box or mask"] += 1
+        if not usable:
+            self.left_out.add(number)
 
 
 def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:

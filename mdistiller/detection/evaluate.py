@@ -1,6 +1,7 @@
 """Average precision of detectors by COCO's protocol: pycocotools, or faster-coco-eval's equal.
 
-The truth is the annotation file as it is, crowd regions included, which COCO's protocol ignores.
+The truth is the annotation file as it is, with its crowd regions, in which COCO's protocol ignores
+what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too.
 Results are kept as COCO's result files have them: in pixels of the original image, category ids,
 masks as run lengths.
 """
@@ -184,8 +185,10 @@ class CocoEvaluator:
 
     def _truth(self) -> Any:
         """The annotation file as the backend's COCO; what it may lack is filled in."""
-        contents = read_contents(self.dataset.annotations.path, "")
-        truth = self._coco({"info": {}, **contents})
+        said = self.dataset.annotations
+        contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
+        usable = [a for a in contents["annotations"] if a["id"] not in said.left_out]
+        truth = self._coco({"info": {}, **contents, "annotations": usable})
         for record in truth.dataset["annotations"]:
             record.setdefault("iscrowd", 0)
             if "area" not in record:

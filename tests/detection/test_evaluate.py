@@ -344,3 +344,17 @@ def test_processes_measure_what_one_does(processes, data):
 def test_an_error_on_the_first_process_reaches_all(processes):
     for rank in range(3):
         assert "there is no annotation file" in (processes / f"error_{rank}").read_text()
+
+
+def test_objects_of_no_use_are_no_truth(tmp_path):
+    """Where they are left out, not refused; crowds as well."""
+    synth = make_coco(tmp_path, 6, split="val", crowds=2)
+    data = CocoDetectionSet(synth.images, synth.annotations, masks=True)
+    whole = collected(data).summarize()
+    template = synth.contents["annotations"][0]
+    for number, changes in enumerate(
+        ({"bbox": [5, 5, 0, 7]}, {"bbox": None}, {"iscrowd": 1, "bbox": []}, {"segmentation": []})
+    ):
+        synth.contents["annotations"].append({**template, **changes, "id": 900 + number})
+    mended = CocoDetectionSet(synth.save().images, synth.annotations, masks=True, mend=True)
+    assert collected(mended).summarize() == whole
