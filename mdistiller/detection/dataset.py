@@ -15,12 +15,10 @@ from mdistiller.dataset._corrupt import corrupt
 from mdistiller.dataset._folder import FileSet
 from mdistiller.dataset._images import read_image, resize
 from mdistiller.detection.annotations import read_annotations
+from mdistiller.detection.labels import COCO91, label_of
 from mdistiller.detection.masks import draw_mask
-from mdistiller.registry import UserError, suggest
+from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
-
-LABEL_SPACES = ("contiguous", "coco91")
-COCO91 = 91
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,14 @@ class CocoDetectionSet:
         split: str = "VAL",
     ):
         self.folder, self.exif, self.masks = Path(images), exif, masks
-        self.label_space, self.split = label_space, split
+        self.split = split
         if not self.folder.is_dir():
             raise UserError(
                 f"there is no image folder {self.folder}; set DETECTION.DATA.{split}_IMAGES"
             )
         key = f"DETECTION.DATA.{split}_ANNOTATIONS"
         self.annotations = read_annotations(Path(annotations), key, segmentations=masks, mend=mend)
-        self._name_labels()
+        self._name_labels(label_space)
         self.positions = np.arange(len(self.annotations.image_ids))
         if not keep_empty:
             self._drop_empty()
@@ -100,32 +98,15 @@ class CocoDetectionSet:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def _name_labels(self) -> None:
-        categories = self.annotations.categories
-        if self.label_space not in LABEL_SPACES:
-            near = suggest(self.label_space, LABEL_SPACES)
-            raise UserError(
-                f"DETECTION.DATA.LABEL_SPACE {self.label_space!r} is unknown{near} (known: "
-                f"{', '.join(LABEL_SPACES)})"
-            )
-        if self.label_space == "coco91":
-            odd = next((number for number in categories if not 0 < number < COCO91), None)
-            if odd is not None:
-                raise UserError(
-                    f"{self.annotations.path}: category id {odd} is not in 1..90; set "
-                    "DETECTION.DATA.LABEL_SPACE contiguous"
-                )
-            labels = {number: number for number in categories}
-            self.num_classes = COCO91
-        else:
-            labels = {number: label for label, number in enumerate(categories, 1)}
-            self.num_classes = len(categories) + 1
+    def _name_labels(self, space: str) -> None:
+        said = self.annotations
+        labels = label_of(said.categories, space, said.path)
+        self.num_classes = COCO91 if space == "coco91" else len(labels) + 1
         self.category_ids = {label: number for number, label in labels.items()}
-        self.class_names = ["background"] + [
-            categories[self.category_ids[label]] if label in self.category_ids else ""
-            for label in range(1, self.num_classes)
-        ]
-        self.labels = np.array([labels[n] for n in self.annotations.category_ids.tolist()], int)
+        self.class_names = ["background", *[""] * (self.num_classes - 1)]
+        for number, label in labels.items():
+            self.class_names[label] = said.categories[number]
+        self.labels = np.array([labels[n] for n in said.category_ids.tolist()], np.int64)
 
     def _drop_empty(self) -> None:
         filled = np.flatnonzero(np.diff(self.annotations.starts))
@@ -250,17 +231,3 @@ def resized_shape(height: int, width: int, min_size: int, max_size: int) -> tupl
     """
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))  # type: ignore[return-value]
-
-
-def class_advice(network: int, data: int, where: str) -> str:
-    """What to do about a network with another class count than the data.
-
-    Args:
-        network, data: class counts, background included; data's under its LABEL_SPACE.
-        where: the network's config node.
-    """
-    if network == COCO91 and data == 81:
-        return "for torchvision's COCO detectors set DETECTION.DATA.LABEL_SPACE coco91"
-    if data == COCO91:
-        return "set DETECTION.DATA.LABEL_SPACE contiguous, if it is for the data's categories"
-    return f"name weights for the data's classes, or start these parts anew: {where}.NEW_HEAD True"

@@ -14,9 +14,9 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 
 from mdistiller.detection.caffe2 import BACKBONE
-from mdistiller.detection.dataset import class_advice
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.inputs import FORMATS
+from mdistiller.detection.labels import class_advice
 from mdistiller.models._released import TORCHVISION, released_file
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_state, network_state

@@ -13,9 +13,10 @@ from PIL import Image
 from synth import make_coco
 from yacs.config import CfgNode
 
-from mdistiller.detection.batches import Draws, TrainBatches, ValBatches
+from mdistiller.detection.batches import TrainBatches, ValBatches
 from mdistiller.detection.data import DATA, train_batches, val_loader
 from mdistiller.detection.dataset import CocoDetectionSet
+from mdistiller.detection.draws import Draws
 from mdistiller.registry import UserError
 
 

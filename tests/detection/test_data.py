@@ -15,9 +15,9 @@ from mdistiller.detection.data import check_same_classes
 from mdistiller.detection.dataset import (
     CocoDetectionSet,
     View,
-    class_advice,
     resized_shape,
 )
+from mdistiller.detection.labels import class_advice
 from mdistiller.registry import UserError
 
 

@@ -9,9 +9,10 @@ from support import command, torchrun
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
+from mdistiller.detection.coco import STATISTICS
 from mdistiller.detection.config import load_config
 from mdistiller.detection.data import val_loader
-from mdistiller.detection.evaluate import STATISTICS, evaluate_detector
+from mdistiller.detection.evaluate import evaluate_detector
 
 
 def student_file(path, **keys):

@@ -19,14 +19,9 @@ from support import REPO
 from synth import make_coco
 
 from mdistiller.detection.batches import ValBatches
+from mdistiller.detection.coco import BACKENDS, STATISTICS, coco_api
 from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.evaluate import (
-    BACKENDS,
-    STATISTICS,
-    CocoEvaluator,
-    coco_api,
-    evaluate_detector,
-)
+from mdistiller.detection.evaluate import CocoEvaluator, evaluate_detector
 from mdistiller.registry import UserError
 
 NAMES = {3: "disc", 7: "box", 42: "triangle"}
