@@ -9,7 +9,7 @@ import torch
 from support import command, same_state, torchrun
 from synth import make_coco
 
-from mdistiller.cli import train_detection
+from mdistiller.cli import report, train_detection
 from mdistiller.detection.config import load_config
 from mdistiller.detection.trainer import DetectionTrainer, Rounds, build_schedule
 from mdistiller.registry import UserError
@@ -46,6 +46,13 @@ def words(tmp_path_factory):
     assert train_detection.main([*common, *spell(short)]) == 0
     teacher = folder / "detection" / "teacher" / "student_best"
     return [*common, "DETECTION.TEACHER.WEIGHTS", str(teacher), "DISTILLER.TYPE", "DKD+REVIEWKD"]
+
+
+def test_a_report_says_what_is_compared(run, capsys):
+    assert report.main([str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "| last epoch, test box AP % |" in text
+    assert "top-1" not in text
 
 
 def load(path):
