@@ -86,7 +86,9 @@ class AlignedPool(MultiScaleRoIAlign):
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
         for k, (level, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(levels == k)[0]
-            cells = roi_align(level, rois[chosen], self.output_size, 1 / stride, aligned=True)
+            cells = roi_align(
+                level, rois[chosen], self.output_size, 1 / stride, self.sampling_ratio, True
+            )
             pooled[chosen] = cells.to(pooled.dtype)
         return pooled
 

@@ -222,6 +222,8 @@ def test_msras_backbones(tmp_path, capsys):
         for k in "234":
             y = net.get_submodule(f"layer{k}")(y)
         torch.testing.assert_close(own.eval().backbone.body(x)["3"], y, rtol=1e-4, atol=1e-5)
+    norm = own.backbone.body["layer2"][0].bn3
+    assert torch.allclose(norm.running_var + norm.eps, torch.ones(512), rtol=0, atol=1e-7)
     for wrong, error in (
         ({"STRIDE_IN_1X1": True}, "INPUT bgr, but DETECTION.STUDENT.INPUT is rgb"),
         ({"INPUT": "bgr"}, "STRIDE_IN_1X1 True, but DETECTION.STUDENT.STRIDE_IN_1X1 is False"),

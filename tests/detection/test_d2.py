@@ -66,6 +66,28 @@ def test_pooling_is_aligned():
         assert (cells[2] == stride).all()
 
 
+def looked_up(values, x, y):
+    """The value at a place of a map, bilinearly between pixels' centres."""
+    i, j = int(y), int(x)
+    cell = values[i : i + 2, j : j + 2]
+    return np.array([1 - y + i, y - i]) @ cell @ np.array([1 - x + j, x - j])
+
+
+def test_cells_are_sampled_once_a_pixel():
+    """A cell 2.5 map pixels wide and 1.3 high is the mean of 3 x 2 samples."""
+    values = np.random.default_rng(0).random((64, 80))
+    features = {name: torch.zeros(1, 1, 8, 8) for name in "123"}
+    features["0"] = torch.tensor(values, dtype=torch.float32)[None, None]
+    x1, y1, width, height = 21.0, 33.0, 70.0, 36.4
+    box = torch.tensor([[x1, y1, x1 + width, y1 + height]])
+    pooled = d2.AlignedPool(["0", "1", "2", "3"], 7, STRIDES[:4])(features, [box], [(256, 320)])
+    for row, column in ((0, 0), (3, 5), (6, 6)):
+        x = x1 / 4 - 0.5 + width / 28 * (column + (np.arange(3) + 0.5) / 3)
+        y = y1 / 4 - 0.5 + height / 28 * (row + (np.arange(2) + 0.5) / 2)
+        mean = np.mean([looked_up(values, u, v) for u in x for v in y])
+        assert float(pooled[0, 0, row, column]) == pytest.approx(mean, abs=1e-5)
+
+
 def test_boxes_go_to_the_level_of_their_size():
     sides = np.array([1, 55.9, 111.9, 112, 223.9, 224, 300, 447.9, 448, 2000])
     boxes = torch.tensor([[7, 9, 7 + side, 9 + side] for side in sides]).float()

@@ -76,6 +76,20 @@ def test_pyramids_start_at_the_last_block_of_each_stage(arch, widths):
     ]
 
 
+def test_mobilenet_gives_the_last_map_of_each_resolution():
+    net = nets.detector().eval()
+    x, last = net.prepare(nets.images())[0].tensors, {}
+    with torch.no_grad():
+        found = net.backbone.body(x)
+        for block in net.backbone.body.children():
+            x = block(x)
+            last[x.shape[-1]] = x
+    for level, expected in zip(
+        found.values(), [last[side] for side in (32, 16, 8, 4)], strict=True
+    ):
+        assert torch.equal(level, expected)
+
+
 @pytest.mark.parametrize("flavour", ["tv", "d2"])
 def test_every_parameter_learns_and_samples_are_kept(flavour):
     net = nets.detector(FLAVOUR=flavour, MASK=True)
@@ -149,6 +163,9 @@ def test_boxes_keep_their_pixels_under_autocast():
         far = boxes[boxes[:, 0] > 1024]
         assert boxes.dtype == torch.float32
         assert (far[:, 0] % 1 != 0).any()
+    anchors = net.rpn.anchor_generator
+    exact = anchors(batch, [level.float() for level in features.values()])[0]
+    assert torch.equal(anchors(batch, list(features.values()))[0], exact)
 
 
 def test_the_box_loss_is_torchvisions_and_bears_infinite_targets_of_the_background():
