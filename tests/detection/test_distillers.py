@@ -153,6 +153,26 @@ def test_methods_that_make_no_sense():
         join("DKD", net, net)
 
 
+def test_a_method_from_elsewhere(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mdistiller.detection.methods import METHODS, Method\n\n"
+        "@METHODS.register('GAP', config={'WEIGHT': 1.0, 'POWER': 2.0})\n"
+        "class Gap(Method):\n"
+        "    loss = 'loss_gap'\n"
+        "    def forward(self, views):\n"
+        "        return self.weight * (views.student['0'] - views.teacher['0']).square().mean()\n"
+    )
+    try:
+        words = ["DISTILLER.TYPE", "GAP+DKD", "DETECTION.GAP.WEIGHT", "0.5"]
+        cfg = load_config("", words, imports=[str(path)])
+        losses = step(DetectionDistiller(detector(), detector(seed=1), cfg).train())
+    finally:
+        METHODS.pop("GAP", None)
+        METHODS.config.pop("GAP", None)
+    assert {"loss_gap", "loss_dkd"} <= set(losses)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
