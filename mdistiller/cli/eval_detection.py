@@ -77,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> None:
         args.pictures.mkdir(parents=True, exist_ok=True)
     picture = args.pictures / "detections.png" if args.pictures else None
     check_places([path for path in (args.json, args.results, picture) if path])
-    cfg, subjects = _subjects(args)
+    cfg, subjects = name_subjects(args)
     if args.results and len(subjects) > 1:
         raise UserError("--results is a file of one network; name one by -c, or --teacher")
     device = resolve_device(cfg.DEVICE)
@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> None:
             _draw(nets, loader, device, picture)
 
 
-def _subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
+def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
     """The config of the data, and the networks that the arguments name."""
     from mdistiller.detection.config import load_config
     from mdistiller.engine.run_folder import checkpoint_file
