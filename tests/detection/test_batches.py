@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from synth import make_coco
 from yacs.config import CfgNode
 
@@ -267,14 +266,14 @@ def test_batch_sizes_below_one_are_refused(data):
 
 
 def test_a_large_image_shrinks_to_the_longer_side(tmp_path):
-    long = make_coco(tmp_path, 1, size=(30, 200), empty=0, crowds=0)
-    with Image.open(long.images / "0000.png") as file:
-        assert file.size == (200, 30)
+    """Its height is rounded up, so boxes are scaled by another factor in y than in x."""
+    long = make_coco(tmp_path, 1, size=(31, 200), empty=0, crowds=0)
     data = CocoDetectionSet(long.images, long.annotations)
     (image,), (target,) = next(iter(ValBatches(data, min_size=60, max_size=100)))
-    assert image.shape[1:] == (15, 100)
-    truth = long.contents["annotations"][0]["bbox"]
-    assert target["boxes"][0, 2] == pytest.approx((truth[0] + truth[2]) / 2)
+    assert image.shape[1:] == (16, 100)
+    x, y, w, h = long.contents["annotations"][0]["bbox"]
+    expected = [x / 2, y * 16 / 31, (x + w) / 2, (y + h) * 16 / 31]
+    assert target["boxes"][0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_workers_end_with_the_batches_they_make(data):
