@@ -131,21 +131,23 @@ def draw(
 
 
 def _panel(ax: Any, image: Tensor, objects: Objects, classes: Sequence[str]) -> None:
-    ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
-    ax.set(xticks=[], yticks=[])
+    height, width = image.shape[1:]
+    edges = (0, width, height, 0)  # coordinates of boxes are those of pixels' edges
+    ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), extent=edges)
     parts = range(len(objects.boxes))
     for i in reversed(parts):  # the surest on top
         colour = COLOURS[int(objects.labels[i]) % len(COLOURS)]
         x1, y1, x2, y2 = objects.boxes[i].tolist()
         if objects.masks is not None:
-            ax.imshow(_tinted(objects.masks[i], colour))
+            ax.imshow(_tinted(objects.masks[i], colour), extent=edges)
         ax.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, linewidth=1.2)
         text = plain(classes[int(objects.labels[i])])
         if objects.scores is not None:
             text = f"{text} {float(objects.scores[i]):.2f}"
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
-        ax.text(x1, y1, text, fontsize=6, color="white", va="bottom", bbox=box, clip_on=True)
-    ax.set(xlim=(-0.5, image.shape[2] - 0.5), ylim=(image.shape[1] - 0.5, -0.5))
+        side = "bottom" if y1 > height / 20 else "top"
+        ax.text(x1, y1, text, fontsize=6, color="white", va=side, bbox=box, clip_on=True)
+    ax.set(xticks=[], yticks=[], xlim=edges[:2], ylim=edges[2:])
 
 
 def _tinted(mask: Tensor, colour: str) -> np.ndarray:

@@ -33,9 +33,7 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
     Raises:
         UserError: the file cannot be read, or is of another detector.
     """
-    path = network.WEIGHTS
-    if path == "torchvision":
-        path = _released(network.ARCH, "DEFAULT")
+    path = _place(network, "WEIGHTS", network.ARCH, "DEFAULT", where)
     contents = load_checkpoint(path)
     state = network_state(contents, path)
     facts = contents.get(FACTS) if isinstance(contents, Mapping) else None
@@ -67,8 +65,8 @@ def check_facts(
     """
     for name, value in wanted.items():
         said = facts.get(name, value)
-        same = said in (value, FORMATS[value].weights) if name == "input" else said == value
-        if name != "num_classes" and not same:
+        fitting = (value, FORMATS[value].weights) if name == "input" else (value,)
+        if name != "num_classes" and not (type(said) is type(value) and said in fitting):
             key = name.upper()
             raise UserError(
                 f"{where}.{of} {path} is of a detector with {key} {str(said)[:60]}, but "
@@ -85,14 +83,7 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
     Raises:
         UserError: the file cannot be read, or is of another network.
     """
-    path = network.BACKBONE_WEIGHTS
-    if path == "torchvision":
-        if FORMATS[network.INPUT].weights != "rgb" or network.STRIDE_IN_1X1:
-            raise UserError(
-                f"{where}.BACKBONE_WEIGHTS torchvision needs INPUT rgb and STRIDE_IN_1X1 False, "
-                "as they were trained"
-            )
-        path = _released(arch, "IMAGENET1K_V1")
+    path = _place(network, "BACKBONE_WEIGHTS", arch, "IMAGENET1K_V1", where)
     contents = load_checkpoint(path)
     facts = contents.get(BACKBONE) if isinstance(contents, Mapping) else None
     if isinstance(facts, Mapping):
@@ -107,7 +98,19 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
     load_state(body, without_counters(own, body.state_dict()), what)
 
 
-def _released(name: str, release: str) -> Path:
+def _place(network: Any, key: str, name: str, release: str, where: str) -> Path:
+    """The file that a key names, which is downloaded if it is one of torchvision.
+
+    Args:
+        name: of the network, among torchvision's.
+        release: which of its weights.
+    """
+    if network[key] != "torchvision":
+        return Path(network[key]).expanduser()
+    if FORMATS[network.INPUT].weights != "rgb" or network.STRIDE_IN_1X1:
+        raise UserError(
+            f"{where}.{key} torchvision needs INPUT rgb and STRIDE_IN_1X1 False, as it was trained"
+        )
     weights = getattr(zoo.get_model_weights(name), release)
     return released_file(f"{TORCHVISION}{weights}", name)
 

@@ -11,6 +11,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 
 import mdistiller.detection.weights as files
+from mdistiller.detection import models
 from mdistiller.detection.models import build_detector
 from mdistiller.detection.roi import box_loss
 from mdistiller.registry import UserError
@@ -318,6 +319,17 @@ def test_named_detectors_are_torchvisions(tmp_path, monkeypatch):
     assert net.rpn.score_thresh == 0.05  # of this detector, unlike the others
 
 
+@pytest.mark.parametrize(
+    ("arch", "eps"), [("fasterrcnn_resnet50_fpn", 0.0), ("fasterrcnn_resnet50_fpn_v2", 1e-5)]
+)
+def test_constant_norms_are_as_torchvision_trained_them(monkeypatch, arch, eps):
+    monkeypatch.setattr(models, "load_detector", lambda *given: None)
+    with torch.device("meta"):
+        net = build_detector(nets.named(arch, WEIGHTS="torchvision", NORM="frozen"), 91)
+    assert {m.eps for m in net.modules() if isinstance(m, FrozenBatchNorm2d)} == {eps}
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
 BAD = {
     "ARCH": ("resnet19", "resnet19'; did you mean 'resnet18'"),
     "FLAVOUR": ("d3", r"FLAVOUR is 'd3'.*\(allowed: tv, d2\)"),
@@ -342,6 +354,12 @@ def test_settings_that_contradict_one_another():
         build_detector(nets.named("fasterrcnn_resnet50_fpn", FLAVOUR="d2"), 4)
     with pytest.raises(UserError, match="has MASK True; set it so"):
         build_detector(nets.node(ARCH="maskrcnn_resnet50_fpn", CHANNELS=256), 4)
+    released = {"WEIGHTS": "torchvision", "NORM": "frozen"}
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match="WEIGHTS torchvision needs INPUT rgb"),
+    ):
+        build_detector(nets.named("maskrcnn_resnet50_fpn", INPUT="bgr", **released), 91)
     with pytest.raises(UserError, match="trained with constant batch norms: set it to frozen"):
         build_detector(nets.named("fasterrcnn_resnet50_fpn", WEIGHTS="torchvision"), 91)
     for key, value in (("NORM", "frozen"), ("FREEZE_AT", 2)):
