@@ -12,7 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 from mdistiller.detection import d2
-from mdistiller.detection.backbones import build_backbone
+from mdistiller.detection.backbones import build_backbone, with_frozen_norms
+from mdistiller.detection.models import assemble
 
 SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 STRIDES = (4, 8, 16, 32, 64)
@@ -188,6 +189,18 @@ def test_the_stride_is_in_the_1x1_layer():
         assert [block.conv1.stride, block.conv2.stride] == expected
         assert block.downsample[0].stride == (2, 2)
         assert body["layer1"][0].conv1.stride == body["layer1"][0].conv2.stride == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"), [("resnet18", 28.67), ("resnet101", 60.64), ("mobilenet_v2", 19.16)]
+)
+def test_sizes_are_those_of_the_originals_networks(arch, millions):
+    """As counted when they ran; ours have boxes of the background besides."""
+    node = nets.node(ARCH=arch, CHANNELS=256, FLAVOUR="d2")
+    with torch.device("meta"):
+        net = with_frozen_norms(assemble(node, 81))
+    count = sum(p.numel() for p in net.parameters()) - 4 * (1024 + 1)
+    assert round(count / 1e6, 2) == millions
 
 
 def test_settings_of_the_flavour():
