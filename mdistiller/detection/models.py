@@ -12,26 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torchvision.models.detection as stock
-from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import LevelMapper
-
-from mdistiller.detection import d2
-from mdistiller.detection.backbones import (
-    BACKBONES,
-    build_backbone,
-    freeze_stages,
-    with_frozen_norms,
-)
+from mdistiller.detection.backbones import BACKBONES, freeze_stages, with_frozen_norms
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.inputs import FORMATS, Inputs
-from mdistiller.detection.roi import RecordingRoIHeads
+from mdistiller.detection.parts import PASTE, STRIDES, named_parts, own_parts
 from mdistiller.detection.weights import load_backbone, load_detector
 from mdistiller.registry import UserError, suggest
 
@@ -67,11 +51,6 @@ NETWORK = {
 }
 """Defaults of DETECTION.STUDENT and DETECTION.TEACHER."""
 
-STRIDES = (4, 8, 16, 32, 64)
-"""Of P2 to P6, in pixels."""
-POOLED = ("0", "1", "2", "3")
-"""The maps that regions are pooled from."""
-
 NAMED = {
     "fasterrcnn_resnet50_fpn": "resnet50",
     "fasterrcnn_resnet50_fpn_v2": "resnet50",
@@ -83,8 +62,6 @@ NAMED = {
 """torchvision's detectors that can be used, and the classification network inside each."""
 
 _NO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # trained so, by torchvision
-_RATIOS = (0.5, 1.0, 2.0)
-_HIDDEN = 1024
 
 
 def build_detector(network: Any, num_classes: int, where: str = "DETECTION.STUDENT") -> Detector:
@@ -167,8 +144,8 @@ def check_network(network: Any, where: str) -> None:
 
 def assemble(network: Any, num_classes: int) -> Detector:
     """A detector with random weights and trainable batch norms; nothing is loaded or frozen."""
-    parts = _named(network, num_classes) if network.ARCH in NAMED else _own(network, num_classes)
-    backbone, rpn, heads = parts
+    parts = named_parts if network.ARCH in NAMED else own_parts
+    backbone, rpn, heads = parts(network, num_classes)
     facts = {
         "arch": network.ARCH,
         "flavour": network.FLAVOUR,
@@ -180,82 +157,4 @@ def assemble(network: Any, num_classes: int) -> Detector:
         "num_classes": num_classes,
     }
     inputs = Inputs(FORMATS[network.INPUT])
-    paste = {"tv": paste_stock, "d2": d2.paste_masks}[network.FLAVOUR]
-    return Detector(backbone, rpn, heads, inputs, paste, facts)
-
-
-Parts = tuple[nn.Module, RegionProposalNetwork, RecordingRoIHeads]
-
-
-def _own(network: Any, num_classes: int) -> Parts:
-    exact, channels = network.FLAVOUR == "d2", network.CHANNELS
-    backbone = build_backbone(network.ARCH, channels, network.STRIDE_IN_1X1)
-    sizes, ratios = [[size] for size in network.ANCHOR_SIZES], [_RATIOS] * len(STRIDES)
-    rpn = (d2.L1ProposalNetwork if exact else RegionProposalNetwork)(
-        d2.ExactAnchors(sizes, ratios, STRIDES) if exact else d2.Anchors(sizes, ratios),
-        RPNHead(channels, len(_RATIOS)),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": 1000 if exact else 2000, "testing": 1000},
-        nms_thresh=0.7,
-    )
-    heads = RecordingRoIHeads(
-        _pool(7, exact),
-        TwoMLPHead(channels * 7**2, _HIDDEN),
-        FastRCNNPredictor(_HIDDEN, num_classes),
-        fg_iou_thresh=0.5,
-        bg_iou_thresh=0.5,
-        batch_size_per_image=network.ROI_SAMPLES,
-        positive_fraction=0.25,
-        bbox_reg_weights=None,
-        score_thresh=0.05,
-        nms_thresh=0.5,
-        detections_per_img=100,
-        beta=0.0 if exact else 1 / 9,
-        mask_loss=d2.mask_loss if exact else maskrcnn_loss,
-    )
-    if network.MASK:
-        heads.mask_roi_pool = _pool(14, exact)
-        heads.mask_head = MaskRCNNHeads(channels, (256,) * 4, 1)
-        heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
-    if exact:
-        d2.initialize(heads)
-    return backbone, rpn, heads
-
-
-def _named(network: Any, num_classes: int) -> Parts:
-    make = getattr(stock, network.ARCH)
-    net: GeneralizedRCNN = make(weights=None, weights_backbone=None, num_classes=num_classes)
-    old = net.rpn.anchor_generator
-    net.rpn.anchor_generator = d2.Anchors(old.sizes, old.aspect_ratios)
-    heads = RecordingRoIHeads.of(net.roi_heads)
-    heads.fg_bg_sampler.batch_size_per_image = network.ROI_SAMPLES
-    levels = range(4, 6) if "mobilenet_v3" in network.ARCH else range(2, 6)
-    for pool in (heads.box_roi_pool, heads.mask_roi_pool):
-        if pool is not None:
-            fix_scales(pool, levels)
-    return net.backbone, net.rpn, heads
-
-
-def _pool(side: int, exact: bool) -> MultiScaleRoIAlign:
-    if exact:
-        return d2.AlignedPool(POOLED, side, STRIDES[: len(POOLED)])
-    return fix_scales(MultiScaleRoIAlign(list(POOLED), side, sampling_ratio=2), range(2, 6))
-
-
-def fix_scales(pool: MultiScaleRoIAlign, levels: range) -> MultiScaleRoIAlign:
-    """Tell a pool its maps' scales, 1 / 2**level: it would guess them from the first image.
-
-    Of an image of 40 x 40 pixels, which is padded to 64 x 64, the guess is wrong for ever.
-    """
-    pool.scales = [2.0**-level for level in levels]
-    pool.map_levels = LevelMapper(levels[0], levels[-1])
-    return pool
-
-
-def paste_stock(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchvision's masks in the image, [N, H, W] of uint8; arguments as of `d2.paste_masks`."""
-    return (paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5).byte()
+    return Detector(backbone, rpn, heads, inputs, PASTE[network.FLAVOUR], facts)
