@@ -84,6 +84,19 @@ def test_targets_are_what_the_file_says(shared):
     assert data.annotations.counts["crowd regions"] == 2
 
 
+def test_the_order_of_the_file_does_not_matter(synth):
+    """Labels and positions follow the ids."""
+    before = coco_set(synth)
+    for records in synth.contents.values():
+        records.reverse()
+    after = coco_set(synth.save())
+    assert after.category_ids == before.category_ids
+    for index in range(len(before)):
+        (image, target), (other, again) = (d.item(View(index, 96, 200)) for d in (before, after))
+        assert torch.equal(image, other)
+        assert all(torch.equal(target[k], again[k]) for k in ("boxes", "labels"))
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_and_masks_go_with_the_pixels(shared, flip):
     """In a resized, flipped image a box holds the object's colour, and its mask fills the box."""
