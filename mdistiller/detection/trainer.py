@@ -91,7 +91,7 @@ class Place(Hook):
 
 
 def build_schedule(optimizer: Optimizer, solver: Any) -> LRScheduler:
-    """The schedule of a detection run's SOLVER, to be stepped once after every iteration.
+    """The schedule of a detection run's SOLVER, to be stepped before every iteration but the first.
 
     A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up runs beside the
     rest and shifts nothing.
@@ -141,9 +141,9 @@ class DetectionTrainer(BaseTrainer):
         return self.epoch * self.train_loader.period + self.step
 
     def optimize(self, losses: dict[str, Tensor]) -> None:
-        super().optimize(losses)
-        if self.ends_step:
+        if self.begins_step and self.global_step > 1:
             self.scheduler.step()
+        super().optimize(losses)
 
     def batch_inputs(self, data: Batch, epoch: int) -> dict[str, Any]:  # type: ignore[override]
         images, targets = data

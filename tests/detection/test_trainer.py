@@ -79,6 +79,7 @@ def test_a_run_leaves_what_every_run_leaves(run):
     assert {"worklog.txt", "train.events", "config.yaml", "run.json", "summary.json"} <= names
     rows = metrics(run)
     assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["lr"] for row in rows] == pytest.approx([0.005005, 0.001])  # of the last iteration
     assert {"train_loss_dkd", "train_loss_review", "train_loss_classifier"} <= set(rows[0])
     assert rows[0]["train_loss"] == pytest.approx(
         sum(value for key, value in rows[0].items() if key.startswith("train_loss_"))
