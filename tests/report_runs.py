@@ -39,6 +39,7 @@ def make_run(folder, accuracies, *pairs, seed=0, teacher=None, finished=True, te
         best = max(accuracies)
         trainer = SimpleNamespace(
             history=history,
+            selects="test_acc",
             log_path=folder,
             epoch=len(accuracies),
             best_acc=best,

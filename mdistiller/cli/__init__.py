@@ -7,7 +7,9 @@ import sys
 
 COMMANDS = {
     "train": "train a network, alone or under a teacher",
+    "train_detection": "train a detector (Faster or Mask R-CNN), alone or under a teacher",
     "eval": "how good checkpoints are on a data set, alone and beside their teacher",
+    "eval_detection": "average precision of detectors on a COCO-format set, by class",
     "visualize": "t-SNE, correlation of logits and attention maps of checkpoints, as PNG or SVG",
     "export": "a trained student as safetensors, ONNX and torch.export, with a model card",
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
@@ -17,6 +19,7 @@ COMMANDS = {
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
     "download": "released teachers, fetched to where the zoo looks for them",
     "convert_checkpoint": "the weights of an old file that the library refuses to read",
+    "convert_detectron2": "a detector of detectron2's model zoo as a file for DETECTION.*.WEIGHTS",
     "faults": "runs killed, files damaged, disks filled: is anything lost?",
     "report": "runs compared over seeds and with published numbers: Markdown, CSV, one HTML page",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",

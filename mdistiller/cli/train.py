@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 from mdistiller.cli._run import add_overrides, guarded
@@ -22,9 +23,9 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(words, namespace)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = _Parser(prog="train", description=__doc__)
+def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser:
+    """The command's arguments, which are those of every command that trains."""
+    parser = _Parser(prog=prog, description=about)
     parser.add_argument("--cfg", default="", metavar="FILE", help="YAML config (empty: defaults)")
     parser.add_argument(
         "--resume",
@@ -49,8 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         from mdistiller.engine.cfg import load_config
         from mdistiller.engine.run import train
 
-        resume: bool | Literal["auto"] = "auto" if args.resume == "auto" else bool(args.resume)
-        cfg = load_config(args.cfg, args.opts, args.imports)
-        train(cfg, args.opts, resume=resume, allow_changes=args.allow_changes)
+        follow(args, load_config, train)
 
     return guarded(run)
+
+
+def follow(args: Any, load: Callable[..., Any], train: Callable[..., Any]) -> None:
+    """Train as the arguments say, with what loads a config and what trains by it."""
+    resume: bool | Literal["auto"] = "auto" if args.resume == "auto" else bool(args.resume)
+    cfg = load(args.cfg, args.opts, args.imports)
+    train(cfg, args.opts, resume=resume, allow_changes=args.allow_changes)

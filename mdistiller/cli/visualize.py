@@ -3,6 +3,7 @@
 visualize tsne RUN --out tsne.png                          embeddings in two dimensions
 visualize correlation RUN --teacher RUN|NAME --out c.svg   of logits, minus the teacher's
 visualize attention RUN --teacher RUN|NAME --out a.png     where each stage is active
+visualize detections RUN --out d.png                       of detectors, beside truth and teacher
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = {"tsne": 1000, "correlation": 0, "attention": 5}
-"""What can be drawn, and of how many images by default; 0: all."""
+"""What can be drawn of classifiers, and of how many images by default; 0: all."""
+COUNTS = {**PICTURES, "detections": 4}
+"""The same with the picture of detectors."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,15 +31,18 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", choices=PICTURES)
+    parser.add_argument("picture", choices=COUNTS)
     add_networks(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.png or .svg")
     parser.add_argument(
         "--classes", default="", metavar="A,B,...", help="names or numbers of classes to show"
     )
-    defaults = ", ".join(f"{name} {count or 'all'}" for name, count in PICTURES.items())
+    defaults = ", ".join(f"{name} {count or 'all'}" for name, count in COUNTS.items())
     parser.add_argument(
         "--samples", type=int, metavar="N", help=f"number of test images (default: {defaults})"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="detections: score from which on one is shown"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of t-SNE")
     return parser
@@ -48,11 +54,15 @@ def picture(words: Sequence[str]) -> Figure:
 
 
 def _picture(args: argparse.Namespace) -> Figure:
-    from mdistiller.engine.analysis import pictures
-
-    count = PICTURES[args.picture] if args.samples is None else args.samples
+    count = COUNTS[args.picture] if args.samples is None else args.samples
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
+    if args.picture == "detections":
+        from mdistiller.cli import _detectors
+
+        return _detectors.picture(args, count)
+    from mdistiller.engine.analysis import pictures
+
     given = load_networks(args, ["latest"])
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,

@@ -32,6 +32,18 @@ def drop_corrupt(files: FileSet, threads: int) -> FileSet:
     Raises:
         UserError: a class has none left.
     """
+    bad = corrupt(files, threads)
+    if not bad:
+        return files
+    keep = torch.ones(len(files), dtype=torch.bool)
+    keep[torch.tensor(bad)] = False
+    rest = files.select(keep.nonzero().squeeze(1))
+    require_classes(files.targets, rest.targets, files.classes, str(files.folder))
+    return rest
+
+
+def corrupt(files: FileSet, threads: int) -> list[int]:
+    """Positions of the files that cannot be read as images; they are named on stderr."""
     digest = _digest(files)
     place = Path.home() / ".cache" / "mdistiller" / f"{digest}-corrupt.json"
     with first_on_machine():
@@ -42,14 +54,7 @@ def drop_corrupt(files: FileSet, threads: int) -> FileSet:
                 _remember(place, found)
             _known[digest] = found
             report([str(files.path(i)) for i in found], len(files))
-    bad = _known[digest]
-    if not bad:
-        return files
-    keep = torch.ones(len(files), dtype=torch.bool)
-    keep[torch.tensor(bad)] = False
-    rest = files.select(keep.nonzero().squeeze(1))
-    require_classes(files.targets, rest.targets, files.classes, str(files.folder))
-    return rest
+    return _known[digest]
 
 
 def require_classes(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -34,21 +34,22 @@ class UnreadableError(UserError):
     """A file that is no image, or a broken one."""
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, upright: bool = False) -> Tensor:
     """The image in a file; see :func:`decode`."""
     try:
         data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise _unreadable(path, error) from error
-    return decode(data, path)
+    return decode(data, path, upright)
 
 
-def decode(data: Tensor, name: Path | str) -> Tensor:
+def decode(data: Tensor, name: Path | str, upright: bool = False) -> Tensor:
     """The image in the bytes of a file, as RGB.
 
     Args:
         data: uint8, [bytes].
         name: of the file, for errors.
+        upright: turn the image as its EXIF orientation says.
 
     Returns:
         uint8, [3, H, W], with the channels last in memory.
@@ -61,14 +62,16 @@ def decode(data: Tensor, name: Path | str) -> Tensor:
         _check_pixels(*size, name)
     if decode_jpeg is not None and size is not None:
         with contextlib.suppress(RuntimeError):  # what is wrong Pillow says in plainer words
-            pixels: Tensor = decode_jpeg(data, mode=ImageReadMode.RGB)
+            pixels: Tensor = decode_jpeg(
+                data, mode=ImageReadMode.RGB, apply_exif_orientation=upright
+            )
             return pixels
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes()), formats=FORMATS) as file:
             width, height = file.size
             _check_pixels(width, height, name)
             mode = file.mode
-            image = file.convert("RGB")
+            image = (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
     except UnreadableError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds

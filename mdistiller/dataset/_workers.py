@@ -55,6 +55,13 @@ class SetReader:
             yield self.dataset.image(i), name
 
 
+class Maker(Protocol):
+    """Makes the batch of a task, in a worker process."""
+
+    def __getitem__(self, task: Any) -> Any:
+        """Something with `to(device)` and `pin_memory()`, such as a tensor; or what is wrong."""
+
+
 @dataclass
 class BatchMaker:
     """Makes the batch of a task; the `dataset` of a DataLoader, whose keys are tasks.
@@ -101,7 +108,7 @@ class Workers:
         timeout: seconds to wait for a batch; 0: for ever.
     """
 
-    def __init__(self, maker: BatchMaker, num: int, device: torch.device, timeout: float = 0):
+    def __init__(self, maker: Maker, num: int, device: torch.device, timeout: float = 0):
         self.device = device
         self._tasks = _Tasks()
         staying: dict[str, Any] = {}
@@ -121,13 +128,17 @@ class Workers:
         _open.add(self)
 
     def close(self) -> None:
-        """End the processes; batches that are asked for later start new ones."""
-        running, self._loader._iterator = self._loader._iterator, None
-        if running is not None:
-            running._shutdown_workers()  # type: ignore[attr-defined]
+        """End the processes; batches that are asked for later start new ones.
 
-    def batches(self, tasks: Iterable[Any]) -> Iterator[Tensor]:
-        """uint8, [B, 3, H, W], for each task.
+        Nothing public of torch does. The garbage collector, where it frees the queues before the
+        loader, and the interpreter's exit send one SIGTERM and wait.
+        """
+        running, self._loader._iterator = self._loader._iterator, None
+        if running is not None and hasattr(running, "_shutdown_workers"):
+            running._shutdown_workers()
+
+    def batches(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """What the maker makes of each task (uint8, [B, 3, H, W], say), on the device.
 
         Raises:
             UserError: an image cannot be read, or a worker process died or hangs.
@@ -142,6 +153,7 @@ class Workers:
             except RuntimeError as error:
                 raise _worker_failure(error) from error
             if isinstance(made, str):
+                self.close()
                 raise UserError(made)
             yield made.to(self.device, non_blocking=True)
 

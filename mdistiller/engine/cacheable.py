@@ -14,7 +14,7 @@ KEY = "DISTILLER.TEACHER_CACHE"
 
 def is_wanted(cfg: Any) -> bool:
     """Whether the config asks for a cache; without a teacher the key has no effect."""
-    on = cfg.DISTILLER.TEACHER_CACHE != "none"
+    on = cfg.DISTILLER.get("TEACHER_CACHE", "none") != "none"
     return on and get_distiller(cfg.DISTILLER.TYPE).uses_teacher
 
 

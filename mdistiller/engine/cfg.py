@@ -139,6 +139,10 @@ class Config(CfgNode):
             raise UserError(
                 f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
             )
+        if "DETECTION" in incoming and "DETECTION" not in self:
+            raise UserError(
+                "DETECTION: this is for a detector: run it with tools/train_detection.py"
+            )
         modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
         if modules:  # they add up; what they register has to be known before its keys are read
             import_user_modules(modules)
@@ -409,15 +413,18 @@ def load_config(
     path: str | Path | Mapping[str, Any] = "",
     overrides: Sequence[str] = (),
     imports: Sequence[str] = (),
+    defaults: Config | None = None,
 ) -> Config:
     """Defaults, then the file, then `[key, value, ...]`; checked, and frozen.
 
     Args:
         path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory.
+        defaults: of another kind of run than classification.
     """
-    cfg = CFG.clone()
-    add_registered_nodes(cfg)
+    cfg = (CFG if defaults is None else defaults).clone()
+    if defaults is None:
+        add_registered_nodes(cfg)
     if imports:
         cfg.merge_from_list(["IMPORTS", list(imports)])
     if isinstance(path, Mapping):
@@ -453,18 +460,17 @@ def check_values(cfg: CfgNode) -> None:
         "EXPERIMENT.SEED": 0,
         "LSKD.EPS": 0,
     }
+    values = {name: lookup(cfg, name) for name in flatten(cfg)}  # a kind of run may lack some
     for name, low in at_least.items():
-        section, key = name.rsplit(".", 1)
-        value = lookup(cfg, section)[key]
-        if value < low:
-            raise UserError(f"{name} must be at least {low}, got {value}")
-    for key in ("MEAN", "STD"):
-        if any(type(item) not in (int, float) for item in cfg.DATASET[key]):
-            raise UserError(f"DATASET.{key} wants numbers, got {shown(cfg.DATASET[key])}")
+        if values.get(name, low) < low:
+            raise UserError(f"{name} must be at least {low}, got {values[name]}")
+    for name in ("DATASET.MEAN", "DATASET.STD"):
+        if any(type(item) not in (int, float) for item in values.get(name, ())):
+            raise UserError(f"{name} wants numbers, got {shown(values[name])}")
     if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if cfg.SOLVER.SCHEDULE == "plateau":
-        if cfg.SOLVER.WARMUP_EPOCHS:
+        if values.get("SOLVER.WARMUP_EPOCHS"):
             raise UserError("SOLVER.SCHEDULE plateau has no warm-up: set SOLVER.WARMUP_EPOCHS 0")
         if not 0 < cfg.SOLVER.LR_DECAY_RATE < 1:
             raise UserError(
@@ -473,20 +479,19 @@ def check_values(cfg: CfgNode) -> None:
             )
     if cfg.SOLVER.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {cfg.SOLVER.EMA}")
-    for key in ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB"):
-        section, name = key.split(".")
-        if cfg[section][name] <= 0:
-            raise UserError(f"{key} must be positive, got {cfg[section][name]}")
-    for name, value, allowed in (
-        ("SOLVER.AMP", cfg.SOLVER.AMP, ("none", "bf16", "fp16")),
-        ("DISTILLER.TEACHER_DTYPE", cfg.DISTILLER.TEACHER_DTYPE, ("auto", "fp32", "bf16", "fp16")),
-        ("DISTILLER.TEACHER_CACHE", cfg.DISTILLER.TEACHER_CACHE, ("none", "memory", "disk")),
-        ("SOLVER.SCHEDULE", cfg.SOLVER.SCHEDULE, ("multistep", "cosine", "plateau", "constant")),
-        ("SOLVER.COMPILE", cfg.SOLVER.COMPILE, (True, False, *COMPILE_MODES)),
+    for name in ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB"):
+        if values.get(name, 1.0) <= 0:
+            raise UserError(f"{name} must be positive, got {values[name]}")
+    for name, allowed in (
+        ("SOLVER.AMP", ("none", "bf16", "fp16")),
+        ("DISTILLER.TEACHER_DTYPE", ("auto", "fp32", "bf16", "fp16")),
+        ("DISTILLER.TEACHER_CACHE", ("none", "memory", "disk")),
+        ("SOLVER.SCHEDULE", ("multistep", "cosine", "plateau", "constant")),
+        ("SOLVER.COMPILE", (True, False, *COMPILE_MODES)),
     ):
-        if value not in allowed:
+        if values.get(name, allowed[0]) not in allowed:
             known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known}, got {shown(value)}")
+            raise UserError(f"{name} must be one of {known}, got {shown(values[name])}")
 
 
 def lookup(cfg: CfgNode, name: str) -> Any:
@@ -496,9 +501,14 @@ def lookup(cfg: CfgNode, name: str) -> Any:
     return cfg
 
 
+def own_sections(cfg: CfgNode) -> list[str]:
+    """Sections that a kind of run has beside those of classification."""
+    return [key for key in cfg if key not in {*ENGINE_CONFIG, "DATASET", *DISTILLERS}]
+
+
 def dump_cfg(cfg: CfgNode) -> str:
     """YAML of all that matters for a run: every common key, and its method's node."""
-    keys = [*ENGINE_CONFIG, "DATASET", *part_names(cfg.DISTILLER.TYPE)]
+    keys = [*ENGINE_CONFIG, "DATASET", *part_names(cfg.DISTILLER.TYPE), *own_sections(cfg)]
     text: str = CfgNode({key: cfg[key] for key in keys if key in cfg}).dump(sort_keys=False)
     return text
 

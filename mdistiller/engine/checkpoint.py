@@ -26,8 +26,12 @@ __all__ = [
 
 
 def network_contents(net: nn.Module) -> dict[str, Any]:
-    """What a file of one network holds: weights, and `norm`, how its images are normalised."""
-    return {"model": net.state_dict(), "norm": input_norm(net)}
+    """What a file of one network holds: weights, and `norm`, how its images are normalised.
+
+    A network may have more to say, as a dict `file_entries` of plain values.
+    """
+    own: dict[str, Any] = getattr(net, "file_entries", {})
+    return {"model": net.state_dict(), "norm": input_norm(net), **own}
 
 
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from mdistiller.engine.disk import warn_of_low_disk
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.store import LATEST, PREVIOUS, Store
-from mdistiller.engine.utils import log_msg, validate
+from mdistiller.engine.utils import log_msg
 
 if TYPE_CHECKING:
     from mdistiller.dataset import Data
@@ -74,11 +74,10 @@ class Hook:
 
 
 class Evaluate(Hook):
-    """Adds validation accuracy and loss to the epoch's record."""
+    """Adds to the epoch's record how the student does on the validation set."""
 
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
-        top1, top5, loss = validate(trainer.val_loader, trainer.distiller)
-        record.update(test_acc=top1, test_acc_top5=top5, test_loss=loss)
+        record.update(trainer.evaluate())
 
 
 class Log(Hook):
@@ -87,16 +86,11 @@ class Log(Hook):
     def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
         numbers = dict(record)
         trainer.log(numbers.pop("lr"), epoch, numbers)
-        known = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
-        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         if is_main_process():
             print(
                 log_msg(
                     f"epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  lr {record['lr']:.3g}  "
-                    f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
-                    f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-                    f"(best {trainer.best_acc:.2f})  {averaged}{known}"
-                    f"{record['images_per_second']:.0f} images/s",
+                    f"{trainer.progress_line(record)}{record['images_per_second']:.0f} images/s",
                     "TRAIN",
                 ),
                 flush=True,

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from mdistiller.engine.metrics import Meters
     from mdistiller.engine.trainer import BaseTrainer
 
-EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
+EPOCH_KEYS = (
+    *("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"),
+    *("test_bbox/AP", "test_bbox/AP50", "test_segm/AP"),
+)
 
 
 class AppendedFile(Hook):

@@ -20,7 +20,7 @@ import torch
 
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten, own_sections
 from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook
@@ -67,21 +67,20 @@ class RunRecord(Hook):
     The entry of a start that an exception ends says so under `ended`.
 
     Args:
-        data: what the student is trained on, for `run.json`.
+        facts: of what the student is trained on, for `run.json`.
 
     Attributes:
         changes: settings that differ from those of the start before, for `run.json`.
     """
 
-    def __init__(self, data: Data):
-        self.data = data
+    def __init__(self, facts: Mapping[str, Any]):
+        self.facts = facts
         self.changes: Sequence[str] = ()
         self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
         self.begun = True
-        facts = data_facts(self.data)
-        write_record(trainer.log_path, trainer.cfg, trainer.device, facts, self.changes)
+        write_record(trainer.log_path, trainer.cfg, trainer.device, self.facts, self.changes)
 
     def abandon(self, trainer: BaseTrainer) -> None:
         record = read_record(trainer.log_path)
@@ -146,7 +145,7 @@ def write_record(
     """Write the two files; what is known of earlier starts is kept.
 
     Args:
-        data: of :func:`data_facts`.
+        data: of :func:`data_facts`, say.
         changes: of the settings, since the start before.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +245,7 @@ def recorded_processes(folder: Path) -> int:
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
     sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
+    sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
     keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
@@ -260,7 +260,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
             before = _get(CFG, key)
         if key == "DATASET.ROOT":
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
-        if before is not None and before != now:
+        if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
 
@@ -282,6 +282,8 @@ _WITHOUT_EFFECT = (
     "SOLVER.DETERMINISTIC",
     "SOLVER.SKIP_NONFINITE",
     "SOLVER.RANK_TIMEOUT",
+    "DETECTION.EVALUATOR",
+    "DETECTION.EVALUATE_TEACHER",
 )
 
 

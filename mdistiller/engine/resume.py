@@ -113,6 +113,8 @@ def begin_epoch(trainer: BaseTrainer, epoch: int) -> Progress:
     if isinstance(loader, TrainLoader):
         loader.set_epoch(loader.epoch, start)
         progress.batches = iter(loader)
+    elif hasattr(loader, "load_state_dict"):  # knows where it is
+        progress.batches = iter(loader)
     else:  # of someone else: the batches are made, and left out
         progress.batches = iter(loader)
         for _ in islice(progress.batches, start):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mdistiller.dataset import Data, load_data
+from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import (
     build_distiller,
@@ -27,7 +27,13 @@ from mdistiller.engine.distributed import process_group, wait_for_all, wrap
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
 from mdistiller.engine.preemption import listening
-from mdistiller.engine.record import RunRecord, changed_settings, experiment_name, side_settings
+from mdistiller.engine.record import (
+    RunRecord,
+    changed_settings,
+    data_facts,
+    experiment_name,
+    side_settings,
+)
 from mdistiller.engine.store import LATEST, Store
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
@@ -37,12 +43,34 @@ from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
 
 
+class Prepared(NamedTuple):
+    """A run that is about to begin.
+
+    Attributes:
+        trainer: ready to train.
+        data: what it trains on; `num_data` images an epoch, `test` if images are held out, and
+            `close()`, which ends the processes that read.
+        facts: of the data, for `run.json`.
+        teacher_acc: accuracy of the teacher in percent, if there is one.
+    """
+
+    trainer: BaseTrainer
+    data: Any
+    facts: Mapping[str, Any]
+    teacher_acc: float | None
+
+
+Prepare = Callable[[Config, str, torch.device], Prepared]
+"""From a config and the name of the run folder."""
+
+
 def train(
     cfg: Config,
     overrides: Sequence[str] = (),
     resume: bool | Literal["auto"] = False,
     hooks: Sequence[Hook] = (),
     allow_changes: bool = False,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     """Train what a config describes.
 
@@ -52,6 +80,7 @@ def train(
         resume: continue the run in that folder; "auto": if there is one, else start it.
         hooks: run before all others.
         allow_changes: continue under another config, whatever it changes.
+        prepare: how what is trained is built, where that is no classifier.
 
     Returns:
         The run's summary, which is also `summary.json` in its folder.
@@ -64,7 +93,7 @@ def train(
     if resume == "auto":
         resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
     with listening(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
-        return _train(cfg, name, resume, device, hooks, allow_changes)
+        return _train(cfg, name, resume, device, hooks, allow_changes, prepare)
 
 
 def train_or_continue(
@@ -97,44 +126,18 @@ def _train(
     device: torch.device,
     hooks: Sequence[Hook] = (),
     allow_changes: bool = False,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
     check_folder(folder, cfg, resume, allow_changes)
-    method = get_distiller(cfg.DISTILLER.TYPE)
-    check_labels(cfg)
-    trainer_dict[cfg.SOLVER.TRAINER].check(cfg)
-    with contextlib.closing(load_data(cfg, device, method.two_views)) as data:
-        return _train_on(data, cfg, name, resume, device, hooks, allow_changes)
-
-
-def _train_on(
-    data: Data,
-    cfg: Config,
-    name: str,
-    resume: bool,
-    device: torch.device,
-    hooks: Sequence[Hook],
-    allow_changes: bool,
-) -> dict[str, Any]:
-    folder, method = Path(cfg.LOG.PREFIX) / name, get_distiller(cfg.DISTILLER.TYPE)
-    check_models(cfg, data)  # before hours go into a teacher
-    check_views(cfg, data.train)
-    teacher_ckpt = None
-    if method.uses_teacher:
-        teacher_ckpt = resolve_teacher(cfg, data, device, _train, folder)
-    distiller = build_distiller(cfg, data, device, teacher_ckpt)
+    trainer, data, facts, teacher_acc = (prepare or prepare_classifier)(cfg, name, device)
+    record = RunRecord(facts)
     if rank() == 0:
-        show_cfg(cfg)
-    teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
-    if cfg.SOLVER.SYNC_BN:
-        synchronize_batch_norm(distiller)
-    compile_networks(distiller, cfg.SOLVER.COMPILE)
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
-    trainer = trainer_dict[cfg.SOLVER.TRAINER](name, wrapped, data.train, data.val, cfg)
-    if rank() == 0:
-        record = RunRecord(data)
         trainer.hooks[:0] = [*hooks, record]
-    with locked(folder) if rank() == 0 else contextlib.nullcontext():
+    with (
+        contextlib.closing(data),
+        locked(folder) if rank() == 0 else contextlib.nullcontext(),
+    ):
         if rank() == 0:  # another run may have been in there meanwhile
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
@@ -144,8 +147,32 @@ def _train_on(
     return summary
 
 
+def prepare_classifier(cfg: Config, name: str, device: torch.device) -> Prepared:
+    """Data, networks and trainer of a config; its teacher is trained first if need be."""
+    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    check_labels(cfg)
+    trainer_class.check(cfg)
+    data = load_data(cfg, device, method.two_views)
+    check_models(cfg, data)  # before hours go into a teacher
+    check_views(cfg, data.train)
+    teacher_ckpt = None
+    if method.uses_teacher:
+        teacher_ckpt = resolve_teacher(cfg, data, device, _train, Path(cfg.LOG.PREFIX) / name)
+    distiller = build_distiller(cfg, data, device, teacher_ckpt)
+    if rank() == 0:
+        show_cfg(cfg)
+    teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    compile_networks(distiller, cfg.SOLVER.COMPILE)
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
+    return Prepared(trainer, data, data_facts(data), teacher_acc)
+
+
 def _train_in(
-    folder: Path, trainer: BaseTrainer, data: Data, teacher_acc: float | None, resume: bool
+    folder: Path, trainer: BaseTrainer, data: Any, teacher_acc: float | None, resume: bool
 ) -> dict[str, Any]:
     """Train, and write the summary."""
     if trainer.device.type == "cuda":
@@ -225,7 +252,7 @@ def trained_file(folder: Path) -> str | None:
     return metrics.name if several else None
 
 
-def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> dict[str, Any]:
+def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
     """Last and best accuracy, and what the best was selected on.
 
     With held-out images the test set is used here, once: for the last and for the selected weights.
@@ -237,7 +264,7 @@ def summarize(trainer: BaseTrainer, data: Data, teacher_acc: float | None) -> di
     seconds += stage_seconds(trainer.log_path)
     summary: dict[str, Any] = {
         "epochs": trainer.epoch,
-        "last_acc": history[-1].get("test_acc") if history else None,
+        "last_acc": history[-1].get(trainer.selects) if history else None,
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
         "selected_on": "test set",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.cacheable import is_wanted
 from mdistiller.engine.distributed import (
@@ -30,7 +31,7 @@ from mdistiller.engine.optim import (
 from mdistiller.engine.preemption import Pauses, shielded
 from mdistiller.engine.resume import Progress, begin_epoch, capture, restore, seed_everything
 from mdistiller.engine.teacher_cache import TeacherCache
-from mdistiller.engine.utils import correct_counts
+from mdistiller.engine.utils import correct_counts, validate
 from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank
@@ -54,7 +55,11 @@ class BaseTrainer:
 
     A trainer that overrides `train_epoch` is saved, and stopped by signals, after epochs only.
 
+    What a step's output says beside its losses, how the student is evaluated and what then counts
+    are methods of their own: `measure`, `train_numbers`, `evaluate`, `progress_line`.
+
     Class attributes:
+        selects: the key of the evaluation by which the best epoch is chosen, in percent.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -65,6 +70,7 @@ class BaseTrainer:
     """
 
     stage = ""
+    selects: ClassVar[str] = "test_acc"
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -86,7 +92,7 @@ class BaseTrainer:
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
         self.optimizer = self.init_optimizer(cfg)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scheduler = build_scheduler(self.optimizer, cfg.SOLVER)
+        self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
         self.accumulate = cfg.SOLVER.ACCUMULATE
         self.epoch = 0
@@ -142,6 +148,14 @@ class BaseTrainer:
     def init_optimizer(self, cfg: Any) -> Optimizer:
         """The optimizer over the distiller's parameter groups."""
         return build_optimizer(self.model.param_groups(), cfg.SOLVER)
+
+    def init_scheduler(self, cfg: Any) -> LRScheduler:
+        """The schedule of the learning rate, which :meth:`end_epoch` moves on."""
+        return build_scheduler(self.optimizer, cfg.SOLVER)
+
+    def end_epoch(self, train_loss: float) -> None:
+        """Move the schedule on by an epoch, whose mean training loss was `train_loss`."""
+        step_scheduler(self.scheduler, train_loss)
 
     @property
     def global_step(self) -> int:
@@ -200,14 +214,12 @@ class BaseTrainer:
         seconds = progress.seconds
         record = {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_acc": means.pop("top1", 0.0),
-            "train_loss": means.pop("losses", 0.0),
-            **{f"train_{name}": value for name, value in means.items()},
+            **self.train_numbers(means),
             "images_per_second": len(self.train_loader.dataset) / seconds,
             "seconds": seconds,
             **cached,
         }
-        step_scheduler(self.scheduler, record["train_loss"])
+        self.end_epoch(record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
         for hook in self.hooks:
@@ -238,18 +250,49 @@ class BaseTrainer:
         self.guard.begin(self, inputs)
         with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
             with autocast(self.device, self.cfg.SOLVER.AMP):
-                logits, losses = self.distiller(**inputs)
+                output, losses = self.distiller(**inputs)
             self.guard.see(losses)
-            target = inputs["target"]
-            hits = correct_counts(logits, target) * (100.0 / len(target))
+            numbers, samples = self.measure(output, inputs)
             train_meters.add(
                 f"{self.stage} epoch {epoch}, step {self.step}".strip(),
                 losses,
-                {"top1": hits[0], "top5": hits[1], **getattr(self.model, "metrics", {})},
-                len(target),
+                {**numbers, **getattr(self.model, "metrics", {})},
+                samples,
             )
             self.optimize(losses)
         return ""
+
+    def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+        """Means over a micro-batch to average over an epoch, and the number of its samples.
+
+        Args:
+            output: what the distiller returned beside its losses: logits.
+            inputs: what it was given.
+        """
+        target = inputs["target"]
+        hits = correct_counts(output, target) * (100.0 / len(target))
+        return {"top1": hits[0], "top5": hits[1]}, len(target)
+
+    def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
+        """An epoch's means as its record names them."""
+        accuracy, loss = means.pop("top1", 0.0), means.pop("losses", 0.0)
+        others = {f"train_{name}": value for name, value in means.items()}
+        return {"train_acc": accuracy, "train_loss": loss, **others}
+
+    def evaluate(self) -> dict[str, float]:
+        """How the student does on `val_loader`, for the epoch's record: also :attr:`selects`."""
+        top1, top5, loss = validate(self.val_loader, self.distiller)
+        return {"test_acc": top1, "test_acc_top5": top5, "test_loss": loss}
+
+    def progress_line(self, record: dict[str, Any]) -> str:
+        """What is printed of an epoch, between its learning rate and its speed."""
+        known = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
+        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
+        return (
+            f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
+            f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
+            f"(best {self.best_acc:.2f})  {averaged}{known}"
+        )
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
@@ -319,7 +362,7 @@ class BaseTrainer:
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
         """Keep an epoch's numbers, and write them to every log; override to add your own."""
-        accuracy = float(log_dict.get("test_acc", -1.0))
+        accuracy = float(log_dict.get(self.selects, -1.0))
         if accuracy >= self.best_acc:  # ties: the later one, as the files have it
             self.best_acc, self.best_epoch = accuracy, epoch
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})

@@ -30,10 +30,15 @@ def check_out(path: Path) -> None:
         raise UserError(f"--out {path} must end in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: there is no folder {path.parent}")
-    _figure(1, 1)
+    new_figure(1, 1)
 
 
-def _figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+    """An empty figure, in inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -75,7 +80,7 @@ def scatter(
         chosen: the classes that are shown, at most MOST_CLASSES, in the order of the legend.
         classes: names of all classes.
     """
-    figure = _figure(4.6 * len(panels) + 1.2, 4.8)
+    figure = new_figure(4.6 * len(panels) + 1.2, 4.8)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, points) in zip(axes, panels, strict=True):
         for i, k in enumerate(chosen):
@@ -106,7 +111,7 @@ def correlations(
         teacher, students: title and matrix [C, C] of each.
         names: of the C classes.
     """
-    figure = _figure(4.6 * (1 + len(students)) + 0.8, 4.8, "compressed")
+    figure = new_figure(4.6 * (1 + len(students)) + 0.8, 4.8, "compressed")
     axes = figure.subplots(1, 1 + len(students), squeeze=False)[0]
     differences = [matrix - teacher[1] for _, matrix in students]
     widest = max(
@@ -145,7 +150,7 @@ def attention(
         networks: title, maps [N, h, w] of each stage, and predictions of each.
     """
     columns = 1 + sum(len(maps) for _, maps, _ in networks)
-    figure = _figure(1.3 * columns + 0.4 * len(networks), 1.25 * len(images) + 1)
+    figure = new_figure(1.3 * columns + 0.4 * len(networks), 1.25 * len(images) + 1)
     parts: Any = figure.subfigures(
         1, 1 + len(networks), width_ratios=[1.2, *(len(maps) for _, maps, _ in networks)]
     )

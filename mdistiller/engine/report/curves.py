@@ -21,6 +21,8 @@ _LEARNING = (
     ("train_acc", "Accuracy in training", "top-1 %"),
     ("test_loss", "Cross-entropy after each epoch", "nats"),
     ("train_loss", "Training loss, all terms", "loss"),
+    ("test_bbox/AP", "Box AP after each round", "AP %"),
+    ("test_segm/AP", "Mask AP after each round", "AP %"),
 )
 
 
@@ -80,7 +82,7 @@ def reached(run: Run, accuracy: float) -> tuple[int, float] | None:
     seconds = sum(row.get("seconds", 0.0) for row in run.stages)
     for row in run.epochs:
         seconds += row.get("seconds", 0.0)
-        if row.get("test_acc", 0.0) >= accuracy:
+        if row.get("test_acc", row.get("test_bbox/AP", 0.0)) >= accuracy:
             return int(row["epoch"]), seconds
     return None
 

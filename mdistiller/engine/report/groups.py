@@ -134,9 +134,18 @@ def find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
     return plain_ones[0] if len(plain_ones) == 1 else None
 
 
+def measure(groups: Sequence[Group]) -> str:
+    """What their accuracy is."""
+    kinds = ["box AP" if run.detects else "top-1" for g in groups for run in g.runs]
+    return " or ".join(dict.fromkeys(kinds))
+
+
 def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
-    keys = ("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.VAL_SPLIT")
+    keys = (
+        *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.VAL_SPLIT"),
+        *("DETECTION.STUDENT.ARCH", "DETECTION.DATA.VAL_ANNOTATIONS"),
+    )
     return all(first.config.get(key) == second.config.get(key) for key in keys)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mdistiller.engine.report.document import Section, Table
-from mdistiller.engine.report.groups import Grid, Group, grids, varying_keys
+from mdistiller.engine.report.groups import Grid, Group, grids, measure, varying_keys
 from mdistiller.engine.report.tables import NONE, over_seeds
 from mdistiller.engine.sweep.table import short
 
@@ -31,7 +31,9 @@ def ablations(groups: Sequence[Group], which: str) -> Section:
     for grid in grids([g for g in groups if g.config]):
         section.tables.append(_heat(grid, which))
     if section.tables:
-        section.notes.append(f"Test top-1 %, {which} epoch, mean over seeds (their number).")
+        section.notes.append(
+            f"Test {measure(groups)} %, {which} epoch, mean over seeds (their number)."
+        )
     return section
 
 

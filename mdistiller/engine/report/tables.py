@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from mdistiller.engine.report.document import Section, Table
-from mdistiller.engine.report.groups import Group, comparable
+from mdistiller.engine.report.groups import Group, comparable, measure
 from mdistiller.engine.report.numbers import LEVEL, Estimate, difference, estimate, verdict
 from mdistiller.engine.report.published import beside, departures
 from mdistiller.engine.report.runs import Run
@@ -36,7 +36,8 @@ def joined(values: Sequence[Any]) -> str:
 def accuracy(groups: Sequence[Group]) -> Section:
     """Mean and interval over seeds, last and best."""
     split = any(run.held_out("best") is not None for g in groups for run in g.finished)
-    head = ["group", "seeds", "last epoch, test top-1 %", "best epoch, test top-1 %"]
+    unit = f"test {measure(groups)} %"
+    head = ["group", "seeds", f"last epoch, {unit}", f"best epoch, {unit}"]
     head += ["best epoch selected on"]
     head += ["last, held-out", "best, held-out"] if split else []
     rows = []
@@ -85,9 +86,10 @@ def differences(groups: Sequence[Group], base: Group | None, which: str) -> Sect
             rows.append([g.name, *shown])
     head = ["group", "pairs", f"points above {base.name}", "p", "verdict"]
     section.tables.append(Table(head, rows))
+    unit = measure(groups)
     section.notes.append(
-        f"Top-1 on the test set, {which} epoch, against {base.name} with the same seed: mean "
-        "difference ± half its 95 % interval, and the paired t-test."
+        f"{unit[0].upper()}{unit[1:]} on the test set, {which} epoch, against {base.name} with the "
+        "same seed: mean difference ± half its 95 % interval, and the paired t-test."
     )
     tests = sum(row[3] != NONE for row in rows)
     if tests > 1:
@@ -132,7 +134,7 @@ def published(groups: Sequence[Group]) -> Section:
 
 def teachers(groups: Sequence[Group]) -> Section:
     """Teacher accuracy, and how far the student is from it."""
-    head = ["group", "teacher", "its top-1 %", "student, last", "student - teacher"]
+    head = ["group", "teacher", f"its {measure(groups)} %", "student, last", "student - teacher"]
     rows = []
     for g in groups:
         found = g.by_seed(lambda run: run.summary.get("teacher_acc"))

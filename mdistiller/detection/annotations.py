@@ -1,0 +1,274 @@
+"""COCO annotation files: read, checked, and kept as arrays that worker processes share.
+
+Whatever cannot be meant is refused in one line that names the file, the image and the annotation.
+What real files have now and then (boxes without area, boxes that stick out of the image) is refused
+as well, or mended and counted, as DETECTION.DATA.BAD_ANNOTATIONS says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdistiller.detection.masks import polygon_parts, rle_counts
+from mdistiller.engine.safe_yaml import shown
+from mdistiller.registry import UserError
+
+LEAST_SIDE = 0.01  # pixels; a shorter side would vanish in float32 when the image is resized
+SLACK = 1.0  # pixels that a box may stick out, by rounding; it is clipped
+
+
+class Packed:
+    """Plain values as one array of bytes: objects would be copied into each worker process."""
+
+    def __init__(self, items: Iterable[Any]):
+        parts = [json.dumps(item).encode() for item in items]
+        self._ends = np.cumsum([0, *map(len, parts)])
+        self._bytes = np.frombuffer(b"".join(parts), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return json.loads(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+@dataclass
+class Annotations:
+    """What a file says about its N images, in the order of their ids, and A objects (no crowds).
+
+    Attributes:
+        path: the file.
+        categories: names by category id, in the order of the ids.
+        image_ids: int64 [N].        names: file names, as bytes [N].
+        sizes: height and width, int64 [N, 2].
+        starts: int64 [N + 1]; the objects of image i are starts[i] .. starts[i + 1] - 1.
+        boxes: x1, y1, x2, y2 in pixels, float64 [A], inside the image.
+        category_ids: int64 [A].
+        segmentations: polygons or RLE of each object, if they were asked for.
+        counts: what was left out or mended: name -> how often.
+        left_out: ids of annotations, also of crowds, that are of no use.
+    """
+
+    path: Path
+    categories: dict[int, str]
+    image_ids: np.ndarray
+    names: np.ndarray
+    sizes: np.ndarray
+    starts: np.ndarray
+    boxes: np.ndarray
+    category_ids: np.ndarray
+    segmentations: Packed | None
+    counts: Counter[str] = field(default_factory=Counter)
+    left_out: set[int] = field(default_factory=set)
+
+    def objects(self, image: int) -> slice:
+        """Where the objects of the image at a position are."""
+        return slice(int(self.starts[image]), int(self.starts[image + 1]))
+
+
+def read_contents(path: Path, key: str) -> dict[str, Any]:
+    """What a COCO annotation file holds, its three lists checked to be there.
+
+    Args:
+        key: the config key that names the file, for errors.
+    """
+    if not path.is_file():
+        raise UserError(f"{key}: there is no annotation file {path}; name a COCO instances file")
+    try:
+        contents = json.loads(path.read_bytes())
+    except RecursionError:
+        raise UserError(f"{path} is no annotation file: its lists are nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged or no JSON ({error}); get it again") from None
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(contents, dict) or not isinstance(contents.get(name), list):
+            raise UserError(
+                f"{path} is no COCO instances file: it has no list {name!r} (want images, "
+                "annotations and categories)"
+            )
+    return contents
+
+
+def read_annotations(
+    path: Path, key: str, *, segmentations: bool = False, mend: bool = False
+) -> Annotations:
+    """Read and check an annotation file.
+
+    Args:
+        key: the config key that names it, for errors.
+        segmentations: every object needs a mask; keep them.
+        mend: clip boxes that stick out of the image and leave out objects without a box or a mask
+            that could be used, instead of refusing them.
+
+    Raises:
+        UserError: the file is missing, no JSON, or says what cannot be.
+    """
+    return _Reading(path, segmentations, mend).read(read_contents(path, key))
+
+
+class _Reading:
+    """One file on its way to arrays."""
+
+    def __init__(self, path: Path, segmentations: bool, mend: bool):
+        self.path, self.segmentations, self.mend = path, segmentations, mend
+        self.counts: Counter[str] = Counter()
+        self.left_out: set[int] = set()
+
+    def read(self, contents: dict[str, Any]) -> Annotations:
+        categories = self._by_id(contents["categories"], "category")
+        images = self._by_id(contents["images"], "image")
+        self._check_names(categories)
+        if not categories or not images:
+            what = "images" if categories else "categories"
+            raise UserError(f"{self.path} has no {what}: nothing to learn or to test")
+        for number, record in images.items():
+            self._check_image(number, record)
+        found: dict[int, list[tuple[list[float], int, Any]]] = {number: [] for number in images}
+        for number, record in self._by_id(contents["annotations"], "annotation").items():
+            self._check_links(number, record, images, categories)
+            self._enter(number, record, images[record["image_id"]], found)
+        objects = [item for items in found.values() for item in items]
+        return Annotations(
+            self.path,
+            {number: record["name"] for number, record in categories.items()},
+            np.array(list(images), np.int64),
+            np.array([record["file_name"].encode() for record in images.values()], np.bytes_),
+            np.array([(r["height"], r["width"]) for r in images.values()], np.int64),
+            np.cumsum([0, *map(len, found.values())]),
+            np.array([box for box, _, _ in objects], np.float64).reshape(-1, 4),
+            np.array([category for _, category, _ in objects], np.int64),
+            Packed(segments for _, _, segments in objects) if self.segmentations else None,
+            self.counts,
+            self.left_out,
+        )
+
+    def _check_names(self, categories: dict[int, dict[str, Any]]) -> None:
+        known: dict[str, int] = {}
+        for number, record in categories.items():
+            name = record.get("name")
+            if not isinstance(name, str):
+                raise UserError(f"{self.path}: category {number} has no name")
+            if name in known:
+                raise UserError(
+                    f"{self.path}: categories {known[name]} and {number} have the same name "
+                    f"{shown(name, 60)}; rename one"
+                )
+            known[name] = number
+
+    def _by_id(self, records: list[Any], kind: str) -> dict[int, dict[str, Any]]:
+        """Records in the order of their ids."""
+        found: dict[int, dict[str, Any]] = {}
+        for position, record in enumerate(records):
+            number = record.get("id") if isinstance(record, dict) else None
+            if type(number) is not int or abs(number) >= 2**63:
+                raise UserError(
+                    f"{self.path}: {kind} number {position + 1} of the list has no whole number as "
+                    f"id ({shown(number, 60)})"
+                )
+            if number in found:
+                raise UserError(f"{self.path}: {kind} id {number} is given twice; ids are unique")
+            found[number] = record
+        return dict(sorted(found.items()))
+
+    def _check_image(self, number: int, record: dict[str, Any]) -> None:
+        name, size = record.get("file_name"), [record.get("height"), record.get("width")]
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise UserError(f"{self.path}: image {number} has no file_name")
+        if not all(type(side) is int and 0 < side < 2**31 for side in size):
+            raise UserError(
+                f"{self.path}: image {number} ({name}) is {shown(size[0], 40)} high and "
+                f"{shown(size[1], 40)} wide; both must be whole numbers above 0"
+            )
+
+    def _check_links(
+        self, number: int, record: dict[str, Any], images: Any, categories: Any
+    ) -> None:
+        if number == 0:
+            raise UserError(
+                f"{self.path}: annotation id 0 is not allowed: pycocotools counts its object as "
+                "never found; number annotations from 1"
+            )
+        for kind, known in (("image", images), ("category", categories)):
+            value = record.get(f"{kind}_id")
+            if type(value) is not int or value not in known:
+                raise UserError(
+                    f"{self.path}: annotation {number} has {kind}_id {shown(value, 60)}, which is "
+                    f"not among the file's {len(known)} {kind} ids"
+                )
+        if record.get("iscrowd", 0) not in (0, 1):
+            raise UserError(
+                f"{self.path}: annotation {number} has iscrowd {shown(record['iscrowd'], 60)}; "
+                "want 0 or 1"
+            )
+
+    def _enter(
+        self, number: int, record: dict[str, Any], image: dict[str, Any], found: dict[int, Any]
+    ) -> None:
+        """Add an object to those of its image, unless it is a crowd or of no use."""
+        box, fault = _corners(record.get("bbox"), image["height"], image["width"])
+        segments = None
+        if box is not None and self.segmentations:
+            segments, mask_fault = _segments(record.get("segmentation"), image)
+            fault = fault or mask_fault
+            box = None if segments is None else box
+        if fault:
+            self._mend(number, record, fault, box is not None)
+        if record.get("iscrowd"):
+            self.counts["crowd regions"] += 1
+        elif box is not None:
+            found[record["image_id"]].append((box, record["category_id"], segments))
+
+    def _mend(self, number: int, record: dict[str, Any], fault: str, usable: bool) -> None:
+        """Refuse a fault, or count it."""
+        if not self.mend:
+            raise UserError(
+                f"{self.path}: annotation {number} of image {record['image_id']}: {fault}; mend "
+                f"it, or set DETECTION.DATA.BAD_ANNOTATIONS fix to {'mend' if usable else 'drop'} "
+                "such ones"
+            )
+        self.counts["objects mended" if usable else "objects without box or mask"] += 1
+        if not usable:
+            self.left_out.add(number)
+
+
+def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:
+    """x1, y1, x2, y2 of a box inside the image, None if nothing is left; and what is wrong."""
+    if (
+        not isinstance(bbox, Sequence)
+        or len(bbox) != 4
+        or not all(type(v) in (int, float) and math.isfinite(v) for v in bbox)
+    ):
+        return None, f"bbox {shown(bbox, 80)} is not [x, y, width, height]"
+    x, y, w, h = map(float, bbox)
+    if w < LEAST_SIDE or h < LEAST_SIDE:
+        return None, f"box {bbox} is {w:g} x {h:g} pixels: it has no area"
+    box = [max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))]
+    outside = f"box {bbox} is outside the image of {width}x{height} pixels"
+    if box[2] - box[0] < LEAST_SIDE or box[3] - box[1] < LEAST_SIDE:
+        return None, outside
+    sticks_out = max(-x, -y, x + w - width, y + h - height)
+    return box, f"{outside} by {sticks_out:g}" if sticks_out > SLACK else ""
+
+
+def _segments(segmentation: Any, image: dict[str, Any]) -> tuple[Any, str]:
+    """The polygons or RLE of an object, None if they are of no use; and what is wrong."""
+    if isinstance(segmentation, dict):
+        if segmentation.get("size") != [image["height"], image["width"]]:
+            return None, f"its RLE mask is {shown(segmentation.get('size'), 60)}, unlike the image"
+        if rle_counts(segmentation) is None:
+            return None, "its RLE mask does not fill the image"
+        return segmentation, ""
+    if not segmentation:
+        return None, "it has no segmentation, which a Mask R-CNN needs"
+    parts = polygon_parts(segmentation)
+    if not parts:
+        return None, "its segmentation is neither polygons of 3 or more points nor RLE"
+    return parts, "" if len(parts) == len(segmentation) else "a polygon has less than 3 points"

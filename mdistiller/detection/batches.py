@@ -1,0 +1,185 @@
+"""Batches of a detection set: endless and shuffled for training, in order for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller import runtime
+from mdistiller.dataset._plan import share
+from mdistiller.dataset._workers import Workers
+from mdistiller.detection.dataset import CocoDetectionSet, View
+from mdistiller.detection.draws import Draws, Tasks
+from mdistiller.registry import UserError
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+"""Images, float32 [3, H, W] in 0..1, RGB, of different sizes; and the target of each (`item`)."""
+
+
+@dataclass
+class _Made:
+    """A batch on its way from a worker; what `Workers` hands to the device."""
+
+    images: list[Tensor]  # uint8
+    targets: list[dict[str, Any]]
+
+    def _each(self, move: Any) -> _Made:
+        targets = [
+            {key: move(value) if isinstance(value, Tensor) else value for key, value in t.items()}
+            for t in self.targets
+        ]
+        return _Made([move(image) for image in self.images], targets)
+
+    def pin_memory(self) -> _Made:
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> _Made:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def batch(self) -> Batch:
+        return [image.float().div_(255) for image in self.images], self.targets
+
+
+@dataclass
+class _Maker:
+    """Makes batches of views; runs in the workers."""
+
+    dataset: CocoDetectionSet
+
+    def __getitem__(self, task: Sequence[View]) -> _Made | str:
+        try:
+            items = [self.dataset.item(view) for view in task]
+        except UserError as error:  # whose one line would get lost
+            return str(error)
+        return _Made([image for image, _ in items], [target for _, target in items])
+
+
+class TrainBatches:
+    """Endless training batches of this process; iterating continues where it stopped.
+
+    Global batches are made of `batch_size * world_size` images of one orientation and split in
+    order, so the number of processes changes nothing else. The view of an image follows from the
+    seed and its position in the stream.
+
+    Args:
+        dataset: the images.
+        batch_size: of each process.
+        min_sizes, max_size, flip, grouping: see `data.DATA`.
+        seed: of order and views; the same in all processes.
+        device: where batches go.
+        num_workers: processes that read images; 0: none.
+        timeout: seconds to wait for one; 0: for ever.
+        rank, world_size: as torch.distributed says by default.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetectionSet,
+        batch_size: int,
+        *,
+        min_sizes: Sequence[int] = (800,),
+        max_size: int = 1333,
+        flip: float = 0.5,
+        grouping: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        timeout: float = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        if batch_size < 1:
+            raise UserError(f"SOLVER.BATCH_SIZE {batch_size} must be at least 1")
+        self.dataset, self.batch_size = dataset, batch_size
+        rank = runtime.rank() if rank is None else rank
+        world_size = runtime.world_size() if world_size is None else world_size
+        portrait = dataset.portrait if grouping else np.zeros(len(dataset), bool)
+        draws = Draws(portrait, batch_size * world_size, seed)
+        part = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.tasks = Tasks(draws, part, min_sizes, max_size, flip)
+        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for made in self._workers.batches(self.tasks):
+            self.tasks.given()
+            yield made.batch()
+
+    def close(self) -> None:
+        """End the processes that read; another iteration starts new ones."""
+        self._workers.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: what follows is the same after loading them, also into other processes."""
+        return {**self.tasks.state, **self._facts()}
+
+    def _facts(self) -> dict[str, Any]:
+        """What a position means nothing without."""
+        draws = self.tasks.draws
+        return {
+            "images": len(self.dataset),
+            "batch_size": draws.batch_size,
+            "seed": draws.seed,
+            "grouped": bool(draws.portrait.any()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch where `state` was taken, from the next `iter()` on.
+
+        Raises:
+            UserError: it is of other data, another global batch size or another seed.
+        """
+        for name, value in self._facts().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the run's data were at {name} {state.get(name)!r}, now it is {value!r}: "
+                    "resuming would give other batches; start a new run"
+                )
+        self.tasks.state = {"position": state["position"], "waiting": state["waiting"]}
+
+
+class ValBatches:
+    """Every image of this process's share once, in order, in batches; none is padded or repeated.
+
+    Args: as for :class:`TrainBatches`; `min_size` of every image.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetectionSet,
+        batch_size: int = 1,
+        *,
+        min_size: int = 800,
+        max_size: int = 1333,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        timeout: float = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.min_size, self.max_size = min_size, max_size
+        rank = runtime.rank() if rank is None else rank
+        world_size = runtime.world_size() if world_size is None else world_size
+        self.start, self.stop = share(len(dataset), rank, world_size)
+        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.start) // self.batch_size)
+
+    def _tasks(self) -> list[list[View]]:
+        sizes = (self.min_size, self.max_size)
+        views = [View(i, *sizes, masks=False) for i in range(self.start, self.stop)]
+        return [views[k : k + self.batch_size] for k in range(0, len(views), self.batch_size)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for made in self._workers.batches(self._tasks()):
+            yield made.batch()
+
+    def close(self) -> None:
+        """End the processes that read; another iteration starts new ones."""
+        self._workers.close()

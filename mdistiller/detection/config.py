@@ -1,0 +1,115 @@
+"""The configuration of a detection run: `load_config`, and the defaults that are its own.
+
+Sections EXPERIMENT, LOG and SOLVER are those of classification as far as they mean the same;
+SOLVER counts iterations (steps of the optimizer) where that counts epochs. An "epoch" of logs and
+checkpoints is a round of SOLVER.EVAL_PERIOD iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.dataset import DATASET_CONFIG
+from mdistiller.detection.data import DATA
+from mdistiller.detection.methods import METHODS
+from mdistiller.detection.models import NETWORK
+from mdistiller.engine.cfg import ENGINE_CONFIG, Config, lookup
+from mdistiller.engine.cfg import load_config as load_any
+from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.registry import UserError
+
+ITERATIONS: dict[str, Any] = {
+    "TRAINER": "detection",
+    "BATCH_SIZE": 2,  # images per process and micro-batch
+    "LR": 0.01,
+    "MAX_ITER": 180000,  # in all
+    "STEPS": [120000, 160000],  # after which LR is multiplied by LR_DECAY_RATE
+    "WARMUP_ITERS": 1000,  # of linear warm-up, from WARMUP_FACTOR * LR
+    "WARMUP_FACTOR": 0.001,
+    "EVAL_PERIOD": 10000,  # iterations of a round, after which is evaluated and saved
+    "WEIGHT_DECAY_NORM": 0.0,  # weight decay of batch norms and the like
+    "EPOCHS": 1,  # rounds: follows from the above, not to be set
+}
+"""What SOLVER has in place of, and beside, the keys of classification."""
+
+_LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
+    *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
+}
+
+DETECTION: dict[str, Any] = {
+    "STUDENT": NETWORK,
+    "TEACHER": NETWORK,
+    "DATA": DATA,
+    "EVALUATOR": "pycocotools",  # or faster: the same numbers, sooner; needs faster-coco-eval
+    "EVALUATE_TEACHER": True,  # before the training
+}
+
+
+def default_config() -> Config:
+    """A fresh config that holds every default."""
+    solver = {key: value for key, value in ENGINE_CONFIG["SOLVER"].items() if key not in _LEFT_OUT}
+    experiment = {k: v for k, v in ENGINE_CONFIG["EXPERIMENT"].items() if k != "LOGIT_STAND"}
+    shared = ("NUM_WORKERS", "WORKER_TIMEOUT", "SKIP_CORRUPT")
+    return Config(
+        {
+            "EXPERIMENT": {**experiment, "PROJECT": "detection"},
+            "DISTILLER": {"TYPE": "NONE"},  # a method of METHODS, or several: "DKD+REVIEWKD"
+            "DETECTION": {**DETECTION, **METHODS.config},
+            "DATASET": {key: DATASET_CONFIG[key] for key in shared},
+            "SOLVER": {**solver, **ITERATIONS},
+            "LOG": {**ENGINE_CONFIG["LOG"], "TENSORBOARD_FREQ": 20, "SAVE_EVERY_MINUTES": 15.0},
+            "DEVICE": ENGINE_CONFIG["DEVICE"],
+            "IMPORTS": [],
+        }
+    ).clone()
+
+
+def load_config(
+    path: str | Path = "", overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> Config:
+    """Defaults, then the file, then `[key, value, ...]`; checked, and frozen.
+
+    Args:
+        imports: further IMPORTS, relative to the working directory; methods they register for
+            detection have their nodes.
+    """
+    import_user_modules(resolve_imports(list(imports), Path()))
+    cfg = load_any(path, overrides, imports, defaults=default_config())
+    check(cfg)
+    rounds = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
+    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], rounds):
+        raise UserError(
+            f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}: detection counts iterations; set SOLVER.MAX_ITER, "
+            "and SOLVER.EVAL_PERIOD for the iterations from one evaluation to the next"
+        )
+    cfg.defrost()
+    cfg.SOLVER.EPOCHS = rounds
+    cfg.freeze()
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that have the right type and no meaning for detection."""
+    solver = cfg.SOLVER
+    for key, low in {"MAX_ITER": 1, "EVAL_PERIOD": 1, "WARMUP_ITERS": 0}.items():
+        if solver[key] < low:
+            raise UserError(f"SOLVER.{key} must be at least {low}, got {solver[key]}")
+    if solver.WEIGHT_DECAY_NORM < 0:
+        raise UserError(
+            f"SOLVER.WEIGHT_DECAY_NORM must be at least 0, got {solver.WEIGHT_DECAY_NORM}"
+        )
+    if not 0 < solver.WARMUP_FACTOR <= 1:
+        raise UserError(f"SOLVER.WARMUP_FACTOR must be in (0, 1], got {solver.WARMUP_FACTOR}")
+    if any(step < 1 for step in solver.STEPS) or sorted(set(solver.STEPS)) != list(solver.STEPS):
+        raise UserError(f"SOLVER.STEPS must be rising iterations from 1 on, got {solver.STEPS}")
+    for name, allowed in {
+        "SOLVER.SCHEDULE": ("multistep", "cosine", "constant"),
+        "SOLVER.EMA": (0.0,),
+        "DETECTION.EVALUATOR": ("pycocotools", "faster"),
+    }.items():
+        value = lookup(cfg, name)
+        if value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise UserError(f"{name} must be one of {known} in detection, got {value}")

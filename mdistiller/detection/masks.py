@@ -1,0 +1,108 @@
+"""Masks of COCO files: polygons and run lengths to pixels, and pixels to run lengths.
+
+Brings pycocotools, which an installation without the extra `detection` does not have: imported
+where it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mdistiller.registry import UserError
+
+
+def coco_masks() -> Any:
+    """The module pycocotools.mask."""
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise UserError(
+            "COCO's masks and average precision need the package pycocotools: "
+            "pip install mdistiller[detection]"
+        ) from error
+    return mask
+
+
+def polygon_parts(segmentation: Any) -> list[list[float]]:
+    """The polygons [x, y, x, y, ...] with at least three points; others are left out."""
+    if not isinstance(segmentation, Sequence):
+        return []
+    return [
+        part
+        for part in segmentation
+        if isinstance(part, list)
+        and len(part) >= 6
+        and len(part) % 2 == 0
+        and all(type(v) in (int, float) and math.isfinite(v) for v in part)
+    ]
+
+
+def rle_counts(rle: Mapping[str, Any]) -> list[int] | None:
+    """Run lengths, of a string as well, in turn of pixels outside and inside, column by column.
+
+    None if they do not fill `size`, or something else is wrong: pycocotools would not notice.
+    """
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(type(s) is int for s in size):
+        return None
+    if isinstance(counts, str):
+        counts = _unpack(counts)
+    if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
+        return None
+    return counts if sum(counts) == math.prod(size) else None
+
+
+def _unpack(text: str) -> list[int]:
+    """COCO's packed run lengths: five bits a character, differences to the one before the last."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:  # the last character of a number
+            value -= (code & 16) << (shift - 4)  # which was negative
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def draw_mask(segmentation: Any, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    """An object's pixels after its image was resized: uint8 [H, W], 0 or 1.
+
+    Polygons are drawn at the new size; run lengths are decoded, then resized to the nearest pixel.
+
+    Args:
+        height, width: of the image that the segmentation is of.
+        size: height and width of the mask.
+    """
+    if isinstance(segmentation, Mapping):
+        counts = rle_counts(segmentation)
+        assert counts is not None  # checked when the file was read
+        runs = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
+        return resize_nearest(runs.reshape(width, height).T, size)
+    api = coco_masks()
+    scale = np.array([size[1] / width, size[0] / height])
+    parts = [(np.reshape(part, (-1, 2)) * scale).ravel().tolist() for part in segmentation]
+    drawn: np.ndarray = api.decode(api.merge(api.frPyObjects(parts, *size)))
+    return drawn
+
+
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask [H, W] at another size, each pixel that under its centre."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip(size, mask.shape, strict=True)
+    )
+    resized: np.ndarray = mask[rows[:, None], columns]
+    return resized
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Compressed run lengths of a mask, uint8 [H, W], as result files have them."""
+    rle = coco_masks().encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -1,0 +1,160 @@
+"""A detection run: from a config to a trained student, by the engine's `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mdistiller.detection.batches import TrainBatches, ValBatches
+from mdistiller.detection.data import check_same_classes, train_batches, val_loader
+from mdistiller.detection.dataset import CocoDetectionSet
+from mdistiller.detection.detector import Detector
+from mdistiller.detection.distillers import DetectionDistiller
+from mdistiller.detection.evaluate import evaluate_detector
+from mdistiller.detection.methods import METHODS, method_names
+from mdistiller.detection.models import build_detector
+from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
+from mdistiller.detection.weights import FACTS
+from mdistiller.distillers import Vanilla
+from mdistiller.engine import run as engine
+from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.distributed import wrap
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.sync_bn import synchronize_batch_norm
+from mdistiller.engine.trainer import seed_everything, trainer_dict
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import project_root, rank
+
+
+@dataclass
+class DetectionData:
+    """What the engine asks of a run's data; `num_data` is the number of images of a full round."""
+
+    num_data: int
+    loaders: tuple[TrainBatches, ValBatches]
+    test: None = None
+
+    def close(self) -> None:
+        for loader in self.loaders:
+            loader.close()
+
+
+def train(
+    cfg: Config,
+    overrides: Sequence[str] = (),
+    resume: bool | Literal["auto"] = False,
+    hooks: Sequence[Hook] = (),
+    allow_changes: bool = False,
+) -> dict[str, Any]:
+    """Train what a detection config describes; arguments and result as of `engine.run.train`."""
+    return engine.train(cfg, overrides, resume, hooks, allow_changes, prepare)
+
+
+def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
+    """Data, networks and trainer of a config."""
+    method_names(cfg.DISTILLER.TYPE)
+    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    if not issubclass(trainer_class, DetectionTrainer):
+        raise UserError(f"SOLVER.TRAINER {cfg.SOLVER.TRAINER} is for classification; use detection")
+    trainer_class.check(cfg)
+    stream, val = train_batches(cfg, device), val_loader(cfg, device)
+    data: CocoDetectionSet = stream.dataset
+    check_same_classes(data, val.dataset)
+    distiller = build_distiller(cfg, data.num_classes, device)
+    if rank() == 0:
+        show_cfg(cfg)
+    teacher_acc = None
+    if distiller.guide is not None and cfg.DETECTION.EVALUATE_TEACHER:
+        teacher_acc = measure_teacher(distiller.guide, val, device, cfg)
+    solver = cfg.SOLVER
+    rounds = Rounds(
+        stream, solver.EVAL_PERIOD * solver.ACCUMULATE, solver.MAX_ITER * solver.ACCUMULATE
+    )
+    wrapped = wrap(distiller, solver.FIND_UNUSED_PARAMETERS)
+    trainer = trainer_class(name, wrapped, rounds, val, cfg)
+    facts = {"num_classes": data.num_classes, "classes": data.class_names}
+    return engine.Prepared(
+        trainer, DetectionData(len(rounds.dataset), (stream, val)), facts, teacher_acc
+    )
+
+
+def build_distiller(cfg: Config, num_classes: int, device: torch.device) -> DetectionDistiller:
+    """The distiller of a config, on `device`.
+
+    The student is made first, right after seeding: with one seed it starts from the same weights
+    under every method and teacher.
+
+    Args:
+        num_classes: with the background.
+    """
+    seed_everything(cfg.EXPERIMENT.SEED)
+    student, teacher = build_detector(located(cfg.DETECTION.STUDENT), num_classes), None
+    if method_names(cfg.DISTILLER.TYPE):
+        teacher = build_teacher(cfg, num_classes).to(device)
+    student.file_entries = {FACTS: student.facts}  # type: ignore[assignment]
+    distiller = DetectionDistiller(student, teacher, cfg).to(device)
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    elif cfg.DETECTION.STUDENT.NORM == "sync":
+        synchronize_batch_norm(Vanilla(student))
+    return distiller
+
+
+def build_teacher(cfg: Config, num_classes: int) -> Detector:
+    """The teacher of a config, with its weights.
+
+    Raises:
+        UserError: it has none, or the settings of student and teacher are mixed up.
+    """
+    node, name = located(cfg.DETECTION.TEACHER), cfg.DISTILLER.TYPE
+    if not node.WEIGHTS:
+        raise UserError(
+            f"DISTILLER.TYPE {name} needs a trained teacher: set DETECTION.TEACHER.WEIGHTS to its "
+            "file (of a run: student_best or student_latest; of detectron2's zoo: converted by "
+            "tools/convert_detectron2.py), or to torchvision"
+        )
+    if node.WEIGHTS != "torchvision" and not Path(node.WEIGHTS).is_file():
+        raise UserError(
+            f"DETECTION.TEACHER.WEIGHTS: {node.WEIGHTS} does not exist; train the teacher first "
+            "(its config without DISTILLER.TYPE), or name another file"
+        )
+    for role, fault in (("TEACHER", "upstream_r18"), ("STUDENT", "upstream_r18_teacher")):
+        if fault == cfg.DETECTION[role].INPUT:
+            other = "STUDENT" if role == "TEACHER" else "TEACHER"
+            raise UserError(
+                f"DETECTION.{role}.INPUT {fault} is for the {other.lower()}: are teacher and "
+                "student mixed up?"
+            )
+    compares = [part for part in method_names(name) if METHODS[part].needs_logits]
+    if node.NEW_HEAD and compares:
+        raise UserError(
+            f"DETECTION.TEACHER.NEW_HEAD starts the teacher's classifier anew, and {compares[0]} "
+            "learns from it: set it to False"
+        )
+    return build_detector(node, num_classes, "DETECTION.TEACHER")
+
+
+def located(node: Any) -> Any:
+    """A network's node; its files that are not where they say are those of the checkout."""
+    node = node.clone()
+    node.defrost()
+    for key in ("WEIGHTS", "BACKBONE_WEIGHTS"):
+        path = project_root() / node[key]
+        if node[key] and not Path(node[key]).is_file() and path.is_file():
+            node[key] = str(path)
+    return node
+
+
+def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:
+    """The teacher's box AP in percent on the validation set, printed."""
+    found = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
+    if rank() == 0:
+        print(log_msg(f"teacher: box AP {found[SCORE]:.2f}, AP50 {found['bbox/AP50']:.2f}"))
+        if found[SCORE] < 1:
+            print(log_msg("WARNING: the teacher finds next to nothing; is it the right file?"))
+    return found[SCORE]

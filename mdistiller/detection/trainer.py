@@ -1,0 +1,173 @@
+"""Training a detector by the engine's trainer: its epochs are rounds of iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+)
+
+from mdistiller.detection.batches import Batch, TrainBatches, ValBatches
+from mdistiller.detection.evaluate import evaluate_detector
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.runtime import world_size
+
+SCORE = "bbox/AP"
+"""What the best round is chosen by."""
+
+
+class Rounds:
+    """An endless stream of batches, cut into rounds: what the engine takes for epochs.
+
+    A batch is given out once; where the next one comes from is part of :meth:`state_dict`.
+
+    Args:
+        batches: the stream.
+        period: micro-batches of a round; the last one has what is left of `total`.
+        total: micro-batches of a run.
+
+    Attributes:
+        epoch: the round under way, from 1.
+        done: micro-batches of it that were given out.
+    """
+
+    def __init__(self, batches: TrainBatches, period: int, total: int):
+        self.batches, self.period, self.total = batches, period, total
+        self.epoch, self.done = 0, 0
+        self._flow: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Micro-batches of the round under way."""
+        before = max(self.epoch - 1, 0) * self.period
+        return min(self.period, self.total - before)
+
+    @property
+    def dataset(self) -> range:
+        """As long as the round has images, of all processes."""
+        return range(len(self) * self.batches.batch_size * world_size())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin a round, unless it has begun."""
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._flow is None:
+            self._flow = iter(self.batches)
+        while self.done < len(self):
+            batch = next(self._flow)
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same in all processes."""
+        return {"epoch": self.epoch, "done": self.done, "stream": self.batches.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the batch that was the last when `state` was taken."""
+        self.epoch, self.done, self._flow = state["epoch"], state["done"], None
+        self.batches.load_state_dict(state["stream"])
+
+
+class Place(Hook):
+    """Keeps in the checkpoints where in the stream of batches a run is."""
+
+    def state(self, trainer: BaseTrainer) -> dict[str, Any]:
+        return {"batches": trainer.train_loader.state_dict()}
+
+    def load_state(self, trainer: BaseTrainer, state: Mapping[str, Any]) -> None:
+        trainer.train_loader.load_state_dict(state["batches"])
+
+
+def build_schedule(optimizer: Optimizer, solver: Any) -> LRScheduler:
+    """The schedule of a detection run's SOLVER, to be stepped before every iteration but the first.
+
+    A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up runs beside the
+    rest and shifts nothing.
+    """
+    parts: list[LRScheduler] = []
+    if solver.WARMUP_ITERS:
+        parts.append(LinearLR(optimizer, solver.WARMUP_FACTOR, total_iters=solver.WARMUP_ITERS))
+    if solver.SCHEDULE == "multistep":
+        parts.append(MultiStepLR(optimizer, list(solver.STEPS), gamma=solver.LR_DECAY_RATE))
+    elif solver.SCHEDULE == "cosine":
+        parts.append(CosineAnnealingLR(optimizer, solver.MAX_ITER))
+    else:
+        parts.append(ConstantLR(optimizer, factor=1.0))
+    return ChainedScheduler(parts, optimizer)
+
+
+@trainer_dict.register("detection")
+class DetectionTrainer(BaseTrainer):
+    """Trains a detector by the sum of its losses and the teacher's terms.
+
+    The learning rate changes after every iteration. `best_acc` is the box AP in percent.
+    """
+
+    selects: ClassVar[str] = f"test_{SCORE}"
+    own_steps: ClassVar[bool] = False
+    own_inputs: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        experiment_name: str,
+        distiller: nn.Module,
+        train_loader: Rounds,
+        val_loader: ValBatches,
+        cfg: Any,
+    ):
+        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+        self.hooks.insert(0, Place())
+
+    def init_scheduler(self, cfg: Any) -> LRScheduler:
+        return build_schedule(self.optimizer, cfg.SOLVER)
+
+    def end_epoch(self, train_loss: float) -> None:
+        """Nothing: the schedule moves on by iterations."""
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.train_loader.period + self.step
+
+    def optimize(self, losses: dict[str, Tensor]) -> None:
+        if self.begins_step and self.global_step > 1:
+            self.scheduler.step()
+        super().optimize(losses)
+
+    def batch_inputs(self, data: Batch, epoch: int) -> dict[str, Any]:  # type: ignore[override]
+        images, targets = data
+        index = torch.tensor([target["image_id"] for target in targets])
+        return {"images": images, "targets": targets, "index": index}
+
+    def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+        return {}, len(inputs["images"])
+
+    def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
+        loss = means.pop("losses", 0.0)
+        return {"train_loss": loss, **{f"train_{name}": value for name, value in means.items()}}
+
+    def evaluate(self) -> dict[str, float]:
+        backend = self.cfg.DETECTION.EVALUATOR
+        found = evaluate_detector(self.model.student, self.val_loader, self.device, backend)
+        return {f"test_{name}": value for name, value in found.items()}
+
+    def progress_line(self, record: dict[str, Any]) -> str:
+        done = min(self.epoch * self.cfg.SOLVER.EVAL_PERIOD, self.cfg.SOLVER.MAX_ITER)
+        seconds = record["seconds"] * self.accumulate / len(self.train_loader)
+        masks = f" mask AP {record['test_segm/AP']:.2f}" if "test_segm/AP" in record else ""
+        return (
+            f"iteration {done}  train loss {record['train_loss']:.4f}  "
+            f"AP {record[self.selects]:.2f} AP50 {record['test_bbox/AP50']:.2f}{masks} "
+            f"(best {self.best_acc:.2f})  {seconds:.2f} s/iteration  "
+        )
