@@ -5,11 +5,12 @@ import ast
 import pytest
 from support import REPO
 
-BOTTOM = {"registry", "runtime", "weights", "files"}
+BOTTOM = {"registry", "runtime", "weights", "manifest", "files"}
 MAY_IMPORT = {
     "registry": set(),
     "runtime": {"registry"},
-    "weights": {"registry"},
+    "weights": {"registry", "manifest"},
+    "manifest": {"registry"},
     "files": {"registry"},
     "models": BOTTOM,
     "dataset": BOTTOM,

@@ -52,7 +52,10 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
         found.insert(0, Subject("teacher", cfg.DETECTION.TEACHER, "DETECTION.TEACHER"))
     device, data = resolve_device(cfg.DEVICE), build_set(cfg, "VAL")
     networks = [
-        (one.label, build_detector(one.node, data.num_classes, one.where).to(device))
+        (
+            one.label,
+            build_detector(one.node, data.num_classes, one.where, data.class_names).to(device),
+        )
         for one in found
     ]
     chosen = [name.strip() for name in args.classes.split(",") if name.strip()]

@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
     """The config of the data, and the networks that the arguments name."""
     from mdistiller.detection.config import load_config
-    from mdistiller.engine.run_folder import checkpoint_file
+    from mdistiller.engine.run_folder import checkpoint_file, recorded_config
 
     given = load_config(args.cfg, args.opts, args.imports) if args.cfg else None
     subjects = []
@@ -105,7 +105,7 @@ def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
         folder = path if path.is_dir() else path.parent
         recorded = folder / "config.yaml"
         if recorded.is_file():
-            cfg = load_config(recorded, args.opts, args.imports)
+            cfg = recorded_config(folder, args.opts, args.imports, load_config)
             file = checkpoint_file(path, args.checkpoint) if path.is_dir() else path
             label = f"{'/'.join(folder.resolve().parts[-2:])} {file.name.replace('student_', '')}"
         elif path.is_dir():
@@ -147,7 +147,9 @@ def _measure(
     from mdistiller.detection.models import build_detector
     from mdistiller.engine.utils import is_main_process, log_msg
 
-    net = build_detector(subject.node, loader.dataset.num_classes, subject.where).to(device)
+    data = loader.dataset
+    net = build_detector(subject.node, data.num_classes, subject.where, data.class_names)
+    net.to(device)
     subject.parameters = sum(p.numel() for p in net.parameters())
     masks = makes_masks(net, loader.dataset)
     evaluator = CocoEvaluator(loader.dataset, masks, cfg.DETECTION.EVALUATOR)

@@ -7,7 +7,7 @@ checkpoints is a round of SOLVER.EVAL_PERIOD iterations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,14 @@ def default_config() -> Config:
 
 
 def load_config(
-    path: str | Path = "", overrides: Sequence[str] = (), imports: Sequence[str] = ()
+    path: str | Path | Mapping[str, Any] = "",
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
 ) -> Config:
     """Defaults, then the file, then `[key, value, ...]`; checked, and frozen.
 
     Args:
+        path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory; methods they register for
             detection have their nodes.
     """
@@ -107,6 +110,7 @@ def check(cfg: Config) -> None:
     for name, allowed in {
         "SOLVER.SCHEDULE": ("multistep", "cosine", "constant"),
         "SOLVER.EMA": (0.0,),
+        "SOLVER.NORM_DECAY": (True,),  # WEIGHT_DECAY_NORM says it
         "DETECTION.EVALUATOR": ("pycocotools", "faster"),
     }.items():
         value = lookup(cfg, name)

@@ -10,6 +10,8 @@ Class counts include the background, which is class 0 in both flavours. Images c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mdistiller.detection.backbones import BACKBONES, freeze_stages, with_frozen_norms
@@ -18,6 +20,7 @@ from mdistiller.detection.inputs import FORMATS, Inputs
 from mdistiller.detection.parts import PASTE, STRIDES, named_parts, own_parts
 from mdistiller.detection.weights import load_backbone, load_detector
 from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import project_root
 
 NETWORK = {
     # resnet18, resnet34, resnet50, resnet101 or mobilenet_v2, or a detector of torchvision by name:
@@ -64,17 +67,24 @@ NAMED = {
 _NO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # trained so, by torchvision
 
 
-def build_detector(network: Any, num_classes: int, where: str = "DETECTION.STUDENT") -> Detector:
+def build_detector(
+    network: Any,
+    num_classes: int,
+    where: str = "DETECTION.STUDENT",
+    classes: Sequence[str] = (),
+) -> Detector:
     """The detector that a config node describes, with its weights, in train mode.
 
     Args:
         network: with the keys of NETWORK.
         num_classes: with the background.
         where: the node's name, for errors.
+        classes: their names by label; weights of others are refused, if their file says so.
 
     Raises:
         UserError: a value or a file that does not fit.
     """
+    network = located(network)
     check_network(network, where)
     if not (network.WEIGHTS or network.BACKBONE_WEIGHTS) and (
         network.NORM == "frozen" or network.FREEZE_AT
@@ -84,6 +94,7 @@ def build_detector(network: Any, num_classes: int, where: str = "DETECTION.STUDE
             "BACKBONE_WEIGHTS, or set NORM batch and FREEZE_AT 0"
         )
     detector = assemble(network, num_classes)
+    detector.facts["classes"] = list(classes)
     if network.WEIGHTS:
         load_detector(detector, network, where)
     elif network.BACKBONE_WEIGHTS:
@@ -92,6 +103,17 @@ def build_detector(network: Any, num_classes: int, where: str = "DETECTION.STUDE
         with_frozen_norms(detector, 0.0 if network.ARCH in _NO_EPS else None)
     freeze_stages(detector.backbone.body, network.FREEZE_AT)
     return detector
+
+
+def located(network: Any) -> Any:
+    """A network's node; its files that are not where they say are those of the checkout."""
+    node = network.clone()
+    node.defrost()
+    for key in ("WEIGHTS", "BACKBONE_WEIGHTS"):
+        path = project_root() / node[key]
+        if node[key] and not Path(node[key]).is_file() and path.is_file():
+            node[key] = str(path)
+    return node
 
 
 def check_network(network: Any, where: str) -> None:

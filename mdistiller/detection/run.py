@@ -16,7 +16,7 @@ from mdistiller.detection.detector import Detector
 from mdistiller.detection.distillers import DetectionDistiller
 from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.methods import METHODS, method_names
-from mdistiller.detection.models import build_detector
+from mdistiller.detection.models import build_detector, located
 from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
 from mdistiller.detection.weights import FACTS
 from mdistiller.distillers import Vanilla
@@ -28,7 +28,7 @@ from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, rank
+from mdistiller.runtime import rank
 
 
 @dataclass
@@ -65,11 +65,12 @@ def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
     stream, val = train_batches(cfg, device), val_loader(cfg, device)
     data: CocoDetectionSet = stream.dataset
     check_same_classes(data, val.dataset)
-    distiller = build_distiller(cfg, data.num_classes, device)
+    distiller = build_distiller(cfg, data.class_names, device)
     if rank() == 0:
         show_cfg(cfg)
     teacher_acc = None
-    if distiller.guide is not None and cfg.DETECTION.EVALUATE_TEACHER:
+    judged = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
+    if distiller.guide is not None and judged:
         teacher_acc = measure_teacher(distiller.guide, val, device, cfg)
     solver = cfg.SOLVER
     rounds = Rounds(
@@ -83,19 +84,22 @@ def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
     )
 
 
-def build_distiller(cfg: Config, num_classes: int, device: torch.device) -> DetectionDistiller:
+def build_distiller(
+    cfg: Config, classes: Sequence[str], device: torch.device
+) -> DetectionDistiller:
     """The distiller of a config, on `device`.
 
     The student is made first, right after seeding: with one seed it starts from the same weights
     under every method and teacher.
 
     Args:
-        num_classes: with the background.
+        classes: names by label, with the background.
     """
     seed_everything(cfg.EXPERIMENT.SEED)
-    student, teacher = build_detector(located(cfg.DETECTION.STUDENT), num_classes), None
+    where = "DETECTION.STUDENT"
+    student, teacher = build_detector(cfg.DETECTION.STUDENT, len(classes), where, classes), None
     if method_names(cfg.DISTILLER.TYPE):
-        teacher = build_teacher(cfg, num_classes).to(device)
+        teacher = build_teacher(cfg, classes).to(device)
     student.file_entries = {FACTS: student.facts}  # type: ignore[assignment]
     distiller = DetectionDistiller(student, teacher, cfg).to(device)
     if cfg.SOLVER.SYNC_BN:
@@ -105,7 +109,7 @@ def build_distiller(cfg: Config, num_classes: int, device: torch.device) -> Dete
     return distiller
 
 
-def build_teacher(cfg: Config, num_classes: int) -> Detector:
+def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
     """The teacher of a config, with its weights.
 
     Raises:
@@ -136,18 +140,7 @@ def build_teacher(cfg: Config, num_classes: int) -> Detector:
             f"DETECTION.TEACHER.NEW_HEAD starts the teacher's classifier anew, and {compares[0]} "
             "learns from it: set it to False"
         )
-    return build_detector(node, num_classes, "DETECTION.TEACHER")
-
-
-def located(node: Any) -> Any:
-    """A network's node; its files that are not where they say are those of the checkout."""
-    node = node.clone()
-    node.defrost()
-    for key in ("WEIGHTS", "BACKBONE_WEIGHTS"):
-        path = project_root() / node[key]
-        if node[key] and not Path(node[key]).is_file() and path.is_file():
-            node[key] = str(path)
-    return node
+    return build_detector(node, len(classes), "DETECTION.TEACHER", classes)
 
 
 def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:

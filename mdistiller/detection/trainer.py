@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from mdistiller.detection.batches import Batch, TrainBatches, ValBatches
 from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
 SCORE = "bbox/AP"
@@ -72,10 +74,28 @@ class Rounds:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, the same in all processes."""
-        return {"epoch": self.epoch, "done": self.done, "stream": self.batches.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "done": self.done,
+            "period": self.period,
+            "total": self.total,
+            "stream": self.batches.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch that was the last when `state` was taken."""
+        """Continue after the batch that was the last when `state` was taken.
+
+        Raises:
+            UserError: rounds were of another length, so that it is not known how many are done.
+        """
+        short = state["epoch"] * state["period"] > state["total"] != self.total
+        if state["period"] != self.period or short:
+            what = "ended within a round" if short else f"had rounds of {state['period']}"
+            raise UserError(
+                f"the run {what} micro-batches, of {state['total']} in all, now it is "
+                f"{self.period} of {self.total}: keep SOLVER.EVAL_PERIOD, ACCUMULATE"
+                f"{' and MAX_ITER' if short else ''} as they were, or start a new run"
+            )
         self.epoch, self.done, self._flow = state["epoch"], state["done"], None
         self.batches.load_state_dict(state["stream"])
 
@@ -108,6 +128,12 @@ def build_schedule(optimizer: Optimizer, solver: Any) -> LRScheduler:
     return ChainedScheduler(parts, optimizer)
 
 
+_STEP_KEYS = (
+    *("LR", "SCHEDULE", "STEPS", "LR_DECAY_RATE", "WARMUP_ITERS", "WARMUP_FACTOR", "WEIGHT_DECAY"),
+    *("WEIGHT_DECAY_NORM", "MOMENTUM", "NESTEROV", "SKIP_NONFINITE"),
+)
+
+
 @trainer_dict.register("detection")
 class DetectionTrainer(BaseTrainer):
     """Trains a detector by the sum of its losses and the teacher's terms.
@@ -135,6 +161,18 @@ class DetectionTrainer(BaseTrainer):
 
     def end_epoch(self, train_loss: float) -> None:
         """Nothing: the schedule moves on by iterations."""
+
+    def step_settings(self) -> dict[str, Any]:
+        solver = self.cfg.SOLVER
+        keys = [*_STEP_KEYS, *(["MAX_ITER"] if solver.SCHEDULE == "cosine" else [])]
+        return {key: solver[key] for key in keys}
+
+    def restart_schedule(self, losses: Sequence[float]) -> None:
+        super().restart_schedule(losses)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(-(-self.global_step // self.accumulate) - 1):
+                self.scheduler.step()
 
     @property
     def global_step(self) -> int:

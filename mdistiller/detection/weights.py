@@ -39,6 +39,8 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
     facts = contents.get(FACTS) if isinstance(contents, Mapping) else None
     if isinstance(facts, Mapping):
         check_facts(facts, detector.facts, path, where)
+        if not network.NEW_HEAD:
+            _check_classes(facts.get("classes"), detector.facts.get("classes"), path, where)
     own = detector.state_dict()
     if network.NEW_HEAD:
         state = {**state, **{k: v for k, v in own.items() if _other_classes(k, v, state)}}
@@ -66,12 +68,26 @@ def check_facts(
     for name, value in wanted.items():
         said = facts.get(name, value)
         fitting = (value, FORMATS[value].weights) if name == "input" else (value,)
-        if name != "num_classes" and not (type(said) is type(value) and said in fitting):
+        if name not in ("num_classes", "classes") and not (
+            type(said) is type(value) and said in fitting
+        ):
             key = name.upper()
             raise UserError(
                 f"{where}.{of} {path} is of a detector with {key} {str(said)[:60]}, but "
                 f"{where}.{key} is {value}: set it to that"
             )
+
+
+def _check_classes(said: Any, wanted: Any, path: Path, where: str) -> None:
+    """Refuse weights for as many classes, but others or in another order."""
+    if not said or not wanted or len(said) != len(wanted) or list(said) == list(wanted):
+        return
+    pairs = enumerate(zip(said, wanted, strict=True))
+    label, (one, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    raise UserError(
+        f"{where}.WEIGHTS {path} is for other classes: its class {label} is {str(one)[:60]!r}, the "
+        f"data's is {other!r}; use data with its classes in its order, or {where}.NEW_HEAD True"
+    )
 
 
 def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +83,12 @@ def decay_groups(groups: list[dict[str, Any]], solver: Any) -> list[dict[str, An
     return split
 
 
+_STEP_KEYS = (
+    *("LR", "SCHEDULE", "LR_DECAY_STAGES", "LR_DECAY_RATE", "PATIENCE", "WARMUP_EPOCHS", "MIN_LR"),
+    *("WEIGHT_DECAY", "NORM_DECAY", "MOMENTUM", "NESTEROV", "SKIP_NONFINITE"),
+)
+
+
 def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
     """The schedule of `cfg.SOLVER`, to be stepped once after every epoch.
 
@@ -111,18 +115,10 @@ def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
     return SequentialLR(optimizer, [rise, main], milestones=[warmup])
 
 
-def restart_scheduler(
-    optimizer: Optimizer, solver: Any, rates: Sequence[float], losses: Sequence[float]
-) -> LRScheduler:
-    """A fresh schedule from the `rates` of the groups, after epochs with these training losses."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = group["initial_lr"] = rate
-    scheduler = build_scheduler(optimizer, solver)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for loss in losses:
-            step_scheduler(scheduler, loss)
-    return scheduler
+def step_settings(solver: Any) -> dict[str, Any]:
+    """What of `cfg.SOLVER` decides about steps and rates."""
+    keys = [*_STEP_KEYS, *(["EPOCHS"] if solver.SCHEDULE == "cosine" else [])]
+    return {"DELTA": solver.DOT.DELTA, **{key: solver[key] for key in keys}}
 
 
 def step_scheduler(scheduler: LRScheduler, train_loss: float) -> None:

@@ -23,7 +23,6 @@ from mdistiller.engine.distributed import (
     world_size,
 )
 from mdistiller.engine.metrics import Meters
-from mdistiller.engine.optim import restart_scheduler
 from mdistiller.engine.store import Store
 from mdistiller.engine.utils import log_msg
 from mdistiller.models._input import input_norm
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from mdistiller.engine.trainer import BaseTrainer
 
 Position = dict[str, Any]
-_STEPS = (
-    *("LR", "SCHEDULE", "LR_DECAY_STAGES", "LR_DECAY_RATE", "PATIENCE", "WARMUP_EPOCHS", "MIN_LR"),
-    *("EPOCHS", "WEIGHT_DECAY", "NORM_DECAY", "MOMENTUM", "NESTEROV", "SKIP_NONFINITE"),
-)
 
 
 def seed_everything(*parts: int) -> None:
@@ -176,15 +171,11 @@ def schedule_state(trainer: BaseTrainer) -> dict[str, Any]:
     """Of what moves the weights, and the settings that it is of."""
     names = ("optimizer", "scheduler", "scaler")
     own = {name: getattr(trainer, name).state_dict() for name in names}
-    return {**own, "settings": _step_settings(trainer)}
+    return {**own, "settings": _settings(trainer)}
 
 
-def _step_settings(trainer: BaseTrainer) -> dict[str, Any]:
-    """What decides about steps and rates."""
-    solver = trainer.cfg.SOLVER
-    keys = [key for key in _STEPS if key != "EPOCHS" or solver.SCHEDULE == "cosine"]
-    kind = type(trainer.optimizer).__name__
-    return {"optimizer": kind, "DELTA": solver.DOT.DELTA, **{key: solver[key] for key in keys}}
+def _settings(trainer: BaseTrainer) -> dict[str, Any]:
+    return {"optimizer": type(trainer.optimizer).__name__, **trainer.step_settings()}
 
 
 def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path) -> None:
@@ -193,7 +184,7 @@ def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path)
     Decay, momentum and the like are the config's; so is the schedule, as it would stand by now had
     it always been this one. Another kind of optimizer starts without memory.
     """
-    optimizer, now = trainer.optimizer, _step_settings(trainer)
+    optimizer, now = trainer.optimizer, _settings(trainer)
     before = saved.get("settings", now)  # older files do not say
     own = [dict(group) for group in optimizer.param_groups]
     if before["optimizer"] == now["optimizer"]:
@@ -216,9 +207,7 @@ def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path)
             f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
             "SOLVER.SCHEDULE"
         )
-    trainer.scheduler = restart_scheduler(
-        optimizer, trainer.cfg.SOLVER, trainer.base_rates, [*[0.0] * unknown, *losses]
-    )
+    trainer.restart_schedule([*[0.0] * unknown, *losses])
 
 
 def restore(trainer: BaseTrainer) -> None:

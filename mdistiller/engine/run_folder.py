@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,18 @@ from mdistiller.registry import UserError
 
 
 def recorded_config(
-    folder: Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()
+    folder: Path,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    load: Callable[..., Config] = load_config,
 ) -> Config:
     """The config of a run, with `[key, value, ...]` and IMPORTS over it.
 
     The folder may be somebody else's: code that its config names runs only if `imports` has a file
     of this name, or the module, as well.
+
+    Args:
+        load: `load_config` of this kind of run.
 
     Raises:
         UserError: it is no run folder, or it names other code.
@@ -41,7 +47,7 @@ def recorded_config(
                 f"look at it, and give --import {shown(str(name))[1:-1]}"
             )
     known = [name for name in named if is_imported(str(name))]
-    return load_config(table, overrides, [*imports, *known])
+    return load(table, overrides, [*imports, *known])
 
 
 def _own_name(imported: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ from mdistiller.engine.optim import (
     build_optimizer,
     build_scheduler,
     step_scheduler,
+    step_settings,
 )
 from mdistiller.engine.preemption import Pauses, shielded
 from mdistiller.engine.resume import Progress, begin_epoch, capture, restore, seed_everything
@@ -156,6 +158,23 @@ class BaseTrainer:
     def end_epoch(self, train_loss: float) -> None:
         """Move the schedule on by an epoch, whose mean training loss was `train_loss`."""
         step_scheduler(self.scheduler, train_loss)
+
+    def step_settings(self) -> dict[str, Any]:
+        """What of the config decides about steps and rates.
+
+        A run that is resumed with other values goes on by them, its schedule begun anew.
+        """
+        return step_settings(self.cfg.SOLVER)
+
+    def restart_schedule(self, losses: Sequence[float]) -> None:
+        """Begin the schedule anew, and bring it to where it is after epochs with these losses."""
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = group["initial_lr"] = rate
+        self.scheduler = self.init_scheduler(self.cfg)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for loss in losses:
+                self.end_epoch(loss)
 
     @property
     def global_step(self) -> int:

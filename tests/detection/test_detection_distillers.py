@@ -44,7 +44,7 @@ def test_a_step_trains_all_there_is_to_train(name):
         assert parameter.grad.isfinite().all(), key
     losses = step(distiller)
     losses[LOSSES[name]].backward()
-    assert distiller.student.backbone.body.conv1.weight.grad.norm() > 0
+    assert next(distiller.student.backbone.body.parameters()).grad.norm() > 0
 
 
 def test_the_teacher_stays_as_it_is():
@@ -88,7 +88,8 @@ def test_each_network_sees_the_images_its_own_way():
     teacher = with_frozen_norms(detector(INPUT="bgr"))
     state = student.state_dict()
     spread = student.transform.std.view(1, 3, 1, 1) * 255
-    state["backbone.body.conv1.weight"] = (state["backbone.body.conv1.weight"] / spread).flip(1)
+    stem = next(key for key in state if key.startswith("backbone.body."))
+    state[stem] = (state[stem] / spread).flip(1)
     teacher.load_state_dict(state)
     losses = step(join("DKD", student, teacher))
     assert losses["loss_dkd"].abs() < 1e-6
@@ -202,8 +203,9 @@ def test_mixed_up_networks(tmp_path, words, message):
     cfg = load_config("", ["DISTILLER.TYPE", "DKD", *pairs])
     if message is None:
         assert same_state(
-            build_distiller(cfg, 4, torch.device("cpu")).guide.state_dict(), net.state_dict()
+            build_distiller(cfg, list("abcd"), torch.device("cpu")).guide.state_dict(),
+            net.state_dict(),
         )
         return
     with pytest.raises(UserError, match=re.escape(message)):
-        build_distiller(cfg, 4, torch.device("cpu"))
+        build_distiller(cfg, list("abcd"), torch.device("cpu"))

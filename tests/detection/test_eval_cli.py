@@ -13,6 +13,7 @@ from mdistiller.detection.coco import STATISTICS
 from mdistiller.detection.config import load_config
 from mdistiller.detection.data import val_loader
 from mdistiller.detection.evaluate import evaluate_detector
+from mdistiller.engine.cfg import dump_cfg
 
 
 def student_file(path, **keys):
@@ -77,7 +78,7 @@ def test_numbers_are_those_of_the_evaluator(place, tmp_path, capsys):
 def test_a_run_folder_says_itself_what_it_holds(place, tmp_path, capsys):
     folder = tmp_path / "detection" / "run"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text((place / "small.yaml").read_text())
+    (folder / "config.yaml").write_text(dump_cfg(load_config(place / "small.yaml")))
     (folder / "student_best").write_bytes((place / "one").read_bytes())
     (folder / "student_latest").write_bytes((place / "two").read_bytes())
     words = ["-c", str(folder), "-c", str(folder / "student_latest"), "--teacher"]
@@ -93,6 +94,24 @@ def test_a_run_folder_says_itself_what_it_holds(place, tmp_path, capsys):
     assert "has no checkpoint epoch_3" in refused(
         capsys, place, "-c", str(folder), "--checkpoint", "epoch_3", cfg=False
     )
+
+
+def test_looking_at_a_run_runs_no_code_of_it(place, tmp_path, capsys):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    text = dump_cfg(load_config(place / "small.yaml")).replace("IMPORTS: []", "IMPORTS: [evil.py]")
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "student_best").write_bytes((place / "one").read_bytes())
+    error = refused(capsys, place, "-c", str(tmp_path), cfg=False)
+    assert "give --import evil.py" in error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_for_classes_in_another_order_are_refused(place, tmp_path, capsys):
+    net = detector()
+    facts = {**net.facts, "classes": ["background", "box", "disc", "triangle"]}
+    torch.save({"model": net.state_dict(), "detector": facts}, tmp_path / "other")
+    error = refused(capsys, place, "-c", str(tmp_path / "other"))
+    assert "its class 1 is 'box', the data's is 'disc'" in error
 
 
 def test_masks_are_measured_beside_boxes(place, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -151,6 +152,40 @@ def test_the_rate_warms_up_and_falls_by_iterations():
     assert flat == pytest.approx([0.1] * 3)
     half = rates("SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 0 SOLVER.SCHEDULE cosine")
     assert half == pytest.approx([0.1, 0.075, 0.025])
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """Learning rate of each micro-batch, as the optimizer has it."""
+    found, original = [], DetectionTrainer.optimize
+
+    def optimize(self, losses):
+        original(self, losses)
+        found.append(self.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(DetectionTrainer, "optimize", optimize)
+    monkeypatch.setattr(DetectionTrainer, "own_steps", False)
+    return found
+
+
+def test_micro_batches_share_a_step_and_its_rate(words, stepped, tmp_path):
+    more = {"SOLVER.ACCUMULATE": 2, "SOLVER.AMP": "bf16", "SOLVER.LR": 0.1, "SOLVER.MAX_ITER": 3}
+    more |= {"SOLVER.STEPS": [2], "SOLVER.WARMUP_FACTOR": 0.5, "LOG.PREFIX": tmp_path}
+    assert train_detection.main([*words, *spell(more)]) == 0
+    assert stepped == pytest.approx([0.05, 0.05, 0.075, 0.075, 0.01, 0.01])
+
+
+def test_a_changed_schedule_holds_from_where_the_run_is(words, run, stepped, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "detection" / "run")
+    where = ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "--resume"]
+    more = {"SOLVER.MAX_ITER": 6, "SOLVER.LR": 0.02, "SOLVER.STEPS": [5]}
+    assert train_detection.main([*words, *where, *spell(more)]) == 2
+    assert train_detection.main([*words, *where, "--allow-changes", *spell(more)]) == 0
+    assert stepped == pytest.approx([0.02, 0.002])
+    longer = {**more, "SOLVER.MAX_ITER": 12, "SOLVER.EVAL_PERIOD": 3}
+    capsys.readouterr()
+    assert train_detection.main([*words, *where, "--allow-changes", *spell(longer)]) == 2
+    assert "keep SOLVER.EVAL_PERIOD, ACCUMULATE as they were" in capsys.readouterr().err
 
 
 class Numbers:

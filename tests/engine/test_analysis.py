@@ -244,7 +244,7 @@ def test_images_are_drawn_evenly_and_by_seed():
 
 def test_an_svg_does_not_show_the_last_bits_of_its_layout(tmp_path):
     def written(name, shift):
-        figure = draw._figure(2, 2, layout=None)
+        figure = draw.new_figure(2, 2, layout=None)
         figure.add_axes((0.1 + shift, 0.1, 0.8, 0.8)).imshow(np.eye(4))
         draw.save(figure, tmp_path / name)
         return (tmp_path / name).read_text()
