@@ -56,6 +56,14 @@ def test_quality_agrees_with_torchmetrics(scale, classes):
     assert found.nll == pytest.approx(-log_probs[range(500), target].mean(), rel=1e-12)
 
 
+def test_certainty_is_in_the_last_bin():
+    """torchmetrics has a bin of its own for a confidence of exactly 1, and says 12.35 here."""
+    logits = torch.tensor([[200.0, 0.0]] * 200 + [[3.0, 0.0]] * 200)
+    target = torch.tensor([0] * 160 + [1] * 40 + [0] * 200)
+    gap = (200 + 200 / (1 + math.exp(-3)) - 360) / 400
+    assert quality(logits, target).ece == pytest.approx(100 * gap, abs=1e-4)
+
+
 def test_quality_by_hand():
     # confidences 0.75 and 0.5 of two classes: bins of their own; right, wrong and right, right
     sure, even = [math.log(3.0), 0.0], [1e-3, 0.0]

@@ -386,3 +386,18 @@ def test_no_cell_of_a_table_is_a_formula():
     rows = [{"name": "=1+2", "other": "-x", "number": -1.5}, {"name": "@a", "number": None}]
     lines = csv_text(rows).splitlines()
     assert lines == ["name,other,number", "'=1+2,'-x,-1.5", "'@a,,"]
+
+
+def test_a_teachers_longer_run_squeezes_no_curve(tmp_path):
+    rising = [float(n) for n in range(10, 20)]
+    make_run(tmp_path / "plain", rising, "DISTILLER.TYPE", "NONE")
+    make_run(tmp_path / "kd", rising, "DISTILLER.TYPE", "KD")
+    teacher = ("DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "resnet56")
+    make_run(tmp_path / "teacher", rising * 4, *teacher)
+    found = build_report([tmp_path], "plain")
+    (section,) = [s for s in found.sections if s.title == "Learning curves"]
+    half = section.charts[1]
+    assert half.title == "Accuracy in the second half"
+    assert half.start == 5
+    assert {line.name for line in half.lines} == {"plain", "kd"}
+    assert all(len(line.mean) == 6 for line in half.lines)

@@ -32,7 +32,8 @@ class Quality:
         top1, top5: accuracy in percent.
         nll: mean cross-entropy, the negative log-likelihood of an image's class, in nats.
         ece: expected calibration error in percent: the mean over images of the difference between
-            accuracy and mean confidence of their bin; [a, b) is a bin, as in torchmetrics.
+            accuracy and mean confidence of their bin; [a, b) is a bin, as in torchmetrics,
+            the last one [a, 1].
         confusion: images by true class (row) and predicted class (column).
     """
 

@@ -46,13 +46,14 @@ def build_report(
     groups = group(runs)
     base = find_baseline(groups, baseline)
     groups.sort(key=lambda g: _rank(g, base, which))
+    drawn = [g for g in groups if base is None or comparable(g, base)]  # no teacher's longer run
     sections = [
         tables.accuracy(groups),
         tables.differences(groups, base, which),
         tables.published(groups),
-        curves.learning(groups),
+        curves.learning(drawn),
         curves.convergence(groups, base, reach),
-        curves.loss_terms(groups),
+        curves.loss_terms(drawn),
         listings.ablations(groups, which),
         tables.teachers(groups),
         predictions(groups, which),

@@ -11,7 +11,7 @@ from mdistiller.engine.report.numbers import estimate
 from mdistiller.engine.report.runs import Run
 from mdistiller.engine.report.tables import NONE, plus_minus
 
-MOST = 8
+MOST = 10
 """Curves in a chart: more cannot be told apart."""
 FEW = 5
 """Epochs that are too few for a chart of their own."""
@@ -38,7 +38,7 @@ def learning(groups: Sequence[Group]) -> Section:
 
 def loss_terms(groups: Sequence[Group]) -> Section:
     """Each term of the training loss by epoch."""
-    rows = (row for g in groups for run in g.runs for row in run.epochs[:1])
+    rows = (row for g in groups for run in g.runs for row in run.epochs)
     keys = [key for key in dict.fromkeys(k for row in rows for k in row) if "train_loss_" in key]
     charts = [_chart(groups, key, key.removeprefix("train_"), "loss") for key in keys]
     return _section("Loss terms", groups, charts)
