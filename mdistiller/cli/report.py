@@ -21,7 +21,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reach", type=float, metavar="X", help="convergence: epochs to X %%")
     parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="what eval --json wrote about the runs"
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="what eval --json wrote about the runs; may be repeated",
     )
     parser.add_argument("--title", default="Comparison of runs")
     parser.add_argument("--md", type=Path, metavar="FILE", help="Markdown (default: printed)")

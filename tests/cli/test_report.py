@@ -55,32 +55,38 @@ def test_markdown_is_printed_and_files_are_written(runs, tmp_path, capsys):
 
 
 def evaluation(path, *networks):
-    """A file as `eval --json` writes it, of weights with an agreement each."""
+    """A file as `eval --json` writes it, of weights with an accuracy and an agreement each."""
     found = [
-        {"weights": str(weights), "nll": 0.5, "teacher": {"agreement": agreement, "kl": 0.25}}
-        for weights, agreement in networks
+        {"weights": str(weights), "top1": top1, "nll": 0.5, "teacher": {"agreement": a, "kl": 0.25}}
+        for weights, top1, a in networks
     ]
-    path.write_text(json.dumps({"networks": found}))
+    path.write_text(json.dumps({"teacher": "resnet56 released", "networks": found}))
     return str(path)
 
 
 def test_agreement_with_the_teacher_is_over_seeds_and_of_the_compared_epoch(runs, tmp_path, capsys):
     plain = [runs / f"plain,seed:{seed}" for seed in (0, 1, 2)]
-    last = [(run / "student_latest", 80.0 + seed) for seed, run in enumerate(plain)]
-    best = [(run / "student_best", 50.0) for run in plain]
-    file = evaluation(tmp_path / "e.json", *last, *best, (tmp_path / "other", 1.0))
-    assert command.main([str(runs), "--evaluation", file]) == 0
+    last = [(run / "student_latest", 70.0 + seed, 80.0 + seed) for seed, run in enumerate(plain)]
+    best = [(run / "student_best", 70.1 + seed, 50.0) for seed, run in enumerate(plain)]
+    file = evaluation(tmp_path / "e.json", *last)
+    other = evaluation(tmp_path / "f.json", *best, (tmp_path / "other", 1.0, 1.0))
+    assert command.main([str(runs), "--evaluation", file, "--evaluation", other]) == 0
     printed = capsys.readouterr().out
     assert "## Answers" in printed
-    assert "| plain | 0.5000 ± 0.0000 | 81.00 ± 2.48 | 0.2500 ± 0.0000 |" in printed
-    assert command.main([str(runs), "--evaluation", file, "--metric", "best"]) == 0
+    assert (
+        "| plain | 0.5000 ± 0.0000 | 81.00 ± 2.48 | 0.2500 ± 0.0000 | resnet56 released |"
+        in printed
+    )
+    assert command.main([str(runs), "--evaluation", other, "--metric", "best"]) == 0
     assert "| 50.00 ± 0.00 |" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "bad.json").write_text("[1]")
-    strange = evaluation(tmp_path / "strange.json", (tmp_path / "student_best", 1.0))
+    strange = evaluation(tmp_path / "strange.json", (tmp_path / "student_best", 1.0, 1.0))
+    retrained = (runs / "plain,seed:0" / "student_best", 71.0, 1.0)
+    old = evaluation(tmp_path / "old.json", retrained)
     for words, message in {
         ("none",): "none is no folder",
         (tmp_path,): "there is no run in or below",
@@ -90,6 +96,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
         (runs, "--evaluation", tmp_path / "none"): "none cannot be read: No such file",
         (runs, "--evaluation", tmp_path / "bad.json"): "bad.json is not what eval writes",
         (runs, "--evaluation", strange): "strange.json is about none of these runs",
+        (runs, "--evaluation", old): "student_best, the run 70.00 %: it is of other data",
     }.items():
         assert command.main([str(word) for word in words]) == 2
         error = capsys.readouterr().err

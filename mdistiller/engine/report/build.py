@@ -27,7 +27,7 @@ def build_report(
     which: str = "last",
     reach: float | None = None,
     title: str = "Comparison of runs",
-    evaluation: Path | None = None,
+    evaluations: Sequence[Path] = (),
 ) -> Report:
     """A report on all runs in and below some folders.
 
@@ -35,14 +35,14 @@ def build_report(
         baseline: name of the group that others are compared with; by default plain training.
         which: the accuracy that is compared, of the "last" or the "best" epoch.
         reach: accuracy in %, to which convergence is measured.
-        evaluation: what `eval --json` wrote about the runs.
+        evaluations: what `eval --json` wrote about the runs.
 
     Raises:
         UserError: a folder holds no run, or no group is called `baseline`.
     """
     runs = read_runs(paths)
-    if evaluation is not None:
-        attach_evaluations(runs, evaluation)
+    for file in evaluations:
+        attach_evaluations(runs, file)
     groups = group(runs)
     base = find_baseline(groups, baseline)
     groups.sort(key=lambda g: _rank(g, base, which))

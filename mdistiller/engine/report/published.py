@@ -48,7 +48,7 @@ def beside(config: Mapping[str, Any]) -> list[Published]:
         "" if alone else config.get("DISTILLER.TEACHER"),
         config.get("DISTILLER.STUDENT"),
     )
-    standardised = bool(config.get("LSKD.ENABLE"))
+    standardised = any(config.get(key) for key in ("LSKD.ENABLE", "EXPERIMENT.LOGIT_STAND"))
     base = str(config.get("SDD.BASE", "")).upper()
     return [
         line
