@@ -167,6 +167,8 @@ def get(release: Release, store: Store, source: str) -> Path:
                 _from_archive(release, store, source or RELEASES)
             elif source:
                 fetch(address(source, release.file), path, release.name)
+                with _undone(path):
+                    check_network(release, path)
             else:
                 raise UserError(
                     f"no address of {release.zoo}/{release.name} is known; put it at {path}, or "
@@ -174,6 +176,16 @@ def get(release: Release, store: Store, source: str) -> Path:
                 )
         store.check(release.file, path)
     return path
+
+
+@contextlib.contextmanager
+def _undone(path: Path) -> Iterator[None]:
+    """Remove a file that turns out to be a wrong one, so that another try fetches it again."""
+    try:
+        yield
+    except UserError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _mirrors(source: str, file: str) -> bool:
@@ -195,13 +207,17 @@ def _from_archive(release: Release, store: Store, source: str) -> None:
         size=known.get("size"),
     )
     limits = Limits(bytes=4 * 10**9, files=1000)
-    with unpacked(archive, store.folder, release.archive, limits) as folder:
+    with (
+        contextlib.nullcontext() if known else _undone(archive),
+        unpacked(archive, store.folder, release.archive, limits) as folder,
+    ):
         inside = folder / top if (folder / top).is_dir() else folder
         found = {
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
         if release.file not in found:
             raise UserError(f"{release.archive} of {source} holds no {release.file}")
+        check_network(release, found[release.file])
         for name, file in found.items():
             if not store.path(name).exists():
                 store.check(name, file)

@@ -95,7 +95,7 @@ def test_an_archive_that_reaches_outside_leaves_nothing(site, tmp_path, capsys):
     line = refused(capsys, tmp_path / "in", "resnet56")
     assert "holds a path that leads outside ('cifar_teachers/../../evil')" in line
     assert visible(tmp_path) == ["in"]
-    assert visible(tmp_path / "in") == ["cifar_teachers.tar"]
+    assert visible(tmp_path / "in") == []
 
 
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
@@ -104,6 +104,17 @@ def test_weights_of_another_network_are_refused(tmp_path, capsys):
     torch.save({"model": get_model_entry("resnet8", "cifar")().state_dict()}, path)
     mirror = ["--from", str(tmp_path / "mirror")]
     assert "do not fit together" in refused(capsys, tmp_path / "to", "resnet56", *mirror)
+    assert not (tmp_path / "to" / FILES["resnet56"]).exists()
+    torch.save({"model": get_model_entry("resnet56", "cifar")().state_dict()}, path)
+    assert get(tmp_path / "to", "resnet56", *mirror) == 0
+
+
+def test_a_page_in_place_of_the_archive_is_not_kept(site, tmp_path, capsys):
+    right = site.files["cifar_teachers.tar"]
+    site.files["cifar_teachers.tar"] = b"<html>log in first</html>"
+    refused(capsys, tmp_path, "resnet56")
+    site.files["cifar_teachers.tar"] = right
+    assert get(tmp_path, "resnet56") == 0
 
 
 def test_mirrors(site, archive, tmp_path, capsys):
