@@ -116,6 +116,14 @@ def average_gradients(params: Iterable[Tensor]) -> None:
         grad.copy_(mean.view_as(grad))
 
 
+def meet(device: torch.device) -> None:
+    """Wait until all processes are here, no longer than for one that hangs in a step."""
+    if distributed():
+        sign = torch.zeros(1, device=device)
+        dist.all_reduce(sign)
+        sign.item()  # CUDA's collectives are only begun
+
+
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     """`distiller` in DistributedDataParallel if there are several processes.
 

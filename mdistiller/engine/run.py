@@ -23,7 +23,7 @@ from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
-from mdistiller.engine.distributed import process_group, wait_for_all, wrap
+from mdistiller.engine.distributed import meet, process_group, wait_for_all, wrap
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
 from mdistiller.engine.preemption import listening
@@ -183,7 +183,7 @@ def _train_in(
         for hook in trainer.hooks:
             hook.abandon(trainer)
         raise
-    wait_for_all()  # the first one writes the files that all are going to read
+    meet(trainer.device)  # the first one writes the files that all are going to read
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
