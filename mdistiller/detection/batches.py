@@ -59,7 +59,39 @@ class _Maker:
         return _Made([image for image, _ in items], [target for _, target in items])
 
 
-class TrainBatches:
+class _Batches:
+    """What both kinds of batches share: who reads them, for which process.
+
+    Args:
+        dataset: the images.
+        batch_size: of each process.
+        device: where batches go.
+        num_workers: processes that read images; 0: none.
+        timeout: seconds to wait for one; 0: for ever.
+        rank, world_size: as torch.distributed says by default.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetectionSet,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        timeout: float = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.rank = runtime.rank() if rank is None else rank
+        self.world_size = runtime.world_size() if world_size is None else world_size
+        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
+
+    def close(self) -> None:
+        """End the processes that read; another iteration starts new ones."""
+        self._workers.close()
+
+
+class TrainBatches(_Batches):
     """Endless training batches of this process; iterating continues where it stopped.
 
     Global batches are made of `batch_size * world_size` images of one orientation and split in
@@ -67,14 +99,9 @@ class TrainBatches:
     seed and its position in the stream.
 
     Args:
-        dataset: the images.
-        batch_size: of each process.
         min_sizes, max_size, flip, grouping: see `data.DATA`.
         seed: of order and views; the same in all processes.
-        device: where batches go.
-        num_workers: processes that read images; 0: none.
-        timeout: seconds to wait for one; 0: for ever.
-        rank, world_size: as torch.distributed says by default.
+        common: `device`, `num_workers`, `timeout`, `rank`, `world_size` of :class:`_Batches`.
     """
 
     def __init__(
@@ -87,31 +114,20 @@ class TrainBatches:
         flip: float = 0.5,
         grouping: bool = True,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        num_workers: int = 0,
-        timeout: float = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **common: Any,
     ):
         if batch_size < 1:
             raise UserError(f"SOLVER.BATCH_SIZE {batch_size} must be at least 1")
-        self.dataset, self.batch_size = dataset, batch_size
-        rank = runtime.rank() if rank is None else rank
-        world_size = runtime.world_size() if world_size is None else world_size
+        super().__init__(dataset, batch_size, **common)
         portrait = dataset.portrait if grouping else np.zeros(len(dataset), bool)
-        draws = Draws(portrait, batch_size * world_size, seed)
-        part = slice(rank * batch_size, (rank + 1) * batch_size)
+        draws = Draws(portrait, batch_size * self.world_size, seed)
+        part = slice(self.rank * batch_size, (self.rank + 1) * batch_size)
         self.tasks = Tasks(draws, part, min_sizes, max_size, flip)
-        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
 
     def __iter__(self) -> Iterator[Batch]:
         for made in self._workers.batches(self.tasks):
             self.tasks.given()
             yield made.batch()
-
-    def close(self) -> None:
-        """End the processes that read; another iteration starts new ones."""
-        self._workers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what follows is the same after loading them, also into other processes."""
@@ -142,10 +158,12 @@ class TrainBatches:
         self.tasks.state = {"position": state["position"], "waiting": state["waiting"]}
 
 
-class ValBatches:
+class ValBatches(_Batches):
     """Every image of this process's share once, in order, in batches; none is padded or repeated.
 
-    Args: as for :class:`TrainBatches`; `min_size` of every image.
+    Args:
+        min_size, max_size: of every image, in pixels.
+        common: `device`, `num_workers`, `timeout`, `rank`, `world_size` of :class:`_Batches`.
     """
 
     def __init__(
@@ -155,18 +173,11 @@ class ValBatches:
         *,
         min_size: int = 800,
         max_size: int = 1333,
-        device: torch.device | str = "cpu",
-        num_workers: int = 0,
-        timeout: float = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **common: Any,
     ):
-        self.dataset, self.batch_size = dataset, batch_size
+        super().__init__(dataset, batch_size, **common)
         self.min_size, self.max_size = min_size, max_size
-        rank = runtime.rank() if rank is None else rank
-        world_size = runtime.world_size() if world_size is None else world_size
-        self.start, self.stop = share(len(dataset), rank, world_size)
-        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
+        self.start, self.stop = share(len(dataset), self.rank, self.world_size)
 
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
@@ -179,7 +190,3 @@ class ValBatches:
     def __iter__(self) -> Iterator[Batch]:
         for made in self._workers.batches(self._tasks()):
             yield made.batch()
-
-    def close(self) -> None:
-        """End the processes that read; another iteration starts new ones."""
-        self._workers.close()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,7 +24,6 @@ from mdistiller.distillers import Vanilla
 from mdistiller.engine import run as engine
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.distributed import wrap
-from mdistiller.engine.hooks import Hook
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
@@ -42,17 +42,6 @@ class DetectionData:
     def close(self) -> None:
         for loader in self.loaders:
             loader.close()
-
-
-def train(
-    cfg: Config,
-    overrides: Sequence[str] = (),
-    resume: bool | Literal["auto"] = False,
-    hooks: Sequence[Hook] = (),
-    allow_changes: bool = False,
-) -> dict[str, Any]:
-    """Train what a detection config describes; arguments and result as of `engine.run.train`."""
-    return engine.train(cfg, overrides, resume, hooks, allow_changes, prepare)
 
 
 def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
@@ -151,3 +140,7 @@ def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Conf
         if found[SCORE] < 1:
             print(log_msg("WARNING: the teacher finds next to nothing; is it the right file?"))
     return found[SCORE]
+
+
+train = partial(engine.train, prepare=prepare)
+"""Train what a detection config describes; arguments and result as of `engine.run.train`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
     MultiStepLR,
 )
 
-from mdistiller.detection.batches import Batch, TrainBatches, ValBatches
+from mdistiller.detection.batches import Batch, TrainBatches
 from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
@@ -145,16 +145,8 @@ class DetectionTrainer(BaseTrainer):
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        experiment_name: str,
-        distiller: nn.Module,
-        train_loader: Rounds,
-        val_loader: ValBatches,
-        cfg: Any,
-    ):
-        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
-        self.hooks.insert(0, Place())
+    def make_hooks(self, cfg: Any) -> list[Hook]:
+        return [Place(), *super().make_hooks(cfg)]
 
     def init_scheduler(self, cfg: Any) -> LRScheduler:
         return build_schedule(self.optimizer, cfg.SOLVER)

@@ -1,17 +1,13 @@
-"""The configuration: defaults, YAML files with `_BASE_`, command-line overrides, type checks.
+"""The configuration: defaults, under a YAML file, under command-line overrides.
 
 Defaults live beside the code they steer: each distiller registers its own node, the data package
-its `DATASET` node; this file adds what the engine reads. A key that has no default is an error that
-names the nearest one.
+its `DATASET` node, the engine has `cfg_defaults.py`. A key that has no default is an error that
+names the nearest one. What values may be is in `cfg_values.py` (types) and `cfg_checks.py`.
 """
 
 from __future__ import annotations
 
-import ast
-import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,91 +16,13 @@ from yacs.config import CfgNode
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
 from mdistiller.distillers._compose import part_names
-from mdistiller.distillers._standardize import LSKD_CONFIG
-from mdistiller.engine.imports import import_user_modules, is_file, resolve_imports
-from mdistiller.engine.safe_yaml import LIMIT, parse_yaml, shown
+from mdistiller.engine.cfg_checks import check_values
+from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
+from mdistiller.engine.cfg_files import read_yaml
+from mdistiller.engine.cfg_values import DEEPEST, coerce, flatten, is_plain, literal
+from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import UserError, suggest
-from mdistiller.runtime import config_root
-
-ENGINE_CONFIG: dict[str, Any] = {
-    "EXPERIMENT": {
-        "PROJECT": "distill",
-        "NAME": "",
-        "TAG": "default",
-        "SEED": 0,
-        "LOGIT_STAND": False,  # LSKD.ENABLE by the name that forks use
-    },
-    "DISTILLER": {
-        "TYPE": "NONE",  # a method, or several: "KD+AT"
-        "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
-        "TEACHER": "ResNet50",
-        "STUDENT": "resnet32",
-        "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
-        "STUDENT_ARGS": {},
-        # Normalisation of the images that a network sees: data (the data set's), own (that of its
-        # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
-        "TEACHER_NORM": "auto",
-        "STUDENT_NORM": "auto",
-        "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
-        "TEACHER_CFG": "",  # a config that trains the teacher first
-        "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
-        "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
-        "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
-        "TEACHER_CACHE_GB": 4.0,  # at most so much, 1e9 bytes, for a teacher and a data set
-        "TEACHER_CACHE_DIR": "",  # disk: the folder; empty: teacher_cache in LOG.PREFIX
-    },
-    "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
-    "SOLVER": {
-        "TRAINER": "base",
-        "BATCH_SIZE": 64,  # per process and micro-batch
-        "ACCUMULATE": 1,  # micro-batches to an optimizer step
-        "EPOCHS": 240,
-        "LR": 0.05,
-        "SCHEDULE": "multistep",  # multistep, cosine, plateau or constant
-        "LR_DECAY_STAGES": [150, 180, 210],
-        "LR_DECAY_RATE": 0.1,
-        "PATIENCE": 10,  # plateau: epochs without a lower training loss that are put up with
-        "WARMUP_EPOCHS": 0,  # epochs of linear warm-up of the learning rate
-        "MIN_LR": 0.0,  # where the cosine ends
-        "WEIGHT_DECAY": 0.0001,
-        "NORM_DECAY": True,  # weight decay on biases and norms, too
-        "MOMENTUM": 0.9,
-        "NESTEROV": False,
-        "TYPE": "SGD",  # SGD, Adam or AdamW
-        "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
-        "AMP": "none",  # none, bf16 or fp16
-        "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
-        "SYNC_BN": False,  # several processes: batch norm by the statistics of all
-        "COMPILE": False,  # torch.compile; True, or its mode
-        "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
-        "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
-        "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
-        "SKIP_NONFINITE": 0,  # steps of a run that a loss or gradient that is not finite may cost
-        "RANK_TIMEOUT": 30.0,  # several processes: minutes to wait for another one in a step
-        "DOT": {"DELTA": 0.075},
-    },
-    "LOG": {
-        "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
-        "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
-        "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all
-        "SAVE_EVERY_MINUTES": 15.0,  # saves `latest` within epochs as well; 0: after epochs only
-        "SAFETENSORS": False,  # students also in that format; needs the package
-        "PREFIX": "./output",
-        "WANDB": False,
-    },
-    "DEVICE": "auto",
-    "IMPORTS": [],  # user files or modules that register methods, models, data sets
-}
-NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
-
-
-SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
-"""Keys whose values are True, False or a word."""
-_MOST_FILES = 100  # that one config is built of
-_LONGEST = 20_000  # characters of a value on the command line
-_DEEPEST = 20  # sections or lists within one another
-_MOST_SIGNS = 2_000  # brackets and signs in it
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class Config(CfgNode):
@@ -121,7 +39,7 @@ class Config(CfgNode):
                 f"overrides come as KEY VALUE pairs, but {shown(cfg_list[-1])} has no partner"
             )
         for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
-            if not isinstance(key, str) or not all(key.split(".")) or key.count(".") > _DEEPEST:
+            if not isinstance(key, str) or not all(key.split(".")) or key.count(".") > DEEPEST:
                 raise UserError(f"{shown(key)} is no config key (a key looks like SOLVER.LR)")
             nested: Any = value
             for part in reversed(key.split(".")):
@@ -151,78 +69,6 @@ class Config(CfgNode):
         merge(self, {k: v for k, v in incoming.items() if k != "IMPORTS"}, (), root=self)
 
 
-def find_config(name: str | Path) -> Path:
-    """The file for a config name: as given, else below the package's own `configs/`."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(
-            f"config {shown(str(name))} is not a .yaml file (Python configs would run code: "
-            "refused)"
-        )
-    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
-    for candidate in (path, config_root().joinpath(*parts)):
-        if is_file(candidate):
-            return candidate
-    known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
-    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
-
-
-def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The nested mapping of a YAML file, over that of its `_BASE_` file or files."""
-    return _read_yaml(path, chain, count(1))
-
-
-def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dict[str, Any]:
-    path = find_config(path)
-    resolved = path.resolve()
-    if resolved in chain:
-        raise UserError(f"{path}: _BASE_ leads back to itself ({' -> '.join(map(str, chain))})")
-    if next(reads) > _MOST_FILES:
-        raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
-    try:
-        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        table = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from None
-    if not isinstance(table, dict):
-        raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
-    bases = table.pop("_BASE_", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {shown(bases)}")
-    resolve_paths(table, path.parent)
-    merged: dict[str, Any] = {}
-    for base in bases:
-        beside = path.parent / base
-        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
-        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
-    imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
-    return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
-
-
-def resolve_paths(table: dict[str, Any], folder: Path) -> None:
-    """Make the files that a config names relative to itself absolute, in place."""
-    if table.get("IMPORTS"):
-        table["IMPORTS"] = resolve_imports(table["IMPORTS"], folder)
-    settings = table.get("DISTILLER")
-    if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
-        teacher = folder / settings["TEACHER_CFG"]
-        if is_file(teacher):
-            settings["TEACHER_CFG"] = str(teacher.resolve())
-
-
-def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = overlay(merged[key], value) if both else value
-    return merged
-
-
 def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], root: CfgNode) -> None:
     """Write `incoming` into `node` in place, checking every key and type."""
     for key, value in incoming.items():
@@ -248,12 +94,12 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
 
 def as_new(value: Any, name: str) -> Any:
     """`value` for a key without default: plain, a mapping as a node."""
-    if isinstance(value, Mapping) and name.count(".") < _DEEPEST:
+    if isinstance(value, Mapping) and name.count(".") < DEEPEST:
         node = Config(new_allowed=True)
         merge(node, value, (name,), node)
         return node
     value = literal(value, name)
-    if isinstance(value, Mapping) and name.count(".") < _DEEPEST:  # spelled on the command line
+    if isinstance(value, Mapping) and name.count(".") < DEEPEST:  # spelled on the command line
         return as_new(value, name)
     if is_plain(value):
         return value
@@ -263,19 +109,6 @@ def as_new(value: Any, name: str) -> Any:
     )
 
 
-def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a config keeps a value: text, numbers (whole ones of 64 bits), nests of such."""
-    if depth > _DEEPEST:
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(item, depth + 1) for item in value)
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and is_plain(v, depth + 1) for k, v in value.items())
-    if isinstance(value, int):
-        return abs(value) < 2**63
-    return value is None or isinstance(value, (float, str))
-
-
 def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) -> str:
     """The error for a key that does not exist: the nearest beside it, else the nearest of all."""
     siblings = [".".join((*path, key)) for key in node]
@@ -283,113 +116,6 @@ def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) 
     known = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
     plain = name if name.isprintable() and len(name) <= 120 else shown(name)
     return f"unknown config key {plain}{nearest}{known}"
-
-
-def coerce(value: Any, default: Any, name: str) -> Any:
-    """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
-    if name in NORMS:
-        return check_norm(literal(value, name), name)
-    if name in SWITCHES_OR_TEXT:
-        return _switch_or_text(literal(value, name), name)
-    if isinstance(default, str):
-        if isinstance(value, str):
-            return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and is_plain(value):
-            return str(value)
-        raise UserError(f"{name} wants text, got {shown(value)}")
-    value = literal(value, name)
-    if isinstance(default, bool):
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            value = value.lower() == "true"
-        fits = isinstance(value, bool)
-    elif isinstance(default, float):
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fits = fits and is_plain(value) and math.isfinite(value)
-        value = float(value) if fits else value
-    elif isinstance(default, int):
-        fits = isinstance(value, int) and not isinstance(value, bool) and is_plain(value)
-    elif isinstance(default, (list, tuple)):
-        fits = isinstance(value, (list, tuple)) and _items_fit(value, default)
-        value = type(default)(value) if fits else value
-    else:
-        fits = True
-    if not fits:
-        raise UserError(f"{name} wants {_describe(default)}, got {shown(value)}")
-    return value
-
-
-def check_norm(value: Any, name: str) -> Any:
-    """`value` if it names a normalisation, or is a mean and a std of three channels."""
-    if value in ("auto", "data", "own"):
-        return value
-    found = read_statistics(value)
-    if found is not None:
-        return found
-    raise UserError(
-        f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
-        f"in [0, 1]), those of std above 0, got {shown(value)}"
-    )
-
-
-def read_statistics(value: Any) -> list[list[float]] | None:
-    """`value` as [mean, std] of three channels, for images in [0, 1]; None if it is none."""
-    pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else ()
-    rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
-    if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
-        mean, std = ([float(x) for x in row] for row in rows)
-        if all(map(math.isfinite, mean + std)) and max(mean + std) <= 1 and min(std) > 0:
-            return [mean, std]
-    return None
-
-
-def _switch_or_text(value: Any, name: str) -> bool | str:
-    value = {"true": True, "false": False}.get(str(value).lower(), value)
-    if not isinstance(value, (bool, str)):
-        raise UserError(f"{name} wants True, False or text, got {shown(value)}")
-    return value
-
-
-def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
-    allowed = {type(item) for item in default} or {int, float, str}
-    allowed |= {int} if float in allowed else set()
-    return all(type(item) in allowed and is_plain(item) and item == item for item in items)
-
-
-def _describe(default: Any) -> str:
-    if isinstance(default, bool):
-        return "True or False"
-    if isinstance(default, int):
-        return "a whole number"
-    if isinstance(default, float):
-        return "a finite number"
-    return f"a list like {list(default) or [1, 2]}"
-
-
-def literal(value: Any, name: str = "") -> Any:
-    """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged.
-
-    Raises:
-        UserError: a text too long, or nested too deep, to be looked at.
-    """
-    if not isinstance(value, str):
-        return value
-    if len(value) > _LONGEST or sum(map(value.count, "([{-+~")) > _MOST_SIGNS:
-        raise UserError(f"{name or 'a value'} is too long or too deeply nested: {shown(value)}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about strange escapes in what is meant as text
-            return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return value
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all values below a node."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def add_registered_nodes(cfg: CfgNode) -> None:
@@ -434,70 +160,6 @@ def load_config(
     cfg.merge_from_list(overrides)
     check_values(cfg)
     cfg.freeze()
-    return cfg
-
-
-def check_values(cfg: CfgNode) -> None:
-    """Refuse values that have the right type and no meaning."""
-    at_least = {
-        "SOLVER.BATCH_SIZE": 1,
-        "SOLVER.ACCUMULATE": 1,
-        "SOLVER.EPOCHS": 1,
-        "SOLVER.WARMUP_EPOCHS": 0,
-        "SOLVER.PATIENCE": 0,
-        "SOLVER.WEIGHT_DECAY": 0,
-        "SOLVER.MOMENTUM": 0,
-        "SOLVER.CLIP_GRAD_NORM": 0,
-        "SOLVER.EMA": 0,
-        "SOLVER.MIN_LR": 0,
-        "SOLVER.SKIP_NONFINITE": 0,
-        "DATASET.TEST.BATCH_SIZE": 1,
-        "DATASET.VAL_SPLIT": 0,
-        "LOG.TENSORBOARD_FREQ": 1,
-        "LOG.SAVE_CHECKPOINT_FREQ": 1,
-        "LOG.KEEP_CHECKPOINTS": 0,
-        "LOG.SAVE_EVERY_MINUTES": 0,
-        "EXPERIMENT.SEED": 0,
-        "LSKD.EPS": 0,
-    }
-    values = {name: lookup(cfg, name) for name in flatten(cfg)}  # a kind of run may lack some
-    for name, low in at_least.items():
-        if values.get(name, low) < low:
-            raise UserError(f"{name} must be at least {low}, got {values[name]}")
-    for name in ("DATASET.MEAN", "DATASET.STD"):
-        if any(type(item) not in (int, float) for item in values.get(name, ())):
-            raise UserError(f"{name} wants numbers, got {shown(values[name])}")
-    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
-        raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
-    if cfg.SOLVER.SCHEDULE == "plateau":
-        if values.get("SOLVER.WARMUP_EPOCHS"):
-            raise UserError("SOLVER.SCHEDULE plateau has no warm-up: set SOLVER.WARMUP_EPOCHS 0")
-        if not 0 < cfg.SOLVER.LR_DECAY_RATE < 1:
-            raise UserError(
-                "SOLVER.SCHEDULE plateau needs a SOLVER.LR_DECAY_RATE between 0 and 1, got "
-                f"{cfg.SOLVER.LR_DECAY_RATE}"
-            )
-    if cfg.SOLVER.EMA >= 1:
-        raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {cfg.SOLVER.EMA}")
-    for name in ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB"):
-        if values.get(name, 1.0) <= 0:
-            raise UserError(f"{name} must be positive, got {values[name]}")
-    for name, allowed in (
-        ("SOLVER.AMP", ("none", "bf16", "fp16")),
-        ("DISTILLER.TEACHER_DTYPE", ("auto", "fp32", "bf16", "fp16")),
-        ("DISTILLER.TEACHER_CACHE", ("none", "memory", "disk")),
-        ("SOLVER.SCHEDULE", ("multistep", "cosine", "plateau", "constant")),
-        ("SOLVER.COMPILE", (True, False, *COMPILE_MODES)),
-    ):
-        if values.get(name, allowed[0]) not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known}, got {shown(values[name])}")
-
-
-def lookup(cfg: CfgNode, name: str) -> Any:
-    """The node or value with a dotted name."""
-    for part in name.split("."):
-        cfg = cfg[part]
     return cfg
 
 

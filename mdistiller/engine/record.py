@@ -20,7 +20,8 @@ import torch
 
 from mdistiller import __version__
 from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, flatten, own_sections
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, own_sections
+from mdistiller.engine.cfg_values import flatten
 from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook

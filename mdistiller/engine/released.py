@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mdistiller.engine.cfg import read_statistics
+from mdistiller.engine.cfg_values import read_statistics
 from mdistiller.models import ModelEntry
 from mdistiller.models._input import Statistics
 from mdistiller.registry import UserError

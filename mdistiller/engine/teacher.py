@@ -12,7 +12,8 @@ import torch
 from mdistiller.dataset import Data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import check_pair, find_teacher, no_teacher
-from mdistiller.engine.cfg import Config, find_config, load_config
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.cfg_files import find_config
 from mdistiller.engine.distributed import from_main_process, wait_for_all
 from mdistiller.engine.lock import is_locked, locked
 from mdistiller.engine.record import changed_settings, experiment_name

@@ -107,7 +107,7 @@ class BaseTrainer:
         self.position: dict[str, Any] | None = None  # in an epoch: to go on from, or to save
         self.guard = Guard(cfg.SOLVER.SKIP_NONFINITE, self.device)
         self.pauses = Pauses(cfg.LOG.SAVE_EVERY_MINUTES, cfg.SOLVER.RANK_TIMEOUT)
-        self.hooks: list[Hook] = default_hooks(cfg, writes=is_main_process())
+        self.hooks = self.make_hooks(cfg)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -142,6 +142,10 @@ class BaseTrainer:
                     f"SOLVER.ACCUMULATE {solver.ACCUMULATE} is more than the {batches} batches of "
                     f"an epoch (SOLVER.BATCH_SIZE {solver.BATCH_SIZE} a process); lower it"
                 )
+
+    def make_hooks(self, cfg: Any) -> list[Hook]:
+        """What happens beside the steps, in order."""
+        return default_hooks(cfg, writes=is_main_process())
 
     def make_cache(self) -> TeacherCache:
         """What remembers the teacher's logits."""

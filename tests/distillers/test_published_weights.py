@@ -29,7 +29,8 @@ from mdistiller.distillers.ReviewKD import hcl_loss, review
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import vid_loss
-from mdistiller.engine.cfg import load_config, lookup
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.cfg_values import lookup
 from mdistiller.engine.init_stage import running
 
 

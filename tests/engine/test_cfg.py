@@ -2,7 +2,8 @@ import pytest
 from support import REPO
 
 from mdistiller.cli._bad_configs import bad_configs
-from mdistiller.engine.cfg import CFG, default_config, find_config, load_config, show_cfg
+from mdistiller.engine.cfg import CFG, default_config, load_config, show_cfg
+from mdistiller.engine.cfg_files import find_config
 from mdistiller.registry import UserError
 
 FILES = [

@@ -17,7 +17,7 @@ from support import REPO, write_config
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.cfg import flatten, lookup
+from mdistiller.engine.cfg_values import flatten, lookup
 from mdistiller.engine.hooks import Evaluate
 from mdistiller.engine.report import curves, page
 from mdistiller.engine.report.build import build_report
@@ -400,4 +400,5 @@ def test_a_teachers_longer_run_squeezes_no_curve(tmp_path):
     assert half.title == "Accuracy in the second half"
     assert half.start == 5
     assert {line.name for line in half.lines} == {"plain", "kd"}
+    assert section.notes[-1] == "Not drawn, as they do not compare with plain: teacher."
     assert all(len(line.mean) == 6 for line in half.lines)

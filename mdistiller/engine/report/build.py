@@ -46,14 +46,13 @@ def build_report(
     groups = group(runs)
     base = find_baseline(groups, baseline)
     groups.sort(key=lambda g: _rank(g, base, which))
-    drawn = [g for g in groups if base is None or comparable(g, base)]  # no teacher's longer run
     sections = [
         tables.accuracy(groups),
         tables.differences(groups, base, which),
         tables.published(groups),
-        curves.learning(drawn),
+        curves.learning(groups, base),
         curves.convergence(groups, base, reach),
-        curves.loss_terms(drawn),
+        curves.loss_terms(groups, base),
         listings.ablations(groups, which),
         tables.teachers(groups),
         predictions(groups, which),

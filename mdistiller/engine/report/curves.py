@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mdistiller.engine.report.document import Chart, Line, Section, Table
-from mdistiller.engine.report.groups import Group
+from mdistiller.engine.report.groups import Group, comparable
 from mdistiller.engine.report.numbers import estimate
 from mdistiller.engine.report.runs import Run
 from mdistiller.engine.report.tables import NONE, plus_minus
@@ -26,25 +26,38 @@ _LEARNING = (
 )
 
 
-def learning(groups: Sequence[Group]) -> Section:
-    """Accuracy and loss by epoch."""
-    charts = [_chart(groups, *words) for words in _LEARNING]
+def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
+    """Accuracy and loss by epoch, of the groups that compare with the baseline if there is one."""
+    drawn, notes = _drawn(groups, base)
+    charts = [_chart(drawn, *words) for words in _LEARNING]
     longest = max((len(line.mean) for line in charts[0].lines), default=0)
     if longest >= 2 * FEW:
-        half = _chart(groups, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
+        half = _chart(drawn, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
         charts.insert(1, half)
-    return _section("Learning curves", groups, charts)
+    return _section("Learning curves", drawn, charts, notes)
 
 
-def loss_terms(groups: Sequence[Group]) -> Section:
-    """Each term of the training loss by epoch."""
-    rows = (row for g in groups for run in g.runs for row in run.epochs)
+def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
+    """Each term of the training loss by epoch, of the same groups as the learning curves."""
+    drawn, notes = _drawn(groups, base)
+    rows = (row for g in drawn for run in g.runs for row in run.epochs)
     keys = [key for key in dict.fromkeys(k for row in rows for k in row) if "train_loss_" in key]
-    charts = [_chart(groups, key, key.removeprefix("train_"), "loss") for key in keys]
-    return _section("Loss terms", groups, charts)
+    charts = [_chart(drawn, key, key.removeprefix("train_"), "loss") for key in keys]
+    return _section("Loss terms", drawn, charts, notes)
 
 
-def _section(title: str, groups: Sequence[Group], charts: list[Chart]) -> Section:
+def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
+    """Groups that fit into one chart, and what to say of the others, a teacher's longer run say."""
+    if base is None:
+        return list(groups), []
+    left = [g.name for g in groups if not comparable(g, base)]
+    notes = [f"Not drawn, as they do not compare with {base.name}: {', '.join(left)}."]
+    return [g for g in groups if comparable(g, base)], notes if left else []
+
+
+def _section(
+    title: str, groups: Sequence[Group], charts: list[Chart], notes: Sequence[str]
+) -> Section:
     section = Section(title, charts=[chart for chart in charts if chart.lines])
     if section.charts:
         section.notes.append("Lines are means over seeds, bands go from the lowest to the highest.")
@@ -52,6 +65,7 @@ def _section(title: str, groups: Sequence[Group], charts: list[Chart]) -> Sectio
             section.notes.append(
                 f"Of {len(groups)} groups the first {MOST} of the table are drawn."
             )
+        section.notes += notes
     return section
 
 

@@ -11,7 +11,8 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from mdistiller.engine.cfg import CFG, flatten, lookup
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.cfg_values import flatten, lookup
 from mdistiller.engine.report.runs import Run
 from mdistiller.registry import UserError, suggest
 

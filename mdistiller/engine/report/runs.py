@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.cfg import Config, flatten, lookup
+from mdistiller.engine.cfg import Config
+from mdistiller.engine.cfg_values import flatten, lookup
 from mdistiller.engine.record import experiment_name, read_record
 from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.registry import UserError

@@ -27,14 +27,8 @@ from typing import Any
 
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.build import check_names
-from mdistiller.engine.cfg import (
-    Config,
-    find_config,
-    load_config,
-    overlay,
-    read_yaml,
-    resolve_paths,
-)
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.cfg_files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.record import experiment_name
 from mdistiller.engine.sweep import fields
 from mdistiller.engine.teacher import teacher_config

@@ -18,7 +18,8 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from mdistiller.engine.cfg import Config, check_values
+from mdistiller.engine.cfg import Config
+from mdistiller.engine.cfg_checks import check_values
 from mdistiller.engine.hooks import Hook, Record
 from mdistiller.engine.imports import import_user_modules
 from mdistiller.engine.record import experiment_name, one_line
