@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 from support import REPO, write_config
 
@@ -319,36 +321,73 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_share_a_study_and_a_killed_one_is_resumed(sweep, capsys):
-    """The first is held in epoch 2 of two trials, the second does the rest; then the first dies."""
+def test_two_sweeps_share_a_study_and_resume_when_both_are_killed(sweep, capsys):
+    """Both are held in epoch 2 of their trials while a third does the rest; then both die."""
     path = sweep(
         f"OVERRIDES: {{LOGGED.GATE: {sweep.folder / 'go'}}}\n"
-        "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 2\n"
+        "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 3\n"
     )
-    run = sweep.out / "toy" / "held,seed:0"
-    first = process(path, "--jobs", 2)
-    held = [sweep.out / "toy" / f"held,seed:{seed}" / "latest" for seed in (0, 1)]
-    wait_for(lambda: all(latest.is_file() for latest in held) or first.poll() is not None)
+    held = [sweep.out / "toy" / f"held,seed:{seed}" for seed in range(3)]
+
+    def start(jobs, runs):
+        begun = process(path, "--jobs", jobs)
+        there = lambda: all((run / "latest").is_file() for run in runs)  # noqa: E731
+        wait_for(lambda: there() or begun.poll() is not None)
+        return begun
+
+    both = [start(2, held[:2]), start(1, held)]
     assert command.main([*words(path), "--jobs", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Not finished: 2 running." in out
+    assert "Not finished: 3 running." in out
     assert "| free |" in out
-    expected = {f"{cell},seed:{seed}": 1 for cell in ("held", "free") for seed in (0, 1)}
-    assert started(sweep.folder) == expected  # nothing twice, nothing left out
+    once = {f"{cell},seed:{seed}": 1 for cell in ("held", "free") for seed in range(3)}
+    assert started(sweep.folder) == once  # nothing twice, nothing left out
     workers = {int(line.split()[0]) for line in (sweep.folder / "log").read_text().splitlines()}
-    assert len(workers) == 3
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    assert len(workers) == 4
+    for sweeping in both:
+        sweeping.send_signal(signal.SIGKILL)
+        sweeping.wait()
     orphans = workers - {os.getpid()}
     wait_for(lambda: not any(judge._process_exists(pid) for pid in orphans))
     (sweep.folder / "go").touch()
+    other = process(path, "--jobs", 1)
     assert command.main([*words(path), "--jobs", "1"]) == 0
-    assert "[4/4]" in capsys.readouterr().out
-    assert started(sweep.folder) == {**expected, "held,seed:0": 2, "held,seed:1": 2}
-    assert [row["epoch"] for row in rows(run)] == [1, 2]
-    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+    rest, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, rest
+    assert "[6/6]" in rest + capsys.readouterr().out
+    assert started(sweep.folder) == {**once, **{run.name: 2 for run in held}}
     whole = rows(sweep.out / "toy" / "free,seed:0")  # the same run, uninterrupted
-    assert [r["train_loss"] for r in rows(run)] == [r["train_loss"] for r in whole]
+    assert [r["train_loss"] for r in rows(held[0])] == [r["train_loss"] for r in whole]
+    for run in held:
+        assert [row["epoch"] for row in rows(run)] == [1, 2]
+        assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+
+
+def test_a_study_knows_its_teacher_wherever_its_file_lies(sweep, capsys):
+    path = sweep("", method="KD", student="Dot", TEACHER="Dot")
+    files = [sweep.folder / name for name in ("one", "moved", "other")]
+    for file, value in ((files[0], 0.0), (files[2], 1.0)):
+        weights = {"fc.weight": torch.full((10, 3072), value), "fc.bias": torch.ones(10)}
+        torch.save({"model": weights}, file)
+    shutil.copy(files[0], files[1])
+    run = [*words(path), "--jobs", "1", "DISTILLER.TEACHER_CKPT"]
+    assert command.main([*run, str(files[0])]) == 0
+    assert command.main([*run, str(files[1])]) == 0
+    capsys.readouterr()
+    assert command.main([*run, str(files[2])]) == 2
+    error = capsys.readouterr().err
+    assert f"the teacher was not DISTILLER.TEACHER_CKPT '{files[2]}'" in error
+
+
+def test_a_study_knows_how_its_teacher_is_trained(sweep, capsys):
+    path = sweep("", method="KD", TEACHER="Dot", TEACHER_CFG="teacher.yaml")
+    own = "_BASE_: toy.yaml\nEXPERIMENT: {NAME: teacher}\nDISTILLER: {TYPE: NONE}\n"
+    (path.parent / "teacher.yaml").write_text(own)
+    assert command.main([*words(path), "--jobs", "1"]) == 0
+    capsys.readouterr()
+    (path.parent / "teacher.yaml").write_text(own + "SOLVER: {EPOCHS: 1}\n")
+    assert command.main([*words(path), "--jobs", "1"]) == 2
+    assert "of the teacher: SOLVER.EPOCHS was 2, is now 1" in capsys.readouterr().err
 
 
 def test_a_failing_trial_is_recorded_and_the_others_go_on(sweep, capsys):

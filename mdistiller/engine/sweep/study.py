@@ -18,12 +18,10 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from mdistiller.engine.cfg import dump_cfg
-from mdistiller.engine.record import differences
-from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.engine.sweep.fields import Range
 from mdistiller.engine.sweep.judge import GRACE, Status, counting, holds, place, status
 from mdistiller.engine.sweep.plan import Plan, Trial
+from mdistiller.engine.sweep.settings import changes, noted
 from mdistiller.registry import UserError
 
 _CONNECTS = 3  # processes that start together may disturb each other's creation of the tables
@@ -74,13 +72,11 @@ class Study:
                 recorded = attempt.user_attrs
                 if "error" in recorded:  # to be run again, perhaps mended
                     continue
-                changes = differences(parse_yaml(recorded["config"]), trial.configs[0])
-                if recorded["space"] != repr(self.plan.space):
-                    changes.append("SPACE is another")
-                if changes:
+                others = changes(recorded, self.plan, trial)
+                if others:
                     raise UserError(
                         f"study {self.plan.name!r} in {shown(self.url)} has {trial.name} with "
-                        f"other settings ({'; '.join(changes)}): choose another --out or SWEEP name"
+                        f"other settings ({'; '.join(others)}): choose another --out or SWEEP name"
                     )
 
     def attempts(self) -> dict[str, list[FrozenTrial]]:
@@ -123,8 +119,7 @@ class Study:
         """Enter an attempt, in one transaction; a searched point stays where it was `known`."""
         attrs = {
             "trial": trial.name,
-            "config": dump_cfg(trial.configs[0]),
-            "space": repr(self.plan.space),
+            **noted(self.plan, trial),
             "place": place(),
             "pid": os.getpid(),
             "alive": time.time(),
