@@ -1,0 +1,77 @@
+"""Defaults of what the engine reads; methods and data register theirs beside their own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mdistiller.distillers._standardize import LSKD_CONFIG
+
+ENGINE_CONFIG: dict[str, Any] = {
+    "EXPERIMENT": {
+        "PROJECT": "distill",
+        "NAME": "",
+        "TAG": "default",
+        "SEED": 0,
+        "LOGIT_STAND": False,  # LSKD.ENABLE by the name that forks use
+    },
+    "DISTILLER": {
+        "TYPE": "NONE",  # a method, or several: "KD+AT"
+        "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
+        "TEACHER": "ResNet50",
+        "STUDENT": "resnet32",
+        "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
+        "STUDENT_ARGS": {},
+        # Normalisation of the images that a network sees: data (the data set's), own (that of its
+        # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
+        "TEACHER_NORM": "auto",
+        "STUDENT_NORM": "auto",
+        "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
+        "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
+        "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
+        "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
+        "TEACHER_CACHE_GB": 4.0,  # at most so much, 1e9 bytes, for a teacher and a data set
+        "TEACHER_CACHE_DIR": "",  # disk: the folder; empty: teacher_cache in LOG.PREFIX
+    },
+    "LSKD": LSKD_CONFIG,  # standardised logits in the distillation loss
+    "SOLVER": {
+        "TRAINER": "base",
+        "BATCH_SIZE": 64,  # per process and micro-batch
+        "ACCUMULATE": 1,  # micro-batches to an optimizer step
+        "EPOCHS": 240,
+        "LR": 0.05,
+        "SCHEDULE": "multistep",  # multistep, cosine, plateau or constant
+        "LR_DECAY_STAGES": [150, 180, 210],
+        "LR_DECAY_RATE": 0.1,
+        "PATIENCE": 10,  # plateau: epochs without a lower training loss that are put up with
+        "WARMUP_EPOCHS": 0,  # epochs of linear warm-up of the learning rate
+        "MIN_LR": 0.0,  # where the cosine ends
+        "WEIGHT_DECAY": 0.0001,
+        "NORM_DECAY": True,  # weight decay on biases and norms, too
+        "MOMENTUM": 0.9,
+        "NESTEROV": False,
+        "TYPE": "SGD",  # SGD, Adam or AdamW
+        "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
+        "AMP": "none",  # none, bf16 or fp16
+        "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
+        "SYNC_BN": False,  # several processes: batch norm by the statistics of all
+        "COMPILE": False,  # torch.compile; True, or its mode
+        "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
+        "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
+        "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
+        "SKIP_NONFINITE": 0,  # steps of a run that a loss or gradient that is not finite may cost
+        "RANK_TIMEOUT": 30.0,  # several processes: minutes to wait for another one in a step
+        "DOT": {"DELTA": 0.075},
+    },
+    "LOG": {
+        "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
+        "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
+        "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all
+        "SAVE_EVERY_MINUTES": 15.0,  # saves `latest` within epochs as well; 0: after epochs only
+        "SAFETENSORS": False,  # students also in that format; needs the package
+        "PREFIX": "./output",
+        "WANDB": False,
+    },
+    "DEVICE": "auto",
+    "IMPORTS": [],  # user files or modules that register methods, models, data sets
+}
