@@ -20,7 +20,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 _LATE = ("Timed out waiting", "timed out", "Operation timed out")
 
 
-def guarded(command: Callable[[], None]) -> int:
+def guarded(command: Callable[[], object]) -> int:
     """Run `command`; 0, or the exit code of what ended it.
 
     They are that of a user's error (2), of a run that a signal ended with its state saved (75), and

@@ -27,6 +27,7 @@ from mdistiller.runtime import project_root
 RELEASES = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints"
 ARCHIVES = {"cifar_teachers": "cifar_teachers.tar"}  # what the release page has, by its folder
 RECORD = "hashes.json"
+TOLERANCE = 0.3  # points between an accuracy and the published one: decoders and kernels differ
 DATA = {  # data set of a zoo, and what is in its folder if the data are there
     "cifar": ("cifar100", ("cifar-100-python", "cifar-100-python.tar.gz")),
     "tiny_imagenet": ("tiny_imagenet", ("val",)),
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare hashes again, and evaluate where the data set is there",
+        help="evaluate where the data set is there; fails if it is not the published accuracy",
     )
     return parser
 
@@ -236,8 +237,12 @@ def check_network(release: Release, path: Path) -> None:
     load_network(entry.constructor(num_classes=classes), path, release.name, classes)
 
 
-def evaluate(release: Release, path: Path) -> None:
-    """Print the accuracy, if the data are there."""
+def verify(release: Release, path: Path) -> None:
+    """Print the accuracy and what it should be, if the data are there.
+
+    Raises:
+        UserError: it is another one.
+    """
     from mdistiller.cli import eval as eval_command
     from mdistiller.dataset import DATASETS
 
@@ -246,9 +251,31 @@ def evaluate(release: Release, path: Path) -> None:
     if not any((root / sign).exists() for sign in signs):
         print(f"  not evaluated: {dataset} is not in {root}")
         return
-    eval_command.evaluate(
+    (found,) = eval_command.evaluate(
         eval_command.parser().parse_args(["-m", release.name, "-c", str(path), "-d", dataset])
     )
+    own, known = found.quality.top1, published_accuracy(release, dataset)
+    if known is None:
+        print("  no accuracy is published for it")
+    elif abs(own - known) > TOLERANCE:
+        raise UserError(
+            f"{release.zoo}/{release.name} has {own:.2f} % on {dataset}, published are "
+            f"{known:.2f} %: {path} or the data set in {root} is another one"
+        )
+    else:
+        print(f"  as published: {known:.2f} %")
+
+
+def published_accuracy(release: Release, dataset: str) -> float | None:
+    """Top-1 in % that those who released weights report, if they do."""
+    from mdistiller.engine.report.published import published
+    from mdistiller.models._released import torchvision_accuracy
+
+    if not release.file:
+        return torchvision_accuracy(release.checkpoint)
+    wanted = (dataset, "teacher", release.name)
+    lines = [line for line in published() if (line.dataset, line.method, line.student) == wanted]
+    return lines[0].top1 if lines else None
 
 
 def show(known: Registry, store: Path) -> None:
@@ -277,7 +304,7 @@ def run(args: argparse.Namespace) -> None:
         check_network(release, path)
         print(f"{release.zoo}/{release.name}: {path}", flush=True)
         if args.verify:
-            evaluate(release, path)
+            verify(release, path)
     return None
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mdistiller.cli._networks import add_networks, load_networks
 from mdistiller.cli._run import guarded
+
+if TYPE_CHECKING:
+    from mdistiller.engine.analysis.evaluate import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
     from mdistiller.cli import _tables
     from mdistiller.engine.analysis.evaluate import evaluate
@@ -70,6 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
         args.csv.write_text(_tables.csv_text(found))
     if args.confusion:
         args.confusion.write_text(_tables.confusion_text(found, test.classes))
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,6 +47,8 @@ def sweep(args: argparse.Namespace) -> bool:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {args.jobs}")
     plan = read_plan(args.cfg, args.opts, args.imports, args.out)
+    if plan.space and not plan.trials[0].configs[0].DATASET.VAL_SPLIT:
+        print("WARNING: this search selects on the test set; hold images out: DATASET.VAL_SPLIT")
     if args.dry_run:
         print_trials(plan)
         return True

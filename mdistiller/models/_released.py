@@ -45,6 +45,14 @@ def pretrained_on(checkpoint: str) -> Pretrained | None:
     return Pretrained(len(weights.meta["categories"]), tuple(view.mean), tuple(view.std))
 
 
+def torchvision_accuracy(checkpoint: str) -> float:
+    """Top-1 in % on ImageNet's validation images that torchvision reports for its weights."""
+    from torchvision.models import get_weight
+
+    metrics = get_weight(checkpoint.removeprefix(TORCHVISION)).meta["_metrics"]
+    return float(metrics["ImageNet-1K"]["acc@1"])
+
+
 def place_of(checkpoint: str) -> Path:
     """The file of released weights, there or not; downloads go where torch.hub keeps its own."""
     url = url_of(checkpoint)

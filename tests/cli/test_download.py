@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,9 +144,15 @@ def test_names(tmp_path, capsys):
     assert "did you mean 'cifar/vgg13'?" in refused(capsys, tmp_path, "cifar/vgg14")
 
 
-def test_verify_evaluates_where_the_data_are(site, tmp_path, capsys, monkeypatch):
+def test_verify_holds_the_accuracy_against_the_published_one(site, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(eval_command, "evaluate", asked.append)
+
+    def evaluate(args):
+        asked.append(args)
+        return [SimpleNamespace(quality=SimpleNamespace(top1=measured))]
+
+    measured = 72.31
+    monkeypatch.setattr(eval_command, "evaluate", evaluate)
     known = download.releases()
     monkeypatch.setattr(download, "releases", lambda: known)
     monkeypatch.setattr(download, "project_root", lambda: tmp_path)
@@ -153,5 +160,21 @@ def test_verify_evaluates_where_the_data_are(site, tmp_path, capsys, monkeypatch
     assert "not evaluated: cifar100 is not in" in capsys.readouterr().out
     (tmp_path / "data" / "cifar-100-python").mkdir(parents=True)
     assert get(tmp_path / "to", "resnet56", "--verify") == 0
+    assert "as published: 72.34 %" in capsys.readouterr().out
     assert [(args.model, args.dataset) for args in asked] == [(["resnet56"], "cifar100")]
     assert asked[0].ckpt == [str(tmp_path / "to" / FILES["resnet56"])]
+    measured = 71.0
+    assert get(tmp_path / "to", "resnet56", "--verify") == 2
+    assert (
+        "cifar/resnet56 has 71.00 % on cifar100, published are 72.34 %" in capsys.readouterr().err
+    )
+
+
+def test_every_released_cifar_teacher_has_a_published_accuracy():
+    known = download.releases()
+    for name, release in known.items():
+        found = download.published_accuracy(release, download.DATA[release.zoo][0])
+        assert (found is None) == (release.zoo == "tiny_imagenet"), name
+    assert (
+        download.published_accuracy(download.releases()["imagenet/ResNet34"], "imagenet") == 73.314
+    )

@@ -17,12 +17,13 @@ from support import REPO, write_config
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict
+from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cfg_values import flatten, lookup
 from mdistiller.engine.hooks import Evaluate
 from mdistiller.engine.report import curves, page
 from mdistiller.engine.report.build import build_report
 from mdistiller.engine.report.document import Chart, Line, csv_text, markdown
-from mdistiller.engine.report.groups import find_baseline, grids, group, varying_keys
+from mdistiller.engine.report.groups import find_baselines, grids, group, varying_keys
 from mdistiller.engine.report.numbers import difference, estimate, verdict
 from mdistiller.engine.report.published import Published, beside, departures, published
 from mdistiller.engine.report.runs import read_runs
@@ -126,12 +127,40 @@ def test_runs_of_one_seed_count_once(tmp_path):
 def test_the_baseline_is_plain_training_of_the_same_student(two):
     make_run(two / "teacher", [80.0], "DISTILLER.STUDENT", "resnet56")
     groups = group(read_runs([two]))
-    assert find_baseline(groups, None).name == "plain"
-    assert find_baseline(groups, "KD").name == "KD"
+    assert [g.name for g in find_baselines(groups, None)] == ["plain"]
+    assert [g.name for g in find_baselines(groups, "KD")] == ["KD"]
     with pytest.raises(UserError, match=r"'plane'; did you mean 'plain'\?: the groups are KD, "):
-        find_baseline(groups, "plane")
+        find_baselines(groups, "plane")
     make_run(two / "plain, longer", [80.0], "SOLVER.EPOCHS", 20)
-    assert find_baseline(group(read_runs([two])), None) is None
+    assert find_baselines(group(read_runs([two])), None) == []
+
+
+def test_every_student_has_its_own_baseline(tmp_path):
+    for student, ends in (("resnet8", (50.0, 52.0)), ("resnet20", (60.0, 65.0))):
+        for method, end in zip(("NONE", "KD"), ends, strict=True):
+            pairs = ("DISTILLER.STUDENT", student, "DISTILLER.TYPE", method)
+            for seed in (0, 1):
+                folder = tmp_path / f"{method} {student},seed:{seed}"
+                make_run(folder, [end + seed], *pairs, seed=seed)
+    report = build_report([tmp_path])
+    small, large = "NONE resnet8", "NONE resnet20"
+    assert rows(report, "Accuracy").keys() == {small, "KD resnet8", large, "KD resnet20"}
+    for base, name, gap in ((small, "KD resnet8", 2.0), (large, "KD resnet20", 5.0)):
+        shown = rows(report, f"Differences to the baseline, {base}")
+        assert {key: row[1] for key, row in shown.items()} == {name: f"+{gap:.2f} ± 0.00"}
+        (line,) = [row for row in report.numbers if row["group"] == name]
+        assert line["last_difference"] == pytest.approx(gap)
+        (curve,) = [s for s in report.sections if s.title == f"Learning curves, {base}"]
+        assert {line.name for line in curve.charts[0].lines} == {base, name}
+        assert not any("Not drawn" in note for note in curve.notes)
+    assert "Baselines: NONE resnet8; NONE resnet20." in report.lead
+
+
+def test_one_folder_of_images_is_one_data_set_however_it_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, root in enumerate(("images", str(tmp_path / "images"))):
+        make_run(tmp_path / f"KD,seed:{seed}", [70.0], "DATASET.ROOT", root, seed=seed)
+    assert len(group(read_runs([tmp_path]))) == 1
 
 
 # The report
@@ -182,7 +211,7 @@ def test_convergence_counts_epochs_and_seconds_to_the_goal(two):
     assert found["plain"] == ["1 of 3", "2.00", "4.0"]  # 72 + 1 in the second epoch, 2 s each
     assert found["KD"] == ["2 of 3", "2.00 ± 0.00", "4.0"]
     groups = group(read_runs([two]))
-    assert curves.goal(groups, find_baseline(groups, "plain"), None) == pytest.approx(0.95 * 71)
+    assert curves.goal(groups, find_baselines(groups, "plain")[0], None) == pytest.approx(0.95 * 71)
     assert curves.reached(groups[0].runs[0], 99.0) is None
 
 
@@ -363,13 +392,22 @@ def test_a_run_finds_what_is_published_for_it():
 
 
 def test_another_protocol_is_named():
-    (line,) = beside(pair("DKD"))
-    assert departures(pair("DKD"), line) == []
-    other = pair("DKD", "SOLVER.EPOCHS", 10, "SOLVER.ACCUMULATE", 2, "DATASET.VAL_SPLIT", 5000)
-    assert departures(other, line) == [
+    def shipped(*changes):
+        return flat(load_config("configs/cifar100/dkd/res32x4_res8x4.yaml", list(changes)))
+
+    (line,) = beside(shipped())
+    assert departures(shipped(), line) == []
+    assert departures(shipped(), line, processes=2) == ["images a step 128 instead of 64"]
+    other = ("SOLVER.EPOCHS", 10, "SOLVER.ACCUMULATE", 2, "DATASET.VAL_SPLIT", 5000)
+    assert departures(shipped(*other), line) == [
         "epochs 10 instead of 240",
         "images a step 128 instead of 64",
         "5000 training images held out to select the epoch; published: the test set",
+    ]
+    other = ("SOLVER.LR", 0.1, "DKD.BETA", 2.0, "LOG.TENSORBOARD_FREQ", 7)
+    assert departures(shipped(*other), line) == [
+        "lr 0.1 instead of 0.05",
+        "DKD.BETA 2.0 instead of 8.0",
     ]
 
 
@@ -379,7 +417,11 @@ def test_the_report_sets_a_run_beside_its_published_number(tmp_path):
     report = build_report([tmp_path])
     found = rows(report, "Beside published numbers")["DKD"]
     assert found[:5] == ["74.00", "75.00", "76.32", "-1.32", "DKD"]
-    assert found[5:] == ["DKD (arXiv 2203.08679)", "epochs 10 instead of 240"]
+    assert found[5] == "DKD (arXiv 2203.08679)"
+    assert found[6].split("; ")[:2] == [
+        "epochs 10 instead of 240",
+        "weight_decay 0.0001 instead of 0.0005",
+    ]
 
 
 def test_no_cell_of_a_table_is_a_formula():

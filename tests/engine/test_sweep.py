@@ -468,6 +468,7 @@ def test_a_search_samples_trains_every_seed_and_prunes(sweep, monkeypatch, capsy
     assert len({t.params["SOLVER.LR"] for t in study.trials}) == 8
     assert all(t.value == pytest.approx(300 * t.params["SOLVER.LR"] + 1.5) for t in done)
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("WARNING: this search selects on the test set")
     best = next(line for line in lines if line.startswith("| trial "))
     best = next(line for line in lines[lines.index(best) + 2 :])
     assert best.startswith(f"| trial {study.best_trial.number}: SOLVER.LR=")

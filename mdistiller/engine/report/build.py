@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.report import curves, listings, tables
-from mdistiller.engine.report.document import Report
+from mdistiller.engine.report.document import Report, Section
 from mdistiller.engine.report.evaluations import (
     COLUMNS,
     attach_evaluations,
     evaluated,
     predictions,
 )
-from mdistiller.engine.report.groups import Group, comparable, find_baseline, group
+from mdistiller.engine.report.groups import Group, comparable, find_baselines, group
 from mdistiller.engine.report.numbers import difference
 from mdistiller.engine.report.published import beside
 from mdistiller.engine.report.runs import FAILED, FINISHED, read_runs
@@ -44,15 +44,18 @@ def build_report(
     for file in evaluations:
         attach_evaluations(runs, file)
     groups = group(runs)
-    base = find_baseline(groups, baseline)
-    groups.sort(key=lambda g: _rank(g, base, which))
+    bases = find_baselines(groups, baseline)
+    groups.sort(key=lambda g: _rank(g, bases, which))
+    each: list[Group | None] = [*bases] or [None]
+    compared = [
+        section
+        for base in each
+        for section in _compare(_beside(groups, base, bases), base, which, reach, len(bases) > 1)
+    ]
     sections = [
         tables.accuracy(groups),
-        tables.differences(groups, base, which),
+        *compared,
         tables.published(groups),
-        curves.learning(groups, base),
-        curves.convergence(groups, base, reach),
-        curves.loss_terms(groups, base),
         listings.ablations(groups, which),
         tables.teachers(groups),
         predictions(groups, which),
@@ -62,32 +65,59 @@ def build_report(
         listings.provenance(groups),
     ]
     kept = [s for s in sections if s.notes or s.tables or s.charts]
-    return Report(title, _lead(groups, base), kept, _numbers(groups, base, which, reach))
+    return Report(title, _lead(groups, bases), kept, _numbers(groups, bases, which, reach))
 
 
-def _rank(g: Group, base: Group | None, which: str) -> tuple[bool, bool, float]:
-    """The baseline first, then the best; last those of which no run has finished."""
+def _compare(
+    groups: Sequence[Group], base: Group | None, which: str, reach: float | None, several: bool
+) -> list[Section]:
+    """The sections with a baseline; it is named in their titles if there are several."""
+    sections = [
+        tables.differences(groups, base, which),
+        curves.learning(groups, base),
+        curves.convergence(groups, base, reach),
+        curves.loss_terms(groups, base),
+    ]
+    for section in sections:
+        section.title += f", {base.name}" if several and base else ""
+    return sections
+
+
+def _beside(groups: Sequence[Group], base: Group | None, bases: Sequence[Group]) -> list[Group]:
+    """The groups that a baseline's sections speak of: not those that another one has."""
+    others = [other for other in bases if other is not base]
+    return [g for g in groups if not any(comparable(g, other) for other in others)]
+
+
+def _rank(g: Group, bases: Sequence[Group], which: str) -> tuple[int, bool, bool, float]:
+    """By baseline, that one first, then the best; last those of which no run has finished."""
     found = tables.over_seeds(g, which)
-    return g is not base, found is None, -found.mean if found else 0.0
+    number = next((i for i, base in enumerate(bases) if comparable(g, base)), len(bases))
+    return number, g not in bases, found is None, -found.mean if found else 0.0
 
 
-def _lead(groups: Sequence[Group], base: Group | None) -> list[str]:
+def _lead(groups: Sequence[Group], bases: Sequence[Group]) -> list[str]:
     states = Counter(run.state for g in groups for run in g.runs)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     lead = [f"{states.total()} runs in {len(groups)} groups that differ in more than the seed: "]
     lead[0] += f"{counts}."
     if states[FINISHED] < states.total():
         lead.append("Only finished runs are in the numbers; the others are listed under “Runs”.")
-    if base:
-        lead.append(f"Baseline: {base.name}.")
+    if bases:
+        names = "; ".join(base.name for base in bases)
+        lead.append(f"Baseline{'s' if len(bases) > 1 else ''}: {names}.")
     return lead
 
 
 def _numbers(
-    groups: Sequence[Group], base: Group | None, which: str, reach: float | None
+    groups: Sequence[Group], bases: Sequence[Group], which: str, reach: float | None
 ) -> list[dict[str, Any]]:
-    wanted = curves.goal(groups, base, reach)
-    return [_row(g, base, which, wanted) for g in groups]
+    rows = []
+    for g in groups:
+        base = next((base for base in bases if comparable(g, base)), None)
+        own = base or (bases[0] if len(bases) == 1 else None)
+        rows.append(_row(g, base, which, curves.goal(_beside(groups, own, bases), own, reach)))
+    return rows
 
 
 def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict[str, Any]:
@@ -105,7 +135,7 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
         row[f"{kind}_seeds"] = found.n if found else 0
     row["selected_on"] = "; ".join(g.facts("selected_on"))
     gap = None
-    if base is not None and g is not base and comparable(g, base):
+    if base is not None and g is not base:
         gap = difference(*(each.by_seed(lambda run: run.number(which)) for each in (g, base)))
     row |= {
         f"{which}_difference": gap.mean if gap else None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mdistiller.engine.report.document import Chart, Line, Section, Table
-from mdistiller.engine.report.groups import Group, comparable
+from mdistiller.engine.report.groups import Group, family
 from mdistiller.engine.report.numbers import estimate
 from mdistiller.engine.report.runs import Run
 from mdistiller.engine.report.tables import NONE, plus_minus
@@ -48,11 +48,10 @@ def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
 
 def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
     """Groups that fit into one chart, and what to say of the others, a teacher's longer run say."""
-    if base is None:
-        return list(groups), []
-    left = [g.name for g in groups if not comparable(g, base)]
-    notes = [f"Not drawn, as they do not compare with {base.name}: {', '.join(left)}."]
-    return [g for g in groups if comparable(g, base)], notes if left else []
+    drawn = family(groups, base)
+    left = ", ".join(g.name for g in groups if g not in drawn)
+    notes = [f"Not drawn, as they do not compare with {base.name}: {left}."] if base else []
+    return drawn, notes if left else []
 
 
 def _section(

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -34,6 +35,12 @@ class Group:
     @property
     def config(self) -> dict[str, Any]:
         return self.runs[0].config
+
+    @property
+    def processes(self) -> int:
+        """That trained a run last."""
+        starts = self.runs[0].record.get("starts") or [{}]
+        return int(starts[-1].get("processes", 1))
 
     @property
     def finished(self) -> list[Run]:
@@ -89,6 +96,8 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {key.partition(".")[0] for key in config}
     defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
     whole = {**defaults, **config}
+    if whole.get("DATASET.ROOT"):  # however it is spelled
+        whole["DATASET.ROOT"] = str(Path(whole["DATASET.ROOT"]).resolve())
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 
@@ -112,10 +121,10 @@ def varying_keys(groups: Sequence[Group]) -> dict[str, list[Any]]:
     return {key: v for key, v in found.items() if len(set(map(str, v))) > 1 and key != "folder"}
 
 
-def find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
-    """The group that others are compared with.
+def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
+    """The groups that others are compared with, of which no two compare with each other.
 
-    Without a name: that of plain training, if exactly one has the student of a distilled group.
+    Without a name: plain training of each student, where exactly one group is that.
 
     Raises:
         UserError: no group has the name.
@@ -125,14 +134,16 @@ def find_baseline(groups: Sequence[Group], name: str | None) -> Group | None:
         if name not in named:
             known = ", ".join(named)
             raise UserError(f"--baseline {name!r}{suggest(name, named)}: the groups are {known}")
-        return named[name]
+        return [named[name]]
     distilled = [g for g in groups if g.config.get("DISTILLER.TYPE", "NONE") != "NONE"]
-    plain_ones = [
-        g
-        for g in groups
-        if g.config.get("DISTILLER.TYPE") == "NONE" and any(comparable(g, d) for d in distilled)
-    ]
-    return plain_ones[0] if len(plain_ones) == 1 else None
+    plain = [g for g in groups if g.config.get("DISTILLER.TYPE") == "NONE"]
+    plain = [g for g in plain if any(comparable(g, d) for d in distilled)]
+    return [g for g in plain if sum(comparable(g, other) for other in plain) == 1]
+
+
+def family(groups: Sequence[Group], base: Group | None) -> list[Group]:
+    """The groups that compare with a baseline; all of them without one."""
+    return [g for g in groups if base is None or comparable(g, base)]
 
 
 def measure(groups: Sequence[Group]) -> str:
@@ -143,11 +154,12 @@ def measure(groups: Sequence[Group]) -> str:
 
 def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
-    keys = (
-        *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.VAL_SPLIT"),
-        *("DETECTION.STUDENT.ARCH", "DETECTION.DATA.VAL_ANNOTATIONS"),
+    keys = (*("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.VAL_SPLIT", "DETECTION.STUDENT.ARCH"),)
+    places = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS")  # however they are spelled
+    return all(first.config.get(key) == second.config.get(key) for key in keys) and all(
+        Path(first.config.get(key, "")).resolve() == Path(second.config.get(key, "")).resolve()
+        for key in places
     )
-    return all(first.config.get(key) == second.config.get(key) for key in keys)
 
 
 @dataclass

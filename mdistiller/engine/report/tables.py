@@ -120,7 +120,9 @@ def published(groups: Sequence[Group]) -> Section:
             gap = f"{best.mean - line.top1:+.2f}" if best else NONE
             source = line.source if line.verified else f"{line.source} (not verified)"
             row = [g.name, plus_minus(last), plus_minus(best), f"{line.top1:.2f}", gap]
-            rows.append([*row, line.method, source, joined(departures(g.config, line))])
+            rows.append(
+                [*row, line.method, source, joined(departures(g.config, line, g.processes))]
+            )
     title = "Beside published numbers"
     if not rows:
         note = "For these methods, networks and data sets nothing is in published.csv."
