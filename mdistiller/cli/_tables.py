@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def json_text(facts: dict[str, Any], found: Sequence[Evaluation]) -> str:
     """All of it; null for what is no finite number."""
     contents = {**facts, "networks": [one.record() for one in found]}
-    return json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(_finite(contents), indent=1, allow_nan=False)
+    return _LISTS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+
+
+_LISTS = re.compile(r"\[\n([-+.\deE,\s]*)\]")  # of numbers: a row of a confusion matrix on a line
 
 
 def _finite(value: Any) -> Any:

@@ -232,6 +232,12 @@ def test_curves_are_means_with_the_lowest_and_the_highest(two):
     assert terms.charts[1].lines[0].mean == pytest.approx([0.4, 0.2, 0.4 / 3])
 
 
+def test_curves_go_by_epoch_where_a_line_is_lost(two):
+    (kd,) = [g for g in group(read_runs([two])) if g.name == "KD"]
+    del kd.runs[0].epochs[1]
+    assert len(kd.curve("test_acc")) == 1
+
+
 def test_two_keys_on_a_grid_make_a_heat_map(tmp_path):
     make_run(tmp_path / "plain", [1.0], *METHODS["plain"])
     for beta in (1, 2, 8):

@@ -146,9 +146,10 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
     hits = [hit for run in g.finished if wanted and (hit := curves.reached(run, wanted))]
     row["goal"] = wanted
     row["epochs_to_goal"] = sum(epochs for epochs, _ in hits) / len(hits) if hits else None
-    for key in ("teacher_acc", "seconds", "images_per_second", "parameters", "peak_memory_mib"):
+    for key in ("teacher_acc", "seconds", "images_per_second", "parameters"):
         values = g.by_seed(lambda run, key=key: run.summary.get(key)).values()  # type: ignore[misc]
         row[key] = sum(values) / len(values) if values else None
+    row["peak_memory_mib"] = max(g.facts("peak_memory_mib"), default=None)
     for name in COLUMNS:
         values = g.by_seed(lambda run, name=name: evaluated(run, which, name)).values()  # type: ignore[misc]
         row[name] = sum(values) / len(values) if values else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,11 +65,15 @@ class Group:
         return [s for s, count in Counter(run.seed for run in self.finished).items() if count > 1]
 
     def curve(self, key: str) -> list[list[float]]:
-        """By epoch, a number of all runs: of the finished ones, or of all if none is."""
+        """By epoch, a number of all runs: of the finished ones, or of all if none is.
+
+        It ends before an epoch that one of them does not tell of.
+        """
         runs = [run for run in self.finished or self.runs if run.epochs]
-        rows = zip(*(run.epochs for run in runs), strict=False)
-        values = [[row.get(key) for row in epoch] for epoch in rows]
-        return list(itertools.takewhile(lambda epoch: None not in epoch, values))
+        told = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
+        values: Iterator[list[Any]]
+        values = ([each.get(epoch) for each in told] for epoch in itertools.count(1))
+        return list(itertools.takewhile(lambda epoch: None not in epoch, values)) if told else []
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
