@@ -23,7 +23,7 @@ from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
-from mdistiller.engine.distributed import meet, process_group, wait_for_all, wrap
+from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
 from mdistiller.engine.preemption import listening
@@ -143,7 +143,7 @@ def _train(
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
-    wait_for_all()
+    meet(device)  # the folder is free
     return summary
 
 
