@@ -171,8 +171,12 @@ def stepped(monkeypatch):
 def test_micro_batches_share_a_step_and_its_rate(words, stepped, tmp_path):
     more = {"SOLVER.ACCUMULATE": 2, "SOLVER.AMP": "bf16", "SOLVER.LR": 0.1, "SOLVER.MAX_ITER": 3}
     more |= {"SOLVER.STEPS": [2], "SOLVER.WARMUP_FACTOR": 0.5, "LOG.PREFIX": tmp_path}
+    more |= {"EXPERIMENT.NAME": "run", "SOLVER.BATCH_SIZE": 1}
     assert train_detection.main([*words, *spell(more)]) == 0
     assert stepped == pytest.approx([0.05, 0.05, 0.075, 0.075, 0.01, 0.01])
+    summary = json.loads((tmp_path / "detection" / "run" / "summary.json").read_text())
+    seen = summary["images_per_second"] * summary["seconds"]
+    assert seen == pytest.approx(6)  # though a full round, of which there are two, has 4
 
 
 def test_a_changed_schedule_holds_from_where_the_run_is(words, run, stepped, tmp_path, capsys):
