@@ -48,9 +48,10 @@ class CocoEvaluator:
         self, dataset: CocoDetectionSet, masks: bool = False, backend: str = "pycocotools"
     ):
         if not len(dataset.labels):
+            what = "object with a mask" if dataset.masks else "object"
             raise UserError(
-                f"{dataset.annotations.path} has no object {'with a mask ' if dataset.masks else ''}"
-                "that is no crowd, so there is no average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
+                f"{dataset.annotations.path} has no {what} that is no crowd, so there is no "
+                "average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
             )
         self.dataset, self.kinds = dataset, ("bbox", "segm") if masks else ("bbox",)
         self.api = coco_api(backend)

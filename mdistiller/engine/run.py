@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
-"""From a config, the name of the run folder, a device, and the teacher's accuracy if it is known."""
+"""From a config, a run folder's name, a device, and the teacher's accuracy if that is known."""
 
 
 def train(
