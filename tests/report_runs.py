@@ -47,7 +47,7 @@ def make_run(folder, accuracies, *pairs, seed=0, teacher=None, finished=True, te
             model=SimpleNamespace(student=nn.Linear(4, 2)),
             hooks=[],
         )
-        summary = summarize(trainer, SimpleNamespace(num_data=1000, test=None), teacher)
+        summary = summarize(trainer, SimpleNamespace(test=None), teacher)
         if test is not None:
             summary |= {"selected_on": "500 held-out training images"}
             summary |= dict(zip(("test_acc_last", "test_acc_best"), test, strict=True))

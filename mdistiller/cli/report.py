@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="what eval --json wrote about the runs; may be repeated",
+        help="what eval or eval_detection --json wrote about the runs; may be repeated",
     )
     parser.add_argument("--title", default="Comparison of runs")
     parser.add_argument("--md", type=Path, metavar="FILE", help="Markdown (default: printed)")

@@ -54,7 +54,9 @@ class Annotations:
         category_ids: int64 [A].
         segmentations: polygons or RLE of each object, if they were asked for.
         counts: what was left out or mended: name -> how often.
-        left_out: ids of annotations, also of crowds, that are of no use.
+        left_out: ids of annotations, also of crowds, without a box of use.
+        maskless: ids of those with a box of use, but no mask, where masks were asked for: no
+            objects above, but still the truth about boxes.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Annotations:
     segmentations: Packed | None
     counts: Counter[str] = field(default_factory=Counter)
     left_out: set[int] = field(default_factory=set)
+    maskless: set[int] = field(default_factory=set)
 
     def objects(self, image: int) -> slice:
         """Where the objects of the image at a position are."""
@@ -121,6 +124,7 @@ class _Reading:
         self.path, self.segmentations, self.mend = path, segmentations, mend
         self.counts: Counter[str] = Counter()
         self.left_out: set[int] = set()
+        self.maskless: set[int] = set()
 
     def read(self, contents: dict[str, Any]) -> Annotations:
         categories = self._by_id(contents["categories"], "category")
@@ -148,6 +152,7 @@ class _Reading:
             Packed(segments for _, _, segments in objects) if self.segmentations else None,
             self.counts,
             self.left_out,
+            self.maskless,
         )
 
     def _check_names(self, categories: dict[int, dict[str, Any]]) -> None:
@@ -214,29 +219,28 @@ class _Reading:
     ) -> None:
         """Add an object to those of its image, unless it is a crowd or of no use."""
         box, fault = _corners(record.get("bbox"), image["height"], image["width"])
-        segments = None
-        if box is not None and self.segmentations:
+        segments, missing = None, "" if box else "box"
+        if box and self.segmentations:
             segments, mask_fault = _segments(record.get("segmentation"), image)
-            fault = fault or mask_fault
-            box = None if segments is None else box
+            fault, missing = fault or mask_fault, "" if segments else "mask"
         if fault:
-            self._mend(number, record, fault, box is not None)
+            self._mend(number, record, fault, missing)
         if record.get("iscrowd"):
             self.counts["crowd regions"] += 1
-        elif box is not None:
+        elif not missing:
             found[record["image_id"]].append((box, record["category_id"], segments))
 
-    def _mend(self, number: int, record: dict[str, Any], fault: str, usable: bool) -> None:
-        """Refuse a fault, or count it."""
+    def _mend(self, number: int, record: dict[str, Any], fault: str, missing: str) -> None:
+        """Refuse a fault, or count it; `missing` is what is of no use: "box", "mask" or nothing."""
         if not self.mend:
             raise UserError(
                 f"{self.path}: annotation {number} of image {record['image_id']}: {fault}; mend "
-                f"it, or set DETECTION.DATA.BAD_ANNOTATIONS fix to {'mend' if usable else 'drop'} "
+                f"it, or set DETECTION.DATA.BAD_ANNOTATIONS fix to {'drop' if missing else 'mend'} "
                 "such ones"
             )
-        self.counts["objects mended" if usable else "objects without box or mask"] += 1
-        if not usable:
-            self.left_out.add(number)
+        self.counts[f"objects without {missing}" if missing else "objects mended"] += 1
+        if missing:
+            (self.left_out if missing == "box" else self.maskless).add(number)
 
 
 def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:

@@ -1,7 +1,8 @@
 """Average precision of detectors by COCO's protocol: pycocotools, or faster-coco-eval's equal.
 
 The truth is the annotation file as it is, with its crowd regions, in which COCO's protocol ignores
-what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too.
+what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too: objects
+without a box, and of the masks those without a mask.
 Results are kept as COCO's result files have them: in pixels of the original image, category ids,
 masks as run lengths.
 """
@@ -25,7 +26,7 @@ from mdistiller.detection.batches import Batch
 from mdistiller.detection.coco import STATISTICS, coco_api, curves
 from mdistiller.detection.dataset import CocoDetectionSet
 from mdistiller.detection.detector import Detector
-from mdistiller.detection.masks import coco_masks, encode_mask
+from mdistiller.detection.masks import coco_masks, encode_mask, polygon_parts
 from mdistiller.engine.utils import log_msg, progress
 from mdistiller.registry import UserError
 
@@ -47,8 +48,9 @@ class CocoEvaluator:
         self, dataset: CocoDetectionSet, masks: bool = False, backend: str = "pycocotools"
     ):
         if not len(dataset.labels):
+            what = "object with a mask" if dataset.masks else "object"
             raise UserError(
-                f"{dataset.annotations.path} has no object that is no crowd, so there is no "
+                f"{dataset.annotations.path} has no {what} that is no crowd, so there is no "
                 "average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
             )
         self.dataset, self.kinds = dataset, ("bbox", "segm") if masks else ("bbox",)
@@ -136,9 +138,8 @@ class CocoEvaluator:
         names = dict(zip(self.dataset.category_ids.values(), self._names(), strict=True))
         numbers: dict[str, float] = {}
         with contextlib.redirect_stdout(io.StringIO()):  # both backends report to the terminal
-            truth = self._truth()
             for kind in self.kinds:
-                run = self._run(truth, records, kind, images)
+                run = self._run(self._truth(kind), records, kind, images)
                 pairs = zip(STATISTICS, run.stats, strict=False)
                 known = {name: float(value) for name, value in pairs if value > -1}
                 self.curves[kind] = curves(run, names)
@@ -150,16 +151,19 @@ class CocoEvaluator:
     def _names(self) -> list[str]:
         return [self.dataset.class_names[label] for label in self.dataset.category_ids]
 
-    def _truth(self) -> Any:
+    def _truth(self, kind: str) -> Any:
         """The annotation file as the backend's COCO; what it may lack is filled in."""
         said = self.dataset.annotations
         contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
-        usable = [a for a in contents["annotations"] if a["id"] not in said.left_out]
+        useless = said.left_out | said.maskless if kind == "segm" else said.left_out
+        usable = [a for a in contents["annotations"] if a["id"] not in useless]
         truth = self._coco({"info": {}, **contents, "annotations": usable})
         for record in truth.dataset["annotations"]:
             record.setdefault("iscrowd", 0)
+            segmented = "segm" in self.kinds and record["id"] not in said.maskless
+            if segmented and isinstance(record["segmentation"], list):
+                record["segmentation"] = polygon_parts(record["segmentation"])
             if "area" not in record:
-                segmented = "segm" in self.kinds and record.get("segmentation")
                 record["area"] = (
                     float(coco_masks().area(truth.annToRLE(record)))
                     if segmented

@@ -64,7 +64,9 @@ NAMED = {
 }
 """torchvision's detectors that can be used, and the classification network inside each."""
 
-_NO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # trained so, by torchvision
+_NO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
+"""Those whose released weights are of constant batch norms that add nothing to the variance."""
+_EPS = 1e-5
 
 
 def build_detector(
@@ -99,8 +101,11 @@ def build_detector(
         load_detector(detector, network, where)
     elif network.BACKBONE_WEIGHTS:
         load_backbone(detector, NAMED.get(network.ARCH, network.ARCH), network, where)
+    eps = detector.facts["norm_eps"]
+    if eps != _EPS:
+        _require_constants(network, where)
     if network.NORM == "frozen":
-        with_frozen_norms(detector, 0.0 if network.ARCH in _NO_EPS else None)
+        with_frozen_norms(detector, eps)
     freeze_stages(detector.backbone.body, network.FREEZE_AT)
     return detector
 
@@ -157,10 +162,15 @@ def check_network(network: Any, where: str) -> None:
             f"{where}.WEIGHTS: torchvision released no {network.ARCH} detector; it has "
             f"{', '.join(NAMED)}"
         )
-    if network.WEIGHTS == "torchvision" and network.ARCH in _NO_EPS and network.NORM != "frozen":
+    if network.WEIGHTS == "torchvision" and network.ARCH in _NO_EPS:
+        _require_constants(network, where)
+
+
+def _require_constants(network: Any, where: str) -> None:
+    if network.NORM != "frozen":
         raise UserError(
-            f"{where}.NORM is {network.NORM}, but torchvision's {network.ARCH} was trained with "
-            "constant batch norms: set it to frozen"
+            f"{where}.NORM is {network.NORM}, but {network.ARCH} of WEIGHTS {network.WEIGHTS} was "
+            "trained with constant batch norms: set it to frozen"
         )
 
 
@@ -177,6 +187,7 @@ def assemble(network: Any, num_classes: int) -> Detector:
         "channels": network.CHANNELS,
         "anchor_sizes": list(network.ANCHOR_SIZES),
         "num_classes": num_classes,
+        "norm_eps": 0.0 if network.WEIGHTS and network.ARCH in _NO_EPS else _EPS,
     }
     inputs = Inputs(FORMATS[network.INPUT])
     return Detector(backbone, rpn, heads, inputs, PASTE[network.FLAVOUR], facts)

@@ -33,9 +33,8 @@ from mdistiller.runtime import rank
 
 @dataclass
 class DetectionData:
-    """What the engine asks of a run's data; `num_data` is the number of images of a full round."""
+    """What the engine asks of a run's data."""
 
-    num_data: int
     loaders: tuple[TrainBatches, ValBatches]
     test: None = None
 
@@ -44,8 +43,14 @@ class DetectionData:
             loader.close()
 
 
-def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
-    """Data, networks and trainer of a config."""
+def prepare(
+    cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
+) -> engine.Prepared:
+    """Data, networks and trainer of a config.
+
+    Args:
+        teacher_acc: the teacher's box AP in percent, if it need not be measured.
+    """
     method_names(cfg.DISTILLER.TYPE)
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     if not issubclass(trainer_class, DetectionTrainer):
@@ -57,9 +62,8 @@ def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
     distiller = build_distiller(cfg, data.class_names, device)
     if rank() == 0:
         show_cfg(cfg)
-    teacher_acc = None
     judged = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
-    if distiller.guide is not None and judged:
+    if distiller.guide is not None and judged and teacher_acc is None:
         teacher_acc = measure_teacher(distiller.guide, val, device, cfg)
     solver = cfg.SOLVER
     rounds = Rounds(
@@ -68,9 +72,7 @@ def prepare(cfg: Config, name: str, device: torch.device) -> engine.Prepared:
     wrapped = wrap(distiller, solver.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, rounds, val, cfg)
     facts = {"num_classes": data.num_classes, "classes": data.class_names}
-    return engine.Prepared(
-        trainer, DetectionData(len(rounds.dataset), (stream, val)), facts, teacher_acc
-    )
+    return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc)
 
 
 def build_distiller(

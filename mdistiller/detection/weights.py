@@ -30,6 +30,8 @@ _PER_CLASS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_log
 def load_detector(detector: Detector, network: Any, where: str) -> None:
     """Load `network.WEIGHTS`: a file, or "torchvision" for the weights that it released.
 
+    The eps of the batch norms, which is in no config, is the file's if it says one.
+
     Raises:
         UserError: the file cannot be read, or is of another detector.
     """
@@ -39,6 +41,8 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
     facts = contents.get(FACTS) if isinstance(contents, Mapping) else None
     if isinstance(facts, Mapping):
         check_facts(facts, detector.facts, path, where)
+        if isinstance(facts.get("norm_eps"), float):
+            detector.facts["norm_eps"] = facts["norm_eps"]
         if not network.NEW_HEAD:
             _check_classes(facts.get("classes"), detector.facts.get("classes"), path, where)
     own = detector.state_dict()
@@ -68,7 +72,7 @@ def check_facts(
     for name, value in wanted.items():
         said = facts.get(name, value)
         fitting = (value, FORMATS[value].weights) if name == "input" else (value,)
-        if name not in ("num_classes", "classes") and not (
+        if name not in ("num_classes", "classes", "norm_eps") and not (
             type(said) is type(value) and said in fitting
         ):
             key = name.upper()

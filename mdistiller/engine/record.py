@@ -69,19 +69,21 @@ class RunRecord(Hook):
 
     Args:
         facts: of what the student is trained on, for `run.json`.
+        teacher_acc: accuracy of the teacher in percent, likewise.
 
     Attributes:
         changes: settings that differ from those of the start before, for `run.json`.
     """
 
-    def __init__(self, facts: Mapping[str, Any]):
-        self.facts = facts
+    def __init__(self, facts: Mapping[str, Any], teacher_acc: float | None = None):
+        self.facts, self.teacher_acc = facts, teacher_acc
         self.changes: Sequence[str] = ()
         self.begun = False
 
     def before_train(self, trainer: BaseTrainer) -> None:
         self.begun = True
-        write_record(trainer.log_path, trainer.cfg, trainer.device, self.facts, self.changes)
+        folder, facts = trainer.log_path, (self.facts, self.changes, self.teacher_acc)
+        write_record(folder, trainer.cfg, trainer.device, *facts)
 
     def abandon(self, trainer: BaseTrainer) -> None:
         record = read_record(trainer.log_path)
@@ -142,12 +144,14 @@ def write_record(
     device: torch.device,
     data: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
+    teacher_acc: float | None = None,
 ) -> None:
     """Write the two files; what is known of earlier starts is kept.
 
     Args:
         data: of :func:`data_facts`, say.
         changes: of the settings, since the start before.
+        teacher_acc: in percent; a start that changes no setting need not measure it again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
@@ -166,8 +170,9 @@ def write_record(
             **({"changes": list(changes)} if changes else {}),
         }
     )
+    record = {"starts": starts, "data": data, "teacher_acc": teacher_acc}
     with replacing(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps({"starts": starts, "data": data}, indent=1) + "\n")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -179,6 +184,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return {"starts": []}
+
+
+def recorded_teacher_acc(folder: Path) -> float | None:
+    """The teacher's accuracy in percent that `run.json` says was measured at an earlier start."""
+    value = read_record(folder).get("teacher_acc")
+    return value if isinstance(value, float) else None
 
 
 def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:

@@ -32,6 +32,7 @@ from mdistiller.engine.record import (
     changed_settings,
     data_facts,
     experiment_name,
+    recorded_teacher_acc,
     side_settings,
 )
 from mdistiller.engine.store import LATEST, Store
@@ -48,8 +49,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         trainer: ready to train.
-        data: what it trains on; `num_data` images an epoch, `test` if images are held out, and
-            `close()`, which ends the processes that read.
+        data: what it trains on; `test` if images are held out, and `close()`, which ends the
+            processes that read.
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher in percent, if there is one.
     """
@@ -60,8 +61,8 @@ class Prepared(NamedTuple):
     teacher_acc: float | None
 
 
-Prepare = Callable[[Config, str, torch.device], Prepared]
-"""From a config and the name of the run folder."""
+Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
+"""From a config, a run folder's name, a device, and the teacher's accuracy if that is known."""
 
 
 def train(
@@ -129,9 +130,12 @@ def _train(
     prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
-    check_folder(folder, cfg, resume, allow_changes)
-    trainer, data, facts, teacher_acc = (prepare or prepare_classifier)(cfg, name, device)
-    record = RunRecord(facts)
+    changes = check_folder(folder, cfg, resume, allow_changes)
+    known = recorded_teacher_acc(folder) if resume and not changes else None
+    if known is not None and rank() == 0:
+        print(log_msg(f"teacher: {known:.2f} %, as measured when the run began"), flush=True)
+    trainer, data, facts, teacher_acc = (prepare or prepare_classifier)(cfg, name, device, known)
+    record = RunRecord(facts, teacher_acc)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, record]
     with (
@@ -147,8 +151,14 @@ def _train(
     return summary
 
 
-def prepare_classifier(cfg: Config, name: str, device: torch.device) -> Prepared:
-    """Data, networks and trainer of a config; its teacher is trained first if need be."""
+def prepare_classifier(
+    cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
+) -> Prepared:
+    """Data, networks and trainer of a config; its teacher is trained first if need be.
+
+    Args:
+        teacher_acc: the teacher's accuracy in percent, if it need not be measured.
+    """
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
     method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
@@ -162,7 +172,8 @@ def prepare_classifier(cfg: Config, name: str, device: torch.device) -> Prepared
     distiller = build_distiller(cfg, data, device, teacher_ckpt)
     if rank() == 0:
         show_cfg(cfg)
-    teacher_acc = measure_teacher(distiller, data) if method.uses_teacher else None
+    if method.uses_teacher and teacher_acc is None:
+        teacher_acc = measure_teacher(distiller, data)
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
@@ -258,8 +269,9 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     With held-out images the test set is used here, once: for the last and for the selected weights.
     """
     history = trainer.history
-    seconds = sum(record.get("seconds", 0.0) for record in history)
-    images = len(history) * data.num_data
+    timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
+    seconds = sum(seconds for seconds, _ in timed)
+    images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
     rate = images / seconds if seconds else None
     seconds += stage_seconds(trainer.log_path)
     summary: dict[str, Any] = {

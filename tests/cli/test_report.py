@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from report_runs import make_run
 
 from mdistiller.cli import report as command
+from mdistiller.engine.report.build import build_report
 
 EVIL = "<script>alert(1)<_script>|`x`"  # of a folder, so without a slash
 WIDTHS = (360, 1280)
@@ -81,12 +83,54 @@ def test_agreement_with_the_teacher_is_over_seeds_and_of_the_compared_epoch(runs
     assert "| 50.00 ± 0.00 |" in capsys.readouterr().out
 
 
+def detections(path, *networks):
+    """A file as `eval_detection --json` writes it, of weights with a box AP and precisions each."""
+    found = [
+        {
+            "weights": str(weights),
+            "numbers": {"bbox/AP": ap},
+            "curves": {"bbox": {"precision50": curve, "classes": {"<b>": {"precision50": curve}}}},
+        }
+        for weights, ap, curve in networks
+    ]
+    path.write_text(json.dumps({"annotations": "val.json", "networks": found}))
+    return str(path)
+
+
+def test_precision_is_drawn_by_recall(runs, tmp_path, capsys):
+    """Of each class and their mean, over the seeds of a group; best epochs, as is asked for."""
+    curves = [[1.0] * 51 + [level] * 50 for level in (0.0, 0.25, 0.5)]
+    plain = [runs / f"plain,seed:{seed}" / "student_best" for seed in (0, 1, 2)]
+    found = [(file, 70.1 + seed, curves[seed]) for seed, file in enumerate(plain)]
+    file = detections(tmp_path / "d.json", *found)
+    report = build_report([runs], which="best", evaluations=[Path(file)])
+    (section,) = [one for one in report.sections if one.title == "Precision and recall"]
+    assert [chart.title for chart in section.charts] == [
+        "Precision, mean over classes",
+        "Precision, class <b>",
+    ]
+    for chart in section.charts:
+        (line,) = chart.lines
+        assert (line.name, chart.start, len(line.mean)) == ("plain", 0, 101)
+        assert (line.mean[50], line.mean[51]) == (100.0, 25.0)
+        assert (line.low[100], line.high[100]) == (0.0, 50.0)
+    page = tmp_path / "r.html"
+    words = [str(runs), "--evaluation", file, "--metric", "best", "--html", str(page)]
+    assert command.main(words) == 0
+    drawn = page.read_text()
+    assert drawn.count(">recall %</text>") == 2
+    assert "Precision, class &lt;b&gt;" in drawn
+    last = build_report([runs], which="last", evaluations=[Path(file)])
+    assert "Precision and recall" not in [section.title for section in last.sections]
+
+
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "bad.json").write_text("[1]")
     strange = evaluation(tmp_path / "strange.json", (tmp_path / "student_best", 1.0, 1.0))
     retrained = (runs / "plain,seed:0" / "student_best", 71.0, 1.0)
     old = evaluation(tmp_path / "old.json", retrained)
+    cut = detections(tmp_path / "cut.json", (runs / "plain,seed:0" / "student_best", 70.0, None))
     for words, message in {
         ("none",): "none is no folder",
         (tmp_path,): "there is no run in or below",
@@ -95,6 +139,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
         (runs, "--csv", tmp_path / "file" / "r.csv"): "r.csv cannot be written",
         (runs, "--evaluation", tmp_path / "none"): "none cannot be read: No such file",
         (runs, "--evaluation", tmp_path / "bad.json"): "bad.json is not what eval writes",
+        (runs, "--evaluation", cut): "cut.json is not what eval writes",
         (runs, "--evaluation", strange): "strange.json is about none of these runs",
         (runs, "--evaluation", old): "student_best, the run 70.00 %: it is of other data",
     }.items():

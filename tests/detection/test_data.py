@@ -257,34 +257,34 @@ def test_files_that_are_missing_are_named_with_their_key(synth, tmp_path):
 
 
 WRONG = {
-    "zero width": ({"bbox": [5, 5, 0, 9]}, "it has no area", "without"),
-    "negative": ({"bbox": [5, 5, -4, 9]}, "it has no area", "without"),
-    "outside": ({"bbox": [500, 5, 20, 9]}, "outside the image of 128x96 pixels", "without"),
+    "zero width": ({"bbox": [5, 5, 0, 9]}, "it has no area", "box"),
+    "negative": ({"bbox": [5, 5, -4, 9]}, "it has no area", "box"),
+    "outside": ({"bbox": [500, 5, 20, 9]}, "outside the image of 128x96 pixels", "box"),
     "sticks out": ({"bbox": [100, 5, 40, 9]}, "128x96 pixels by 12;", "clipped"),
     "sticks out above": ({"bbox": [100, -5, 4, 9]}, "128x96 pixels by 5;", "clipped"),
-    "not finite": ({"bbox": [float("nan"), 5, 20, 9]}, "is not [x, y, width, height]", "without"),
-    "no numbers": ({"bbox": [5, 5, 20]}, "is not [x, y, width, height]", "without"),
-    "no polygon": ({"segmentation": [[1, 2, 3, 4]]}, "neither polygons", "without"),
+    "not finite": ({"bbox": [float("nan"), 5, 20, 9]}, "is not [x, y, width, height]", "box"),
+    "no numbers": ({"bbox": [5, 5, 20]}, "is not [x, y, width, height]", "box"),
+    "no polygon": ({"segmentation": [[1, 2, 3, 4]]}, "neither polygons", "mask"),
     "half a polygon": (
         {"segmentation": [[1, 2, 9, 2, 9, 9], [1, 2, 3]]},
         "a polygon has less than 3 points",
         "clipped",
     ),
-    "no mask": ({"segmentation": []}, "no segmentation", "without"),
+    "no mask": ({"segmentation": []}, "no segmentation", "mask"),
     "foreign RLE": (
         {"segmentation": {"size": [4, 4], "counts": [16]}},
         "its RLE mask is [4, 4]",
-        "without",
+        "mask",
     ),
     "wrong counts": (
         {"segmentation": {"size": [96, 128], "counts": [16]}},
         "its RLE mask does not fill the image",
-        "without",
+        "mask",
     ),
     "packed nonsense": (
         {"segmentation": {"size": [96, 128], "counts": "zzzz9z"}},
         "its RLE mask does not fill the image",
-        "without",
+        "mask",
     ),
 }
 
@@ -301,9 +301,11 @@ def test_wrong_objects_are_refused_or_mended_and_counted(synth, case, capsys):
     assert "BAD_ANNOTATIONS fix" in one_line(error)
     capsys.readouterr()
     data = coco_set(synth, masks=True, mend=True)
-    assert len(data.labels) == before - (outcome == "without")
-    what = "1 objects mended" if outcome == "clipped" else "1 objects without box or mask"
+    assert len(data.labels) == before - (outcome != "clipped")
+    what = "1 objects mended" if outcome == "clipped" else f"1 objects without {outcome}, "
     assert what in capsys.readouterr().err
+    boxes = coco_set(synth, mend=True)  # to whom the state of masks is nothing
+    assert len(boxes.labels) == before - (outcome == "box")
     for index in range(len(data)):
         image, target = data.item(View(index, 96, 200))
         boxes, (height, width) = target["boxes"], image.shape[1:]

@@ -3,8 +3,10 @@
 import nets
 import pytest
 import torch
+import torchvision
 from support import same_state
 from torch import nn
+from torchvision.models import WeightsEnum
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import fastrcnn_loss
@@ -319,15 +321,87 @@ def test_named_detectors_are_torchvisions(tmp_path, monkeypatch):
     assert net.rpn.score_thresh == 0.05  # of this detector, unlike the others
 
 
-@pytest.mark.parametrize(
-    ("arch", "eps"), [("fasterrcnn_resnet50_fpn", 0.0), ("fasterrcnn_resnet50_fpn_v2", 1e-5)]
-)
-def test_constant_norms_are_as_torchvision_trained_them(monkeypatch, arch, eps):
-    monkeypatch.setattr(models, "load_detector", lambda *given: None)
+def released(arch, state, **weights):
+    """torchvision's own detector as its function makes it, but of a state that is no download."""
+    make = getattr(torchvision.models.detection, arch)
+    sizes = {"min_size": 96, "max_size": 128, "box_score_thresh": 0.0}
+    sizes |= {"rpn_post_nms_top_n_test": 30, "box_detections_per_img": 10}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightsEnum, "get_state_dict", lambda self, **options: state)
+        return make(**{"weights": None, "weights_backbone": None, **weights, **sizes})
+
+
+def lively(net):
+    """The state of a detector whose norms' eps matter: their variances are 1e-3."""
+    nets.calibrate(net)
+    for norm in net.modules():
+        if isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            norm.weight.data.mul_((1e-3 / norm.running_var).sqrt())
+            norm.running_var.fill_(1e-3)
+    return net.state_dict()
+
+
+V1, V2 = "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
+MASK = "maskrcnn_resnet50_fpn"
+CASES = [(MASK, "weights", 0.0), (V2, "weights", 1e-5), (V1, "backbone", 1e-5), (V1, "none", 1e-5)]
+
+
+@pytest.mark.parametrize(("arch", "given", "eps"), CASES)
+def test_detectors_see_what_torchvisions_own_see(monkeypatch, arch, given, eps):
+    """Of its detectors' weights, of its ImageNet weights alone, and of none."""
+    keys = {"WEIGHTS": "torchvision"} if given == "weights" else {}
+    keys |= {"BACKBONE_WEIGHTS": "torchvision"} if given == "backbone" else {}
+    torch.manual_seed(0)
+    plain = nets.named(arch)
+    state = lively(build_detector(plain, 91))
+    classifier = torchvision.models.resnet50().state_dict()
+    monkeypatch.setattr(files, "released_file", lambda *names: "released")
+    contents = state if given == "weights" else classifier
+    monkeypatch.setattr(files, "load_checkpoint", lambda path: contents)
+    net = build_detector(nets.named(arch, NORM="frozen", **keys) if keys else plain, 91)
+    words = {"weights": "DEFAULT"} if given == "weights" else {}
+    words |= {"weights_backbone": "IMAGENET1K_V1"} if given == "backbone" else {}
+    own = released(arch, contents, **words)
+    if given != "weights":
+        for one in (net, own):
+            one.load_state_dict(files.without_counters(state, one.state_dict()))
+    norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    for one in (net, own):
+        assert {norm.eps for norm in one.modules() if isinstance(norm, norms)} == {eps}
+    net.roi_heads.score_thresh, net.roi_heads.detections_per_img = 0.0, 10
+    net.rpn._post_nms_top_n["testing"] = 30
+    image = nets.images()[:1]
+    with torch.no_grad():
+        (found,), (wanted,) = net.eval()(image), own.eval()(image)
+    assert len(found["boxes"]) == 10
+    for key in ("boxes", "labels", "scores"):
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-3)
+    if "masks" in wanted:
+        agree = found["masks"] == (wanted["masks"][:, 0] > 0.5)
+        assert agree.float().mean() > 0.999
+        assert 0.01 < found["masks"].float().mean() < 0.95
+
+
+@pytest.mark.parametrize(("first", "eps"), [("WEIGHTS", 0.0), ("BACKBONE_WEIGHTS", 1e-5)])
+def test_a_file_keeps_the_eps_that_its_norms_were_trained_with(monkeypatch, first, eps):
+    def built(**keys):
+        with torch.device("meta"):
+            return build_detector(nets.named(V1, **{"NORM": "frozen", **keys}), 91)
+
     with torch.device("meta"):
-        net = build_detector(nets.named(arch, WEIGHTS="torchvision", NORM="frozen"), 91)
-    assert {m.eps for m in net.modules() if isinstance(m, FrozenBatchNorm2d)} == {eps}
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        state = models.assemble(nets.named(V1), 91).state_dict()
+        classifier = torchvision.models.resnet50().state_dict()
+    contents = state if first == "WEIGHTS" else classifier
+    monkeypatch.setattr(files, "released_file", lambda *names: "released")
+    monkeypatch.setattr(files, "load_checkpoint", lambda path: contents)
+    student = built(**{first: "torchvision"})
+    contents = {"model": student.state_dict(), "detector": student.facts}
+    teacher = built(WEIGHTS="run/student_best")
+    norms = [norm for norm in teacher.modules() if isinstance(norm, FrozenBatchNorm2d)]
+    assert {norm.eps for norm in norms} == {eps}
+    if eps == 0:
+        with pytest.raises(UserError, match="trained with constant batch norms"):
+            built(WEIGHTS="run/student_best", NORM="batch")
 
 
 BAD = {

@@ -354,15 +354,55 @@ def test_an_error_on_the_first_process_reaches_all(processes):
         assert "there is no annotation file" in (processes / f"error_{rank}").read_text()
 
 
+USELESS = ({"bbox": [5, 5, 0, 7]}, {"bbox": None}, {"iscrowd": 1, "bbox": []})
+
+
 def test_objects_of_no_use_are_no_truth(tmp_path):
     """Where they are left out, not refused; crowds as well."""
     synth = make_coco(tmp_path, 6, split="val", crowds=2)
     data = CocoDetectionSet(synth.images, synth.annotations, masks=True)
     whole = collected(data).summarize()
     template = synth.contents["annotations"][0]
-    for number, changes in enumerate(
-        ({"bbox": [5, 5, 0, 7]}, {"bbox": None}, {"iscrowd": 1, "bbox": []}, {"segmentation": []})
-    ):
+    for number, changes in enumerate(USELESS):
         synth.contents["annotations"].append({**template, **changes, "id": 900 + number})
     mended = CocoDetectionSet(synth.save().images, synth.annotations, masks=True, mend=True)
     assert collected(mended).summarize() == whole
+
+
+@pytest.mark.parametrize("area", [True, False])
+def test_objects_without_masks_are_the_truth_about_boxes_alone(tmp_path, area):
+    synth = make_coco(tmp_path, 6, split="val", crowds=1)
+    data = CocoDetectionSet(synth.images, synth.annotations, masks=True)
+    numbers = [data.image_id(index) for index in range(len(data))]
+    detections = [noisy(data, number) for number in numbers]
+
+    def measured(masks=True):
+        mended = CocoDetectionSet(synth.images, synth.annotations, masks=masks, mend=True)
+        evaluator = CocoEvaluator(mended, masks)
+        evaluator.add([{"image_id": number} for number in numbers], detections)
+        return evaluator.summarize()
+
+    records = synth.contents["annotations"]
+    for record in records:
+        if not area:
+            del record["area"]
+    synth.save()
+    whole = measured()
+    for record in records:
+        if record["category_id"] == 7:
+            record["segmentation"] = []
+    synth.save()
+    without = measured()
+    assert without["bbox/AP"] == measured(masks=False)["bbox/AP"] == whole["bbox/AP"] > 0
+    assert without["bbox/AP/box"] == whole["bbox/AP/box"]
+    assert "segm/AP/box" in whole
+    assert "segm/AP/box" not in without
+    assert without["segm/AP/disc"] == whole["segm/AP/disc"]
+
+
+def test_parts_that_are_no_polygon_are_no_truth_about_masks(tmp_path):
+    synth = make_coco(tmp_path, 4, split="val", crowds=0)
+    whole = CocoDetectionSet(synth.images, synth.annotations, masks=True)
+    synth.contents["annotations"][0]["segmentation"].insert(0, [1.0, 2.0, 9.0, 2.0])
+    mended = CocoDetectionSet(synth.save().images, synth.annotations, masks=True, mend=True)
+    assert collected(mended).summarize() == collected(whole).summarize()

@@ -12,6 +12,7 @@ from synth import make_coco
 
 from mdistiller.cli import report, train_detection
 from mdistiller.detection.config import load_config
+from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.trainer import DetectionTrainer, Rounds, build_schedule
 from mdistiller.registry import UserError
 
@@ -107,19 +108,24 @@ def test_no_file_holds_the_teacher(run):
     assert same_state(own, {key: v for key, v in latest.items() if key.startswith("student.")})
 
 
-def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(
-    words, run, tmp_path, monkeypatch, capsys
-):
-    """Batches are of one orientation, so images are waiting for others when the run is stopped."""
+def stop_once(monkeypatch, step):
+    """SIGTERM comes in the first run's step of that number."""
     original = DetectionTrainer.optimize
 
     def optimize(self, losses):
-        if self.global_step == 3:
+        if self.global_step == step:
             monkeypatch.setattr(DetectionTrainer, "optimize", original)
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, losses)
 
     monkeypatch.setattr(DetectionTrainer, "optimize", optimize)
+
+
+def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(
+    words, run, tmp_path, monkeypatch, capsys
+):
+    """Batches are of one orientation, so images are waiting for others when the run is stopped."""
+    stop_once(monkeypatch, 3)
     again = [*words, "--resume", "auto", "LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run"]
     assert train_detection.main(again) == 75
     assert train_detection.main(again) == 0
@@ -130,6 +136,39 @@ def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(
     assert first["batches"] == second["batches"]
     assert first["batches"]["stream"]["waiting"] != [[], []]
     assert metrics(run) == metrics(resumed)
+
+
+def test_a_mask_rcnn_of_detectron2s_kind_trains_goes_on_and_is_measured(
+    words, tmp_path, monkeypatch
+):
+    """Beside a teacher of torchvision's kind, without masks, that is measured once a run."""
+    judged = []
+
+    def measure(*args):
+        judged.append(evaluate_detector(*args))
+        return judged[-1]
+
+    monkeypatch.setattr("mdistiller.detection.run.evaluate_detector", measure)
+    more = {"DETECTION.STUDENT.FLAVOUR": "d2", "DETECTION.STUDENT.MASK": True}
+    more |= {"DETECTION.EVALUATE_TEACHER": True, "LOG.PREFIX": tmp_path}
+    more |= {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": [], "DISTILLER.TYPE": "DKD"}
+    val = make_coco(tmp_path, 1, split="val", size=(64, 96), empty=0, crowds=0)
+    common = [*words, "--resume", "auto", *val.keys("val"), *spell(more), "EXPERIMENT.NAME"]
+    assert train_detection.main([*common, "whole"]) == 0
+    stop_once(monkeypatch, 1)
+    assert train_detection.main([*common, "stopped"]) == 75
+    assert train_detection.main([*common, "stopped"]) == 0
+    whole, stopped = (tmp_path / "detection" / name for name in ("whole", "stopped"))
+    assert same_state(load(whole / "latest")["model"], load(stopped / "latest")["model"])
+    assert metrics(whole) == metrics(stopped)
+    assert len(judged) == 2
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, stopped)]
+    assert {one["teacher_acc"] for one in summaries} == {judged[0]["bbox/AP"]}
+    facts = load(stopped / "student_latest")["detector"]
+    assert (facts["flavour"], facts["mask"]) == ("d2", True)
+    (row,) = metrics(stopped)
+    assert 0 < row["train_loss_mask"] < 2
+    assert {"test_bbox/AP", "test_segm/AP", "test_segm/AR100"} <= row.keys()
 
 
 def rates(words, accumulate=1):
@@ -171,8 +210,12 @@ def stepped(monkeypatch):
 def test_micro_batches_share_a_step_and_its_rate(words, stepped, tmp_path):
     more = {"SOLVER.ACCUMULATE": 2, "SOLVER.AMP": "bf16", "SOLVER.LR": 0.1, "SOLVER.MAX_ITER": 3}
     more |= {"SOLVER.STEPS": [2], "SOLVER.WARMUP_FACTOR": 0.5, "LOG.PREFIX": tmp_path}
+    more |= {"EXPERIMENT.NAME": "run", "SOLVER.BATCH_SIZE": 1}
     assert train_detection.main([*words, *spell(more)]) == 0
     assert stepped == pytest.approx([0.05, 0.05, 0.075, 0.075, 0.01, 0.01])
+    summary = json.loads((tmp_path / "detection" / "run" / "summary.json").read_text())
+    seen = summary["images_per_second"] * summary["seconds"]
+    assert seen == pytest.approx(6)  # though a full round, of which there are two, has 4
 
 
 def test_a_changed_schedule_holds_from_where_the_run_is(words, run, stepped, tmp_path, capsys):
@@ -249,11 +292,14 @@ BalancedPositiveNegativeSampler.__call__ = first  # by chance, each process has 
 
 
 def test_two_processes_follow_one_with_the_doubled_batch(words, tmp_path):
-    """All batch norms by the statistics of both; regions sampled without chance."""
+    """Two steps of two micro-batches; batch norms by the statistics of both processes, regions
+    sampled without chance.
+    """
     (tmp_path / "patch.py").write_text(PATCH)
     changes = {
         "SOLVER.SYNC_BN": True,
-        "SOLVER.MAX_ITER": 1,
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.ACCUMULATE": 2,
         "SOLVER.WARMUP_ITERS": 0,
         "DETECTION.DATA.MIN_SIZES": [64],
         "LOG.PREFIX": tmp_path,

@@ -10,6 +10,7 @@ import torch
 from support import REPO, command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
+from mdistiller.engine import run as run_module
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.record import changed_settings
@@ -289,6 +290,28 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
     words = ["--cfg", str(tmp_path / "toy.yaml"), "EXPERIMENT.SEED", "2"]
     assert train_command.main(words) == 2
     assert "SOLVER.EPOCHS was 1, is now 2" in capsys.readouterr().err
+
+
+def test_a_resumed_run_measures_its_teacher_once(tmp_path, monkeypatch, capsys):
+    """Unless a setting has changed that may decide what is measured."""
+    measured, original = [], run_module.measure_teacher
+
+    def measure(*args):
+        measured.append(original(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(run_module, "measure_teacher", measure)
+    teacher = str(saved_teacher(tmp_path))
+    settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CKPT": teacher}
+    run = train(tmp_path, epochs=1, **settings)
+    train(tmp_path, "--resume", epochs=2, **settings)
+    (first,) = measured
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["epochs"], summary["teacher_acc"]) == (2, first)
+    assert f"teacher: {first:.2f} %, as measured when the run began" in capsys.readouterr().out
+    text = "DATASET: {TEST: {BATCH_SIZE: 30}}\n"
+    train(tmp_path, "--resume", epochs=2, text=text, **settings)
+    assert len(measured) == 2
 
 
 def test_ties_are_kept_by_the_later_epoch_in_files_and_summary(tmp_path):

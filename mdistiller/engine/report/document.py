@@ -42,12 +42,13 @@ class Line:
 
 @dataclass
 class Chart:
-    """Curves over epochs; `start` is the epoch of their first values."""
+    """Curves over epochs, or what `across` says; `start` is where their first values are."""
 
     title: str
     unit: str
     lines: list[Line]
     start: int = 1
+    across: str = "epoch"
 
 
 @dataclass

@@ -1,13 +1,15 @@
-"""What `eval` found of the runs, from its JSON file."""
+"""What `eval` or `eval_detection` found of the runs, from its JSON file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from mdistiller.engine.report.document import Section, Table
+from mdistiller.engine.report.curves import MOST
+from mdistiller.engine.report.document import Chart, Line, Section, Table
 from mdistiller.engine.report.groups import Group
 from mdistiller.engine.report.numbers import estimate
 from mdistiller.engine.report.runs import Run
@@ -27,7 +29,7 @@ COLUMNS = {
 
 
 def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
-    """Give runs what `eval --json FILE` found of their students.
+    """Give runs what `eval --json FILE`, or `eval_detection`, found of their students.
 
     Raises:
         UserError: it is no such file, it is about none of the runs, or of a run it says another
@@ -35,12 +37,13 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
     """
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
-        teacher = str(contents["teacher"] or "-")
-        found = [(Path(one["weights"]), float(one["top1"]), one) for one in contents["networks"]]
+        teacher = "-" if "annotations" in contents else str(contents["teacher"] or "-")
+        found = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
     except OSError as error:
         raise UserError(f"--evaluation {file} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"--evaluation {file} is not what eval writes with --json") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        text = f"--evaluation {file} is not what eval writes with --json, nor what eval_detection"
+        raise UserError(text) from None
     by_folder = {run.folder.resolve(): run for run in runs}
     taken = 0
     for weights, top1, one in found:
@@ -63,6 +66,16 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
         )
 
 
+def _measured(one: Any) -> tuple[float, dict[str, Any]]:
+    """A network's accuracy or box AP in %, and what to keep of what was found of it."""
+    if "curves" not in one:
+        return float(one["top1"]), one
+    boxes = one["curves"]["bbox"]
+    curves = {"mean over classes": boxes} | {f"class {k}": v for k, v in boxes["classes"].items()}
+    points = {k: [100.0 * float(v) for v in one["precision50"]] for k, one in curves.items()}
+    return float(one["numbers"]["bbox/AP"]), {"precision": points}
+
+
 def evaluated(run: Run, which: str, name: str) -> float | None:
     """A number of the evaluation of a run's last or best epoch, by its dotted name."""
     value: Any = run.evaluations.get(which)
@@ -72,7 +85,7 @@ def evaluated(run: Run, which: str, name: str) -> float | None:
 
 
 def predictions(groups: Sequence[Group], which: str) -> Section:
-    """Calibration, and how the students' answers relate to their teachers'."""
+    """Calibration, how the students' answers relate to their teachers', precision by recall."""
     rows: list[tuple[str, dict[str, Any], str]] = []
     used: set[str] = set()
     for g in groups:
@@ -86,9 +99,14 @@ def predictions(groups: Sequence[Group], which: str) -> Section:
             said = (run.evaluations.get(which, {}).get("compared_with") for run in g.finished)
             beside = ", ".join(dict.fromkeys(name for name in said if name))
             rows.append((g.name, cells, beside))
-    title = "Answers"
+    section = Section("Precision and recall", charts=_precision(groups, which))
+    if section.charts:
+        section.notes = [
+            f"Boxes that overlap the truth by half or more, {which} epoch, from "
+            "tools/eval_detection.py; the area below a curve of a class is its AP50."
+        ]
     if not rows:
-        return Section(title)
+        return section
     columns = [name for name in COLUMNS if name in used]
     shown = [
         [name, *(_cell(cells.get(c), c) for c in columns), beside] for name, cells, beside in rows
@@ -96,9 +114,28 @@ def predictions(groups: Sequence[Group], which: str) -> Section:
     note = (
         f"On the test set, {which} epoch, from tools/eval.py: docs/evaluation.md says what is what."
     )
-    return Section(
-        title, [note], [Table(["group", *map(COLUMNS.__getitem__, columns), "teacher"], shown)]
-    )
+    section.title = "Answers"
+    section.notes.insert(0, note)
+    section.tables = [Table(["group", *map(COLUMNS.__getitem__, columns), "teacher"], shown)]
+    return section
+
+
+def _precision(groups: Sequence[Group], which: str) -> list[Chart]:
+    """Precision by recall, a chart of all classes and one of each of the first ten."""
+    drawn: dict[str, list[Line]] = {}
+    having = [g for g in groups if any("precision" in r.evaluations.get(which, {}) for r in g.runs)]
+    for style, g in enumerate(having[:MOST]):
+        found: dict[str, list[list[float]]] = {}
+        for run in g.finished:
+            for name, curve in run.evaluations.get(which, {}).get("precision", {}).items():
+                found.setdefault(name, []).append(curve)
+        for name, curves in found.items():
+            points = list(zip(*curves, strict=False))
+            ends = [min(point) for point in points], [max(point) for point in points]
+            line = Line(g.name, [fmean(point) for point in points], *ends, style)
+            drawn.setdefault(name, []).append(line)
+    charts = [Chart(f"Precision, {k}", "%", lines, 0, "recall %") for k, lines in drawn.items()]
+    return charts[: 1 + MOST]
 
 
 def _cell(found: Any, name: str) -> str:
