@@ -90,8 +90,9 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     paths = list(args.ckpt)
     while args.opts and Path(args.opts[0]).exists():
         paths.append(args.opts.pop(0))
-    if args.opts and "/" in args.opts[0]:
-        raise UserError(f"there is no run folder or file {args.opts[0]}")
+    first = args.opts[0] if args.opts else ""
+    if "/" in first or (first and not first.partition(".")[0].isupper()):  # config keys are
+        raise UserError(f"there is no run folder or file {first}")
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
     overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
     given = load_config(args.cfg, overrides, args.imports)

@@ -249,12 +249,14 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
 
 
 def measure_teacher(distiller: Distiller, data: Data) -> float:
-    """The teacher's top-1 accuracy in percent on the validation set, printed.
+    """The teacher's top-1 accuracy in percent on the test set, printed.
 
-    A teacher near chance gets a warning: its file is then usually of another data set.
+    Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
+    chance gets a warning: its file is then usually of another data set.
     """
     assert distiller.teacher is not None
-    top1, _, _ = validate(data.val, Vanilla(distiller.teacher))
+    test = data.val if data.test is None else data.test
+    top1, _, _ = validate(test, Vanilla(distiller.teacher))
     if rank() == 0:
         print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
         if top1 < 200.0 / data.num_classes and data.num_classes > 2:

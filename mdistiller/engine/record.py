@@ -237,7 +237,7 @@ def side_settings(folder: Path, cfg: Any) -> list[str]:
     """What differs from a run's recorded config and leaves its weights as they are."""
     recorded = recorded_settings(folder)
     sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
-    keys = [key for key in flatten(cfg) if key.startswith((*sections, *_WITHOUT_EFFECT, "DEVICE"))]
+    keys = [key for key in flatten(cfg) if key.startswith((*sections, *WITHOUT_EFFECT, "DEVICE"))]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
         f"{key} was {before}, is now {now}"
@@ -260,7 +260,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
-    keys = [key for key in keys if not key.startswith((*_WITHOUT_EFFECT, *_ARGUMENTS))]
+    keys = [key for key in keys if not key.startswith((*WITHOUT_EFFECT, *_ARGUMENTS))]
     changes = []
     for key in _ARGUMENTS:  # whole: what was given in one of the two only counts as well
         before, now = (_get(config, key) or {} for config in (recorded, cfg))
@@ -280,7 +280,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
 _SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
 _ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",
     "DATASET.WORKER_TIMEOUT",
     "DATASET.TEST",

@@ -52,7 +52,7 @@ class Prepared(NamedTuple):
         data: what it trains on; `test` if images are held out, and `close()`, which ends the
             processes that read.
         facts: of the data, for `run.json`.
-        teacher_acc: accuracy of the teacher in percent, if there is one.
+        teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
     """
 
     trainer: BaseTrainer

@@ -220,6 +220,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         ([run, other], "different data (DATASET.TYPE 'toy' and 'tiny16'); name the data"),
         ([run, "--json", tmp_path / "no" / "x.json"], "there is no folder"),
         ([run, "--csv", tmp_path], "is a folder"),
+        (["nothere"], "there is no run folder or file nothere"),
         ([run, tmp_path / "typo"], f"there is no run folder or file {tmp_path / 'typo'}"),
     ]
     for words, says in cases:

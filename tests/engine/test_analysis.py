@@ -82,6 +82,13 @@ def compare(student, teacher, target):
     return fill(ComparisonSums(CPU), student, teacher, target).result()
 
 
+def test_what_says_nan_has_no_accuracy():
+    logits = torch.zeros(4, 5)
+    logits[1] = float("nan")
+    found = quality(logits, torch.tensor([0, 0, 1, 2]))
+    assert all(map(math.isnan, (found.top1, found.top5, found.nll, found.ece)))
+
+
 def test_comparison_agrees_with_scipy():
     student, teacher, target = drawn(300, 6), 2 * drawn(300, 6, seed=1), labels(300, 6)
     found = compare(student, teacher, target)

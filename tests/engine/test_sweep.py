@@ -548,7 +548,7 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(sweep):
     assert "| c | - | - | - | - | - | - | 0 | 0 |" in text
     assert "- b,seed:1 failed: non-finite loss" in text
     assert "Not finished: 4 open." in text
-    assert "over 3 seeds" in text
+    assert "over the runs of a row" in text
     first = next(csv.DictReader(table.csv_text(plan, rows).splitlines()))
     assert float(first["last_acc_std"]) == pytest.approx(13**0.5)
     assert float(first["train_loss_last"]) == 1.0

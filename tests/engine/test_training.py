@@ -366,7 +366,9 @@ def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monke
 
 
 def test_held_out_images_select_and_the_test_set_is_used_at_the_end(tmp_path):
-    run = train(tmp_path, epochs=3, text="DATASET:\n  VAL_SPLIT: 40\n")
+    teacher = {"TEACHER": "resnet8", "TEACHER_CKPT": str(saved_teacher(tmp_path))}
+    text = "DATASET:\n  VAL_SPLIT: 40\n"
+    run = train(tmp_path, epochs=3, text=text, method="KD", **teacher)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["selected_on"] == "40 held-out training images"
     assert {"test_acc_last", "test_acc_best"} <= set(summary)
@@ -381,6 +383,10 @@ def test_held_out_images_select_and_the_test_set_is_used_at_the_end(tmp_path):
 
     loader = load_test_loader(load_config(tmp_path / "toy.yaml")).loader
     assert validate(loader, Vanilla(net))[0] == pytest.approx(summary["test_acc_best"])
+    # The teacher's too: held-out images may be ones that it was trained on.
+    net.load_state_dict(load(teacher["TEACHER_CKPT"])["model"])
+    assert validate(loader, Vanilla(net))[0] == pytest.approx(summary["teacher_acc"])
+    assert summary["teacher_acc"] * 40 / 100 % 1 != pytest.approx(0)  # so it is not of those
 
 
 def test_run_folder_names_follow_the_original():

@@ -6,6 +6,7 @@ device has it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class Quality:
 
     Attributes:
         top1, top5: accuracy in percent.
+            NaN where the network says NaN of an image, as all other numbers then are.
         nll: mean cross-entropy, the negative log-likelihood of an image's class, in nats.
         ece: expected calibration error in percent: the mean over images of the difference between
             accuracy and mean confidence of their bin; [a, b) is a bin, as in torchmetrics,
@@ -86,6 +88,8 @@ class QualitySums:
         images = sum(map(sum, confusion))
         gaps = (self.bins[:, 0] - self.bins[:, 1]).abs().sum()
         top1, top5, nll, ece = (torch.cat([self.totals, gaps[None]]) / images).tolist()
+        if math.isnan(nll):  # the largest of what is no number is the first class
+            top1 = top5 = math.nan
         return Quality(100 * top1, 100 * top5, nll, 100 * ece, confusion)
 
 

@@ -45,7 +45,8 @@ def build_report(
         attach_evaluations(runs, file)
     groups = group(runs)
     bases = find_baselines(groups, baseline)
-    groups.sort(key=lambda g: _rank(g, bases, which))
+    images = tables.chosen_by(groups)
+    groups.sort(key=lambda g: _rank(g, bases, which, images))
     each: list[Group | None] = [*bases] or [None]
     compared = [
         section
@@ -56,7 +57,7 @@ def build_report(
         tables.accuracy(groups),
         *compared,
         tables.published(groups),
-        listings.ablations(groups, which),
+        listings.ablations(groups, which, images),
         tables.teachers(groups),
         predictions(groups, which),
         tables.cost(groups),
@@ -89,9 +90,11 @@ def _beside(groups: Sequence[Group], base: Group | None, bases: Sequence[Group])
     return [g for g in groups if not any(comparable(g, other) for other in others)]
 
 
-def _rank(g: Group, bases: Sequence[Group], which: str) -> tuple[int, bool, bool, float]:
+def _rank(
+    g: Group, bases: Sequence[Group], which: str, images: str
+) -> tuple[int, bool, bool, float]:
     """By baseline, that one first, then the best; last those of which no run has finished."""
-    found = tables.over_seeds(g, which)
+    found = tables.judged(g, which, images)
     number = next((i for i, base in enumerate(bases) if comparable(g, base)), len(bases))
     return number, g not in bases, found is None, -found.mean if found else 0.0
 

@@ -20,7 +20,15 @@ from mdistiller.registry import UserError, suggest
 # Keys that say where a run is and how it is watched, not what it is.
 _PLACES = (
     *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG."),
-    *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB"),
+    *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
+    *("DATASET.WORKER_TIMEOUT", "SOLVER.RANK_TIMEOUT", "SOLVER.FIND_UNUSED_PARAMETERS"),
+)
+_PATHS = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS", "DISTILLER.TEACHER_CKPT")
+# What accuracies are accuracies of.
+_SUBJECT = (
+    *("DISTILLER.STUDENT", "DETECTION.STUDENT.ARCH", "DATASET.TYPE", "DATASET.ROOT"),
+    *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
+    "DETECTION.DATA.VAL_ANNOTATIONS",
 )
 _SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
 
@@ -96,12 +104,21 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What counts of a config; a key newer than the run has its default."""
+    """What counts of a config; a key newer than the run has its default.
+
+    A file is the same however it is spelled. A teacher in a folder with the run's own seed is the
+    teacher of that seed: runs that have one each are a group.
+    """
     sections = {key.partition(".")[0] for key in config}
     defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
     whole = {**defaults, **config}
-    if whole.get("DATASET.ROOT"):  # however it is spelled
-        whole["DATASET.ROOT"] = str(Path(whole["DATASET.ROOT"]).resolve())
+    for key in _PATHS:
+        if whole.get(key):
+            whole[key] = str(Path(whole[key]).resolve())
+    seed = config.get("EXPERIMENT.SEED", 0)
+    if whole.get("DISTILLER.TEACHER_CKPT"):
+        own = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
+        whole["DISTILLER.TEACHER_CKPT"] = own.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 
@@ -158,12 +175,19 @@ def measure(groups: Sequence[Group]) -> str:
 
 def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
-    keys = (*("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.VAL_SPLIT", "DETECTION.STUDENT.ARCH"),)
-    places = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS")  # however they are spelled
-    return all(first.config.get(key) == second.config.get(key) for key in keys) and all(
-        Path(first.config.get(key, "")).resolve() == Path(second.config.get(key, "")).resolve()
-        for key in places
-    )
+    ours, theirs = _whole(first.config), _whole(second.config)
+    return all(ours.get(key) == theirs.get(key) for key in {*_SUBJECT, *_network(ours, theirs)})
+
+
+def _network(*configs: Mapping[str, Any]) -> Iterator[str]:
+    return (k for config in configs for k in config if k.startswith("DISTILLER.STUDENT_ARGS."))
+
+
+def otherwise(first: Group, second: Group) -> list[tuple[str, Any, Any]]:
+    """Settings of steps and images that two groups differ in: key, the first's, the second's."""
+    ours, theirs = _whole(first.config), _whole(second.config)
+    keys = [key for key in ours if key.startswith(("SOLVER.", "DATASET.")) and key not in _SUBJECT]
+    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
 
 
 @dataclass

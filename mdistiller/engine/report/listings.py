@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mdistiller.engine.report.document import Section, Table
 from mdistiller.engine.report.groups import Grid, Group, grids, measure, varying_keys
-from mdistiller.engine.report.tables import NONE, over_seeds
+from mdistiller.engine.report.tables import NONE, judged
 from mdistiller.engine.sweep.table import short
 
 
@@ -25,23 +25,27 @@ def settings(groups: Sequence[Group]) -> Section:
     return Section("Settings that differ", [note], [Table(head, rows)])
 
 
-def ablations(groups: Sequence[Group], which: str) -> Section:
+def ablations(groups: Sequence[Group], which: str, images: str) -> Section:
     """A table of two keys for every grid that the groups fill."""
     section = Section("Ablations")
     for grid in grids([g for g in groups if g.config]):
-        section.tables.append(_heat(grid, which))
+        section.tables.append(_heat(grid, which, images))
     if section.tables:
-        section.notes.append(
-            f"Test {measure(groups)} %, {which} epoch, mean over seeds (their number)."
-        )
+        what = f"{measure(groups)} % on the {images} images"
+        section.notes.append(f"{what}, {which} epoch, mean over seeds (their number).")
+        if images == "test":
+            section.notes.append(
+                "Who chooses a cell here chooses on the test set, and its number is too high; hold "
+                "images out (DATASET.VAL_SPLIT)."
+            )
     return section
 
 
-def _heat(grid: Grid, which: str) -> Table:
+def _heat(grid: Grid, which: str, images: str) -> Table:
     rows, heat = [], []
     for first in grid.axes[0]:
         cells = [grid.cells.get((str(first), str(second))) for second in grid.axes[1]]
-        found = [over_seeds(cell, which) if cell else None for cell in cells]
+        found = [judged(cell, which, images) if cell else None for cell in cells]
         heat.append([None, *(each.mean if each else None for each in found)])
         texts = (f"{each.mean:.2f} ({each.n})" if each else NONE for each in found)
         rows.append([f"{grid.keys[0]} {short(first)}", *texts])

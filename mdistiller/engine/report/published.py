@@ -6,12 +6,17 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.cfg_files import read_yaml
 from mdistiller.engine.cfg_values import flatten, lookup
+from mdistiller.engine.record import WITHOUT_EFFECT
 from mdistiller.runtime import config_root, results_root
+
+ALONE = ("NONE", "USKD")
+"""Methods without a teacher."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,10 @@ def beside(config: Mapping[str, Any]) -> list[Published]:
     method = config.get("DISTILLER.TYPE", "")
     if config.get("SOLVER.TRAINER") not in ("base", "crd"):  # two names of one
         return []
-    alone = method in ("NONE", "USKD")
     wanted = (
         config.get("DATASET.TYPE"),
         method,
-        "" if alone else config.get("DISTILLER.TEACHER"),
+        "" if method in ALONE else config.get("DISTILLER.TEACHER"),
         config.get("DISTILLER.STUDENT"),
     )
     standardised = _standardised(config)
@@ -65,28 +69,43 @@ def beside(config: Mapping[str, Any]) -> list[Published]:
 def departures(config: Mapping[str, Any], line: Published, processes: int = 1) -> list[str]:
     """How a run was not trained and selected as the published one was.
 
-    Rates, decay and the method's settings are compared with those of the config shipped for it.
+    All settings are compared with those of the config that is shipped for the line.
     """
-    theirs: dict[str, Any] = {"SOLVER.EPOCHS": 240, "images a step": 64}
-    if line.source.startswith("Knowledge-Distillation-Zoo"):
-        theirs = {"SOLVER.EPOCHS": 200, "images a step": 128}
-    elif line.dataset == "imagenet":
-        theirs = {"SOLVER.EPOCHS": 100}
-    elif line.teacher:
-        theirs |= _shipped(line, _standardised(config), config.get("SDD.BASE"))
+    theirs = _shipped(line, _standardised(config), config.get("SDD.BASE"))
+    foreign = line.source.startswith("Knowledge-Distillation-Zoo")
+    known = bool(theirs) and not foreign
+    if foreign:
+        theirs = {"SOLVER.EPOCHS": 200, "SOLVER.BATCH_SIZE": 128}
+    elif not known:
+        theirs = {"SOLVER.EPOCHS": 100} if line.dataset == "imagenet" else dict(_CIFAR)
     images = config.get("SOLVER.BATCH_SIZE", 0) * config.get("SOLVER.ACCUMULATE", 1) * processes
     ours = {**config, "images a step": images}
+    if "SOLVER.BATCH_SIZE" in theirs:
+        theirs["images a step"] = theirs.pop("SOLVER.BATCH_SIZE")
+    for key in ours:
+        if key.startswith(_ARGUMENTS):
+            theirs.setdefault(key, "the default")
     found = [
         f"{_word(key)} {ours[key]} instead of {value}"
         for key, value in theirs.items()
         if key in ours and ours[key] != value
     ]
+    if not known:
+        found.append("other settings were not compared: no config of this line is shipped")
     held_out = config.get("DATASET.VAL_SPLIT", 0)
     if held_out:
         found.append(
             f"{held_out} training images held out to select the epoch; published: the test set"
         )
     return found
+
+
+_CIFAR = {"SOLVER.EPOCHS": 240, "SOLVER.BATCH_SIZE": 64}
+_ARGUMENTS = ("DISTILLER.STUDENT_ARGS.", "DISTILLER.TEACHER_ARGS.")
+_ELSEWHERE = (  # said in other words, or in `beside`
+    *("DATASET.ROOT", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED", "SOLVER.ACCUMULATE", "SOLVER.DOT"),
+    *("SOLVER.TRAINER", "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT"),
+)
 
 
 def _word(key: str) -> str:
@@ -97,25 +116,30 @@ def _standardised(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in ("LSKD.ENABLE", "EXPERIMENT.LOGIT_STAND"))
 
 
-_STEP = (
-    *("LR", "SCHEDULE", "LR_DECAY_STAGES", "LR_DECAY_RATE", "WARMUP_EPOCHS", "WEIGHT_DECAY"),
-    *("NORM_DECAY", "MOMENTUM", "NESTEROV", "TYPE", "CLIP_GRAD_NORM"),
-)
-
-
 @lru_cache
 def _shipped(line: Published, standardised: bool, base: str | None) -> dict[str, Any]:
-    """What steps are made of in the config for a published line; empty if there is none."""
-    wanted = {"TYPE": line.type, "TEACHER": line.teacher, "STUDENT": line.student}
-    keys = tuple(f"SOLVER.{key}" for key in _STEP)
-    for file in sorted((config_root() / line.dataset).rglob("*.yaml")):
-        if line.type.lower() not in file.relative_to(config_root()).parts:
-            continue
-        named = read_yaml(file).get("DISTILLER", {})
-        if any(named.get(key) != value for key, value in wanted.items()):
-            continue
+    """The settings of the config for a published line; empty if there is none."""
+    for file in _configs(line.dataset).get((line.type, line.teacher, line.student), ()):
         cfg = load_config(file)
         whole = {key: lookup(cfg, key) for key in flatten(cfg)}
         if _standardised(whole) == standardised and base in (None, whole["SDD.BASE"]):
-            return {k: v for k, v in whole.items() if k in keys or k.startswith(f"{line.type}.")}
+            sections = ("DATASET.", "DISTILLER.", "LSKD.", "SOLVER.", f"{line.type}.")
+            return {
+                key: value
+                for key, value in whole.items()
+                if key.startswith(sections) and not key.startswith((*WITHOUT_EFFECT, *_ELSEWHERE))
+            }
     return {}
+
+
+@lru_cache
+def _configs(dataset: str) -> dict[tuple[str, str, str], list[Path]]:
+    """Shipped configs of a data set by method, teacher ("" without one) and student."""
+    found: dict[tuple[str, str, str], list[Path]] = {}
+    for file in sorted((config_root() / dataset).rglob("*.yaml")):
+        named = read_yaml(file).get("DISTILLER", {})  # a sweep has none
+        method, student = named.get("TYPE", "NONE"), named.get("STUDENT", "")
+        teacher = "" if method in ALONE else named.get("TEACHER", "")
+        if student:
+            found.setdefault((method, teacher, student), []).append(file)
+    return found

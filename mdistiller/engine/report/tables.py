@@ -8,8 +8,16 @@ from statistics import fmean
 from typing import Any
 
 from mdistiller.engine.report.document import Section, Table
-from mdistiller.engine.report.groups import Group, comparable, measure
-from mdistiller.engine.report.numbers import LEVEL, Estimate, difference, estimate, verdict
+from mdistiller.engine.report.groups import Group, comparable, family, measure, otherwise
+from mdistiller.engine.report.numbers import (
+    FEWEST,
+    Difference,
+    Estimate,
+    difference,
+    estimate,
+    holm,
+    verdict,
+)
 from mdistiller.engine.report.published import beside, departures
 from mdistiller.engine.report.runs import Run
 
@@ -19,6 +27,19 @@ NONE = "-"
 def over_seeds(group: Group, which: str) -> Estimate | None:
     """Accuracy on the test set of the last or the best epoch."""
     return estimate(list(group.by_seed(lambda run: run.number(which)).values()))
+
+
+def chosen_by(groups: Sequence[Group]) -> str:
+    """What settings are to be chosen by: "held-out" images if all groups have them, or "test"."""
+    finished = [run for g in groups for run in g.finished]
+    return "held-out" if all(run.held_out("last") is not None for run in finished) else "test"
+
+
+def judged(group: Group, which: str, images: str) -> Estimate | None:
+    """Accuracy on what settings are chosen by."""
+    if images == "test":
+        return over_seeds(group, which)
+    return estimate(list(group.by_seed(functools.partial(Run.held_out, which=which)).values()))
 
 
 def plus_minus(found: Estimate | None, sign: str = "") -> str:
@@ -47,8 +68,7 @@ def accuracy(groups: Sequence[Group]) -> Section:
         row.append(joined(g.facts("selected_on")))
         if split:
             for which in ("last", "best"):
-                values = g.by_seed(functools.partial(Run.held_out, which=which)).values()
-                row.append(plus_minus(estimate(list(values))))
+                row.append(plus_minus(judged(g, which, "held-out")))
         rows.append(row)
     notes = ["Mean ± half the 95 % confidence interval over seeds (t distribution)."]
     if any((found := over_seeds(g, "last")) and found.n == 1 for g in groups):
@@ -64,45 +84,57 @@ def accuracy(groups: Sequence[Group]) -> Section:
     return Section("Accuracy", notes, [Table(head, rows)])
 
 
+def _difference(name: str, gap: Difference | None, adjusted: float | None) -> list[str]:
+    if gap is None:
+        return [name, "0", NONE, NONE, NONE, "no seed in common"]
+    ps = (NONE if p is None else f"{p:.3g}" for p in (gap.p, adjusted))
+    return [name, str(gap.n), plus_minus(gap, "+"), *ps, verdict(gap, adjusted)]
+
+
+def _trained_otherwise(groups: Sequence[Group], base: Group) -> list[str]:
+    """A note on each group that differs from the baseline in more than its method."""
+    notes = []
+    for g in family(groups, base):
+        words = [f"{k} {ours} against {their}" for k, ours, their in otherwise(g, base)]
+        notes += [f"{g.name} was trained otherwise as well: {', '.join(words)}."] if words else []
+    return notes
+
+
 def differences(groups: Sequence[Group], base: Group | None, which: str) -> Section:
     """Each group against the baseline, seed by seed."""
     section = Section("Differences to the baseline")
     if base is None:
         section.notes.append("No baseline: name one of the groups with --baseline.")
         return section
-    reference = base.by_seed(lambda run: run.number(which))
-    rows, apart = [], []
-    for g in groups:
-        found = difference(g.by_seed(lambda run: run.number(which)), reference)
-        if g is base:
-            continue
-        if not comparable(g, base):
-            apart.append(g.name)
-        elif found is None:
-            rows.append([g.name, "0", NONE, NONE, "no seed in common"])
-        else:
-            p = NONE if found.p is None else f"{found.p:.3g}"
-            shown = [str(found.n), plus_minus(found, "+"), p, verdict(found)]
-            rows.append([g.name, *shown])
-    head = ["group", "pairs", f"points above {base.name}", "p", "verdict"]
+
+    def number(run: Run) -> float | None:
+        return run.number(which)
+
+    found, apart = {}, [g.name for g in groups if not comparable(g, base)]
+    for g in family(groups, base):
+        if g is not base:
+            found[g.name] = difference(*(each.by_seed(number) for each in (g, base)))
+    ps = {k: gap.p for k, gap in found.items() if gap and gap.p is not None and gap.n >= FEWEST}
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    rows = [_difference(name, gap, adjusted.get(name)) for name, gap in found.items()]
+    head = ["group", "pairs", f"points above {base.name}", "p", "p, Holm", "verdict"]
     section.tables.append(Table(head, rows))
     unit = measure(groups)
     section.notes.append(
         f"{unit[0].upper()}{unit[1:]} on the test set, {which} epoch, against {base.name} with the "
         "same seed: mean difference ± half its 95 % interval, and the paired t-test."
     )
-    tests = sum(row[3] != NONE for row in rows)
-    if tests > 1:
+    if len(ps) > 1:
         section.notes.append(
-            f"These are {tests} tests: of groups that do not differ, one in twenty gets a p below "
-            f"0.05. Ask for one below {(1 - LEVEL) / tests:.2g} (Bonferroni) before calling "
-            "one the winner."
+            f"These are {len(ps)} tests: of groups that do not differ, one in twenty gets a p "
+            "below 0.05. The verdict goes by Holm's adjustment, which is for all of them together."
         )
     if rows:
         section.notes.append(
             "“Not told apart” does not mean equal: the interval says which differences remain "
             "possible."
         )
+    section.notes += _trained_otherwise(groups, base)
     if apart:
         section.notes.append(
             f"Not compared, because student, data set or split is another: {', '.join(apart)}."
@@ -142,7 +174,7 @@ def teachers(groups: Sequence[Group]) -> Section:
         found = g.by_seed(lambda run: run.summary.get("teacher_acc"))
         teacher = estimate(list(found.values()))
         if teacher:
-            same = g.by_seed(lambda run: run.summary.get("last_acc"))
+            same = g.by_seed(lambda run: run.number("last"))
             gap = difference(same, found)
             name = str(g.config.get("DISTILLER.TEACHER", NONE))
             rows.append([g.name, name, f"{teacher.mean:.2f}"])
@@ -150,7 +182,7 @@ def teachers(groups: Sequence[Group]) -> Section:
     if not rows:
         return Section("Teacher and student")
     note = (
-        "Both on the images that epochs are evaluated on. On what the two agree: "
+        "Both on the test set. On what the two agree: "
         "tools/eval.py RUNS --teacher RUN --json FILE, and --evaluation FILE here."
     )
     return Section("Teacher and student", [note], [Table(head, rows)])

@@ -115,8 +115,8 @@ def markdown(plan: Plan, table: Sequence[Row]) -> str:
         cells += _loss_cells(row) if plan.loss_falls else []
         cells += [str(len(row.runs)), str(len(row.failed))]
         lines.append(f"| {' | '.join(cells)} |")
-    seeds = len(plan.trials[0].configs) if plan.space else len(plan.trials) // max(len(table), 1)
-    lines += ["", f"Mean ± sample standard deviation over {seeds} seeds."] if seeds > 1 else []
+    several = any(len(row.runs) > 1 for row in table)
+    lines += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
     failures = [f"- {name} failed: {text}" for row in table for name, text in row.failed.items()]
     lines += ["", *failures] if failures else []
     missing = {state: sum(r.unfinished.get(state, 0) for r in table) for state in _STATES}
