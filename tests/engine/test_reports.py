@@ -340,6 +340,7 @@ def test_settings_are_ranked_and_shaded_by_held_out_images(tmp_path):
         make_run(tmp_path / f"DKD,BETA={beta},T={t}", [held_out], *pairs, test=(test, test))
     report = build_report([tmp_path])
     assert next(iter(rows(report, "Accuracy"))) == "DKD,BETA=1,T=2"
+    assert "Groups are in the order of their held-out accuracy." in markdown(report)
     (section,) = [s for s in report.sections if s.title == "Ablations"]
     assert section.tables[0].rows[0] == ["DKD.BETA 1", "60.00 (1)", "61.00 (1)"]
     assert section.notes == [

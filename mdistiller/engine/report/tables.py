@@ -71,6 +71,8 @@ def accuracy(groups: Sequence[Group]) -> Section:
                 row.append(plus_minus(judged(g, which, "held-out")))
         rows.append(row)
     notes = ["Mean ± half the 95 % confidence interval over seeds (t distribution)."]
+    if split and chosen_by(groups) == "held-out":
+        notes.append("Groups are in the order of their held-out accuracy.")
     if any((found := over_seeds(g, "last")) and found.n == 1 for g in groups):
         notes.append("One seed has no interval: nothing is known of how much another would differ.")
     if any("test set" in g.facts("selected_on") for g in groups):
