@@ -19,7 +19,8 @@ from typing import Any
 from mdistiller.cli._faults.work import Outcome, Work, free_port
 from mdistiller.engine.preemption import EXIT_CODE
 
-_PAIR = {"SOLVER__BATCH_SIZE": 8}  # of each
+# Of each; epochs enough to strike before the last one, in which a signal comes too late.
+_PAIR = {"SOLVER__BATCH_SIZE": 8, "SOLVER__EPOCHS": 8}
 
 
 def start_pair(work: Work, name: str, **changes: Any) -> list[BaseProcess]:
@@ -62,8 +63,11 @@ def _await_save(work: Work, name: str, ended: Callable[[], object]) -> None:
 
 def _strike(
     work: Work, name: str, processes: list[BaseProcess], kind: signal.Signals, draw: random.Random
-) -> list[str]:
-    """Send a signal, SIGTERM to both, any other to one; returns what is wrong with the end."""
+) -> list[str] | None:
+    """Send a signal, SIGTERM to both, any other to one; returns what is wrong with the end.
+
+    None: the run was too near to its end, and got there.
+    """
     chosen = draw.choice(processes)
     for process in processes if kind == signal.SIGTERM else [chosen]:
         os.kill(process.pid or 0, kind)
@@ -72,6 +76,8 @@ def _strike(
         os.kill(chosen.pid or 0, signal.SIGKILL)
     codes, said = join(processes), work.output(name)[-3000:]
     good = codes == [EXIT_CODE] * 2 if kind == signal.SIGTERM else 0 not in codes
+    if kind == signal.SIGTERM and codes == [0, 0]:  # it came in the last epoch: all is done
+        return None
     if kind == signal.SIGSTOP:
         good &= "it hangs or is stopped" in said
     return [] if good else [f"{kind.name} ended in {codes}\n{said}"]
@@ -92,6 +98,7 @@ def ranks(work: Work) -> Outcome:
     length = time.perf_counter() - started  # of all epochs but the first
     whole = work.run_folder("pair")
     kinds = [signal.SIGKILL, signal.SIGTERM, *([] if work.quick else [signal.SIGSTOP])]
+    heard = 0
     for number in range(1 if work.quick else 4):
         name = f"pair{number}"
         for kind in kinds:
@@ -102,14 +109,18 @@ def ranks(work: Work) -> Outcome:
             if any(process.exitcode is not None for process in processes):
                 join(processes)
                 break
+            wrong = _strike(work, name, processes, kind, draw)
+            if wrong is None:
+                break
             outcome.tried += 1
-            outcome.losses += [
-                f"{name}: {text}" for text in _strike(work, name, processes, kind, draw)
-            ]
+            heard += kind == signal.SIGTERM
+            outcome.losses += [f"{name}: {text}" for text in wrong]
         if any(join(start_pair(work, name))):
             outcome.losses.append(f"{name}: not continued\n{work.output(name)[-3000:]}")
         outcome.losses += work.differences(name, whole)
         work.forget(name)
+    if not heard:
+        outcome.losses.append("no SIGTERM was heard: every one came in a last epoch")
     if not work.quick and Path("/proc/self/task").is_dir():
         _under_torchrun(work, whole, outcome, draw)
     return outcome
