@@ -17,7 +17,7 @@ INTERRUPTED = 130
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how gloo and NCCL say that the other end of a connection is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
-_LATE = ("Timed out waiting", "timed out", "Operation timed out")
+_LATE = ("Timed out", "timed out", "Application timeout", "operation timeout")  # gloo, NCCL
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -7,6 +7,7 @@ import time
 import pytest
 from support import command, torchrun, write_config
 
+from mdistiller.cli._run import guarded
 from mdistiller.engine import failure
 
 FAILS = """
@@ -77,3 +78,23 @@ def test_a_process_that_keeps_the_store_and_hangs_keeps_none_from_telling(monkey
         asks.join(20)
     failure._claim.cache_clear()
     assert answers == [True]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Timed out waiting 6000ms for recv operation to complete",
+        "Application timeout caused pair closure",
+        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
+    ],
+)
+def test_a_process_that_does_not_come_is_told_in_a_line(said, monkeypatch, capsys):
+    def waits():
+        raise RuntimeError(said)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(failure, "first_to_fail", lambda: True)
+    monkeypatch.setattr(failure, "leave", lambda told: None)
+    assert guarded(waits) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("within SOLVER.RANK_TIMEOUT: it hangs or is stopped")
