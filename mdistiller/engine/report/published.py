@@ -71,20 +71,9 @@ def departures(config: Mapping[str, Any], line: Published, processes: int = 1) -
 
     All settings are compared with those of the config that is shipped for the line.
     """
-    theirs = _shipped(line, _standardised(config), config.get("SDD.BASE"))
-    foreign = line.source.startswith("Knowledge-Distillation-Zoo")
-    known = bool(theirs) and not foreign
-    if foreign:
-        theirs = {"SOLVER.EPOCHS": 200, "SOLVER.BATCH_SIZE": 128}
-    elif not known:
-        theirs = {"SOLVER.EPOCHS": 100} if line.dataset == "imagenet" else dict(_CIFAR)
+    theirs, known = _protocol(config, line)
     images = config.get("SOLVER.BATCH_SIZE", 0) * config.get("SOLVER.ACCUMULATE", 1) * processes
     ours = {**config, "images a step": images}
-    if "SOLVER.BATCH_SIZE" in theirs:
-        theirs["images a step"] = theirs.pop("SOLVER.BATCH_SIZE")
-    for key in ours:
-        if key.startswith(_ARGUMENTS):
-            theirs.setdefault(key, "the default")
     found = [
         f"{_word(key)} {ours[key]} instead of {value}"
         for key, value in theirs.items()
@@ -98,6 +87,21 @@ def departures(config: Mapping[str, Any], line: Published, processes: int = 1) -
             f"{held_out} training images held out to select the epoch; published: the test set"
         )
     return found
+
+
+def _protocol(config: Mapping[str, Any], line: Published) -> tuple[dict[str, Any], bool]:
+    """The settings of a published line, and whether they are all of them."""
+    theirs = dict(_shipped(line, _standardised(config), config.get("SDD.BASE")))
+    foreign = line.source.startswith("Knowledge-Distillation-Zoo")
+    known = bool(theirs) and not foreign
+    if foreign:
+        theirs = {"SOLVER.EPOCHS": 200, "SOLVER.BATCH_SIZE": 128}
+    elif not known:
+        theirs = {"SOLVER.EPOCHS": 100} if line.dataset == "imagenet" else dict(_CIFAR)
+    if "SOLVER.BATCH_SIZE" in theirs:
+        theirs["images a step"] = theirs.pop("SOLVER.BATCH_SIZE")
+    arguments = {key: "the default" for key in config if key.startswith(_ARGUMENTS)}
+    return {**arguments, **theirs}, known
 
 
 _CIFAR = {"SOLVER.EPOCHS": 240, "SOLVER.BATCH_SIZE": 64}
