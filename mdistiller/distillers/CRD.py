@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,9 +52,10 @@ def contrast_loss(scores: Tensor, num_data: int) -> Tensor:
     noise = (scores.shape[1] - 1) / num_data
     log_noise, log_offset = math.log(noise), math.log(noise + EPS)
     # log(exp(a) + c + e) = a + softplus(log(c + e) - a) = log(c + e) + softplus(a - log(c + e))
-    positive = -F.softplus(log_offset - scores[:, 0])
-    negative = log_noise - log_offset - F.softplus(scores[:, 1:] - log_offset)
-    return -(positive + negative.sum(dim=1)).mean()
+    first, others = scores.split([1, scores.shape[1] - 1], dim=1)
+    positive = F.softplus(log_offset - first.squeeze(1))
+    negative = F.softplus(others - log_offset).sum(dim=1)
+    return (positive + negative).mean() - others.shape[1] * (log_noise - log_offset)
 
 
 def crd_loss(student: Tensor, teacher: Tensor, num_data: int) -> Tensor:
@@ -124,8 +124,10 @@ class CRD(Distiller):
 
     def draw_contrast(self, index: Tensor) -> Tensor:
         """Positive and negatives of the images `index` [N] for one step, [N, K + 1]."""
-        positive = index if self.mode == "exact" else self.negatives.same_class(index)
-        return torch.cat([positive[:, None], self.negatives.draw(index)], dim=1)
+        contrast = index.new_empty(len(index), self.negatives.k + 1)
+        contrast[:, 0] = index if self.mode == "exact" else self.negatives.same_class(index)
+        self.negatives.draw(index, out=contrast[:, 1:])
+        return contrast
 
     def distill(
         self,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, mean_square_error, pool_to, probe
+from mdistiller.distillers._common import full_precision, pool_to, probe
 from mdistiller.distillers._stages import warn_left_over
 from mdistiller.registry import UserError
 
@@ -58,11 +58,32 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """
     student = full_precision(student)
     teacher = pool_to(full_precision(teacher), student)
-    with torch.no_grad():
-        teacher = torch.maximum(teacher, margin.reshape(-1, 1, 1))
-        # Where a negative response is undercut nothing is to be learnt: the target is the student.
-        goal = torch.where(teacher > 0, teacher, torch.minimum(student, teacher))
-    return mean_square_error(student, goal, reduction="sum") / len(student)
+    total: Tensor = _PartialSquare.apply(student, teacher, margin.reshape(-1, 1, 1))
+    return total / len(student)
+
+
+class _PartialSquare(torch.autograd.Function):
+    """Sum of squares of max(S - T', 0 or, where T' > 0, -infinity).
+
+    These are the largest maps of a network: with two temporaries in place of autograd's eight this
+    takes less than half the time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+        bound = torch.maximum(teacher, margin)
+        surplus = student - bound
+        bound.gt_(0).mul_(-torch.finfo(bound.dtype).max)
+        torch.maximum(surplus, bound, out=surplus)
+        ctx.save_for_backward(surplus)
+        # a norm for each image: the quickest sum of squares that does not lose digits
+        return torch.linalg.vector_norm(surplus, dim=(1, 2, 3)).square().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (surplus,) = ctx.saved_tensors
+        return surplus * (2 * gradient), None, None
 
 
 class Connectors(nn.Module):

@@ -49,8 +49,8 @@ class Bank(nn.Module):
         """
         temperature = self.params[1].clone()  # `params` is written to below
         scores = (
-            self.products(student, self.memory_v2, contrast) / temperature,
-            self.products(teacher, self.memory_v1, contrast) / temperature,
+            self.products(student / temperature, self.memory_v2, contrast),
+            self.products(teacher / temperature, self.memory_v1, contrast),
         )
         if self._z_is_set is None:
             self._z_is_set = bool((self.params[2:4] > 0).all())

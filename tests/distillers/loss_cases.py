@@ -136,14 +136,18 @@ def loss_cases(
     connectors = like(Connectors(*zip(*widths, strict=True), kernel_size=1))
     margins = [-torch.rand(c, device=device, dtype=dtype) for _, c in widths]
 
-    def ofd(form):
+    def ofd(form, connect):
         return lambda a, b: sum(
-            form(x, y, m) for x, y, m in zip(connectors(a), b, margins, strict=True)
+            form(x, y, m) for x, y, m in zip(connect(a), b, margins, strict=True)
         )
 
+    preacts_s, preacts_t = s["preact_feats"][1:], t["preact_feats"][1:]
     cases["OFD"] = on(
-        s["preact_feats"][1:], t["preact_feats"][1:], ofd(ofd_loss), ofd(textbook.ofd)
+        preacts_s, preacts_t, ofd(ofd_loss, connectors), ofd(textbook.ofd, connectors)
     )
+    with torch.no_grad():
+        connected = connectors(preacts_s)
+    cases["OFD distance"] = on(connected, preacts_t, ofd(ofd_loss, list), ofd(textbook.ofd, list))
     cases["REVIEWKD"] = review_case(s, t, like)
     cases["CRD step"] = crd_case(pooled_s, pooled_t, bank, negatives, like)
     return cases
