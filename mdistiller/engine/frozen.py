@@ -7,7 +7,7 @@ teacher as it is, and what a method reads of it (its classifier, its norms) is u
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch.utils._pytree import tree_leaves
 from mdistiller.distillers import Distiller
 from mdistiller.distillers._common import undisturbed
 from mdistiller.engine.folding import foldable, folded_weights, replace_child, without_norm
+from mdistiller.engine.fusing import FusedNetwork, can_fuse, fuse
 from mdistiller.registry import UserError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOSE = 1e-4
 """What the folded copy may be off on random input, as part of the largest value; usually 1e-6."""
+SHAPES = 4
+"""Shapes of batches for which operations are fused: a training has one, and a shorter last one."""
 
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -74,7 +77,8 @@ class FrozenTeacher:
     """What `teacher(image)` returns in eval mode, to rounding, at less cost.
 
     Every batch norm that alone reads the output of a convolution or linear layer is folded into
-    it, and convolutions run in channels_last where that is faster. The copy follows the teacher's
+    it, and convolutions run in channels_last where that is faster; on CPUs they do the ReLUs and
+    sums after them as well (:mod:`mdistiller.engine.fusing`). The copy follows the teacher's
     weights: a change of them is noticed before the next forward, or, if it is hidden from autograd
     (`param.data`), when :meth:`renew` is called, as it is at the start of every epoch. A teacher
     that has got hooks since is then run itself: they would see nothing of the copy.
@@ -87,6 +91,7 @@ class FrozenTeacher:
 
     Attributes:
         folded: how many batch norms are gone.
+        fuses: whether operations are fused where they can be; not before it was compared.
     """
 
     def __init__(
@@ -112,6 +117,8 @@ class FrozenTeacher:
             if dtype is not None and isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
         self.channels_last = False
+        self.fuses = False
+        self._fused: dict[torch.Size, FusedNetwork | None] = {}
         self._update()
 
     @classmethod
@@ -140,6 +147,7 @@ class FrozenTeacher:
         except _FAILURES:  # a network of whatever kind: it then runs as it is
             return None
         if dtype is None:
+            exact.fuses = fold
             return exact
         frozen = cls(teacher, copy.deepcopy(teacher).eval(), exact.pairs, dtype)
         if not all(bool(param.isfinite().all()) for param in frozen.net.parameters()):
@@ -147,6 +155,7 @@ class FrozenTeacher:
             frozen = cls(teacher, copy.deepcopy(teacher).eval(), [], dtype)
         if fold:
             frozen.set_layout()
+        frozen.fuses = fold
         return frozen
 
     def set_layout(self) -> None:
@@ -168,7 +177,16 @@ class FrozenTeacher:
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.net(image)
+            return self._runner(image)(image)
+
+    def _runner(self, image: Tensor) -> Callable[[Tensor], Any]:
+        """The copy, or on a CPU its fused operations, recorded for each of the first few shapes."""
+        compiled = torch.compiler.is_compiling() or self.net._compiled_call_impl is not None
+        if not self.fuses or compiled or not can_fuse(image):
+            return self.net
+        if image.shape not in self._fused and len(self._fused) < SHAPES:
+            self._fused[image.shape] = fuse(self.net, image)
+        return self._fused.get(image.shape) or self.net
 
     def renew(self) -> None:
         """Take over the teacher's weights before the next forward."""
@@ -198,6 +216,9 @@ class FrozenTeacher:
                 own.pop(name).copy_(value)
         for name, tensor in own.items():
             tensor.copy_(source[name])
+        for fused in self._fused.values():
+            if fused is not None:
+                fused.pack()
         self._seen = self._state()
 
 

@@ -1,0 +1,168 @@
+"""A frozen network's forward pass on a CPU, convolutions doing the sums and ReLUs after them.
+
+oneDNN can do both to what it has just computed; apart, they read and write every map once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_RELU = (_aten.relu.default, _aten.relu_.default)
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""What a fused network may be off, as part of the largest value, by the type of its weights.
+In float32 it is mostly the same bits; in bfloat16 it is nearer to float32, as sums are not rounded."""
+
+
+def can_fuse(image: Tensor) -> bool:
+    """Whether oneDNN would run the convolutions of this image, and nobody looks at operations."""
+    return (
+        image.device.type == "cpu"
+        and image.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_grad_enabled()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
+    """`net` for images of this shape; None if nothing can be fused or its operations be recorded.
+
+    The operations of one forward pass are recorded: `net` must be in eval mode, and do the same
+    to every batch of a shape.
+    """
+    try:
+        module = make_fx(net)(image)
+        packed = _fuse(module)
+        if not packed:
+            return None
+        fused, close = FusedNetwork(module, packed), CLOSE[packed[0].weight.dtype]
+        pairs = zip(tree_leaves(fused(image)), tree_leaves(net(image)), strict=True)
+        same = all(_agree(a, b, close) for a, b in pairs)
+    except Exception:  # of whatever network: it then runs as it is
+        return None
+    return fused if same else None
+
+
+def _agree(first: Any, second: Any, close: float) -> bool:
+    if not isinstance(second, Tensor):
+        return bool(first == second)
+    return bool((first - second).abs().max() <= close * second.abs().max())
+
+
+@dataclass
+class _Packed:
+    """A convolution's weight, and the name of its copy in the order that oneDNN wants."""
+
+    name: str
+    weight: Tensor
+    settings: tuple[Any, ...]
+    input_size: list[int]
+
+
+class FusedNetwork:
+    """The recorded operations. :meth:`pack` takes over the network's weights after a change."""
+
+    def __init__(self, module: fx.GraphModule, packed: list[_Packed]):
+        self._module, self._packed = module, packed
+        self.count = len(packed)
+        self.pack()
+        module.graph.lint()
+        module.recompile()
+
+    def __call__(self, image: Tensor) -> Any:
+        return self._module(image)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
+        for one in self._packed:
+            packed = reorder(one.weight.detach(), *one.settings, one.input_size)
+            setattr(self._module, one.name, packed)
+
+
+def _fuse(module: fx.GraphModule) -> list[_Packed]:
+    """Replace convolution and ReLU, and convolution, sum and ReLU, by one operation each."""
+    packed: list[_Packed] = []
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    changes = [place for node, place in order.items() if _is_mutable(node)]
+    for relu in list(module.graph.nodes):
+        if relu.target not in _RELU or not _only_reader(relu, relu.args[0]):
+            continue
+        before = relu.args[0]
+        if before.target is _aten.convolution.default:
+            conv, other = before, None
+        else:
+            conv, other = _summands(before)
+            if conv is None or any(order[conv] < place < order[before] for place in changes):
+                continue  # what it reads may be another by the time of the sum
+        source, weight, bias, stride, padding, dilation, transposed, _, groups = conv.args
+        plain = len(_value(source).shape) == 4 and not transposed
+        if not plain or weight.op != "get_attr" or _value(weight).dtype not in CLOSE:
+            continue
+        settings = padding, stride, dilation, groups
+        name = f"packed_{len(packed)}"
+        tensor = getattr(module, weight.target)
+        packed.append(_Packed(name, tensor, settings, list(_value(source).shape)))
+        module.register_buffer(name, tensor.detach())
+        with module.graph.inserting_before(before):
+            held = module.graph.get_attr(name)
+            if other is None:
+                new = module.graph.call_function(
+                    torch.ops.mkldnn._convolution_pointwise.default,
+                    (source, held, bias, *settings, "relu", [], ""),
+                )
+            else:
+                new = module.graph.call_function(
+                    torch.ops.mkldnn._convolution_pointwise.binary,
+                    (source, other, held, bias, *settings, "add", 1.0, "relu", [], ""),
+                )
+        new.meta = dict(relu.meta)
+        order[new] = order[before]
+        relu.replace_all_uses_with(new)
+        for node in dict.fromkeys((relu, before, conv)):
+            module.graph.erase_node(node)
+        if not weight.users:
+            module.graph.erase_node(weight)
+    return packed
+
+
+def _summands(node: Any) -> tuple[Any, Any]:
+    """The convolution of a sum that nothing else reads, and what is added; (None, None) if none."""
+    if node.target not in (_aten.add.Tensor, _aten.add_.Tensor) or node.kwargs:
+        return None, None
+    first, second = node.args
+    for conv, other in ((first, second), (second, first)):
+        if (
+            _only_reader(node, conv)
+            and conv.target is _aten.convolution.default
+            and isinstance(other, fx.Node)
+            and other is not conv
+            and _value(other).shape == _value(conv).shape
+        ):
+            return conv, other
+        if node.target is _aten.add_.Tensor:  # the other way round, `first` would be written to
+            break
+    return None, None
+
+
+def _only_reader(node: fx.Node, source: Any) -> bool:
+    return isinstance(source, fx.Node) and list(source.users) == [node]
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _value(node: Any) -> Any:
+    """A tensor of the shape and type of what the node gives."""
+    return node.meta["val"]
