@@ -19,7 +19,7 @@ _aten = torch.ops.aten
 _RELU = (_aten.relu.default, _aten.relu_.default)
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """What a fused network may be off, as part of the largest value, by the type of its weights.
-In float32 it is mostly the same bits; in bfloat16 it is nearer to float32, as sums are not rounded."""
+In float32 mostly the same bits; in bfloat16 nearer to float32, as sums are not rounded."""
 
 
 def can_fuse(image: Tensor) -> bool:
