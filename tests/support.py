@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import warm_start
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
@@ -42,18 +44,40 @@ def write_config(folder, text="", method="NONE", student="resnet8", epochs=2, **
     return path
 
 
-def command(*words, module="train", prefix=(), **options):
-    """Run tools/MODULE.py in a process of its own, one thread; returns the finished process."""
-    script = [str(REPO / "tools" / f"{module}.py"), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+def command(*words, module="train", prefix=(), processes=0, cwd=None):
+    """Run tools/MODULE.py in a process of its own, one thread; returns the finished process.
+
+    Args:
+        prefix: words before the script, as those of :func:`torchrun`; a new Python then runs it.
+        processes: how many share the run; without torchrun, which takes seconds to start them.
+    """
+    script = REPO / "tools" / f"{module}.py"
+    if not prefix:
+        return run_script(script, *words, cwd=cwd, processes=processes)
     return subprocess.run(
-        [*(prefix or [sys.executable]), *script],
+        [*prefix, str(script), *map(str, words)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=_environment(),
         timeout=300,
-        **options,
+        cwd=cwd,
     )
+
+
+def run_script(script, *words, cwd=None, processes=0):
+    """As :func:`command`, for a script anywhere, which finds what the tests import."""
+    return _server().run([str(script), *map(str, words)], _environment(), cwd, processes)
+
+
+def _environment():
+    paths = os.pathsep.join(map(str, (REPO, REPO / "tests")))
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    return {**os.environ, **own}
+
+
+@functools.cache
+def _server():
+    return warm_start.Server(_environment())
 
 
 def torchrun(processes):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support import REPO, TOY, saved_teacher
+from support import REPO, TOY, run_script, saved_teacher
 
 from mdistiller.dataset import DATASETS
 from mdistiller.distillers import DISTILLERS
@@ -18,7 +18,6 @@ from mdistiller.models import cifar_model_dict
 DOCS = REPO / "docs"
 EXAMPLES = DOCS / "examples"
 PAGES = {name: (DOCS / name).read_text() for name in ("own_code.md", "own_backbone.md")}
-# One process for the commands of a section, so that importing torch is paid for once.
 RUN = """
 import json, sys, torch
 from mdistiller.cli import main
@@ -63,7 +62,11 @@ def follow(folder, page, config, *more):
     found = commands(page, config)
     words = [[*line, *(small if line[0] == "train" else [])] for line in found]
     words = [[*line, *(["--no-latency"] if line[0] == "export" else [])] for line in words]
-    return python(folder, "-c", RUN, json.dumps(words))
+    script = folder.parent / "run.py"
+    script.write_text(RUN)
+    done = run_script(script, json.dumps(words), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from nets import SMALL, detector
-from support import command, torchrun
+from support import command
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
@@ -136,7 +136,7 @@ def test_two_processes_measure_what_one_does(place, tmp_path):
     words = ["-c", str(place / "one"), "--json"]
     assert run(place, *words, str(tmp_path / "one")) == 0
     words = ["--cfg", place / "small.yaml", *words, tmp_path / "two"]
-    done = command(*words, module="eval_detection", prefix=torchrun(2))
+    done = command(*words, module="eval_detection", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("[EVAL]") == 1
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from detections import noisy, nothing
 from pycocotools import mask as masks_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from support import REPO
+from support import run_script
 from synth import make_coco
 
 from mdistiller.detection.batches import ValBatches
@@ -330,14 +328,7 @@ def test_results_are_saved_as_coco_reads_them(data, tmp_path):
 def processes(synth):
     """Three gloo processes; the second number files hold those of each process."""
     folder = synth.annotations.parent
-    paths = os.pathsep.join(map(str, (REPO, REPO / "tests" / "detection")))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("evaluate_processes.py")), str(folder), "3"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        timeout=200,
-    )
+    done = run_script(Path(__file__).with_name("evaluate_processes.py"), folder, 3)
     assert done.returncode == 0, done.stderr
     return folder
 

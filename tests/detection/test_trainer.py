@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from support import command, same_state, torchrun
+from support import command, same_state
 from synth import make_coco
 
 from mdistiller.cli import report, train_detection
@@ -310,7 +310,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(words, tmp_path):
         for size, name in ((2, "one"), (1, "two"))
     )
     assert train_detection.main(one) == 0
-    done = command(*two, module="train_detection", prefix=torchrun(2))
+    done = command(*two, module="train_detection", processes=2)
     assert done.returncode == 0, done.stderr
     rows = [metrics(tmp_path / "detection" / name)[0] for name in ("one", "two")]
     for key, value in rows[0].items():

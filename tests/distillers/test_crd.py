@@ -1,14 +1,10 @@
 """CRD: the loss, the bank, the draw of negatives."""
 
-import os
-import subprocess
-from pathlib import Path
-
 import crd_processes
 import pytest
 import textbook_connectors as textbook
 import torch
-from support import REPO, golden_values, torchrun
+from support import golden_values, run_script
 
 from mdistiller.distillers import Output, _contrast
 from mdistiller.distillers._common import unit
@@ -290,15 +286,7 @@ def test_random_below_keeps_its_bound():
 
 def test_two_processes_equal_one(tmp_path):
     """Nine images split 4 / 5: losses, gradients, bank and Z as in one process."""
-    script = Path(crd_processes.__file__)
-    path = [str(REPO), str(REPO / "tests")]
-    done = subprocess.run(
-        [*torchrun(2), str(script), str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script(crd_processes.__file__, tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
     one, two = crd_processes.steps(), torch.load(tmp_path / "two", weights_only=True)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)

@@ -1,13 +1,9 @@
 """Two gloo processes give value and gradient of one process on the same global batch."""
 
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 import relation_processes
 import torch
-from support import REPO, torchrun
+from support import run_script
 
 from mdistiller.distillers._gather import gather_batch
 
@@ -15,14 +11,7 @@ from mdistiller.distillers._gather import gather_batch
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     path = tmp_path_factory.mktemp("relations") / "two"
-    folders = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    done = subprocess.run(
-        [*torchrun(2), str(Path(relation_processes.__file__)), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_script(relation_processes.__file__, path, processes=2)
     assert done.returncode == 0, done.stderr
     return torch.load(path, weights_only=True)
 

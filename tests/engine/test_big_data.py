@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import command, saved_teacher, torchrun, write_config
+from support import command, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict, get_distiller
@@ -149,7 +149,7 @@ def test_imagenet_trains_with_kd_and_resumes(tmp_path):
 
 
 def test_two_processes_train_on_imagenet(tmp_path):
-    done = command(*imagenet_words(tmp_path), "SOLVER.EPOCHS", "1", prefix=torchrun(2))
+    done = command(*imagenet_words(tmp_path), "SOLVER.EPOCHS", "1", processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "toy" / "run" / "summary.json").read_text())
     assert summary["epochs"] == 1

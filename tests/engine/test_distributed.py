@@ -115,7 +115,7 @@ def test_all_processes_evaluate_the_network_that_is_saved(tmp_path, monkeypatch)
     (tmp_path / "keep.py").write_text(BUFFERS)
     monkeypatch.setenv("SEEN", str(tmp_path))
     config = write_config(tmp_path, epochs=1, text="SOLVER:\n  TRAINER: keeps\n")
-    done = command("--cfg", config, "--import", tmp_path / "keep.py", prefix=torchrun(2))
+    done = command("--cfg", config, "--import", tmp_path / "keep.py", processes=2)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
     assert first["acc"] == second["acc"]

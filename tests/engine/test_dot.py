@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import command, golden_values, saved_teacher, torchrun, write_config
+from support import command, golden_values, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
@@ -151,7 +151,7 @@ def test_plain_training_has_one_loss_and_is_refused(tmp_path, capsys):
 
 
 def test_two_processes_follow_one(tmp_path):
-    for name, batch, prefix in (("one", 48, ()), ("two", 24, torchrun(2))):
+    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
         (tmp_path / name).mkdir()
         text = (
             f"SOLVER:\n  TRAINER: dot\n  BATCH_SIZE: {batch}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0\n"
@@ -159,7 +159,7 @@ def test_two_processes_follow_one(tmp_path):
         )
         settings = kd_settings(tmp_path, student="BabyStudent")
         config = write_config(tmp_path / name, text=text, **settings)
-        done = command("--cfg", config, prefix=prefix)
+        done = command("--cfg", config, processes=processes)
         assert done.returncode == 0, done.stderr
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in ("train_loss", "train_loss_kd", "test_loss"):

@@ -32,22 +32,25 @@ class Dies(BaseTrainer):
 
 
 @pytest.mark.parametrize(
-    ("words", "cause"),
+    ("words", "cause", "start"),
     [
-        (["SOLVER.TRAINER", "fails"], "error (rank 1): non-finite loss in epoch 1, step 2"),
-        (["DATASET.TYPE", "nothing"], "error: unknown data set 'nothing'"),
+        (
+            ["SOLVER.TRAINER", "fails"],
+            "error (rank 1): non-finite loss in epoch 1, step 2",
+            {"prefix": torchrun(2)},
+        ),
+        (["DATASET.TYPE", "nothing"], "error: unknown data set 'nothing'", {"processes": 2}),
     ],
 )
-def test_the_cause_is_told_once(tmp_path, words, cause):
+def test_the_cause_is_told_once(tmp_path, words, cause, start):
     (tmp_path / "fails.py").write_text(FAILS)
     config = write_config(tmp_path, student="BabyStudent", epochs=1)
     started = time.monotonic()
-    prefix = torchrun(2)
-    done = command("--cfg", config, "--import", tmp_path / "fails.py", *words, prefix=prefix)
+    done = command("--cfg", config, "--import", tmp_path / "fails.py", *words, **start)
     assert time.monotonic() - started < 120  # the other one would wait for half an hour
     assert done.returncode != 0
     assert done.stderr.count(cause) == 1, done.stderr
-    ours = done.stderr[: done.stderr.index("torch/distributed/elastic")]  # then torchrun's report
+    ours = done.stderr.partition("torch/distributed/elastic")[0]  # then torchrun's report
     assert ours.count("error") == 1, ours
     assert "Traceback" not in ours
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import command, same_state, saved_teacher, torchrun, write_config
+from support import command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
@@ -75,6 +75,6 @@ def test_resume_is_exact_to_the_bit(tmp_path, method):
 def test_two_processes_train_a_neck(tmp_path):
     """DistributedDataParallel ends with an error at the second step if a parameter is unused."""
     config = write_config(tmp_path, epochs=1, **settings(tmp_path, "SIMKD"))
-    done = command("--cfg", config, "SOLVER.BATCH_SIZE", 16, prefix=torchrun(2))
+    done = command("--cfg", config, "SOLVER.BATCH_SIZE", 16, processes=2)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "toy").glob("run*/student_latest"))) == 1

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from support import command, same_state, saved_teacher, torchrun, write_config
+from support import command, same_state, saved_teacher, write_config
 from test_training import OLD_TRAINER
 
 from mdistiller.cli import train as train_command
@@ -334,7 +334,7 @@ def test_a_non_finite_loss_names_the_stage(tmp_path, capsys):
 @pytest.mark.parametrize(("method", "trainer"), [("FT+FSP", "base"), ("AB", "dot")])
 def test_two_processes_follow_one_with_the_doubled_batch(tmp_path, method, trainer):
     """153 images: the last batch splits unevenly. No batch norm, as its statistics would differ."""
-    for name, batch, prefix in (("one", 48, ()), ("two", 24, torchrun(2))):
+    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
         text = (
             f"SOLVER: {{TRAINER: {trainer}, BATCH_SIZE: {batch}, CLIP_GRAD_NORM: 5.0}}\n"
             "DATASET: {VAL_SPLIT: 7}\n"
@@ -342,7 +342,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(tmp_path, method, train
         )
         nets = {"student": "BabyStudent", "teacher": "BabyStudent"}
         path = config(tmp_path / name, method, text, epochs=1, **nets)
-        done = command("--cfg", path, prefix=prefix)
+        done = command("--cfg", path, processes=processes)
         assert done.returncode == 0, done.stderr
     runs = [tmp_path / name / "out" / "toy" / "run" for name in ("one", "two")]
     records = ([*init, *main] for init, main in map(rows, runs))

@@ -8,7 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import timm
 import torch
-from support import TOY, command, torchrun, write_config
+from support import TOY, command, write_config
 from test_training import load, train
 from torchvision.models import mnasnet0_5
 
@@ -140,7 +140,7 @@ def test_of_two_processes_one_downloads(tmp_path):
             STUDENT_ARGS={"pretrained": True},
             text=f"IMPORTS: [{json.dumps(TOY)}, {json.dumps(str(tmp_path / 'place.py'))}]\n",
         )
-        done = command("--cfg", config, prefix=torchrun(2))
+        done = command("--cfg", config, processes=2)
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert Handler.requests == 1

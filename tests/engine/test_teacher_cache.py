@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, saved_teacher, write_config
+from support import run_script, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import DATASETS, ImageSet, load_data
@@ -507,16 +505,7 @@ def shared(tmp_path_factory):
     """What `cache_processes.py` leaves."""
     folder = tmp_path_factory.mktemp("shared")
     config(folder, text="SOLVER:\n  BATCH_SIZE: 16\n")
-    script = Path(__file__).with_name("cache_processes.py")
-    paths = os.pathsep.join(map(str, (REPO, REPO / "tests")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    done = run_script(Path(__file__).with_name("cache_processes.py"), folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -1,14 +1,11 @@
 """Runs in 1, 2 and 4 gloo processes, with accumulation and clipping: the same numbers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import REPO, saved_teacher
+from support import run_script, saved_teacher
 from world_processes import CASES
 
 WORLDS = (1, 2, 4)
@@ -18,16 +15,7 @@ WORLDS = (1, 2, 4)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
     saved_teacher(folder)
-    paths = os.pathsep.join(map(str, (REPO, REPO / "tests")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    script = Path(__file__).with_name("world_processes.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *map(str, WORLDS)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    done = run_script(Path(__file__).with_name("world_processes.py"), folder, *WORLDS)
     assert done.returncode == 0, done.stderr
     return folder
 
