@@ -1,9 +1,9 @@
-# make demo | make test | make lint: from a fresh clone, with only Python (>= 3.10) and make.
+# make demo | make test | make test-all | make lint: from a fresh clone, with only Python (>= 3.10) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 $(VENV)/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -31,10 +31,23 @@ REFUSED = {
     },
 }
 
+MARKS = dict.fromkeys(
+    [
+        ("wrn_16_2", "wrn_16_1"),
+        ("vgg8", "vgg8"),
+        ("wrn_16_1", "ShuffleV2"),
+        ("vgg8", "MobileNetV2"),
+        ("vgg8", "resnet8"),
+    ],
+    pytest.mark.slow,
+)
+
 
 @pytest.mark.filterwarnings("ignore:.*left over, without part:UserWarning")
 @pytest.mark.filterwarnings("ignore:FITNET. no layer:UserWarning")
-@pytest.mark.parametrize("pair", REFUSED, ids="->".join)
+@pytest.mark.parametrize(
+    "pair", [pytest.param(pair, marks=MARKS.get(pair, ()), id="->".join(pair)) for pair in REFUSED]
+)
 def test_all_methods_run_where_the_mathematics_allows(pair):
     verdicts = {method: pairs.one_step(method, *pair) for method in METHODS}
     refusals = {method: text for method, text in verdicts.items() if text != "ok"}
@@ -59,9 +72,9 @@ def test_the_table_is_printed_with_each_reason_once(capsys):
 @pytest.mark.parametrize(
     ("teacher", "student"),
     [
-        ("torchvision/swin_t", "timm/convnext_atto"),
+        pytest.param("torchvision/swin_t", "timm/convnext_atto", marks=pytest.mark.slow),
         ("timm/vit_tiny_patch16_224", "torchvision/shufflenet_v2_x0_5"),
-        ("timm/mixer_s32_224", "timm/vit_tiny_patch16_224"),
+        pytest.param("timm/mixer_s32_224", "timm/vit_tiny_patch16_224", marks=pytest.mark.slow),
         ("torchvision/mnasnet0_5", "timm/mobilevit_xxs"),
     ],
 )

@@ -81,7 +81,7 @@ def test_without_difference_of_momenta_the_step_is_that_of_two_sgds(tmp_path):
     assert delta[1]["train_loss"] != pytest.approx(dot[1]["train_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_follows_full_precision(tmp_path, amp):
     text = "SOLVER:\n  TRAINER: dot\n  CLIP_GRAD_NORM: 50.0\n  AMP: {}\n"
     full = train(tmp_path / "full", text.format("none"), **kd_settings(tmp_path))

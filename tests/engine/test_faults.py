@@ -4,6 +4,7 @@ import pytest
 from support import command
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
 def test_nothing_is_lost():
     done = command("--quick", module="faults")

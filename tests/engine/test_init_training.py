@@ -284,7 +284,7 @@ def test_every_trainer_has_the_stage(tmp_path, plain, trainer):
     assert len(main) == 1
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_mixed_precision_follows_full_precision(tmp_path, plain, amp):
     text = f"SOLVER: {{AMP: {amp}, CLIP_GRAD_NORM: 1.0e+4}}\n"
     half, _ = rows(train(config(tmp_path, "FSP", text, init=1, epochs=1)))
