@@ -66,7 +66,13 @@ def command(*words, module="train", prefix=(), processes=0, cwd=None):
 
 def run_script(script, *words, cwd=None, processes=0):
     """As :func:`command`, for a script anywhere, which finds what the tests import."""
-    return _server().run([str(script), *map(str, words)], _environment(), cwd, processes)
+    server = _server()
+    if server.process.poll() is not None:  # a test was broken off
+        _server.cache_clear()
+        server = _server()
+    environment = _environment()
+    assert environment["PYTHONPATH"] == server.environment["PYTHONPATH"], "give it a prefix"
+    return server.run([str(script), *map(str, words)], environment, cwd, processes)
 
 
 def _environment():

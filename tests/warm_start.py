@@ -1,7 +1,10 @@
 """Commands that start in milliseconds: forked from a process that has imported torch already.
 
 Importing takes longer than most runs of the tests. As a script it reads a request from each line of
-its standard input, runs a script in one or several processes, and prints their exit codes.
+its standard input, runs a script in one or several processes, and prints their exit code.
+
+Hashes of strings and what is imported already are the same in all of them, and destructors do not
+run at the end. A test of such things, or of Python's start, wants a process of its own.
 """
 
 import atexit
@@ -9,35 +12,47 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
-TIMEOUT = 300
+import numpy
+import torch
+
+TIMEOUT = float(os.environ.get("WARM_START_TIMEOUT", 300))
 
 
 class Server:
-    """The process that is forked from; it ends with this one."""
+    """The process that is forked from; it ends with this one, or when a request is broken off.
+
+    Args:
+        environment: what it starts with; commands get their own, but modules are imported by now.
+    """
 
     def __init__(self, environment):
+        self.environment = environment
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             env=environment,
         )
-        atexit.register(self.process.stdin.close)
+        atexit.register(self.process.kill)
 
     def run(self, script, environment, cwd=None, processes=0):
         """Run a script as `subprocess.run` would, or as so many processes of one training.
 
-        Of several, the output is that of all, and the code the first that is not 0.
+        Of several, the output is that of all, and the code that of the first to fail.
+
+        Raises:
+            subprocess.TimeoutExpired: it takes more than TIMEOUT seconds.
         """
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
@@ -48,12 +63,16 @@ class Server:
                 "out": str(out),
                 "err": str(err),
             }
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-            assert answer, "the process that commands are forked from has ended"
-            codes = json.loads(answer)
-            code = next((code for code in codes if code), 0)
+            try:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+                assert select.select([self.process.stdout], [], [], 2 * TIMEOUT)[0], "no answer"
+                code = json.loads(self.process.stdout.readline())
+            except BaseException:
+                self.process.kill()  # or the next request would get the answer to this one
+                raise
+            if code is None:
+                raise subprocess.TimeoutExpired(script, TIMEOUT, out.read_text(), err.read_text())
             return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
 
 
@@ -77,31 +96,38 @@ def _serve():
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
-        running = {}
+        running = []
         for environment in request["environments"]:
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
                 _become(request, environment)
-            running[pid] = len(running)
-        print(json.dumps(_codes(running)), flush=True)
+            running.append(pid)
+        print(json.dumps(_code(running)), flush=True)
 
 
-def _codes(running):
-    """Exit codes in order; once one has failed, the others get ten seconds."""
-    codes, end = [0] * len(running), time.monotonic() + TIMEOUT
+def _code(running):
+    """Exit code of the first process to fail, or 0; once one has, the others get ten seconds.
+
+    None where time is up.
+    """
+    code, end = 0, time.monotonic() + TIMEOUT
+    late = False
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-            if any(codes):
+            running.remove(pid)
+            if not code and status:
+                code = os.waitstatus_to_exitcode(status)
                 end = min(end, time.monotonic() + 10)
         elif time.monotonic() > end:
+            late = late or not code
             for pid in running:
-                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
+            time.sleep(0.1)
         else:
             time.sleep(0.01)
-    return codes
+    return None if late else code
 
 
 def _become(request, environment):
@@ -109,6 +135,8 @@ def _become(request, environment):
     code = 1
     try:
         os.setsid()
+        numpy.random.seed()  # as in a new process, nothing is repeated without a seed
+        torch.seed()
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         os.environ.clear()
@@ -120,9 +148,12 @@ def _become(request, environment):
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if code and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
+        threading._shutdown()  # waits for threads, as Python does at its end
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -124,7 +125,8 @@ class CRD(Distiller):
 
     def draw_contrast(self, index: Tensor) -> Tensor:
         """Positive and negatives of the images `index` [N] for one step, [N, K + 1]."""
-        contrast = index.new_empty(len(index), self.negatives.k + 1)
+        shape = len(index), self.negatives.k + 1
+        contrast = torch.empty(shape, dtype=torch.int64, device=index.device)
         contrast[:, 0] = index if self.mode == "exact" else self.negatives.same_class(index)
         self.negatives.draw(index, out=contrast[:, 1:])
         return contrast

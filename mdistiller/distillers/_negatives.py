@@ -61,7 +61,7 @@ class Negatives(nn.Module):
     def draw(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         """Negatives of the images `index` [N]: their numbers, int64 [N, K], written to `out`."""
         if out is None:
-            out = index.new_empty(len(index), self.k)
+            out = torch.empty(len(index), self.k, dtype=torch.int64, device=index.device)
         repeated = None if self.all_distinct else self._repeated(index)
         if repeated is not None and not self.some_distinct:
             return out.copy_(repeated)

@@ -61,7 +61,7 @@ def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
     if frozen is None:
         form, dtype = "plain", cfg.SOLVER.AMP
     else:
-        form = f"folded {frozen.folded}, channels_last {frozen.channels_last}"
+        form = f"folded {frozen.folded}, channels_last {frozen.channels_last}, fuses {frozen.fuses}"
         dtype = str(frozen.dtype)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     solver = cfg.SOLVER

@@ -23,8 +23,8 @@ from mdistiller.registry import UserError
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOSE = 1e-4
 """What the folded copy may be off on random input, as part of the largest value; usually 1e-6."""
-SHAPES = 4
-"""Shapes of batches for which operations are fused: a training has one, and a shorter last one."""
+SHAPES = 2
+"""Shapes of batches for which operations are fused: those of a training and of its last batch."""
 
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -188,6 +188,10 @@ class FrozenTeacher:
             self._fused[image.shape] = fuse(self.net, image)
         return self._fused.get(image.shape) or self.net
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fused operations, which can neither be copied nor written."""
+        return {**self.__dict__, "_fused": {}}
+
     def renew(self) -> None:
         """Take over the teacher's weights before the next forward."""
         self._seen = None
@@ -209,6 +213,8 @@ class FrozenTeacher:
         some = self._tensors[0]
         self.net.to(some.device)
         own = dict(named_tensors(self.net))
+        before = [tensor.clone() for tensor in own.values()] if self._fused else []
+        values = list(own.values())
         for layer_name, norm_name in self.pairs:
             names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
             layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
@@ -216,9 +222,8 @@ class FrozenTeacher:
                 own.pop(name).copy_(value)
         for name, tensor in own.items():
             tensor.copy_(source[name])
-        for fused in self._fused.values():
-            if fused is not None:
-                fused.pack()
+        if not all(map(torch.equal, before, values)):
+            self._fused.clear()  # they have the weights that were
         self._seen = self._state()
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _RELU = (_aten.relu.default, _aten.relu_.default)
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """What a fused network may be off, as part of the largest value, by the type of its weights.
-In float32 mostly the same bits; in bfloat16 nearer to float32, as sums are not rounded."""
+In float32 mostly the same bits; in bfloat16 sums are not rounded before the ReLU."""
 
 
 def can_fuse(image: Tensor) -> bool:
@@ -37,26 +37,48 @@ def can_fuse(image: Tensor) -> bool:
 def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
     """`net` for images of this shape; None if nothing can be fused or its operations be recorded.
 
-    The operations of one forward pass are recorded: `net` must be in eval mode, and do the same
-    to every batch of a shape.
+    The operations of one forward pass are recorded: `net` must be in eval mode. What it reads of
+    an image's or a weight's values as a number would stay as it was then. A network that asks torch
+    for one is not recorded, nor one that says something else of a second image; images are drawn
+    for that, so that the verdict does not depend on those at hand.
     """
+    drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    drawn = drawn.contiguous(memory_format=_memory_format(image))
+    other = -0.7 * drawn.flip(0, -1)
     try:
-        module = make_fx(net)(image)
-        packed = _fuse(module)
-        if not packed:
-            return None
-        fused, close = FusedNetwork(module, packed), CLOSE[packed[0].weight.dtype]
-        pairs = zip(tree_leaves(fused(image)), tree_leaves(net(image)), strict=True)
-        same = all(_agree(a, b, close) for a, b in pairs)
+        with torch.random.fork_rng(devices=[]):
+            with _NoNumbers():
+                module = make_fx(net)(drawn)
+            packed = _fuse(module)
+            if not packed:
+                return None
+            fused, close = FusedNetwork(module, packed), CLOSE[packed[0].weight.dtype]
+            pairs = zip(tree_leaves(fused(other)), tree_leaves(net(other)), strict=True)
+            same = all(_agree(a, b, close) for a, b in pairs)
     except Exception:  # of whatever network: it then runs as it is
         return None
     return fused if same else None
 
 
+def _memory_format(image: Tensor) -> torch.memory_format:
+    last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+class _NoNumbers(TorchDispatchMode):
+    """Refuses to read a tensor's value as a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            raise RuntimeError("a value is read while operations are recorded")
+        return func(*args, **(kwargs or {}))
+
+
 def _agree(first: Any, second: Any, close: float) -> bool:
     if not isinstance(second, Tensor):
         return bool(first == second)
-    return bool((first - second).abs().max() <= close * second.abs().max())
+    same_kind = first.shape == second.shape and first.dtype == second.dtype
+    return same_kind and bool((first - second).abs().max() <= close * second.abs().max())
 
 
 @dataclass
@@ -70,24 +92,20 @@ class _Packed:
 
 
 class FusedNetwork:
-    """The recorded operations. :meth:`pack` takes over the network's weights after a change."""
+    """The recorded operations, with the network's weights as they were."""
 
     def __init__(self, module: fx.GraphModule, packed: list[_Packed]):
-        self._module, self._packed = module, packed
+        self._module = module
         self.count = len(packed)
-        self.pack()
+        reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
+        for one in packed:
+            weight = reorder(one.weight.detach(), *one.settings, one.input_size)
+            setattr(module, one.name, weight)
         module.graph.lint()
         module.recompile()
 
     def __call__(self, image: Tensor) -> Any:
         return self._module(image)
-
-    @torch.no_grad()
-    def pack(self) -> None:
-        reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
-        for one in self._packed:
-            packed = reorder(one.weight.detach(), *one.settings, one.input_size)
-            setattr(self._module, one.name, packed)
 
 
 def _fuse(module: fx.GraphModule) -> list[_Packed]:
@@ -106,9 +124,10 @@ def _fuse(module: fx.GraphModule) -> list[_Packed]:
             if conv is None or any(order[conv] < place < order[before] for place in changes):
                 continue  # what it reads may be another by the time of the sum
         source, weight, bias, stride, padding, dilation, transposed, _, groups = conv.args
-        plain = len(_value(source).shape) == 4 and not transposed
-        if not plain or weight.op != "get_attr" or _value(weight).dtype not in CLOSE:
-            continue
+        dtype = _value(conv).dtype
+        plain = len(_value(source).shape) == 4 and not transposed and weight.op == "get_attr"
+        if not plain or dtype not in CLOSE or (dtype == torch.bfloat16 and groups > 1):
+            continue  # oneDNN has no sums in grouped bfloat16
         settings = padding, stride, dilation, groups
         name = f"packed_{len(packed)}"
         tensor = getattr(module, weight.target)
@@ -148,6 +167,7 @@ def _summands(node: Any) -> tuple[Any, Any]:
             and isinstance(other, fx.Node)
             and other is not conv
             and _value(other).shape == _value(conv).shape
+            and _value(other).dtype == _value(conv).dtype
         ):
             return conv, other
         if node.target is _aten.add_.Tensor:  # the other way round, `first` would be written to

@@ -237,3 +237,13 @@ def test_half_precision_maps_are_computed_in_float32(loss, dtype):
     got = LOSSES[loss](s, t)
     assert got.dtype == torch.float32
     assert got.item() == near(LOSSES[loss](s.float(), t.float()).item())
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_ofd_keeps_its_digits_on_large_maps(form):
+    """Stage 1 of an ImageNet network: the sum of 1.6 million squares."""
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 256, 56, 56).contiguous(memory_format=form) for _ in range(2)]
+    margin = -torch.rand(256)
+    exact = ofd_loss(*(x.double() for x in maps), margin.double())
+    assert ofd_loss(*maps, margin).item() == pytest.approx(exact.item(), rel=1e-6)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_resume_after_sigkill_is_exact_to_the_bit(tmp_path, monkeypatch):
     with (runs[1] / "metrics.jsonl").open("a") as log:
         log.write('{"epoch": 3, "lr"')
     monkeypatch.delenv("KILL")
-    resumed = command("--cfg", config, *words, "--resume")
+    resumed = command("--cfg", config, *words, "--resume", prefix=[sys.executable])
     assert resumed.returncode == 0, resumed.stderr
     first, second = (load(run / "latest") for run in runs)
     assert first["epoch"] == second["epoch"] == 4
@@ -474,7 +475,7 @@ def test_a_distiller_of_the_original_trains_unchanged(tmp_path, place, monkeypat
         TEACHER_CKPT=str(saved_teacher(tmp_path)),
         text="MyDistiller:\n  WEIGHT: 0.5\n",
     )
-    done = command("--cfg", config, *words)
+    done = command("--cfg", config, *words, prefix=[sys.executable])
     assert done.returncode == 0, done.stderr
     run = tmp_path / "out" / "toy" / "run"
     rows = metrics(run)
