@@ -49,6 +49,9 @@ def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             taken["peak_mib"] = peak_growth(one_loop, args, key, device, device=device)
     if "classic" in loops:
         row["classic_loss"] = "textbook" if loops["classic"].textbook else "ours"
+        readers = {key: loops[key].read for key in ("ours", "classic")}
+        alone = race(readers, device, args.rounds)
+        row["data"] = {key: per_step(taken, args.steps) for key, taken in alone.items()}
     ours, clock = loops["ours"], Clock(device)
     row |= work(ours, row, device)
     put_on_clock(ours.trainer, clock)
@@ -166,6 +169,9 @@ def show(row: dict[str, Any]) -> None:
     print("| part of ours | ms/step | share |\n|---|---|---|")
     for part, value in row["parts"].items():
         print(f"| {part} | {value:.3f} | {100 * value / whole:.1f} % |")
+    if "data" in row:
+        own, classic = (row["data"][key]["ms"] for key in ("ours", "classic"))
+        print(f"data alone, ms/step: ours {own:.3f}, classic {classic:.3f} ({classic / own:.1f}x)")
     peaks = ", ".join(f"{name} {value:.0f}" for name, value in row["peak_gflops"].items())
     print(
         f"{row['mflop_per_image']:.0f} MFLOP/image, {100 * row['share_of_peak']:.0f} % of the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class Ours:
 
     def run(self) -> None:
         self.trainer.train_epoch(self.trainer.epoch + 1)
+
+    def read(self) -> None:
+        """The batches of a round, and no more."""
+        for _ in self.loader:
+            pass
 
 
 class Bare:
@@ -113,12 +118,20 @@ class Classic:
         self.seen: list[tuple[float, ...]] = []
 
     def run(self) -> None:
-        for batch in itertools.islice(self.batches, self.steps):
+        for batch in self.on_device():
             self.step(batch)
+
+    def read(self) -> None:
+        """The batches of a round, and no more."""
+        for _ in self.on_device():
+            pass
+
+    def on_device(self) -> Iterator[Any]:
+        for batch in itertools.islice(self.batches, self.steps):
+            yield [item.to(self.device, non_blocking=True) for item in batch]
 
     def step(self, batch: Any, epoch: int = 1) -> float:
         """One step on (image, target, index); the loss."""
-        batch = [item.to(self.device, non_blocking=True) for item in batch]
         logits, loss = plain_forward(self.distiller, batch, epoch, self.distill)
         top1, top5 = accuracy(logits.detach(), batch[1], (1, 5))
         self.optimizer.zero_grad()

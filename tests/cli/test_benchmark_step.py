@@ -135,6 +135,9 @@ def test_the_report_has_loops_parts_and_operations(tmp_path, capsys):
     (row,) = report["step"]
     assert list(row["loops"]) == ["ours", "bare", "classic"]
     assert list(row["parts"]) == list(PARTS)
+    alone = {key: taken["ms"] for key, taken in row["data"].items()}
+    assert f"classic {alone['classic']:.3f} ({alone['classic'] / alone['ours']:.1f}x)" in printed
+    assert 0 < alone["ours"] < alone["classic"] < row["loops"]["classic"]["ms"]
     for taken in row["loops"].values():
         assert taken["images_per_second"] == pytest.approx(8e3 / taken["ms"])
         assert taken["peak_mib"] > 5  # the student's maps alone
