@@ -70,7 +70,7 @@ def test_the_average_follows_every_step(tmp_path, monkeypatch):
         assert same_state(average, load(run / "student_latest")["model"])
 
 
-@pytest.mark.parametrize("trainer", ["base", "dot"])
+@pytest.mark.parametrize("trainer", ["base", pytest.param("dot", marks=pytest.mark.slow)])
 def test_resume_is_exact_to_the_bit(tmp_path, monkeypatch, trainer):
     """Killed within the third epoch, between two micro-batches of one step."""
     kind = trainer_dict[trainer]

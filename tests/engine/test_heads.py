@@ -29,7 +29,7 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("method", ["SIMKD", "CATKD"])
+@pytest.mark.parametrize("method", ["SIMKD", pytest.param("CATKD", marks=pytest.mark.slow)])
 def test_eval_gives_accuracy_and_loss_that_training_printed(tmp_path, capsys, method):
     run = run_of(tmp_path, epochs=3, **settings(tmp_path, method))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -59,7 +59,7 @@ def test_a_student_with_the_teachers_head_can_be_a_teacher(tmp_path, capsys):
     assert summary(second)["teacher_acc"] == summary(run)["last_acc"]
 
 
-@pytest.mark.parametrize("method", ["SIMKD", "CATKD"])
+@pytest.mark.parametrize("method", ["SIMKD", pytest.param("CATKD", marks=pytest.mark.slow)])
 def test_resume_is_exact_to_the_bit(tmp_path, method):
     options = settings(tmp_path, method, text="SOLVER:\n  LR: 0.01\n")
     for name in ("whole", "halves"):
