@@ -42,6 +42,8 @@ def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
     for one is not recorded, nor one that says something else of a second image; images are drawn
     for that, so that the verdict does not depend on those at hand.
     """
+    import torch._dynamo  # noqa: F401  (make_fx does, which reads values in some versions)
+
     drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
     drawn = drawn.contiguous(memory_format=_memory_format(image))
     other = -0.7 * drawn.flip(0, -1)
