@@ -42,7 +42,7 @@ def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
     for one is not recorded, nor one that says something else of a second image; images are drawn
     for that, so that the verdict does not depend on those at hand.
     """
-    import torch._dynamo  # noqa: F401  (make_fx does, which reads values in some versions)
+    import torch._dynamo  # as make_fx does; in some versions that reads values
 
     drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
     drawn = drawn.contiguous(memory_format=_memory_format(image))
