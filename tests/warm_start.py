@@ -137,6 +137,9 @@ def _become(request, environment):
         os.setsid()
         numpy.random.seed()  # as in a new process, nothing is repeated without a seed
         torch.seed()
+        # A forked process makes torch's pool of threads anew when it is first asked for; autograd's
+        # threads, which all ask at once, may find none and crash.
+        torch.set_num_threads(1)
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         os.environ.clear()

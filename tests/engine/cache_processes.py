@@ -21,6 +21,7 @@ FORK = multiprocessing.get_context("fork")
 
 def rank(folder, cache, number):
     """One of two processes of a run."""
+    torch.set_num_threads(1)  # before any other thread asks for the pool
     os.environ["LOCAL_RANK"] = str(number)
     meeting = f"file://{folder}/meeting_{cache}"
     dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)

@@ -121,6 +121,7 @@ def main(folder):
 
 
 def start(folder, number, world):
+    torch.set_num_threads(1)  # before any other thread asks for the pool
     os.environ["LOCAL_RANK"] = str(number)
     meeting = f"file://{folder}/meeting{world}"
     dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=world)
