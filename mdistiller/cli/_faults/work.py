@@ -189,6 +189,7 @@ class Work:
 
 def _child(cfg: Config, log: Path, before: Before | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    torch.set_num_threads(1)  # makes torch's pool anew, before autograd's threads do so all at once
     with log.open("a", buffering=1) as out:
         sys.stdout = sys.stderr = out
         os.dup2(out.fileno(), 1)
