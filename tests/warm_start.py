@@ -9,6 +9,7 @@ run at the end. A test of such things, or of Python's start, wants a process of 
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -26,6 +27,12 @@ from pathlib import Path
 import numpy
 import torch
 
+IMPORTED = (
+    "torch._dynamo",  # by the first optimizer
+    "mdistiller.cli.train",
+    "mdistiller.detection.run",
+    "mdistiller.engine.run",
+)
 TIMEOUT = float(os.environ.get("WARM_START_TIMEOUT", 300))
 
 
@@ -88,11 +95,8 @@ def _worlds(processes):
 
 
 def _serve():
-
-    import mdistiller.cli.train
-    import mdistiller.detection.run
-    import mdistiller.engine.run  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -125,36 +125,43 @@ def _fuse(module: fx.GraphModule) -> list[_Packed]:
             conv, other = _summands(before)
             if conv is None or any(order[conv] < place < order[before] for place in changes):
                 continue  # what it reads may be another by the time of the sum
-        source, weight, bias, stride, padding, dilation, transposed, _, groups = conv.args
-        dtype = _value(conv).dtype
-        plain = len(_value(source).shape) == 4 and not transposed and weight.op == "get_attr"
-        if not plain or dtype not in CLOSE or (dtype == torch.bfloat16 and groups > 1):
-            continue  # oneDNN has no sums in grouped bfloat16
-        settings = padding, stride, dilation, groups
-        name = f"packed_{len(packed)}"
-        tensor = getattr(module, weight.target)
-        packed.append(_Packed(name, tensor, settings, list(_value(source).shape)))
-        module.register_buffer(name, tensor.detach())
-        with module.graph.inserting_before(before):
-            held = module.graph.get_attr(name)
-            if other is None:
-                new = module.graph.call_function(
-                    torch.ops.mkldnn._convolution_pointwise.default,
-                    (source, held, bias, *settings, "relu", [], ""),
-                )
-            else:
-                new = module.graph.call_function(
-                    torch.ops.mkldnn._convolution_pointwise.binary,
-                    (source, other, held, bias, *settings, "add", 1.0, "relu", [], ""),
-                )
-        new.meta = dict(relu.meta)
-        order[new] = order[before]
-        relu.replace_all_uses_with(new)
-        for node in dict.fromkeys((relu, before, conv)):
-            module.graph.erase_node(node)
-        if not weight.users:
-            module.graph.erase_node(weight)
+        if _is_fusible(conv):
+            packed.append(_replace(module, conv, other, relu, f"packed_{len(packed)}"))
     return packed
+
+
+def _is_fusible(conv: fx.Node) -> bool:
+    """Whether it is a convolution of images with weights at hand, of a type that oneDNN fuses."""
+    source, weight, *_, transposed, _, groups = conv.args
+    if transposed or len(_value(source).shape) != 4 or cast(fx.Node, weight).op != "get_attr":
+        return False
+    dtype = _value(conv).dtype
+    return dtype in CLOSE and not (dtype == torch.bfloat16 and groups != 1)  # no such sums
+
+
+def _replace(module: fx.GraphModule, conv: Any, other: Any, relu: fx.Node, name: str) -> _Packed:
+    """Put one operation in the place of `conv`, its sum with `other` if any, and `relu`."""
+    graph, before = module.graph, cast(fx.Node, relu.args[0])
+    source, weight, bias, stride, padding, dilation, _, _, groups = conv.args
+    settings = padding, stride, dilation, groups
+    tensor = getattr(module, weight.target)
+    module.register_buffer(name, tensor.detach())
+    with graph.inserting_before(before):
+        held = graph.get_attr(name)
+        if other is None:
+            operation = torch.ops.mkldnn._convolution_pointwise.default
+            arguments: tuple[Any, ...] = (source, held, bias, *settings, "relu", [], "")
+        else:
+            operation = torch.ops.mkldnn._convolution_pointwise.binary
+            arguments = (source, other, held, bias, *settings, "add", 1.0, "relu", [], "")
+        new = graph.call_function(operation, arguments)
+    new.meta = dict(relu.meta)
+    relu.replace_all_uses_with(new)
+    for node in dict.fromkeys((relu, before, conv)):
+        graph.erase_node(node)
+    if not weight.users:
+        graph.erase_node(weight)
+    return _Packed(name, tensor, settings, list(_value(source).shape))
 
 
 def _summands(node: Any) -> tuple[Any, Any]:

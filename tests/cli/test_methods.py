@@ -10,8 +10,6 @@ from mdistiller.runtime import project_root
 
 NAMES = sorted(name for name in distiller_dict if name != "NONE")
 PAGE = project_root() / "docs" / "methods.md"
-
-
 ADVICE = "run: python tools/methods.py --write docs/methods.md"
 
 
