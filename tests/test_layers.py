@@ -6,6 +6,7 @@ import pytest
 from support import REPO
 
 BOTTOM = {"registry", "runtime", "weights", "manifest", "files"}
+ENGINE = BOTTOM | {"models", "dataset", "distillers", "engine"}
 MAY_IMPORT = {
     "registry": set(),
     "runtime": {"registry"},
@@ -16,8 +17,12 @@ MAY_IMPORT = {
     "dataset": BOTTOM,
     "distillers": BOTTOM,
     "engine": BOTTOM | {"models", "dataset", "distillers"},
-    "detection": BOTTOM | {"models", "dataset", "distillers", "engine"},
-    "cli": BOTTOM | {"models", "dataset", "distillers", "engine", "detection"},
+    "evaluation": ENGINE,
+    "sweep": ENGINE,
+    "report": ENGINE | {"sweep"},
+    "export": ENGINE,
+    "detection": ENGINE | {"evaluation"},
+    "cli": ENGINE | {"evaluation", "sweep", "report", "export", "detection"},
 }
 FILES = sorted((REPO / "mdistiller").rglob("*.py"))
 

@@ -2,8 +2,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from mdistiller.cli.faults import main
+from faults.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

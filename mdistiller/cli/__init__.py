@@ -15,12 +15,10 @@ COMMANDS = {
     "pairs": "which method runs on which teacher-student pair, tried by one step each",
     "models": "networks with parameters, operations and stage shapes",
     "methods": "what every method is, uses and needs: a table",
-    "benchmark": "measured speed of the parts",
     "sweep": "grids, seeds and searches from one file, in parallel: a table",
     "download": "released teachers, fetched to where the zoo looks for them",
     "convert_checkpoint": "the weights of an old file that the library refuses to read",
     "convert_detectron2": "a detector of detectron2's model zoo as a file for DETECTION.*.WEIGHTS",
-    "faults": "runs killed, files damaged, disks filled: is anything lost?",
     "report": "runs compared over seeds and with published numbers: Markdown, CSV, one HTML page",
     "demo": "teacher, KD and DKD on the embedded digits: a table and a plot in minutes",
 }

@@ -26,7 +26,7 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     from mdistiller.detection.data import build_set
     from mdistiller.detection.models import build_detector
     from mdistiller.detection.pictures import detections_picture
-    from mdistiller.engine.analysis.samples import choose_classes
+    from mdistiller.evaluation.samples import choose_classes
     from mdistiller.runtime import resolve_device
 
     paths = list(args.ckpt)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._run import add_overrides
+from mdistiller.cli.command import add_overrides
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from mdistiller.dataset import TestData
-    from mdistiller.engine.analysis.subjects import Source, Subject
     from mdistiller.engine.cfg import Config
+    from mdistiller.evaluation.subjects import Source, Subject
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +83,8 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
         usual: checkpoints of a run folder, where --checkpoint names none.
     """
     from mdistiller.dataset import load_test_loader
-    from mdistiller.engine.analysis.subjects import data_config, load
     from mdistiller.engine.cfg import load_config
+    from mdistiller.evaluation.subjects import data_config, load
     from mdistiller.runtime import resolve_device
 
     paths = list(args.ckpt)
@@ -114,7 +114,7 @@ def _sources(
     args: argparse.Namespace, paths: list[str], given: Config, usual: Sequence[str]
 ) -> list[Source]:
     """Run folders' students, and files of the networks that -m names."""
-    from mdistiller.engine.analysis.subjects import file_source, run_sources
+    from mdistiller.evaluation.subjects import file_source, run_sources
 
     files = [path for path in paths if not Path(path).is_dir()]
     if not paths:
@@ -141,7 +141,7 @@ def _sources(
 
 
 def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
-    from mdistiller.engine.analysis.subjects import file_source, run_sources
+    from mdistiller.evaluation.subjects import file_source, run_sources
 
     if not args.teacher:
         if args.teacher_ckpt != "pretrain":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
-    from mdistiller.engine.analysis.evaluate import Evaluation
+    from mdistiller.evaluation.evaluate import Evaluation
 
 
 def check_places(paths: Iterable[Path]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 

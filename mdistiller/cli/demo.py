@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
@@ -73,7 +73,7 @@ def student_runs(seeds: int, epochs: list[str], out: Path) -> dict[str, list[dic
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table: last-epoch accuracy (mean ± sample std over seeds), parameters, seconds."""
-    from mdistiller.engine.sweep.table import mean_std
+    from mdistiller.sweep.table import mean_std
 
     rows = [
         "| run | last top-1 % | seeds | parameters | seconds per run |",

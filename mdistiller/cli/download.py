@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError
@@ -268,8 +268,8 @@ def verify(release: Release, path: Path) -> None:
 
 def published_accuracy(release: Release, dataset: str) -> float | None:
     """Top-1 in % that those who released weights report, if they do."""
-    from mdistiller.engine.report.published import published
     from mdistiller.models._released import torchvision_accuracy
+    from mdistiller.report.published import published
 
     if not release.file:
         return torchvision_accuracy(release.checkpoint)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._networks import add_networks, load_networks
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 
 if TYPE_CHECKING:
-    from mdistiller.engine.analysis.evaluate import Evaluation
+    from mdistiller.evaluation.evaluate import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
     from mdistiller.cli import _tables
-    from mdistiller.engine.analysis.evaluate import evaluate
     from mdistiller.engine.utils import log_msg
+    from mdistiller.evaluation.evaluate import evaluate
 
     outputs = [path for path in (args.json, args.csv, args.confusion) if path]
     _tables.check_places(outputs)

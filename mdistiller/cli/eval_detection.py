@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._detection_tables import Subject, json_text, tables
-from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli.command import add_overrides, guarded
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """Load, measure one network after the other, print the tables, write the files."""
     from mdistiller.cli._tables import check_places
     from mdistiller.detection.data import val_loader
-    from mdistiller.engine.analysis.draw import new_figure
     from mdistiller.engine.distributed import process_group
     from mdistiller.engine.utils import is_main_process
+    from mdistiller.evaluation.draw import new_figure
     from mdistiller.runtime import resolve_device
 
     if args.pictures:
@@ -178,7 +178,7 @@ def _draw(
     nets: Sequence[tuple[Subject, Detector]], loader: ValBatches, device: torch.device, path: Path
 ) -> None:
     from mdistiller.detection.pictures import detections_picture
-    from mdistiller.engine.analysis.draw import save
+    from mdistiller.evaluation.draw import save
 
     titled = [(subject.label, net) for subject, net in nets]
     size = (loader.min_size, loader.max_size)

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli.command import add_overrides, guarded
 from mdistiller.cli.models import SIZES
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
-    from mdistiller.engine.export import Exported, Latency, Student
+    from mdistiller.export import Exported, Latency, Student
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of measurement for each batch size, spread over what is measured
@@ -78,7 +78,7 @@ def find_student(args: argparse.Namespace) -> Student:
     """The student of the run or file that the arguments name."""
     from mdistiller.dataset import known_data
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.export import from_checkpoint, from_run
+    from mdistiller.export import from_checkpoint, from_run
 
     if not args.model:
         if not args.opts:
@@ -105,7 +105,7 @@ _WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")
 
 def export(args: argparse.Namespace) -> None:
     """Write the files, then the card that describes them."""
-    from mdistiller.engine.export import export_student, model_card, write_card
+    from mdistiller.export import export_student, model_card, write_card
 
     student = find_student(args)
     out = Path(args.out or Path(args.opts[0]) / "export")
@@ -121,7 +121,7 @@ def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str
     """Latencies of the network and of each file that runs by itself, and the machine in words."""
     import torch
 
-    from mdistiller.cli._timing import surroundings
+    from mdistiller.cli.timing import surroundings
 
     machine = surroundings("cpu")
     words = f"{machine['hardware']} (CPU, threads: {machine['threads']})"
@@ -138,8 +138,8 @@ def latencies(
     """Of the network and of files, in turns, until SECONDS are over."""
     import torch
 
-    from mdistiller.cli._timing import race, seconds
-    from mdistiller.engine.export import FORMATS, Latency
+    from mdistiller.cli.timing import race, seconds
+    from mdistiller.export import FORMATS, Latency
 
     images = torch.rand(batch, 3, *student.image_size, device=device)
     net = copy.deepcopy(student.net).to(device)

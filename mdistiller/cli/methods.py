@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli._probe import random_step, untrained
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 PAIR = ("resnet32x4", "resnet8x4")
@@ -184,7 +184,7 @@ def extras(name: str, forwards: int) -> str:
 
 def published(name: str) -> str:
     """What papers report for the usual pair."""
-    from mdistiller.engine.report.published import published as lines
+    from mdistiller.report.published import published as lines
 
     return "; ".join(
         f"{line.top1:.2f} ({line.source if line.method == name else line.method})"

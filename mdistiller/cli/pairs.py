@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mdistiller.cli._probe import CIFAR, random_step, untrained
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 BATCH = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 
@@ -47,9 +47,9 @@ def write(file: Path, text: str) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Run the command."""
-    from mdistiller.engine.report.build import build_report
-    from mdistiller.engine.report.document import csv_text, markdown
-    from mdistiller.engine.report.page import page
+    from mdistiller.report.build import build_report
+    from mdistiller.report.document import csv_text, markdown
+    from mdistiller.report.page import page
 
     if args.reach is not None and not 0 < args.reach <= 100:
         raise UserError(f"--reach must be above 0 and at most 100, got {args.reach:g}")

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli.command import add_overrides, guarded
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
-    from mdistiller.engine.sweep.plan import Plan
+    from mdistiller.sweep.plan import Plan
 
 FAILED = 1
 
@@ -41,8 +41,8 @@ def print_trials(plan: Plan) -> None:
 
 def sweep(args: argparse.Namespace) -> bool:
     """Run the command; True if all went well."""
-    from mdistiller.engine.sweep import table
-    from mdistiller.engine.sweep.plan import read_plan
+    from mdistiller.sweep import table
+    from mdistiller.sweep.plan import read_plan
 
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {args.jobs}")
@@ -52,8 +52,8 @@ def sweep(args: argparse.Namespace) -> bool:
     if args.dry_run:
         print_trials(plan)
         return True
-    from mdistiller.engine.sweep.study import Study
-    from mdistiller.engine.sweep.work import run_sweep
+    from mdistiller.sweep.study import Study
+    from mdistiller.sweep.work import run_sweep
 
     file = plan.out / "study.db"
     if args.table and not args.storage and not file.is_file():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-from mdistiller.cli._run import add_overrides, guarded
+from mdistiller.cli.command import add_overrides, guarded
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.cli.train import follow, parser
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._networks import add_networks, load_networks
-from mdistiller.cli._run import guarded
+from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _picture(args: argparse.Namespace) -> Figure:
         from mdistiller.cli import _detectors
 
         return _detectors.picture(args, count)
-    from mdistiller.engine.analysis import pictures
+    from mdistiller.evaluation import pictures
 
     given = load_networks(args, ["latest"])
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
@@ -78,7 +78,7 @@ def _picture(args: argparse.Namespace) -> Figure:
 
 def visualize(args: argparse.Namespace) -> None:
     """Load, draw, write one file."""
-    from mdistiller.engine.analysis import draw
+    from mdistiller.evaluation import draw
 
     if args.out is None:
         raise UserError("name the file for the picture by --out FILE.png or FILE.svg")

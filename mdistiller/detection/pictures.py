@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdistiller.detection.dataset import CocoDetectionSet, View
 from mdistiller.detection.detector import Detector
-from mdistiller.engine.analysis.draw import COLOURS, new_figure
+from mdistiller.evaluation.draw import COLOURS, new_figure
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:

@@ -1,12 +1,11 @@
-"""A sample of the hostile and damaged files that `python -m mdistiller.cli._bad_inputs` tries."""
+"""A sample of the hostile and damaged files that `python -m faults.bad_inputs` tries."""
 
 import random
 
 import pytest
 import torch
-
-from mdistiller.cli import _bad_inputs
-from mdistiller.cli._bad_inputs import bad_inputs
+from faults import bad_inputs as judge_module
+from faults.bad_inputs import bad_inputs
 
 
 def test_hostile_and_damaged_files_are_read_or_refused_in_a_line():
@@ -14,7 +13,7 @@ def test_hostile_and_damaged_files_are_read_or_refused_in_a_line():
     results = list(bad_inputs(seed=0, count=240, configs=False))
     assert [name for name, passed in results if not passed] == []
     met = {name for name, _ in results}
-    assert {f"archive: {kind}" for kind in _bad_inputs._HOSTILE} <= met
+    assert {f"archive: {kind}" for kind in judge_module._HOSTILE} <= met
     assert {f"hostile checkpoint ({form})" for form in ("zip", "legacy", "pickle")} <= met
 
 
@@ -32,7 +31,7 @@ def test_the_judge_sees_code_that_runs(tmp_path, monkeypatch):
     def careless(path):
         return torch.load(path, weights_only=False)
 
-    monkeypatch.setattr(_bad_inputs, "load_checkpoint", careless)
+    monkeypatch.setattr(judge_module, "load_checkpoint", careless)
     failed = [name for name, passed in bad_inputs(0, 60, configs=False) if not passed]
     assert any(name.startswith("hostile checkpoint") for name in failed)
 
@@ -45,7 +44,7 @@ def test_the_judge_sees_an_archive_that_is_unpacked(tmp_path, monkeypatch, kind)
     def careless(path, beside, what, limits):
         yield beside
 
-    monkeypatch.setattr(_bad_inputs, "unpacked", careless)
-    monkeypatch.setattr(_bad_inputs, "_HOSTILE", {kind: _bad_inputs._HOSTILE[kind]})
-    _, act = _bad_inputs._archive(random.Random(0), tmp_path)
-    assert "a hostile archive was unpacked" in _bad_inputs._judge(act, tmp_path)
+    monkeypatch.setattr(judge_module, "unpacked", careless)
+    monkeypatch.setattr(judge_module, "_HOSTILE", {kind: judge_module._HOSTILE[kind]})
+    _, act = judge_module._archive(random.Random(0), tmp_path)
+    assert "a hostile archive was unpacked" in judge_module._judge(act, tmp_path)

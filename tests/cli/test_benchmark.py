@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from mdistiller.cli import _loaders, _timing, benchmark
+from benchmarks import loaders
+from benchmarks import main as benchmark
+from mdistiller.cli import timing
 
 
 def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
@@ -26,7 +28,7 @@ def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
 
 
 def test_loaders_are_timed_against_torchvisions(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_loaders, "IMAGES", 26)
+    monkeypatch.setattr(loaders, "IMAGES", 26)
     path = tmp_path / "loader.json"
     words = ["loader", "--device", "cpu", "--batch", "8", "--rounds", "2", "--workers", "1"]
     assert benchmark.main([*words, "--json", str(path)]) == 0
@@ -43,9 +45,9 @@ def test_loaders_are_timed_against_torchvisions(tmp_path, capsys, monkeypatch):
 
 
 def test_both_pipelines_read_every_training_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(_loaders, "IMAGES", 26)
-    _loaders.write_images(tmp_path)
-    for make in (_loaders.ours, _loaders.reference):
+    monkeypatch.setattr(loaders, "IMAGES", 26)
+    loaders.write_images(tmp_path)
+    for make in (loaders.ours, loaders.reference):
         batches = list(make(tmp_path, 8, 0, "cpu"))
         targets = torch.cat([batch[1] for batch in batches])
         assert sorted(targets.tolist()) == sorted(i % 10 for i in range(10, 26))
@@ -55,7 +57,7 @@ def test_both_pipelines_read_every_training_image(tmp_path, monkeypatch):
 def test_forms_take_turns_and_are_warmed_up():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
-    assert set(_timing.race(steps, "cpu", 3)) == {"a", "b"}
+    assert set(timing.race(steps, "cpu", 3)) == {"a", "b"}
     assert calls == ["a", "b"] * 4
 
 
@@ -65,7 +67,7 @@ def allocate(megabytes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from Linux's /proc")
 def test_peak_memory_is_that_of_the_step():
-    small, large = (_timing.peak_growth(allocate, size, device="cpu") for size in (40, 200))
+    small, large = (timing.peak_growth(allocate, size, device="cpu") for size in (40, 200))
     assert small == pytest.approx(40, abs=15)
     assert large == pytest.approx(200, abs=15)
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from mdistiller.cli import benchmark
-from mdistiller.cli._clock import PARTS, Clock, put_on_clock
-from mdistiller.cli._step_data import classic_loader, generated_data, untrained_distiller
-from mdistiller.cli._step_loops import Bare, Classic, Ours
-from mdistiller.cli._textbook import textbook_loss
+from benchmarks import main as benchmark
+from benchmarks.clock import PARTS, Clock, put_on_clock
+from benchmarks.step_data import classic_loader, generated_data, untrained_distiller
+from benchmarks.step_loops import Bare, Classic, Ours
+from benchmarks.textbook import textbook_loss
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.metrics import Meters
 

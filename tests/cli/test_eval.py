@@ -17,10 +17,10 @@ from mdistiller.cli import report as report_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_test_loader
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.analysis.evaluate import evaluate
-from mdistiller.engine.analysis.subjects import file_source, load
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.utils import validate
+from mdistiller.evaluation.evaluate import evaluate
+from mdistiller.evaluation.subjects import file_source, load
 from mdistiller.weights import load_checkpoint
 
 TOY_DATA = ["-d", "toy", "--import", TOY]

@@ -11,7 +11,7 @@ import pytest
 from report_runs import make_run
 
 from mdistiller.cli import report as command
-from mdistiller.engine.report.build import build_report
+from mdistiller.report.build import build_report
 
 EVIL = "<script>alert(1)<_script>|`x`"  # of a folder, so without a slash
 WIDTHS = (360, 1280)

@@ -1,7 +1,7 @@
 import pytest
+from faults.bad_configs import bad_configs
 from support import REPO
 
-from mdistiller.cli._bad_configs import bad_configs
 from mdistiller.engine.cfg import CFG, default_config, load_config, show_cfg
 from mdistiller.engine.cfg_files import find_config
 from mdistiller.registry import UserError
@@ -184,27 +184,27 @@ def test_bases_that_multiply_are_given_up(tmp_path):
 
 
 def test_malformed_configs_load_as_they_say_or_get_one_line():
-    """Hypothesis makes them; `python -m mdistiller.cli._bad_configs` tries thousands."""
+    """Hypothesis makes them; `python -m faults.bad_configs` tries thousands."""
     results = list(bad_configs(seed=7, count=200))
     assert len(results) >= 200
     assert [name for name, passed in results if not passed] == []
 
 
 def test_the_judge_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
-    from mdistiller.cli import _bad_configs
+    from faults import bad_configs as judge_module
 
     case = (b"SOLVER: {EPOCHS: 3}", ["KD.TEMPERATURE", "2"])
-    assert _bad_configs.judge(case, tmp_path) == ""
+    assert judge_module.judge(case, tmp_path) == ""
     for wrong, says in (
         (lambda *_: CFG, "SOLVER.EPOCHS: given 3, read 240"),
         (lambda path, _: load_config(path), "KD.TEMPERATURE: given '2', read 4.0"),
         (lambda *_: 1 / 0, "ZeroDivisionError"),
         (lambda *_: find_config("a\nb.yaml".join("xy") * 900), "not one line"),
     ):
-        monkeypatch.setattr(_bad_configs, "load_config", wrong)
+        monkeypatch.setattr(judge_module, "load_config", wrong)
         if says == "not one line":
-            monkeypatch.setattr(_bad_configs, "LONGEST", 10)
-        assert says in _bad_configs.judge(case, tmp_path)
+            monkeypatch.setattr(judge_module, "LONGEST", 10)
+        assert says in judge_module.judge(case, tmp_path)
 
 
 def test_missing_and_python_configs_are_refused(tmp_path):

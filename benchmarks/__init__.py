@@ -1,0 +1,1 @@
+"""Measured speed of the library, for its developers: `python tools/benchmark.py`."""

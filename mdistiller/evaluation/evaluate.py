@@ -1,0 +1,139 @@
+"""Any number of networks, with their teacher or without one, in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.distillers._base import Output
+from mdistiller.distillers._stages import pair_by_height
+from mdistiller.engine.utils import progress
+from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
+from mdistiller.evaluation.predictions import (
+    Comparison,
+    ComparisonSums,
+    Quality,
+    QualitySums,
+)
+from mdistiller.evaluation.subjects import Subject
+
+
+@dataclass
+class Evaluation:
+    """What was found of one network.
+
+    Attributes:
+        comparison: with the teacher, if there is one.
+        collapse: of the pooled feature, if asked for.
+        cka: with the teacher's features, by the pair of stages ("1-1" is the first after the stem
+            of the student with that of the teacher) and "pooled"; empty if not asked for.
+    """
+
+    subject: Subject
+    quality: Quality
+    comparison: Comparison | None = None
+    collapse: Collapse | None = None
+    cka: dict[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, by name; percentages as such."""
+        source, quality = self.subject.source, self.quality
+        found: dict[str, Any] = {
+            "label": source.label,
+            "model": source.name,
+            "weights": str(source.weights),
+            "note": source.note,
+            "parameters": sum(p.numel() for p in self.subject.net.parameters()),
+            "images": quality.images,
+            **{key: getattr(quality, key) for key in ("top1", "top5", "nll", "ece")},
+        }
+        if self.comparison is not None:
+            extra = {key: getattr(self.comparison, key) for key in ("agreement", "gap")}
+            found["teacher"] = {**extra, **asdict(self.comparison)}
+        if self.collapse is not None:
+            found["collapse"] = asdict(self.collapse)
+        if self.cka:
+            found["cka"] = self.cka
+        lists = {"class_accuracy": quality.class_accuracy, "confusion": quality.confusion}
+        return {**found, **lists}
+
+
+class _Sums:
+    """All sums of one network."""
+
+    def __init__(
+        self, subject: Subject, classes: int, device: torch.device, taught: bool, features: bool
+    ):
+        self.subject = subject
+        self.quality = QualitySums(classes, device)
+        self.comparison = ComparisonSums(device) if taught else None
+        self.collapse = CollapseSums(classes) if features else None
+        self.cka: dict[str, Cka] = {}
+
+    def add(self, own: Output, teacher: Output | None, target: Tensor) -> None:
+        self.quality.add(own.logits, target)
+        if self.comparison is not None and teacher is not None:
+            self.comparison.add(own.logits, teacher.logits, target)
+        if self.collapse is None:
+            return
+        self.collapse.add(own["pooled_feat"], target)
+        if teacher is not None:
+            for name, x, y in matched_features(own, teacher):
+                self.cka.setdefault(name, Cka()).add(x, y)
+
+    def result(self) -> Evaluation:
+        return Evaluation(
+            self.subject,
+            self.quality.result(),
+            self.comparison.result() if self.comparison else None,
+            self.collapse.result() if self.collapse else None,
+            {name: cka.value() for name, cka in self.cka.items()},
+        )
+
+
+def matched_features(student: Output, teacher: Output) -> list[tuple[str, Tensor, Tensor]]:
+    """Names and features of the stages that belong together, and of the embeddings.
+
+    Stages are paired as by methods that compare maps; the stem is left out.
+    """
+    own, other = (output["feats"][1:] for output in (student, teacher))
+    heights = ([feat.shape[2] for feat in feats] for feats in (own, other))
+    pairs = [(f"{i + 1}-{j + 1}", own[i], other[j]) for i, j in pair_by_height(*heights)]
+    return [*pairs, ("pooled", student["pooled_feat"], teacher["pooled_feat"])]
+
+
+@torch.inference_mode()
+def evaluate(
+    subjects: Sequence[Subject],
+    loader: Iterable[Sequence[Tensor]],
+    num_classes: int,
+    device: torch.device,
+    teacher: Subject | None = None,
+    features: bool = False,
+) -> list[Evaluation]:
+    """Evaluate networks on the labelled batches (image, target) of a loader.
+
+    Nothing is read from the device before the end.
+
+    Args:
+        teacher: to compare each network with.
+        features: measure neural collapse and, with a teacher, CKA.
+
+    Returns:
+        One result for each network; then one for the teacher, if there is one.
+    """
+    sums = [_Sums(s, num_classes, device, teacher is not None, features) for s in subjects]
+    master = _Sums(teacher, num_classes, device, False, features) if teacher else None
+    for batch in progress(loader, "eval"):
+        image, target = (item.to(device, non_blocking=True) for item in batch[:2])
+        taught = None
+        if master is not None:
+            taught = Output(*master.subject.net(image))
+            master.add(taught, None, target)
+        for one in sums:
+            one.add(Output(*one.subject.net(image)), taught, target)
+    return [one.result() for one in [*sums, *([master] if master else [])]]

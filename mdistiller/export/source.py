@@ -1,0 +1,147 @@
+"""Where a student to export comes from: a run folder, or a bare checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.dataset import known_data, load_test_loader
+from mdistiller.engine.build import build_network
+from mdistiller.engine.cfg import Config
+from mdistiller.engine.record import data_facts
+from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.engine.run_folder import (
+    checkpoint_file,
+    read_json,
+    read_lines,
+    recorded_config,
+    refuse_commands,
+)
+from mdistiller.export.student import RunFacts, Student
+from mdistiller.models import get_model_entry
+from mdistiller.models._input import Statistics
+from mdistiller.registry import UserError
+from mdistiller.weights import load_network
+
+
+def from_run(
+    folder: Path, checkpoint: str = "best", overrides: Sequence[str] = (), imports: Any = ()
+) -> Student:
+    """The student of a run folder.
+
+    Args:
+        checkpoint: best, latest, epoch_N, ema_best or ema_latest.
+        overrides: `[key, value, ...]` over the recorded config (DATASET.ROOT, say).
+        imports: further user files.
+
+    Raises:
+        UserError: it is no run folder, or has no such checkpoint.
+    """
+    cfg = recorded_config(folder, overrides, imports)
+    refuse_commands(folder, cfg, overrides)
+    path = checkpoint_file(folder, checkpoint)
+    record = read_json(folder / "run.json")
+    data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))
+    run = RunFacts(
+        checkpoint,
+        read_json(folder / "summary.json"),
+        [row for row in read_lines(folder / "metrics.jsonl") if "epoch" in row],
+        (record.get("starts") or [{}])[-1],
+    )
+    student = _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
+    student.evaluated = _evaluated(cfg, path, data)
+    return student
+
+
+def from_checkpoint(
+    cfg: Config,
+    name: str,
+    checkpoint: str,
+    num_classes: int | None = None,
+    side: int = 32,
+    dataset: bool = True,
+) -> Student:
+    """The student in a file.
+
+    Args:
+        cfg: says what the data are.
+        checkpoint: the file, or "pretrain" for the released weights.
+        num_classes: of the data. None: the data set is read, as for evaluation.
+        side: of the images in pixels, where the data are not read.
+        dataset: whether `cfg` names the data that it was trained on. If not, and the data are not
+            read, normalisation is only known if DATASET.MEAN says so.
+    """
+    if num_classes is None:
+        data = data_facts(load_test_loader(cfg, torch.device("cpu")))
+    elif min(num_classes, side) < 1:
+        raise UserError("--num-classes and --image-size must be at least 1")
+    else:
+        known = known_data(cfg)
+        given = known.statistics if dataset or cfg.DATASET.MEAN else None
+        mean, std = given or ((), ())
+        data = {
+            "zoo": known.zoo,
+            "image_size": (side, side),
+            "mean": mean,
+            "std": std,
+            "num_classes": num_classes,
+            "classes": [],
+        }
+    named = cfg.DATASET.TYPE if dataset or num_classes is None else ""
+    path = None if checkpoint == "pretrain" else Path(checkpoint)
+    return _load(cfg, name, path, data, named, None)
+
+
+def _load(
+    cfg: Config,
+    name: str,
+    path: Path | None,
+    data: Mapping[str, Any],
+    dataset: str,
+    run: RunFacts | None,
+) -> Student:
+    """Build and load; without a path, the zoo's released weights."""
+    height, width = data["image_size"]
+    entry = get_model_entry(name, data["zoo"])
+    settings = arguments(cfg, "STUDENT")
+    released = settings.pop("pretrained", False)
+    given = (tuple(data["mean"]), tuple(data["std"]))
+    student = Student(
+        nn.Identity(),
+        name,
+        data["zoo"],
+        settings,
+        data["num_classes"],
+        list(data["classes"]),
+        (height, width),
+        *given,
+        dataset,
+        "released weights" if path is None else path.name,
+        cfg,
+        run,
+    )
+    stated = None
+    if path is None:
+        wanted = {**settings, "pretrained": released or True}
+        require_classes(entry, wanted, student.num_classes)
+        student.net = student.build(pretrained=wanted["pretrained"])
+    else:
+        student.net = student.build()
+        stated = load_network(student.net, path, name, student.num_classes)
+    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
+    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, stated)
+    student.mean, student.std = map(tuple, own)
+    student.net.eval().requires_grad_(False)
+    return student
+
+
+def _evaluated(cfg: Config, path: Path, data: Mapping[str, Any]) -> tuple[nn.Module, Statistics]:
+    """The network as `eval` builds it, and what the loader's images are normalised with."""
+    facts: Any = SimpleNamespace(**{**data, "image_size": tuple(data["image_size"])})
+    net = build_network(cfg, "STUDENT", facts, path)
+    return net.eval().requires_grad_(False), (facts.mean, facts.std)

@@ -1,0 +1,162 @@
+"""A whole report from run folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.report import curves, listings, tables
+from mdistiller.report.document import Report, Section
+from mdistiller.report.evaluations import (
+    COLUMNS,
+    attach_evaluations,
+    evaluated,
+    predictions,
+)
+from mdistiller.report.groups import Group, comparable, find_baselines, group
+from mdistiller.report.numbers import difference
+from mdistiller.report.published import beside
+from mdistiller.report.runs import FAILED, FINISHED, read_runs
+
+
+def build_report(
+    paths: Sequence[Path],
+    baseline: str | None = None,
+    which: str = "last",
+    reach: float | None = None,
+    title: str = "Comparison of runs",
+    evaluations: Sequence[Path] = (),
+) -> Report:
+    """A report on all runs in and below some folders.
+
+    Args:
+        baseline: name of the group that others are compared with; by default plain training.
+        which: the accuracy that is compared, of the "last" or the "best" epoch.
+        reach: accuracy in %, to which convergence is measured.
+        evaluations: what `eval --json` wrote about the runs.
+
+    Raises:
+        UserError: a folder holds no run, or no group is called `baseline`.
+    """
+    runs = read_runs(paths)
+    for file in evaluations:
+        attach_evaluations(runs, file)
+    groups = group(runs)
+    bases = find_baselines(groups, baseline)
+    images = tables.chosen_by(groups)
+    groups.sort(key=lambda g: _rank(g, bases, which, images))
+    each: list[Group | None] = [*bases] or [None]
+    compared = [
+        section
+        for base in each
+        for section in _compare(_beside(groups, base, bases), base, which, reach, len(bases) > 1)
+    ]
+    sections = [
+        tables.accuracy(groups),
+        *compared,
+        tables.published(groups),
+        listings.ablations(groups, which, images),
+        tables.teachers(groups),
+        predictions(groups, which),
+        tables.cost(groups),
+        listings.settings(groups),
+        listings.runs(groups),
+        listings.provenance(groups),
+    ]
+    kept = [s for s in sections if s.notes or s.tables or s.charts]
+    return Report(title, _lead(groups, bases), kept, _numbers(groups, bases, which, reach))
+
+
+def _compare(
+    groups: Sequence[Group], base: Group | None, which: str, reach: float | None, several: bool
+) -> list[Section]:
+    """The sections with a baseline; it is named in their titles if there are several."""
+    sections = [
+        tables.differences(groups, base, which),
+        curves.learning(groups, base),
+        curves.convergence(groups, base, reach),
+        curves.loss_terms(groups, base),
+    ]
+    for section in sections:
+        section.title += f", {base.name}" if several and base else ""
+    return sections
+
+
+def _beside(groups: Sequence[Group], base: Group | None, bases: Sequence[Group]) -> list[Group]:
+    """The groups that a baseline's sections speak of: not those that another one has."""
+    others = [other for other in bases if other is not base]
+    return [g for g in groups if not any(comparable(g, other) for other in others)]
+
+
+def _rank(
+    g: Group, bases: Sequence[Group], which: str, images: str
+) -> tuple[int, bool, bool, float]:
+    """By baseline, that one first, then the best; last those of which no run has finished."""
+    found = tables.judged(g, which, images)
+    number = next((i for i, base in enumerate(bases) if comparable(g, base)), len(bases))
+    return number, g not in bases, found is None, -found.mean if found else 0.0
+
+
+def _lead(groups: Sequence[Group], bases: Sequence[Group]) -> list[str]:
+    states = Counter(run.state for g in groups for run in g.runs)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    lead = [f"{states.total()} runs in {len(groups)} groups that differ in more than the seed: "]
+    lead[0] += f"{counts}."
+    if states[FINISHED] < states.total():
+        lead.append("Only finished runs are in the numbers; the others are listed under “Runs”.")
+    if bases:
+        names = "; ".join(base.name for base in bases)
+        lead.append(f"Baseline{'s' if len(bases) > 1 else ''}: {names}.")
+    return lead
+
+
+def _numbers(
+    groups: Sequence[Group], bases: Sequence[Group], which: str, reach: float | None
+) -> list[dict[str, Any]]:
+    rows = []
+    for g in groups:
+        base = next((base for base in bases if comparable(g, base)), None)
+        own = base or (bases[0] if len(bases) == 1 else None)
+        rows.append(_row(g, base, which, curves.goal(_beside(groups, own, bases), own, reach)))
+    return rows
+
+
+def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict[str, Any]:
+    states = Counter(run.state for run in g.runs)
+    row: dict[str, Any] = {
+        "group": g.name,
+        "runs": len(g.runs),
+        "finished": states[FINISHED],
+        "failed": states[FAILED],
+    }
+    for kind in ("last", "best"):
+        found = tables.over_seeds(g, kind)
+        row[f"{kind}_mean"] = found.mean if found else None
+        row[f"{kind}_ci95"] = found.half if found else None
+        row[f"{kind}_seeds"] = found.n if found else 0
+    row["selected_on"] = "; ".join(g.facts("selected_on"))
+    gap = None
+    if base is not None and g is not base:
+        gap = difference(*(each.by_seed(lambda run: run.number(which)) for each in (g, base)))
+    row |= {
+        f"{which}_difference": gap.mean if gap else None,
+        "difference_ci95": gap.half if gap else None,
+        "p": gap.p if gap else None,
+        "pairs": gap.n if gap else None,
+    }
+    hits = [hit for run in g.finished if wanted and (hit := curves.reached(run, wanted))]
+    row["goal"] = wanted
+    row["epochs_to_goal"] = sum(epochs for epochs, _ in hits) / len(hits) if hits else None
+    for key in ("teacher_acc", "seconds", "images_per_second", "parameters"):
+        values = g.by_seed(lambda run, key=key: run.summary.get(key)).values()  # type: ignore[misc]
+        row[key] = sum(values) / len(values) if values else None
+    row["peak_memory_mib"] = max(g.facts("peak_memory_mib"), default=None)
+    for name in COLUMNS:
+        values = g.by_seed(lambda run, name=name: evaluated(run, which, name)).values()  # type: ignore[misc]
+        row[name] = sum(values) / len(values) if values else None
+    lines = beside(g.config)
+    row["published"] = "; ".join(f"{line.top1:.2f}" for line in lines)
+    row["published_source"] = "; ".join(line.source for line in lines)
+    return row

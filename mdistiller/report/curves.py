@@ -1,0 +1,120 @@
+"""The curves of a report, and how fast they rise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from mdistiller.report.document import Chart, Line, Section, Table
+from mdistiller.report.groups import Group, family
+from mdistiller.report.numbers import estimate
+from mdistiller.report.runs import Run
+from mdistiller.report.tables import NONE, plus_minus
+
+MOST = 10
+"""Curves in a chart: more cannot be told apart."""
+FEW = 5
+"""Epochs that are too few for a chart of their own."""
+SHARE = 0.95
+_LEARNING = (
+    ("test_acc", "Accuracy after each epoch", "top-1 %"),
+    ("train_acc", "Accuracy in training", "top-1 %"),
+    ("test_loss", "Cross-entropy after each epoch", "nats"),
+    ("train_loss", "Training loss, all terms", "loss"),
+    ("test_bbox/AP", "Box AP after each round", "AP %"),
+    ("test_segm/AP", "Mask AP after each round", "AP %"),
+)
+
+
+def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
+    """Accuracy and loss by epoch, of the groups that compare with the baseline if there is one."""
+    drawn, notes = _drawn(groups, base)
+    charts = [_chart(drawn, *words) for words in _LEARNING]
+    longest = max((len(line.mean) for line in charts[0].lines), default=0)
+    if longest >= 2 * FEW:
+        half = _chart(drawn, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
+        charts.insert(1, half)
+    return _section("Learning curves", drawn, charts, notes)
+
+
+def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
+    """Each term of the training loss by epoch, of the same groups as the learning curves."""
+    drawn, notes = _drawn(groups, base)
+    rows = (row for g in drawn for run in g.runs for row in run.epochs)
+    keys = [key for key in dict.fromkeys(k for row in rows for k in row) if "train_loss_" in key]
+    charts = [_chart(drawn, key, key.removeprefix("train_"), "loss") for key in keys]
+    return _section("Loss terms", drawn, charts, notes)
+
+
+def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
+    """Groups that fit into one chart, and what to say of the others, a teacher's longer run say."""
+    drawn = family(groups, base)
+    left = ", ".join(g.name for g in groups if g not in drawn)
+    notes = [f"Not drawn, as they do not compare with {base.name}: {left}."] if base else []
+    return drawn, notes if left else []
+
+
+def _section(
+    title: str, groups: Sequence[Group], charts: list[Chart], notes: Sequence[str]
+) -> Section:
+    section = Section(title, charts=[chart for chart in charts if chart.lines])
+    if section.charts:
+        section.notes.append("Lines are means over seeds, bands go from the lowest to the highest.")
+        if len(groups) > MOST:
+            section.notes.append(
+                f"Of {len(groups)} groups the first {MOST} of the table are drawn."
+            )
+        section.notes += notes
+    return section
+
+
+def _chart(groups: Sequence[Group], key: str, title: str, unit: str, start: int = 1) -> Chart:
+    lines = []
+    for style, g in enumerate(groups[:MOST]):
+        epochs = g.curve(key)[start - 1 :]
+        if epochs:
+            name = g.name if g.finished else f"{g.name} (unfinished)"
+            ends = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
+            lines.append(Line(name, [fmean(epoch) for epoch in epochs], *ends, style))
+    return Chart(title, unit, lines, start)
+
+
+def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> float | None:
+    """The accuracy to reach: as given, else 95 % of where the baseline or the best group ends."""
+    if reach is not None:
+        return reach
+    ends = []
+    for g in [base] if base else groups:
+        values = g.by_seed(lambda run: run.summary.get("last_acc")).values()
+        ends += [fmean(values)] if values else []
+    return SHARE * max(ends) if ends else None
+
+
+def reached(run: Run, accuracy: float) -> tuple[int, float] | None:
+    """Epochs and seconds until a run's accuracy is there, earlier stages' seconds included."""
+    seconds = sum(row.get("seconds", 0.0) for row in run.stages)
+    for row in run.epochs:
+        seconds += row.get("seconds", 0.0)
+        if row.get("test_acc", row.get("test_bbox/AP", 0.0)) >= accuracy:
+            return int(row["epoch"]), seconds
+    return None
+
+
+def convergence(groups: Sequence[Group], base: Group | None, reach: float | None) -> Section:
+    """Epochs and seconds until an accuracy is reached."""
+    wanted = goal(groups, base, reach)
+    if wanted is None:
+        return Section("Convergence")
+    rows = []
+    for g in groups:
+        found = [hit for run in g.finished if (hit := reached(run, wanted))]
+        if g.finished:
+            epochs, seconds = ([float(hit[i]) for hit in found] for i in (0, 1))
+            row = [g.name, f"{len(found)} of {len(g.finished)}", plus_minus(estimate(epochs))]
+            rows.append([*row, f"{fmean(seconds):.1f}" if seconds else NONE])
+    whose = base.name if base else "the best group"
+    why = "" if reach is not None else f", {SHARE:.0%} of what {whose} ends at"
+    head = ["group", "runs that reach it", f"epochs to {wanted:.2f} %", "seconds"]
+    notes = [f"The goal is {wanted:.2f} % on the images that epochs are evaluated on{why}. "]
+    notes[0] += "Means are over the runs that reach it."
+    return Section("Convergence", notes, [Table(head, rows)])

@@ -1,0 +1,146 @@
+"""What `eval` or `eval_detection` found of the runs, from its JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mdistiller.registry import UserError
+from mdistiller.report.curves import MOST
+from mdistiller.report.document import Chart, Line, Section, Table
+from mdistiller.report.groups import Group
+from mdistiller.report.numbers import estimate
+from mdistiller.report.runs import Run
+
+_EPOCHS = {"latest": "last", "best": "best"}
+_SAME = 0.3  # points: another device rounds some images to the other side
+COLUMNS = {
+    "nll": "loss = NLL",
+    "ece": "ECE %",
+    "teacher.agreement": "agrees with the teacher %",
+    "teacher.kl": "KL(teacher, student)",
+    "teacher.only_teacher": "only the teacher right %",
+    "teacher.only_student": "only the student right %",
+}
+"""Numbers of an evaluation, and what a table calls them."""
+
+
+def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
+    """Give runs what `eval --json FILE`, or `eval_detection`, found of their students.
+
+    Raises:
+        UserError: it is no such file, it is about none of the runs, or of a run it says another
+            accuracy than the run's own, so it is of other data or other weights.
+    """
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        teacher = "-" if "annotations" in contents else str(contents["teacher"] or "-")
+        found = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
+    except OSError as error:
+        raise UserError(f"--evaluation {file} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        text = f"--evaluation {file} is not what eval writes with --json, nor what eval_detection"
+        raise UserError(text) from None
+    by_folder = {run.folder.resolve(): run for run in runs}
+    taken = 0
+    for weights, top1, one in found:
+        run = by_folder.get(weights.parent.resolve())
+        epoch = _EPOCHS.get(weights.name.removeprefix("student_"))
+        if run is not None and epoch is not None:
+            own = run.number(epoch)
+            if own is not None and abs(own - top1) > _SAME:
+                raise UserError(
+                    f"--evaluation {file} says {top1:.2f} % of {weights}, the run {own:.2f} %: it "
+                    "is of other data, or the run has been trained again; run eval again"
+                )
+            one["compared_with"] = teacher
+            run.evaluations.setdefault(epoch, one)  # a teacher's own comes last
+            taken += 1
+    if not taken:
+        raise UserError(
+            f"--evaluation {file} is about none of these runs: it has "
+            f"{', '.join(str(weights) for weights, *_ in found[:3]) or 'no network'}"
+        )
+
+
+def _measured(one: Any) -> tuple[float, dict[str, Any]]:
+    """A network's accuracy or box AP in %, and what to keep of what was found of it."""
+    if "curves" not in one:
+        return float(one["top1"]), one
+    boxes = one["curves"]["bbox"]
+    curves = {"mean over classes": boxes} | {f"class {k}": v for k, v in boxes["classes"].items()}
+    points = {k: [100.0 * float(v) for v in one["precision50"]] for k, one in curves.items()}
+    return float(one["numbers"]["bbox/AP"]), {"precision": points}
+
+
+def evaluated(run: Run, which: str, name: str) -> float | None:
+    """A number of the evaluation of a run's last or best epoch, by its dotted name."""
+    value: Any = run.evaluations.get(which)
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def predictions(groups: Sequence[Group], which: str) -> Section:
+    """Calibration, how the students' answers relate to their teachers', precision by recall."""
+    rows: list[tuple[str, dict[str, Any], str]] = []
+    used: set[str] = set()
+    for g in groups:
+        cells = {}
+        for name in COLUMNS:
+            found = g.by_seed(lambda run, name=name: evaluated(run, which, name))  # type: ignore[misc]
+            if found:
+                cells[name] = estimate(list(found.values()))
+        if cells:
+            used |= cells.keys()
+            said = (run.evaluations.get(which, {}).get("compared_with") for run in g.finished)
+            beside = ", ".join(dict.fromkeys(name for name in said if name))
+            rows.append((g.name, cells, beside))
+    section = Section("Precision and recall", charts=_precision(groups, which))
+    if section.charts:
+        section.notes = [
+            f"Boxes that overlap the truth by half or more, {which} epoch, from "
+            "tools/eval_detection.py; the area below a curve of a class is its AP50."
+        ]
+    if not rows:
+        return section
+    columns = [name for name in COLUMNS if name in used]
+    shown = [
+        [name, *(_cell(cells.get(c), c) for c in columns), beside] for name, cells, beside in rows
+    ]
+    note = (
+        f"On the test set, {which} epoch, from tools/eval.py: docs/evaluation.md says what is what."
+    )
+    section.title = "Answers"
+    section.notes.insert(0, note)
+    section.tables = [Table(["group", *map(COLUMNS.__getitem__, columns), "teacher"], shown)]
+    return section
+
+
+def _precision(groups: Sequence[Group], which: str) -> list[Chart]:
+    """Precision by recall, a chart of all classes and one of each of the first ten."""
+    drawn: dict[str, list[Line]] = {}
+    having = [g for g in groups if any("precision" in r.evaluations.get(which, {}) for r in g.runs)]
+    for style, g in enumerate(having[:MOST]):
+        found: dict[str, list[list[float]]] = {}
+        for run in g.finished:
+            for name, curve in run.evaluations.get(which, {}).get("precision", {}).items():
+                found.setdefault(name, []).append(curve)
+        for name, curves in found.items():
+            points = list(zip(*curves, strict=False))
+            ends = [min(point) for point in points], [max(point) for point in points]
+            line = Line(g.name, [fmean(point) for point in points], *ends, style)
+            drawn.setdefault(name, []).append(line)
+    charts = [Chart(f"Precision, {k}", "%", lines, 0, "recall %") for k, lines in drawn.items()]
+    return charts[: 1 + MOST]
+
+
+def _cell(found: Any, name: str) -> str:
+    if found is None:
+        return "-"
+    places = 4 if name.endswith(("nll", "kl")) else 2
+    half = "" if found.half is None else f" ± {found.half:.{places}f}"
+    return f"{found.mean:.{places}f}{half}"

@@ -1,0 +1,252 @@
+"""Runs that differ only in the seed, and how the groups of them differ."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mdistiller.engine.cfg import CFG
+from mdistiller.engine.cfg_values import flatten, lookup
+from mdistiller.registry import UserError, suggest
+from mdistiller.report.runs import Run
+
+# Keys that say where a run is and how it is watched, not what it is.
+_PLACES = (
+    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG."),
+    *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
+    *("DATASET.WORKER_TIMEOUT", "SOLVER.RANK_TIMEOUT", "SOLVER.FIND_UNUSED_PARAMETERS"),
+)
+_PATHS = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS", "DISTILLER.TEACHER_CKPT")
+# What accuracies are accuracies of.
+_SUBJECT = (
+    *("DISTILLER.STUDENT", "DETECTION.STUDENT.ARCH", "DATASET.TYPE", "DATASET.ROOT"),
+    *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
+    "DETECTION.DATA.VAL_ANNOTATIONS",
+)
+_SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
+
+
+@dataclass
+class Group:
+    """Runs with one config and different seeds."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0].config
+
+    @property
+    def processes(self) -> int:
+        """That trained a run last."""
+        starts = self.runs[0].record.get("starts") or [{}]
+        return int(starts[-1].get("processes", 1))
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.finished]
+
+    def by_seed(self, number: Callable[[Run], float | None]) -> dict[int, float]:
+        """A number of the finished runs by seed; the mean of runs that share a seed."""
+        found = defaultdict(list)
+        for run in self.finished:
+            value = number(run)
+            if value is not None:
+                found[run.seed].append(value)
+        return {seed: fmean(values) for seed, values in found.items()}
+
+    def facts(self, key: str) -> list[Any]:
+        """What the summaries of the finished runs say under a key, each answer once."""
+        said = [run.summary[key] for run in self.finished if run.summary.get(key) is not None]
+        return list(dict.fromkeys(said))
+
+    def twins(self) -> list[int]:
+        """Seeds that several finished runs have."""
+        return [s for s, count in Counter(run.seed for run in self.finished).items() if count > 1]
+
+    def curve(self, key: str) -> list[list[float]]:
+        """By epoch, a number of all runs: of the finished ones, or of all if none is.
+
+        It ends before an epoch that one of them does not tell of.
+        """
+        runs = [run for run in self.finished or self.runs if run.epochs]
+        told = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
+        values: Iterator[list[Any]]
+        values = ([each.get(epoch) for each in told] for epoch in itertools.count(1))
+        return list(itertools.takewhile(lambda epoch: None not in epoch, values)) if told else []
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first runs."""
+    found: dict[Any, list[Run]] = defaultdict(list)
+    for run in runs:
+        own = run.config or {"folder": str(run.folder)}
+        found[tuple(sorted((k, str(v)) for k, v in _whole(own).items()))].append(run)
+    groups = [Group(_common_name(members), members) for members in found.values()]
+    for name, count in Counter(g.name for g in groups).items():
+        twins = [g for g in groups if g.name == name]
+        varying = varying_keys(twins) if count > 1 else {}
+        for number, twin in enumerate(twins):
+            shown = ", ".join(f"{k.rpartition('.')[2]}={v[number]}" for k, v in varying.items())
+            twin.name = f"{name} ({shown[:80]})" if varying else name
+    for name, count in Counter(g.name for g in groups).items():
+        for number, twin in enumerate([g for g in groups if g.name == name] if count > 1 else []):
+            twin.name = f"{name} #{number + 1}"
+    return groups
+
+
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts of a config; a key newer than the run has its default.
+
+    A file is the same however it is spelled. A teacher in a folder with the run's own seed is the
+    teacher of that seed: runs that have one each are a group.
+    """
+    sections = {key.partition(".")[0] for key in config}
+    defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
+    whole = {**defaults, **config}
+    for key in _PATHS:
+        if whole.get(key):
+            whole[key] = str(Path(whole[key]).resolve())
+    seed = config.get("EXPERIMENT.SEED", 0)
+    if whole.get("DISTILLER.TEACHER_CKPT"):
+        own = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
+        whole["DISTILLER.TEACHER_CKPT"] = own.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
+    return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    values = ((key, lookup(CFG, key)) for key in flatten(CFG))
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values}
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    names = [_SEED.sub("", run.folder.name).strip(",") or run.folder.name for run in runs]
+    alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False))
+    return "".join(signs[0] for signs in alike).rstrip(" ,-_:=") or names[0]
+
+
+def varying_keys(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Config keys that differ between groups, with the value of each group."""
+    wholes = [_whole(g.config) for g in groups]
+    keys = dict.fromkeys(key for whole in wholes for key in whole)
+    found = {key: [whole.get(key) for whole in wholes] for key in keys}
+    return {key: v for key, v in found.items() if len(set(map(str, v))) > 1 and key != "folder"}
+
+
+def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
+    """The groups that others are compared with, of which no two compare with each other.
+
+    Without a name: plain training of each student, where exactly one group is that.
+
+    Raises:
+        UserError: no group has the name.
+    """
+    if name is not None:
+        named = {g.name: g for g in groups}
+        if name not in named:
+            known = ", ".join(named)
+            raise UserError(f"--baseline {name!r}{suggest(name, named)}: the groups are {known}")
+        return [named[name]]
+    distilled = [g for g in groups if g.config.get("DISTILLER.TYPE", "NONE") != "NONE"]
+    plain = [g for g in groups if g.config.get("DISTILLER.TYPE") == "NONE"]
+    plain = [g for g in plain if any(comparable(g, d) for d in distilled)]
+    return [g for g in plain if sum(comparable(g, other) for other in plain) == 1]
+
+
+def family(groups: Sequence[Group], base: Group | None) -> list[Group]:
+    """The groups that compare with a baseline; all of them without one."""
+    return [g for g in groups if base is None or comparable(g, base)]
+
+
+def measure(groups: Sequence[Group]) -> str:
+    """What their accuracy is."""
+    kinds = ["box AP" if run.detects else "top-1" for g in groups for run in g.runs]
+    return " or ".join(dict.fromkeys(kinds))
+
+
+def comparable(first: Group, second: Group) -> bool:
+    """Whether a difference in accuracy means anything: one student, data set and split."""
+    ours, theirs = _whole(first.config), _whole(second.config)
+    return all(ours.get(key) == theirs.get(key) for key in {*_SUBJECT, *_network(ours, theirs)})
+
+
+def _network(*configs: Mapping[str, Any]) -> Iterator[str]:
+    return (k for config in configs for k in config if k.startswith("DISTILLER.STUDENT_ARGS."))
+
+
+def otherwise(first: Group, second: Group) -> list[tuple[str, Any, Any]]:
+    """Settings of steps and images that two groups differ in: key, the first's, the second's."""
+    ours, theirs = _whole(first.config), _whole(second.config)
+    keys = [key for key in ours if key.startswith(("SOLVER.", "DATASET.")) and key not in _SUBJECT]
+    return [(key, ours[key], theirs.get(key)) for key in keys if ours[key] != theirs.get(key)]
+
+
+@dataclass
+class Grid:
+    """Groups that fill a table of two config keys and agree in all others.
+
+    Attributes:
+        keys: of the rows and of the columns.
+        axes: their values.
+        cells: groups by pair of values; some may be missing.
+        fixed: what the groups have in common of all that varies elsewhere.
+    """
+
+    keys: tuple[str, str]
+    axes: tuple[list[Any], list[Any]]
+    cells: dict[tuple[str, str], Group]
+    fixed: dict[str, Any]
+
+
+def grids(groups: Sequence[Group]) -> list[Grid]:
+    """Grids of at least 2 x 2 with more than half their cells filled, the largest first."""
+    varying = _apart(varying_keys(groups))
+    found = []
+    for pair in itertools.combinations(varying, 2):
+        rest = [key for key in varying if key not in pair]
+        buckets: dict[Any, list[int]] = defaultdict(list)
+        for number in range(len(groups)):
+            buckets[tuple(str(varying[key][number]) for key in rest)].append(number)
+        for members in buckets.values():
+            axes = tuple(
+                _sorted({str(varying[k][n]): varying[k][n] for n in members}) for k in pair
+            )
+            size = len(axes[0]) * len(axes[1])
+            if min(map(len, axes)) < 2 or len(members) * 2 <= size or len(members) < 4:
+                continue
+            first, second = (varying[key] for key in pair)
+            cells = {(str(first[n]), str(second[n])): groups[n] for n in members}
+            fixed = {key: varying[key][members[0]] for key in rest}
+            found.append(Grid(pair, (axes[0], axes[1]), cells, fixed))
+    found.sort(key=lambda grid: -len(grid.cells))
+    kept: list[Grid] = []
+    for grid in found:  # each group in one
+        taken = {id(g) for other in kept for g in other.cells.values()}
+        if not taken & {id(g) for g in grid.cells.values()}:
+            kept.append(grid)
+    return kept
+
+
+def _apart(varying: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Of keys that always change together, the first."""
+    patterns: dict[tuple[int, ...], str] = {}
+    for key, values in varying.items():
+        texts = list(map(str, values))
+        patterns.setdefault(tuple(texts.index(text) for text in texts), key)
+    return {key: list(varying[key]) for key in patterns.values()}
+
+
+def _sorted(values: Mapping[str, Any]) -> list[Any]:
+    try:
+        return sorted(values.values())
+    except TypeError:
+        return list(values.values())

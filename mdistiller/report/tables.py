@@ -1,0 +1,215 @@
+"""Tables of results: accuracy, differences, published numbers, teachers, cost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from mdistiller.report.document import Section, Table
+from mdistiller.report.groups import Group, comparable, family, measure, otherwise
+from mdistiller.report.numbers import (
+    FEWEST,
+    Difference,
+    Estimate,
+    difference,
+    estimate,
+    holm,
+    verdict,
+)
+from mdistiller.report.published import beside, departures
+from mdistiller.report.runs import Run
+
+NONE = "-"
+
+
+def over_seeds(group: Group, which: str) -> Estimate | None:
+    """Accuracy on the test set of the last or the best epoch."""
+    return estimate(list(group.by_seed(lambda run: run.number(which)).values()))
+
+
+def chosen_by(groups: Sequence[Group]) -> str:
+    """What settings are to be chosen by: "held-out" images if all groups have them, or "test"."""
+    finished = [run for g in groups for run in g.finished]
+    return "held-out" if all(run.held_out("last") is not None for run in finished) else "test"
+
+
+def judged(group: Group, which: str, images: str) -> Estimate | None:
+    """Accuracy on what settings are chosen by."""
+    if images == "test":
+        return over_seeds(group, which)
+    return estimate(list(group.by_seed(functools.partial(Run.held_out, which=which)).values()))
+
+
+def plus_minus(found: Estimate | None, sign: str = "") -> str:
+    """An estimate to two places."""
+    if found is None:
+        return NONE
+    half = "" if found.half is None else f" ± {found.half:.2f}"
+    return f"{found.mean:{sign}.2f}{half}"
+
+
+def joined(values: Sequence[Any]) -> str:
+    return "; ".join(map(str, values)) or NONE
+
+
+def accuracy(groups: Sequence[Group]) -> Section:
+    """Mean and interval over seeds, last and best."""
+    split = any(run.held_out("best") is not None for g in groups for run in g.finished)
+    unit = f"test {measure(groups)} %"
+    head = ["group", "seeds", f"last epoch, {unit}", f"best epoch, {unit}"]
+    head += ["best epoch selected on"]
+    head += ["last, held-out", "best, held-out"] if split else []
+    rows = []
+    for g in groups:
+        last, best = over_seeds(g, "last"), over_seeds(g, "best")
+        row = [g.name, str(last.n if last else 0), plus_minus(last), plus_minus(best)]
+        row.append(joined(g.facts("selected_on")))
+        if split:
+            for which in ("last", "best"):
+                row.append(plus_minus(judged(g, which, "held-out")))
+        rows.append(row)
+    notes = ["Mean ± half the 95 % confidence interval over seeds (t distribution)."]
+    if split and chosen_by(groups) == "held-out":
+        notes.append("Groups are in the order of their held-out accuracy.")
+    if any((found := over_seeds(g, "last")) and found.n == 1 for g in groups):
+        notes.append("One seed has no interval: nothing is known of how much another would differ.")
+    if any("test set" in g.facts("selected_on") for g in groups):
+        notes.append(
+            "A best epoch that was selected on the test set is too high a number; "
+            "compare last epochs, or hold out images (DATASET.VAL_SPLIT)."
+        )
+    twins = [f"{g.name} (seed {', '.join(map(str, g.twins()))})" for g in groups if g.twins()]
+    if twins:
+        notes.append(f"Several runs of one seed count as their mean: {'; '.join(twins)}.")
+    return Section("Accuracy", notes, [Table(head, rows)])
+
+
+def _difference(name: str, gap: Difference | None, adjusted: float | None) -> list[str]:
+    if gap is None:
+        return [name, "0", NONE, NONE, NONE, "no seed in common"]
+    ps = (NONE if p is None else f"{p:.3g}" for p in (gap.p, adjusted))
+    return [name, str(gap.n), plus_minus(gap, "+"), *ps, verdict(gap, adjusted)]
+
+
+def _trained_otherwise(groups: Sequence[Group], base: Group) -> list[str]:
+    """A note on each group that differs from the baseline in more than its method."""
+    notes = []
+    for g in family(groups, base):
+        words = [f"{k} {ours} against {their}" for k, ours, their in otherwise(g, base)]
+        notes += [f"{g.name} was trained otherwise as well: {', '.join(words)}."] if words else []
+    return notes
+
+
+def differences(groups: Sequence[Group], base: Group | None, which: str) -> Section:
+    """Each group against the baseline, seed by seed."""
+    section = Section("Differences to the baseline")
+    if base is None:
+        section.notes.append("No baseline: name one of the groups with --baseline.")
+        return section
+
+    def number(run: Run) -> float | None:
+        return run.number(which)
+
+    found, apart = {}, [g.name for g in groups if not comparable(g, base)]
+    for g in family(groups, base):
+        if g is not base:
+            found[g.name] = difference(*(each.by_seed(number) for each in (g, base)))
+    ps = {k: gap.p for k, gap in found.items() if gap and gap.p is not None and gap.n >= FEWEST}
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    rows = [_difference(name, gap, adjusted.get(name)) for name, gap in found.items()]
+    head = ["group", "pairs", f"points above {base.name}", "p", "p, Holm", "verdict"]
+    section.tables.append(Table(head, rows))
+    unit = measure(groups)
+    section.notes.append(
+        f"{unit[0].upper()}{unit[1:]} on the test set, {which} epoch, against {base.name} with the "
+        "same seed: mean difference ± half its 95 % interval, and the paired t-test."
+    )
+    if len(ps) > 1:
+        section.notes.append(
+            f"These are {len(ps)} tests: of groups that do not differ, one in twenty gets a p "
+            "below 0.05. The verdict goes by Holm's adjustment, which is for all of them together."
+        )
+    if rows:
+        section.notes.append(
+            "“Not told apart” does not mean equal: the interval says which differences remain "
+            "possible."
+        )
+    section.notes += _trained_otherwise(groups, base)
+    if apart:
+        section.notes.append(
+            f"Not compared, because student, data set or split is another: {', '.join(apart)}."
+        )
+    return section
+
+
+def published(groups: Sequence[Group]) -> Section:
+    """Groups beside what papers report."""
+    head = ["group", "ours, last", "ours, best", "published", "best - published", "as", "source"]
+    rows = []
+    for g in groups:
+        last, best = over_seeds(g, "last"), over_seeds(g, "best")
+        for line in beside(g.config) if best else []:
+            gap = f"{best.mean - line.top1:+.2f}" if best else NONE
+            source = line.source if line.verified else f"{line.source} (not verified)"
+            row = [g.name, plus_minus(last), plus_minus(best), f"{line.top1:.2f}", gap]
+            rows.append(
+                [*row, line.method, source, joined(departures(g.config, line, g.processes))]
+            )
+    title = "Beside published numbers"
+    if not rows:
+        note = "For these methods, networks and data sets nothing is in published.csv."
+        return Section(title, [note])
+    note = (
+        "Published numbers are, unless a paper says otherwise, the best epoch on the test set, "
+        "of one or a few runs, seldom with an interval."
+    )
+    return Section(title, [note], [Table([*head, "ours has another protocol"], rows)])
+
+
+def teachers(groups: Sequence[Group]) -> Section:
+    """Teacher accuracy, and how far the student is from it."""
+    head = ["group", "teacher", f"its {measure(groups)} %", "student, last", "student - teacher"]
+    rows = []
+    for g in groups:
+        found = g.by_seed(lambda run: run.summary.get("teacher_acc"))
+        teacher = estimate(list(found.values()))
+        if teacher:
+            same = g.by_seed(lambda run: run.number("last"))
+            gap = difference(same, found)
+            name = str(g.config.get("DISTILLER.TEACHER", NONE))
+            rows.append([g.name, name, f"{teacher.mean:.2f}"])
+            rows[-1] += [plus_minus(estimate(list(same.values()))), plus_minus(gap, "+")]
+    if not rows:
+        return Section("Teacher and student")
+    note = (
+        "Both on the test set. On what the two agree: "
+        "tools/eval.py RUNS --teacher RUN --json FILE, and --evaluation FILE here."
+    )
+    return Section("Teacher and student", [note], [Table(head, rows)])
+
+
+def cost(groups: Sequence[Group]) -> Section:
+    """Time, speed, size and memory."""
+    head = ["group", "seconds a run", "training images/s", "parameters", "peak memory, MiB", "of"]
+    rows = []
+    for g in groups:
+        if not g.finished:
+            continue
+        row = [g.name]
+        for key, form in (("seconds", ",.1f"), ("images_per_second", ",.0f")):
+            values = [run.summary[key] for run in g.finished if run.summary.get(key)]
+            row.append(format(fmean(values), form) if values else NONE)
+        row.append(joined([f"{count:,}" for count in g.facts("parameters")]))
+        memory = g.facts("peak_memory_mib")
+        row.append(f"{max(memory):,.0f}" if memory else NONE)
+        rows.append([*row, joined(g.facts("peak_memory_of"))])
+    if not rows:
+        return Section("Cost")
+    notes = ["Means over the runs; of memory the largest. Parameters are the student's."]
+    if any(row[-1] == "process" for row in rows):
+        notes.append(
+            "Memory of a process is the most it ever held, data and earlier runs of it included."
+        )
+    return Section("Cost", notes, [Table(head, rows)])

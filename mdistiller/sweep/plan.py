@@ -1,0 +1,198 @@
+"""A sweep file: the trials it asks for, all checked before the first one starts. Its keys:
+
+    SWEEP: NAME            name of the study; marks the file as a sweep
+    CONFIG: FILE           the config that trials start from: beside this file, or configs/...
+    OVERRIDES: {...}       sections as in a config, laid over every trial
+    VARIANTS: [...]        each with NAME, and CONFIG, OVERRIDES, GRID of its own as needed
+    GRID: {KEY: [...]}     all combinations of the values; DISTILLER.TYPE: all is every method
+    SPACE: {KEY: AXIS}     a search instead of a grid: AXIS is a list of values, or
+                           {LOW: a, HIGH: b} with LOG: True or STEP: s if wanted
+    TRIALS: N              points of the search
+    PRUNE: N               of the search: from epoch N on, end trials below the median; 0: never
+    SEEDS: N or [...]      0 .. N-1, or the seeds themselves; a searched point trains with each
+    METRIC: last_acc       what is searched for, and the table's first column
+    LOSS_FALLS: True       report the training loss, and fail where it does not fall
+
+`_BASE_` builds on another sweep file.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdistiller.distillers import get_distiller
+from mdistiller.engine.build import check_names
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.cfg_files import find_config, overlay, read_yaml, resolve_paths
+from mdistiller.engine.record import experiment_name
+from mdistiller.engine.teacher import teacher_config
+from mdistiller.registry import UserError
+from mdistiller.sweep import fields
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One unit of work: a config trained once, or a point of a search trained with each seed.
+
+    Attributes:
+        cell: row of the table; trials of a cell differ by their seed.
+        name: of this trial, unique in the sweep.
+        changes: what sets the cell apart, as `[key, value, ...]`.
+        configs: checked, one for each run.
+    """
+
+    cell: str
+    name: str
+    changes: list[Any]
+    configs: tuple[Config, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep file and a command line ask for."""
+
+    name: str
+    out: Path
+    metric: str
+    loss_falls: bool
+    trials: tuple[Trial, ...]
+    space: dict[str, fields.Axis] = field(default_factory=dict)
+    prune: int = 0
+
+
+def read_plan(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    out: Path | None = None,
+) -> Plan:
+    """The plan of a sweep file.
+
+    Args:
+        overrides: `[key, value, ...]` for every trial, laid over all else.
+        imports: further IMPORTS, relative to the working directory.
+        out: folder of the results; by default `output/sweeps/NAME`.
+
+    Raises:
+        UserError: a key or value of the file, or the config of a trial, cannot be.
+    """
+    try:
+        file = find_config(path)
+        table = fields.check_table(read_yaml(file))
+        out = out or Path("output/sweeps") / table["SWEEP"]
+        reader = _Reader(file.parent, table, list(overrides), list(imports), out)
+        space = reader.space()
+        trials = tuple(reader.points() if space else reader.cells())
+        _refuse_twins(trials)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    name, metric, loss_falls = table["SWEEP"], table["METRIC"], table["LOSS_FALLS"]
+    return Plan(name, out, metric, loss_falls, trials, space, table["PRUNE"])
+
+
+@dataclass
+class _Reader:
+    """A checked table, the folder of its file, and what the command line adds."""
+
+    folder: Path
+    table: dict[str, Any]
+    overrides: list[str]
+    imports: list[str]
+    out: Path
+
+    def cells(self) -> Iterator[Trial]:
+        """The trials of a grid: variants, their axes, seeds."""
+        for variant in self.table["VARIANTS"]:
+            config = variant["CONFIG"] or self.table["CONFIG"]
+            fixed = self.fixed(variant["OVERRIDES"])
+            self.load(variant["NAME"], config, fixed, whole=False)  # may register methods
+            axes = fields.grid_axes({**self.table["GRID"], **variant["GRID"]})
+            fields.refuse_own(self.overrides, axes, "command line:")
+            for values in itertools.product(*axes.values()):
+                chosen = dict(zip(axes, values, strict=True))
+                parts = [variant["NAME"], *fields.label(chosen)]
+                cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
+                pairs = [word for pair in chosen.items() for word in pair]
+                cfg = self.load(cell, config, [*fixed, *pairs])
+                changes = [*fields.words(fields.nested(variant["OVERRIDES"])), *pairs]
+                for seed in self.table["SEEDS"]:
+                    name = f"{cell},seed:{seed}"
+                    yield Trial(cell, name, changes, (self.placed(cfg, name, seed),))
+
+    def points(self) -> Iterator[Trial]:
+        """The trials of a search, still without their values."""
+        cfg = self.load("", self.table["CONFIG"], self.fixed({}))
+        for number in range(self.table["TRIALS"]):
+            name = f"trial {number}"
+            seeds = self.table["SEEDS"]
+            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", seed) for seed in seeds)
+            yield Trial(name, name, [], runs)
+
+    def space(self) -> dict[str, fields.Axis]:
+        """The axes of a search, each tried at its ends."""
+        given, config = self.table["SPACE"], self.table["CONFIG"]
+        fields.refuse_own(self.overrides, given, "command line:")
+        axes = {}
+        for key, axis in given.items():
+            fixed = self.fixed({})
+            low = axis.get("LOW") if isinstance(axis, dict) else None
+            cfg = self.load(f"SPACE: {key}", config, [*fixed, key, low])
+            axes[key] = fields.space_axis(key, axis, cfg)
+            for value in fields.ends(axes[key]):
+                self.load(f"SPACE: {key}", config, [*fixed, key, value])
+        return axes
+
+    def fixed(self, overrides: dict[str, Any]) -> list[Any]:
+        """The file's overrides and further ones over them, as `[key, value, ...]`."""
+        both = overlay(fields.nested(self.table["OVERRIDES"]), fields.nested(overrides))
+        resolve_paths(both, self.folder)
+        fixed = fields.words(both)
+        fields.refuse_own(fixed, {}, "OVERRIDES:")
+        return fixed
+
+    def load(self, name: str, config: str, overrides: list[Any], whole: bool = True) -> Config:
+        """A trial's config; if it is the `whole` one, checked as far as that goes without data."""
+        try:
+            beside = self.folder / config
+            file = beside if config and beside.is_file() else config
+            cfg = load_config(file, [*overrides, *self.overrides], self.imports)
+            if whole:
+                self.check(cfg)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+        return cfg
+
+    def check(self, cfg: Config) -> None:
+        """Refuse what would fail later."""
+        check_names(cfg)
+        if cfg.DISTILLER.TEACHER_CFG and get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+            teacher_config(cfg)
+        if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
+            raise UserError(
+                f"METRIC {self.table['METRIC']} wants held-out images: set DATASET.VAL_SPLIT, "
+                "or use last_acc or best_acc"
+            )
+
+    def placed(self, cfg: Config, name: str, seed: int) -> Config:
+        """`cfg` for one run of the sweep."""
+        own: Config = cfg.clone()
+        own.defrost()
+        own.EXPERIMENT.NAME, own.EXPERIMENT.SEED, own.LOG.PREFIX = name, seed, str(self.out)
+        own.freeze()
+        return own
+
+
+def _refuse_twins(trials: Sequence[Trial]) -> None:
+    """Refuse trials or run folders that share a name."""
+    names = Counter(trial.name for trial in trials)
+    folders = Counter(experiment_name(cfg) for trial in trials for cfg in trial.configs)
+    for name, count in (names | folders).items():
+        if count > 1:
+            raise UserError(
+                f"{count} trials are called {name}: a value is there twice, or two VARIANTS agree"
+            )

@@ -1,0 +1,158 @@
+"""What came of a sweep: a Markdown table and a CSV file, a row a cell (or a searched point)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mdistiller.sweep.fields import METRICS
+
+if TYPE_CHECKING:
+    from mdistiller.sweep.judge import Status
+    from mdistiller.sweep.plan import Plan
+
+LABELS = dict(
+    zip(
+        METRICS,
+        ("last top-1 %", "best top-1 %", "last, on the test set", "best, on the test set"),
+        strict=True,
+    )
+)
+
+
+@dataclass
+class Row:
+    """A cell of a grid over its seeds, or a searched point.
+
+    Attributes:
+        runs: results of finished runs.
+        failed: errors of failed trials, by their name.
+        unfinished: trials that are open, running or pruned, by state.
+    """
+
+    name: str
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of all runs that have it."""
+        return [run[metric] for run in self.runs if run.get(metric) is not None]
+
+    def ends(self, number: str) -> tuple[float, float]:
+        """Means over the runs of a number of the first and of the last epoch."""
+        first, last = ([run[end][number] for run in self.runs] for end in ("first", "last"))
+        return statistics.mean(first), statistics.mean(last)
+
+    def selected_on(self) -> str:
+        """What the best epochs were selected on."""
+        return ", ".join(sorted({run["selected_on"] for run in self.runs}))
+
+    def loss_fell(self) -> bool:
+        """Whether every run's training loss was lower in its last epoch than in its first."""
+        return all(run["last"]["train_loss"] < run["first"]["train_loss"] for run in self.runs)
+
+
+def rows(plan: Plan, status: Mapping[str, Status]) -> list[Row]:
+    """The table's rows: a grid's in the order of the file, a search's with the best first."""
+    found: dict[str, Row] = {}
+    for trial in plan.trials:
+        now = status[trial.name]
+        params = ",".join(f"{key}={short(value)}" for key, value in now.params.items())
+        row = found.setdefault(trial.cell, Row(f"{trial.cell}: {params}" if params else trial.cell))
+        row.runs += now.results
+        if now.state == "failed":
+            row.failed[trial.name] = now.error
+        elif now.state != "done":
+            row.unfinished[now.state] = row.unfinished.get(now.state, 0) + 1
+    if not plan.space:
+        return list(found.values())
+
+    def rank(row: Row) -> float:
+        values = row.values(plan.metric)
+        return -statistics.mean(values) if values else float("inf")
+
+    return sorted(found.values(), key=rank)
+
+
+def short(value: Any) -> str:
+    """A number to four digits; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, to two places; the mean alone of a single value."""
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def all_well(plan: Plan, table: Sequence[Row]) -> bool:
+    """Whether no trial failed and, where that is asked for, every loss fell."""
+    return not any(row.failed or (plan.loss_falls and not row.loss_fell()) for row in table)
+
+
+def metrics(plan: Plan, table: Sequence[Row]) -> list[str]:
+    """The metrics that any run has, the plan's first."""
+    others = [m for m in METRICS if m != plan.metric and any(row.values(m) for row in table)]
+    return [plan.metric, *others]
+
+
+def markdown(plan: Plan, table: Sequence[Row]) -> str:
+    """The table, and below it what went wrong or is missing."""
+    columns = metrics(plan, table)
+    head = ["trial" if plan.space else "cell", *(LABELS[m] for m in columns), "best selected on"]
+    head += ["loss, first → last epoch", "training top-1 %", "loss fell"] if plan.loss_falls else []
+    head += ["runs", "failed"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in table:
+        cells = [row.name, *(mean_std(row.values(m)) for m in columns), row.selected_on() or "-"]
+        cells += _loss_cells(row) if plan.loss_falls else []
+        cells += [str(len(row.runs)), str(len(row.failed))]
+        lines.append(f"| {' | '.join(cells)} |")
+    several = any(len(row.runs) > 1 for row in table)
+    lines += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
+    failures = [f"- {name} failed: {text}" for row in table for name, text in row.failed.items()]
+    lines += ["", *failures] if failures else []
+    missing = {state: sum(r.unfinished.get(state, 0) for r in table) for state in _STATES}
+    counts = [f"{count} {state}" for state, count in missing.items() if count]
+    lines += ["", f"Not finished: {', '.join(counts)}."] if counts else []
+    return "\n".join(lines)
+
+
+_STATES = ("running", "open", "pruned")
+
+
+def _loss_cells(row: Row) -> list[str]:
+    if not row.runs:
+        return ["-", "-", "-"]
+    loss, accuracy = row.ends("train_loss"), row.ends("train_acc")
+    return [
+        f"{loss[0]:.4g} → {loss[1]:.4g}",
+        f"{accuracy[0]:.1f} → {accuracy[1]:.1f}",
+        "yes" if row.loss_fell() else "NO",
+    ]
+
+
+def csv_text(plan: Plan, table: Sequence[Row]) -> str:
+    """The same numbers, unrounded; empty where there is none."""
+    columns = metrics(plan, table)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    pairs = [f"{metric}_{kind}" for metric in columns for kind in ("mean", "std")]
+    ends = [f"{n}_{end}" for n in ("train_loss", "train_acc") for end in ("first", "last")]
+    writer.writerow(["name", *pairs, *ends, "selected_on", "runs", "failed"])
+    for row in table:
+        numbers: list[Any] = []
+        for values in map(row.values, columns):
+            numbers.append(statistics.mean(values) if values else "")
+            numbers.append(statistics.stdev(values) if len(values) > 1 else "")
+        for number in ("train_loss", "train_acc"):
+            numbers += row.ends(number) if row.runs else ["", ""]
+        writer.writerow([row.name, *numbers, row.selected_on(), len(row.runs), len(row.failed)])
+    return out.getvalue()

@@ -1,0 +1,224 @@
+"""Working through a sweep: worker processes that take trials from the study until none is open."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from mdistiller.engine.cfg import Config
+from mdistiller.engine.cfg_checks import check_values
+from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.imports import import_user_modules
+from mdistiller.engine.record import experiment_name, one_line
+from mdistiller.engine.run import train_or_continue
+from mdistiller.engine.teacher import being_trained
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.registry import UserError
+from mdistiller.runtime import resolve_device
+from mdistiller.sweep.plan import Plan
+from mdistiller.sweep.study import Attempt, Study
+
+HEARTBEAT = 10.0  # seconds between signs of life
+CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
+
+
+def run_sweep(study: Study, jobs: int | None = None) -> None:
+    """Work until no trial is open: in `jobs` processes, by default one a GPU or a CPU core."""
+    jobs = jobs or default_jobs(study.plan)
+    while waiting := study.open_trials():
+        count = min(jobs, len(waiting))
+        before = study.attempts()
+        if count == 1:
+            work(study)
+        elif not _run_processes(study, count) and study.attempts() == before:
+            raise UserError("every worker process died before it began a trial; see above")
+
+
+def default_jobs(plan: Plan) -> int:
+    """One worker a GPU; without any, one a core this process may use."""
+    name = plan.trials[0].configs[0].DEVICE
+    device = resolve_device(name)
+    if device.type == "cuda":
+        return len(_gpus()) if name in ("auto", "cuda") else 1
+    if device.type == "mps":
+        return 1
+    cores = getattr(os, "sched_getaffinity", None)
+    return len(cores(0)) if cores else os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _run_processes(study: Study, count: int) -> bool:
+    """Work in processes of their own, each on its GPU if there are several; False if all died."""
+    gpus = _gpus() if torch.cuda.is_available() else []
+    several = len(gpus) > 1 and study.plan.trials[0].configs[0].DEVICE in ("auto", "cuda")
+    context = multiprocessing.get_context("spawn")
+    names = [gpus[index % len(gpus)] if several else "" for index in range(count)]
+    workers = [
+        context.Process(target=_worker, args=(study.plan, study.url, name)) for name in names
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # a terminal's Ctrl-C has reached the workers as well
+        for worker in workers:
+            worker.join(5)
+            worker.terminate()
+        raise
+    dead = [worker.exitcode for worker in workers if worker.exitcode]
+    for code in dead:
+        print(f"a worker process died (exit code {code})", flush=True)
+    return len(dead) < count
+
+
+def _worker(plan: Plan, url: str, gpu: str) -> None:
+    """A worker process; `gpu` is the only one it uses, as CUDA_VISIBLE_DEVICES names it."""
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    for trial in plan.trials:
+        import_user_modules(trial.configs[0].IMPORTS)
+    with contextlib.suppress(KeyboardInterrupt):
+        work(Study(plan, url))
+
+
+def work(study: Study) -> None:
+    """Take and run open trials until there is none."""
+    if resolve_device(study.plan.trials[0].configs[0].DEVICE).type == "cpu":
+        torch.set_num_threads(1)  # best for small networks, and sums do not depend on --jobs
+    while attempt := _next(study):
+        _run_trial(study, attempt)
+
+
+def _next(study: Study) -> Attempt | None:
+    """An attempt at an open trial, if there is one; last those whose teacher is in the making."""
+    later = []
+    for trial in study.open_trials():
+        teacher = being_trained(trial.configs[0])
+        if teacher:
+            later.append((trial, teacher))
+        elif attempt := study.take(trial):
+            return attempt
+    for trial, teacher in later:
+        if attempt := study.take(trial):
+            print(f"{trial.name}: waits until the teacher in {teacher} is trained", flush=True)
+            return attempt
+    return None
+
+
+def _run_trial(study: Study, attempt: Attempt) -> None:
+    """Run an attempt to its end, whatever that is, record it and print a line."""
+    plan, trial = study.plan, attempt.trial
+    started = time.perf_counter()
+    with _signs_of_life(attempt):
+        try:
+            params = attempt.choose() if plan.space else {}
+            results = []
+            for number, cfg in enumerate(trial.configs):
+                hook = _Report(attempt, first=number * cfg.SOLVER.EPOCHS)
+                results.append(_run(_with(cfg, params), hook))
+            outcome = f"{plan.metric} {attempt.finish(results):.2f}"
+        except optuna.TrialPruned:
+            attempt.end(TrialState.PRUNED)
+            outcome = "pruned"
+        except KeyboardInterrupt:
+            attempt.end(TrialState.FAIL, end="interrupted")
+            raise
+        except Exception as error:  # one trial's failure is no other's
+            outcome = one_line(error)
+            attempt.end(TrialState.FAIL, error=outcome)
+            outcome = f"failed: {outcome}"
+    if torch.cuda.is_available():  # what a failed run leaves in cycles
+        gc.collect()
+        torch.cuda.empty_cache()
+    states = [status.state for status in study.status().values()]
+    ended = len(states) - states.count("open") - states.count("running")
+    seconds = time.perf_counter() - started
+    print(f"[{ended}/{len(states)}] {trial.name}: {outcome} ({seconds:.0f} s)", flush=True)
+
+
+def _with(cfg: Config, params: Mapping[str, Any]) -> Config:
+    """A config with the values of a searched point."""
+    own: Config = cfg.clone()
+    own.defrost()
+    own.merge_from_list([word for pair in params.items() for word in pair])
+    check_values(own)
+    own.freeze()
+    return own
+
+
+def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
+    """Summary of a run, with the numbers of its first and last epoch; its output goes to a log."""
+    folder = Path(cfg.LOG.PREFIX) / experiment_name(cfg)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            summary = train_or_continue(cfg, hooks=[hook])
+        except Exception:
+            traceback.print_exc()
+            raise
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [{key: row[key] for key in CURVE} for row in rows if set(CURVE) <= set(row)]
+    return {**summary, "first": curve[0], "last": curve[-1]}
+
+
+class _Report(Hook):
+    """Tells the study each epoch's accuracy, and ends the run if it is to be pruned or is lost.
+
+    Args:
+        first: epochs of the runs before this one.
+    """
+
+    def __init__(self, attempt: Attempt, first: int):
+        self.attempt, self.first = attempt, first
+
+    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+        if "test_acc" in record and self.attempt.report(self.first + epoch, record["test_acc"]):
+            raise optuna.TrialPruned
+
+
+@contextlib.contextmanager
+def _signs_of_life(attempt: Attempt) -> Iterator[None]:
+    """Tell the study now and then that this process lives; end it if its parent does not."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_beat, args=(attempt, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _beat(attempt: Attempt, stop: threading.Event) -> None:
+    parent = multiprocessing.parent_process()
+    due = time.monotonic() + HEARTBEAT
+    while not stop.wait(1.0):
+        if parent is not None and not parent.is_alive():
+            attempt.end(TrialState.FAIL, end="interrupted")
+            os._exit(1)
+        if time.monotonic() >= due:
+            due += HEARTBEAT
+            with contextlib.suppress(Exception):  # the study may be out of reach for a while
+                attempt.beat()

@@ -1,0 +1,1 @@
+"""Fault injection: killed runs, damaged files, full disks; `python tools/faults.py`."""
