@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 
 from mdistiller.detection.batches import Batch, TrainBatches
 from mdistiller.detection.evaluate import evaluate_detector
-from mdistiller.engine.hooks import Hook
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
@@ -103,10 +103,10 @@ class Rounds:
 class Place(Hook):
     """Keeps in the checkpoints where in the stream of batches a run is."""
 
-    def state(self, trainer: BaseTrainer) -> dict[str, Any]:
+    def state(self, trainer: Trainer) -> dict[str, Any]:
         return {"batches": trainer.train_loader.state_dict()}
 
-    def load_state(self, trainer: BaseTrainer, state: Mapping[str, Any]) -> None:
+    def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         trainer.train_loader.load_state_dict(state["batches"])
 
 

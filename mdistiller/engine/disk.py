@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
 
+from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.utils import log_msg
-
-if TYPE_CHECKING:
-    from mdistiller.engine.trainer import BaseTrainer
 
 _SLOTS = {"SGD": 1, "Adam": 2, "AdamW": 2}
 """Values that an optimizer keeps for each weight; 2 for any other."""
 
 
-def checkpoint_bytes(trainer: BaseTrainer) -> int:
+def checkpoint_bytes(trainer: Trainer) -> int:
     """What a checkpoint is going to take: networks, optimizer, moving average."""
     weights = sum(t.numel() * t.element_size() for t in trainer.model.state_dict().values())
     student = sum(p.numel() * p.element_size() for p in trainer.model.student.parameters())
@@ -24,7 +21,7 @@ def checkpoint_bytes(trainer: BaseTrainer) -> int:
     return weights + slots * trained + (student if trainer.cfg.SOLVER.EMA else 0)
 
 
-def warn_of_low_disk(trainer: BaseTrainer) -> None:
+def warn_of_low_disk(trainer: Trainer) -> None:
     """Say so if the run folder's disk has less room than the files still to come are going to take.
 
     They are `latest`, `previous`, `best`, the numbered ones, and one that is being written.

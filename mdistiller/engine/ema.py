@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +13,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mdistiller.distillers import Distiller, Vanilla
 from mdistiller.engine.checkpoint import load_checkpoint
 from mdistiller.engine.distributed import broadcast_buffers
-from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.utils import validate
 from mdistiller.registry import UserError
-
-if TYPE_CHECKING:
-    from mdistiller.dataset import Data
-    from mdistiller.engine.trainer import BaseTrainer
 
 
 @torch.no_grad()
@@ -62,7 +58,7 @@ class AverageStudent(Hook):
         self.updates = 0
         self.best_acc, self.best_epoch = -1.0, 0
 
-    def before_train(self, trainer: BaseTrainer) -> None:
+    def before_train(self, trainer: Trainer) -> None:
         if type(trainer.model).forward_test is not Distiller.forward_test:
             raise UserError(
                 f"SOLVER.EMA averages the student alone, but {trainer.cfg.DISTILLER.TYPE} predicts "
@@ -70,18 +66,18 @@ class AverageStudent(Hook):
             )
         self._begin(trainer)
 
-    def _begin(self, trainer: BaseTrainer) -> nn.Module:
+    def _begin(self, trainer: Trainer) -> nn.Module:
         if self.average is None:
             self.average = copy.deepcopy(trainer.model.student).requires_grad_(False)
         return self.average
 
-    def after_update(self, trainer: BaseTrainer) -> None:
+    def after_update(self, trainer: Trainer) -> None:
         assert self.average is not None
         decay = trainer.cfg.SOLVER.EMA if self.updates else 0.0
         move_average(self.average, trainer.model.student, decay)
         self.updates += 1
 
-    def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         assert self.average is not None
         student = self.average
         broadcast_buffers(student)
@@ -90,24 +86,24 @@ class AverageStudent(Hook):
         if top1 >= self.best_acc:
             self.best_acc, self.best_epoch = top1, epoch
 
-    def networks(self, trainer: BaseTrainer, epoch: int) -> dict[str, nn.Module]:
+    def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         assert self.average is not None
         names = ["student_ema_latest", *(["student_ema_best"] if self.best_epoch == epoch else [])]
         return dict.fromkeys(names, self.average)
 
-    def state(self, trainer: BaseTrainer) -> dict[str, Any]:
+    def state(self, trainer: Trainer) -> dict[str, Any]:
         assert self.average is not None
         names = ("updates", "best_acc", "best_epoch")
         own = {name: getattr(self, name) for name in names}
         return {"ema": {"model": self.average.state_dict(), **own}}
 
-    def load_state(self, trainer: BaseTrainer, state: Mapping[str, Any]) -> None:
+    def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         if "ema" in state:  # not in checkpoints of the original: those start an average
             own = dict(state["ema"])
             self._begin(trainer).load_state_dict(own.pop("model"))
             vars(self).update(own)
 
-    def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
+    def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
         assert self.average is not None
         last = trainer.history[-1].get("ema_test_acc") if trainer.history else None
         found = {

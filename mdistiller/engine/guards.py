@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mdistiller.engine.checkpoint import save_checkpoint
+from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.metrics import NonFiniteLossError, show_terms
 from mdistiller.registry import UserError
 from mdistiller.runtime import distributed, rank
-
-if TYPE_CHECKING:
-    from mdistiller.engine.trainer import BaseTrainer
 
 _SHOWN = 8  # sample numbers in an error
 
@@ -49,7 +47,7 @@ class Guard:
         self._terms: list[dict[str, Tensor]] = []
         self._buffers: list[Tensor] = []
 
-    def begin(self, trainer: BaseTrainer, inputs: dict[str, Any]) -> None:
+    def begin(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
         """Before the forward pass of a micro-batch."""
         self._recent = [*self._recent, inputs.get("index")][-self._remembered :]
         self._inputs = inputs if self._remembered == 1 else {}
@@ -63,7 +61,7 @@ class Guard:
         if self.looks:
             self._terms.append({name: loss.detach().mean() for name, loss in losses.items()})
 
-    def passes(self, trainer: BaseTrainer, gradients: Sequence[Tensor]) -> bool:
+    def passes(self, trainer: Trainer, gradients: Sequence[Tensor]) -> bool:
         """Whether the optimizer may step by these gradients.
 
         Raises:
@@ -92,7 +90,7 @@ class Guard:
         self._refuse(trainer)
         return False
 
-    def _leave_to_device(self, trainer: BaseTrainer, bad: Tensor) -> None:
+    def _leave_to_device(self, trainer: Trainer, bad: Tensor) -> None:
         """Have the optimizer's kernel do nothing if the step is `bad`."""
         trainer.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # of fused ones
         for buffer, before in zip(trainer.model.buffers(), self._buffers, strict=True):
@@ -116,7 +114,7 @@ class Guard:
                 ago=len(self._recent),
             )
 
-    def _refuse(self, trainer: BaseTrainer) -> None:
+    def _refuse(self, trainer: Trainer) -> None:
         terms = {name: float(value) for name, value in self._terms[-1].items()}
         where = f"{trainer.stage} epoch {trainer.epoch + 1}, step {trainer.step}".strip()
         if self.skipped < self.limit:
@@ -131,7 +129,7 @@ class Guard:
         many = f" after {self.skipped} skipped steps" if self.skipped else ""
         raise NonFiniteLossError(f"non-finite {what} in {where}{many}: {show_terms(terms)}")
 
-    def check_weights(self, trainer: BaseTrainer) -> None:
+    def check_weights(self, trainer: Trainer) -> None:
         """Before they are saved: a bad gradient may have come in the very last step.
 
         Raises:
@@ -144,7 +142,7 @@ class Guard:
             text = f"weights are not finite after {where}: they are not saved"
             raise NonFiniteLossError(text, ago=len(self._recent))
 
-    def report(self, trainer: BaseTrainer, error: NonFiniteLossError) -> UserError:
+    def report(self, trainer: Trainer, error: NonFiniteLossError) -> UserError:
         """The error with the samples of the step, and a file to look at.
 
         Where the step was noticed at once, the file holds its inputs, and the weights that it did

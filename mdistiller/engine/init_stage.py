@@ -9,8 +9,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from mdistiller.distillers import Distiller
+from mdistiller.engine.callbacks import saved_state
 from mdistiller.engine.distributed import is_main_process, wrap
-from mdistiller.engine.hooks import Hook, Record, saved_state
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.logs import AppendedFile, TensorBoard
 from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.resume import (
@@ -140,7 +141,7 @@ class InitTrainer(BaseTrainer):
 class LogInit(Hook):
     """Prints a line an epoch, and has it written to the logs."""
 
-    def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         # Accuracy says nothing here: the classifier is not trained, or did not run.
         numbers = {key: record[key] for key in record if key not in ("train_acc", "train_top5")}
         trainer.log(numbers.pop("lr"), epoch, numbers)
@@ -156,9 +157,9 @@ class LogInit(Hook):
 class CheckpointInit(Hook):
     """Saves `latest`, from which the stage continues."""
 
-    def after_epoch(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         self.save(trainer)
 
-    def save(self, trainer: BaseTrainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         facts = {"stage": trainer.stage, "stage_epoch": trainer.epoch, "step": trainer.step}
         Store(trainer.log_path).save(saved_state(trainer), LATEST, **facts)

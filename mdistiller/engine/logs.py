@@ -9,18 +9,14 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.utils import log_msg
-
-if TYPE_CHECKING:
-    from mdistiller.engine.metrics import Meters
-    from mdistiller.engine.trainer import BaseTrainer
 
 EPOCH_KEYS = (
     *("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"),
@@ -33,29 +29,29 @@ class AppendedFile(Hook):
 
     name = ""
 
-    def path(self, trainer: BaseTrainer) -> Path:
+    def path(self, trainer: Trainer) -> Path:
         return trainer.log_path / self.name
 
-    def before_train(self, trainer: BaseTrainer) -> None:
+    def before_train(self, trainer: Trainer) -> None:
         if trainer.fresh:
             # what a run left behind that died before its first checkpoint
             self.path(trainer).unlink(missing_ok=True)
 
-    def on_resume(self, trainer: BaseTrainer, log_sizes: Mapping[str, int]) -> None:
+    def on_resume(self, trainer: Trainer, log_sizes: Mapping[str, int]) -> None:
         path = self.path(trainer)
         if self.name in log_sizes and path.is_file() and path.stat().st_size > log_sizes[self.name]:
             os.truncate(path, log_sizes[self.name])
 
-    def append(self, trainer: BaseTrainer, text: str) -> None:
+    def append(self, trainer: Trainer, text: str) -> None:
         with self.path(trainer).open("a", encoding="utf-8") as handle:
             handle.write(text)
 
-    def before_save(self, trainer: BaseTrainer) -> None:
+    def before_save(self, trainer: Trainer) -> None:
         if self.path(trainer).is_file():
             with self.path(trainer).open("rb") as handle:
                 os.fsync(handle.fileno())
 
-    def sizes(self, trainer: BaseTrainer) -> dict[str, int]:
+    def sizes(self, trainer: Trainer) -> dict[str, int]:
         path = self.path(trainer)
         return {self.name: path.stat().st_size if path.is_file() else 0}
 
@@ -65,13 +61,13 @@ class WorkLog(AppendedFile):
 
     name = "worklog.txt"
 
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         numbers = [f"{key}: {record[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in record]
         rule = "-" * 25
         title = f"{trainer.stage} epoch: {epoch}".strip()
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
 
-    def after_train(self, trainer: BaseTrainer) -> None:
+    def after_train(self, trainer: Trainer) -> None:
         self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
 
 
@@ -83,7 +79,7 @@ class MetricsFile(AppendedFile):
 
     name = "metrics.jsonl"
 
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         stage = {"stage": trainer.stage, "stage_epoch": epoch}
         head = stage if trainer.stage else {"epoch": epoch}
@@ -129,32 +125,32 @@ class TensorBoard(Hook):
         self.epochs: _Events | None = None
         self.steps: _Events | None = None
 
-    def before_train(self, trainer: BaseTrainer) -> None:
+    def before_train(self, trainer: Trainer) -> None:
         folder = trainer.log_path / "train.events" / trainer.stage
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)
 
-    def after_steps(self, trainer: BaseTrainer, meters: Meters) -> None:
+    def after_steps(self, trainer: Trainer, meters: Mapping[str, Any]) -> None:
         if self.steps is not None:
             for name, meter in meters.items():
                 self.steps.add(f"step/{name}", meter.avg, trainer.global_step)
 
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         if self.epochs is not None:
             for name, value in record.items():
                 self.epochs.add(name, value, epoch)
             self.epochs.flush()
 
-    def before_save(self, trainer: BaseTrainer) -> None:
+    def before_save(self, trainer: Trainer) -> None:
         if self.steps is not None:
             self.steps.flush()
 
-    def after_train(self, trainer: BaseTrainer) -> None:
+    def after_train(self, trainer: Trainer) -> None:
         for writer in (self.epochs, self.steps):
             if writer is not None:
                 writer.close()
 
-    def abandon(self, trainer: BaseTrainer) -> None:
+    def abandon(self, trainer: Trainer) -> None:
         with contextlib.suppress(OSError):  # a full disk, which has ended the run already
             self.after_train(trainer)
 
@@ -165,7 +161,7 @@ class Wandb(Hook):
     def __init__(self) -> None:
         self.run: Any = None
 
-    def before_train(self, trainer: BaseTrainer) -> None:
+    def before_train(self, trainer: Trainer) -> None:
         experiment = trainer.cfg.EXPERIMENT
         try:
             import wandb
@@ -179,7 +175,7 @@ class Wandb(Hook):
         except Exception as error:  # network, login, version: none of it is worth a lost run
             self._give_up(error)
 
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         if self.run is None:
             return
         try:
@@ -189,14 +185,14 @@ class Wandb(Hook):
         except Exception as error:
             self._give_up(error)
 
-    def after_train(self, trainer: BaseTrainer) -> None:
+    def after_train(self, trainer: Trainer) -> None:
         if self.run is not None:
             try:
                 self.run.finish()
             except Exception as error:
                 self._give_up(error)
 
-    def abandon(self, trainer: BaseTrainer) -> None:
+    def abandon(self, trainer: Trainer) -> None:
         self.after_train(trainer)
 
     def _give_up(self, error: Exception) -> None:

@@ -12,20 +12,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
+from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.resume import Progress, current_position
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import side_group
-
-if TYPE_CHECKING:
-    from mdistiller.engine.trainer import BaseTrainer
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 EXIT_CODE = 75
@@ -116,7 +114,7 @@ class Pauses:
         self._saved = self._looked = time.monotonic()
         self._interval = self._left = 1  # steps from one exchange to the next, and to the next one
 
-    def after_step(self, trainer: BaseTrainer, progress: Progress) -> None:
+    def after_step(self, trainer: Trainer, progress: Progress) -> None:
         """Save or stop, if it is time to.
 
         Raises:
@@ -141,7 +139,7 @@ class Pauses:
             where = f"{trainer.stage} epoch {progress.epoch}, step {trainer.step}".strip()
             raise Preempted(f"stopped by {_asked_name()} in {where}: continue with --resume")
 
-    def after_epoch(self, trainer: BaseTrainer, epoch: int) -> None:
+    def after_epoch(self, trainer: Trainer, epoch: int) -> None:
         """Stop, if it is time to; the epoch's hooks have saved."""
         self._saved, self._left = time.monotonic(), 1
         if self._agree()[0]:

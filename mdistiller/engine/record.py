@@ -24,14 +24,13 @@ from mdistiller.engine.cfg import CFG, Config, dump_cfg, own_sections
 from mdistiller.engine.cfg_values import flatten
 from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
-from mdistiller.engine.hooks import Hook
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.safe_yaml import parse_yaml
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
     from mdistiller.dataset import Data, TestData
-    from mdistiller.engine.trainer import BaseTrainer
 
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 # Keys that say where files go, not what is trained: they stay out of a run folder's name.
@@ -80,12 +79,12 @@ class RunRecord(Hook):
         self.changes: Sequence[str] = ()
         self.begun = False
 
-    def before_train(self, trainer: BaseTrainer) -> None:
+    def before_train(self, trainer: Trainer) -> None:
         self.begun = True
         folder, facts = trainer.log_path, (self.facts, self.changes, self.teacher_acc)
         write_record(folder, trainer.cfg, trainer.device, *facts)
 
-    def abandon(self, trainer: BaseTrainer) -> None:
+    def abandon(self, trainer: Trainer) -> None:
         record = read_record(trainer.log_path)
         if not self.begun or not record["starts"]:
             return
@@ -96,7 +95,7 @@ class RunRecord(Hook):
         ):
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
-    def summarize(self, trainer: BaseTrainer, data: Data) -> dict[str, Any]:
+    def summarize(self, trainer: Trainer, data: Data) -> dict[str, Any]:
         return peak_memory(trainer.device)
 
 

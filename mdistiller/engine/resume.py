@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,12 @@ from mdistiller.engine.distributed import (
     wait_for_all,
     world_size,
 )
+from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.metrics import Meters
 from mdistiller.engine.store import Store
 from mdistiller.engine.utils import log_msg
 from mdistiller.models._input import input_norm
 from mdistiller.registry import UserError
-
-if TYPE_CHECKING:
-    from mdistiller.engine.trainer import BaseTrainer
 
 Position = dict[str, Any]
 
@@ -91,7 +89,7 @@ class Progress:
         return time.perf_counter() - self.started
 
 
-def begin_epoch(trainer: BaseTrainer, epoch: int) -> Progress:
+def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
     """Seed an epoch and begin it, or go on in it where the checkpoint says so."""
     trainer.seed_epoch(epoch)
     meters = Meters(
@@ -128,7 +126,7 @@ def begin_epoch(trainer: BaseTrainer, epoch: int) -> Progress:
     return progress
 
 
-def current_position(trainer: BaseTrainer, progress: Progress) -> Position:
+def current_position(trainer: Trainer, progress: Progress) -> Position:
     """Where all processes are in an epoch, between two optimizer steps; all have to call this.
 
     Raises:
@@ -148,7 +146,7 @@ def current_position(trainer: BaseTrainer, progress: Progress) -> Position:
     }
 
 
-def capture(trainer: BaseTrainer) -> dict[str, Any]:
+def capture(trainer: Trainer) -> dict[str, Any]:
     """All that a resumed run needs, as plain values and tensors."""
     return {
         "epoch": trainer.epoch,
@@ -167,18 +165,18 @@ def capture(trainer: BaseTrainer) -> dict[str, Any]:
     }
 
 
-def schedule_state(trainer: BaseTrainer) -> dict[str, Any]:
+def schedule_state(trainer: Trainer) -> dict[str, Any]:
     """Of what moves the weights, and the settings that it is of."""
     names = ("optimizer", "scheduler", "scaler")
     own = {name: getattr(trainer, name).state_dict() for name in names}
     return {**own, "settings": _settings(trainer)}
 
 
-def _settings(trainer: BaseTrainer) -> dict[str, Any]:
+def _settings(trainer: Trainer) -> dict[str, Any]:
     return {"optimizer": type(trainer.optimizer).__name__, **trainer.step_settings()}
 
 
-def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path) -> None:
+def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> None:
     """Take up what :func:`schedule_state` gave, as far as the config has not changed it since.
 
     Decay, momentum and the like are the config's; so is the schedule, as it would stand by now had
@@ -210,7 +208,7 @@ def restore_schedule(trainer: BaseTrainer, saved: Mapping[str, Any], path: Path)
     trainer.restart_schedule([*[0.0] * unknown, *losses])
 
 
-def restore(trainer: BaseTrainer) -> None:
+def restore(trainer: Trainer) -> None:
     """Continue from the newest good checkpoint; those of the original work as well."""
     store = Store(trainer.log_path)
     name = from_main_process(lambda: store.newest()[0])
@@ -235,7 +233,7 @@ def restore(trainer: BaseTrainer) -> None:
         print(log_msg(f"continuing from {path}: epoch {trainer.epoch} done{within}"), flush=True)
 
 
-def restore_position(trainer: BaseTrainer, position: Position | None) -> None:
+def restore_position(trainer: Trainer, position: Position | None) -> None:
     """Take up where in an epoch a checkpoint was written."""
     trainer.position = position
     if position is not None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.cacheable import is_wanted
+from mdistiller.engine.callbacks import default_hooks
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
@@ -21,7 +22,7 @@ from mdistiller.engine.distributed import (
     unwrap,
 )
 from mdistiller.engine.guards import Guard
-from mdistiller.engine.hooks import Hook, default_hooks
+from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import (
     autocast,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._neck import Neck, fits_with_neck, insert_neck, read_neck
+from mdistiller.models._neck import Neck, read_neck, with_inputs
 from mdistiller.models._released import (
     TORCHVISION,
     Pretrained,
@@ -142,13 +142,35 @@ class StagedNet(nn.Module):
                 f"{type(self).__name__} takes no neck: its head has to be one linear layer on the "
                 "average of its last map; choose another network"
             )
-        insert_neck(self, Neck(self.classifier().weight.shape[1], hidden, outputs, size))
+        self._insert_neck(Neck(self.classifier().weight.shape[1], hidden, outputs, size))
 
     def accept_neck(self, state: Mapping[str, Tensor]) -> None:
         """Take on the neck that a state dict brings, if the whole of it then fits."""
         neck = read_neck(state)
-        if neck is not None and fits_with_neck(self, neck, state):
-            insert_neck(self, neck)
+        if neck is not None and self._fits_with_neck(neck, state):
+            self._insert_neck(neck)
+
+    def _fits_with_neck(self, neck: Neck, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict is that of this network with `neck`, for the same classes."""
+        if not self.globally_pooled or neck.inputs != self.classifier().weight.shape[1]:
+            return False
+        expected = self.state_dict()
+
+        def fits(key: str) -> bool:
+            axes = 1 if key.startswith(f"{self.head}.") else None  # the classifier's inputs differ
+            return key in state and state[key].shape[:axes] == expected[key].shape[:axes]
+
+        return self.neck is None and all(map(fits, expected))
+
+    def _insert_neck(self, neck: Neck) -> None:
+        """Register `neck`, and behind it a fresh classifier of its width in place of the old."""
+        head = self._modules.pop(self.head)
+        self.neck = neck.to(next(self.parameters()))
+        if isinstance(head, nn.Sequential):
+            head[-1] = with_inputs(head[-1], neck.outputs)
+        else:
+            head = with_inputs(head, neck.outputs)
+        self._modules[self.head] = head
 
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from mdistiller.models._base import StagedNet
 
 
 class Neck(nn.Sequential):
@@ -57,30 +53,6 @@ def read_neck(state: Mapping[str, Tensor], prefix: str = "neck.") -> Neck | None
     if first.ndim != 4 or last.ndim != 4 or size.numel() != 2:
         return None
     return Neck(first.shape[1], len(first), len(last), (int(size[0]), int(size[1])))
-
-
-def fits_with_neck(net: StagedNet, neck: Neck, state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is that of `net` with `neck`, for the same classes."""
-    if not net.globally_pooled or neck.inputs != net.classifier().weight.shape[1]:
-        return False
-    own = net.state_dict()
-
-    def fits(key: str) -> bool:
-        axes = 1 if key.startswith(f"{net.head}.") else None  # the classifier's inputs differ
-        return key in state and state[key].shape[:axes] == own[key].shape[:axes]
-
-    return net.neck is None and all(map(fits, own))
-
-
-def insert_neck(net: StagedNet, neck: Neck) -> None:
-    """Register `neck`, and behind it a fresh classifier of its width in place of the old one."""
-    owner = net._modules.pop(net.head)
-    net.neck = neck.to(next(net.parameters()))
-    if isinstance(owner, nn.Sequential):
-        owner[-1] = with_inputs(owner[-1], neck.outputs)
-    else:
-        owner = with_inputs(owner, neck.outputs)
-    net._modules[net.head] = owner
 
 
 def with_inputs(layer: nn.Module | None, inputs: int) -> nn.Linear | nn.Conv2d:

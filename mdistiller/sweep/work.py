@@ -20,12 +20,11 @@ from optuna.trial import TrialState
 
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg_checks import check_values
-from mdistiller.engine.hooks import Hook, Record
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.imports import import_user_modules
 from mdistiller.engine.record import experiment_name, one_line
 from mdistiller.engine.run import train_or_continue
 from mdistiller.engine.teacher import being_trained
-from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
 from mdistiller.runtime import resolve_device
 from mdistiller.sweep.plan import Plan
@@ -193,7 +192,7 @@ class _Report(Hook):
     def __init__(self, attempt: Attempt, first: int):
         self.attempt, self.first = attempt, first
 
-    def write(self, trainer: BaseTrainer, epoch: int, record: Record) -> None:
+    def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         if "test_acc" in record and self.attempt.report(self.first + epoch, record["test_acc"]):
             raise optuna.TrialPruned
 

@@ -13,8 +13,8 @@ from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine import preemption
+from mdistiller.engine.callbacks import Checkpoint
 from mdistiller.engine.guards import Guard
-from mdistiller.engine.hooks import Checkpoint
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError

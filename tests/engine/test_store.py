@@ -14,8 +14,8 @@ from test_training import load
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine import lock
+from mdistiller.engine.callbacks import Evaluate
 from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.hooks import Evaluate
 from mdistiller.engine.store import Store
 from mdistiller.manifest import sha256
 from mdistiller.registry import UserError
