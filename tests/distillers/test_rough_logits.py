@@ -114,7 +114,10 @@ def test_one_command_trains_an_epoch(tmp_path, words):
         TEACHER="BabyTeacher",
         TEACHER_CKPT=str(saved_teacher(tmp_path, "BabyTeacher")),
     )
-    assert train_command.main(["--cfg", str(config), *overrides, "EXPERIMENT.NAME", "run"]) == 0
+    # Untrained networks say nearly the same of all images, where DIST's gradient is largest: at the
+    # toy's rate of 0.05 a run may diverge.
+    words = [*overrides, "SOLVER.LR", "0.001", "EXPERIMENT.NAME", "run"]
+    assert train_command.main(["--cfg", str(config), *words]) == 0
     state = torch.load(tmp_path / "out" / "toy" / "run" / "latest", weights_only=True)
     assert state["epoch"] == 1
     assert 0 < abs(state["history"][0]["train_loss_kd"]) < 1e4  # DGKD's may be negative
