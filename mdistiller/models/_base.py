@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ class StagedNet(nn.Module):
     globally_pooled = True
     #: Whether stages are made of tokens (transformers, mixers) rather than of channels.
     tokens = False
+    #: Names of modules in other libraries' files, and the names here, for reading their weights.
+    key_aliases: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, stem_channels: int):
         super().__init__()
@@ -149,6 +152,10 @@ class StagedNet(nn.Module):
         neck = read_neck(state)
         if neck is not None and fits_with_neck(self, neck, state):
             insert_neck(self, neck)
+
+    def adapt_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`state`, which does not fit as it is, made to: position embeddings resampled, say."""
+        return state
 
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""
