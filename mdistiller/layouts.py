@@ -93,15 +93,12 @@ def _at_key(states: Mapping[str, State], path: object, key: str) -> State:
         if place == key or place.endswith(f".{key}"):
             return state
     for place, state in states.items():
-        inside = key.removeprefix(f"{place}.") if place else key
-        if inside != key or not place:
-            found = _strip_group(state, inside)
-            if found:
-                return found
-    inside = {f"{k}." for state in states.values() for k in _groups(state)} if key else ()
-    raise UserError(
-        f"checkpoint {path} has no weights under {key!r}; it has {_names([*states, *inside])}"
-    )
+        if not place or key.startswith(f"{place}."):
+            part = _strip_group(state, key.removeprefix(f"{place}."))
+            if part:
+                return part
+    parts = [".".join(filter(None, (p, name))) for p, s in states.items() for name in _groups(s)]
+    raise UserError(f"checkpoint {path} has no weights under {key!r}; it has {_names(parts)}")
 
 
 def _is_average(place: str) -> bool:
@@ -166,7 +163,7 @@ def _options(state: State) -> Iterator[State]:
 def _parts(state: State) -> Iterator[State]:
     """The parts of a larger module; and its body with the head, each without its prefix."""
     groups = _groups(state)
-    if len(groups) < 2:  # noqa: PLR2004
+    if len(groups) < 2:
         return
     for name in groups:
         part = _strip_group(state, name)

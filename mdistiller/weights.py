@@ -75,6 +75,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     _refuse_bomb(path)
+    _refuse_shards(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
             warnings.simplefilter("ignore")  # about pickles of other protocols, which then fail
@@ -85,11 +86,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
             raise RefusedError(
                 f"checkpoint {path} is a TorchScript program (torch.jit.save), not a state dict; "
                 f"{convert}"
-            ) from None
-        if "DTensor" in str(error):
-            raise RefusedError(
-                f"checkpoint {path} holds DTensors, one process's shards (FSDP2): {GATHERING}; if "
-                f"its tensors are whole, {convert}"
             ) from None
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             name = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
@@ -120,6 +116,21 @@ def _refuse_bomb(path: Path) -> None:
     if total > 4 * path.stat().st_size + (1 << 20):
         raise UserError(
             f"checkpoint {path} is refused: its {path.stat().st_size} bytes unpack to {total}"
+        )
+
+
+def _refuse_shards(path: Path) -> None:
+    """Refuse a file of DTensors, which torch reads or not by what the program has imported."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if name.endswith("/data.pkl")]
+            sharded = any(b"torch.distributed.tensor" in file.read(name) for name in names)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return
+    if sharded:
+        raise RefusedError(
+            f"checkpoint {path} holds DTensors, one process's shards (FSDP2): {GATHERING}; if its "
+            f"tensors are whole, tools/convert_checkpoint.py {path} NEW takes them out"
         )
 
 
@@ -299,7 +310,7 @@ def head_state(net: Any) -> dict[str, Tensor]:
 
 
 def load_network(
-    net: nn.Module,
+    net: Any,
     path: str | os.PathLike[str],
     name: str,
     num_classes: int | None = None,
@@ -313,6 +324,7 @@ def load_network(
     change them (`adapt_state`).
 
     Args:
+        net: the network, a StagedNet or any other module.
         path: a file, or FILE:KEY for one of several networks in it.
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
@@ -327,7 +339,9 @@ def load_network(
     state = network_state(contents, path, net)
     check_finite(state, net.state_dict(), path)
     if new_head or headless:
-        state = with_own_head(net, state, headless)
+        own_head = with_own_head(net, state, headless)
+        net.untrained_head = any(own_head[key] is not state.get(key) for key in own_head)
+        state = own_head
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)

@@ -22,7 +22,7 @@ from mdistiller.models._released import (
 )
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
-from mdistiller.weights import load_network
+from mdistiller.weights import load_network, split_key
 
 #: What a stage gives: its output, and that before its last ReLU (None where there is no ReLU).
 Staged = tuple[Tensor, Tensor | None]
@@ -65,6 +65,8 @@ class StagedNet(nn.Module):
     globally_pooled = True
     #: Whether stages are made of tokens (transformers, mixers) rather than of channels.
     tokens = False
+    #: Whether the classifier has initial weights beside trained ones of the rest (`load_network`).
+    untrained_head = False
     #: Names of modules in other libraries' files, and the names here, for reading their weights.
     key_aliases: Mapping[str, str] = MappingProxyType({})
 
@@ -234,7 +236,10 @@ class ModelEntry(NamedTuple):
 
     def is_release(self, path: str | Path) -> bool:
         """Whether a file is that of the released weights, wherever it lies: it has their name."""
-        return self.checkpoint is not None and Path(path).name == place_of(self.checkpoint).name
+        return (
+            self.checkpoint is not None
+            and split_key(path)[0].name == place_of(self.checkpoint).name
+        )
 
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""
