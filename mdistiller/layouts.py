@@ -78,7 +78,7 @@ def choose_state(
     pool = [place for place, state in states.items() if fits and fits(state)] or list(states)
     averages = [place for place in pool if _is_average(place)]
     usual = [place for place in pool if place in _USUAL]
-    ours = any(_strip_group(states[place], "student") for place in usual)  # a checkpoint of a run
+    ours = any(is_of_run(states[place]) for place in usual)
     for preferred in (pool, [] if ours else averages, usual):
         if len(preferred) == 1:
             return preferred[0], states[preferred[0]]
@@ -86,6 +86,11 @@ def choose_state(
         f"checkpoint {path} holds the weights of several networks ({_names(pool)}): name one, as "
         f"{path}:{pool[0]}"
     )
+
+
+def is_of_run(state: State) -> bool:
+    """Whether a state dict is that of a distiller: a training checkpoint of a run has it."""
+    return any(str(key).removeprefix("module.").startswith("student.") for key in state)
 
 
 def _at_key(states: Mapping[str, State], path: object, key: str) -> State:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.layouts import choose_state, find_states, has_all, match_keys
+from mdistiller.layouts import choose_state, find_states, has_all, is_of_run, match_keys
 from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
@@ -214,7 +214,7 @@ def network_state(
 
     place, state = choose_state(states, file, key, fits if own is not None else None)
     others = [other or "the file itself" for other in states if other != place]
-    if others and not key and rank() == 0:
+    if others and not key and not is_of_run(state) and rank() == 0:
         print(
             f"{file}: read {place or 'the file itself'}; {file}:KEY chooses another "
             f"({', '.join(others)})",

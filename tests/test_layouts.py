@@ -105,7 +105,7 @@ READ = {
     "distiller": ({"model": under("module.student.") | under("module.teacher.", OTHER)}, ""),
     "run of ours with an average": (
         {"model": under("student."), "ema": {"model": OTHER}, **BESIDE},
-        r"read model; .*\(ema\.model\)",
+        "",  # whose file of the average is another
     ),
     "networks of other shapes": (
         {"student": STATE, "teacher": get_model_entry("resnet14", "cifar")().state_dict()},
