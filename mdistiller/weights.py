@@ -223,12 +223,8 @@ def network_state(
     return named(state)
 
 
-def check_finite(state: State, own: State, path: str | os.PathLike[str]) -> None:
-    """Refuse weights that are NaN or infinite where a fresh network's are not.
-
-    Raises:
-        UserError: names the first such tensor.
-    """
+def not_finite(state: State, own: State) -> str:
+    """What is NaN or infinite in `state` where a fresh network's `own` is not; "" if nothing is."""
     bad = [
         key
         for key, value in state.items()
@@ -236,12 +232,10 @@ def check_finite(state: State, own: State, path: str | os.PathLike[str]) -> None
         and not value.isfinite().all()
         and (key not in own or own[key].isfinite().all())
     ]
-    if bad:
-        what = "NaN" if any(state[key].isnan().any() for key in bad) else "infinite values"
-        raise UserError(
-            f"checkpoint {path} has {what} in {len(bad)} of {len(state)} tensors (first: {bad[0]});"
-            " its training diverged: take an earlier file"
-        )
+    if not bad:
+        return ""
+    what = "NaN" if any(state[key].isnan().any() for key in bad) else "infinite values"
+    return f"has {what} in {len(bad)} of {len(state)} tensors (first: {bad[0]})"
 
 
 def _is_dense(value: Any) -> bool:
@@ -316,6 +310,7 @@ def load_network(
     num_classes: int | None = None,
     new_head: bool = False,
     headless: bool = False,
+    diverged: bool = False,
 ) -> Any:
     """Load the weights of one network from a file.
 
@@ -330,6 +325,7 @@ def load_network(
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
         new_head: keep the network's classifier where the file's is for other classes.
         headless: keep it where the file has none, too.
+        diverged: print a warning where weights are NaN or infinite, instead of refusing them.
 
     Returns:
         [mean, std] that the network's images are normalised with, as the file has it; None if it
@@ -337,7 +333,11 @@ def load_network(
     """
     contents = load_checkpoint(path)
     state = network_state(contents, path, net)
-    check_finite(state, net.state_dict(), path)
+    broken = not_finite(state, net.state_dict())
+    if broken and not diverged:
+        raise UserError(f"checkpoint {path} {broken}: its training diverged; take an earlier file")
+    if broken and rank() == 0:
+        print(f"WARNING: checkpoint {path} {broken}: its training diverged", flush=True)
     if new_head or headless:
         own_head = with_own_head(net, state, headless)
         net.untrained_head = any(own_head[key] is not state.get(key) for key in own_head)

@@ -106,7 +106,9 @@ def build_network(
     check_input(net, name, data)
     given, stated = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
-        stated = load_network(net, weights, name, data.num_classes, any_head, any_head)
+        stated = load_network(
+            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
+        )
     renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, stated))
     return net
 
