@@ -8,8 +8,7 @@ moving average beside it, and put the names of wrappers before its keys ("module
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -40,6 +39,8 @@ def find_states(contents: object, name: str = "", depth: int = 0) -> dict[str, S
         return {name: contents}
     below: dict[str, State] = {}
     for key, value in contents.items():
+        if isinstance(key, int) or str(key).lower().startswith("optim"):
+            continue
         below |= find_states(value, f"{name}.{key}" if name else str(key), depth + 1)
     matrices = {place: state for place, state in below.items() if _has_matrix(state)}
     below = matrices or below
@@ -55,37 +56,63 @@ def _has_matrix(state: State) -> bool:
     return any(isinstance(v, Tensor) and _is_weight(v) and v.ndim > 1 for v in state.values())
 
 
-def choose_state(
-    states: Mapping[str, State],
-    path: object,
-    key: str = "",
-    fits: Callable[[State], bool] | None = None,
-) -> tuple[str, State]:
+def choose_state(states: Mapping[str, State], path: object, key: str = "") -> tuple[str, State]:
     """One of the state dicts of a file, and its place.
 
+    Of several the moving average is taken (but not of a run of this library, which has files of
+    its own for it), else "model" or "state_dict".
+
     Args:
-        states: what :func:`find_states` returns; at least one.
+        states: by place; at least one.
         path: for errors.
         key: the user's choice: a place, the end of one, or that and a prefix of its keys.
-        fits: whether a state dict is that of the wanted network. Of several that fit, the moving
-            average is taken, else "model" or "state_dict".
 
     Raises:
         UserError: the choice does not exist, or there are several and none to prefer.
     """
     if key:
         return key, _at_key(states, path, key)
-    pool = [place for place, state in states.items() if fits and fits(state)] or list(states)
-    averages = [place for place in pool if _is_average(place)]
-    usual = [place for place in pool if place in _USUAL]
+    averages = [place for place in states if _is_average(place)]
+    usual = [place for place in states if place in _USUAL]
     ours = any(is_of_run(states[place]) for place in usual)
-    for preferred in (pool, [] if ours else averages, usual):
+    for preferred in (list(states), [] if ours else averages, usual):
         if len(preferred) == 1:
             return preferred[0], states[preferred[0]]
     raise UserError(
-        f"checkpoint {path} holds the weights of several networks ({_names(pool)}): name one, as "
-        f"{path}:{pool[0]}"
+        f"checkpoint {path} holds the weights of several networks ({_names(states)}): name one, as "
+        f"{path}:{next(iter(states))}"
     )
+
+
+def choose_fitting(
+    states: Mapping[str, State], path: object, own: State, aliases: Mapping[str, str]
+) -> tuple[str, State]:
+    """:func:`choose_state` among those that are a network's, or have such a part.
+
+    Best are those with its names and shapes, then those with its names.
+
+    Args:
+        own: the network's state dict; `aliases` as of :func:`match_keys`.
+    """
+    parts = {".".join(filter(None, (p, n))): v for p, s in states.items() for n, v in _parts(s)}
+    for exact in (True, False):
+        for pool in (states, parts):
+            fitting = {
+                place: state
+                for place, state in pool.items()
+                if _fits(match_keys(state, own, aliases), own, exact)
+            }
+            if fitting:
+                return choose_state(fitting, path)
+    return choose_state(states, path)
+
+
+def _fits(state: State, own: State, exact: bool) -> bool:
+    if any(key not in state and not key.endswith("num_batches_tracked") for key in own):
+        return False
+    shapes = all(state[key].shape == own[key].shape for key in own if key in state)
+    extra = any(key not in own and not key.startswith("neck.") for key in state)
+    return not exact or (shapes and not extra)
 
 
 def is_of_run(state: State) -> bool:
@@ -102,7 +129,8 @@ def _at_key(states: Mapping[str, State], path: object, key: str) -> State:
             part = _strip_group(state, key.removeprefix(f"{place}."))
             if part:
                 return part
-    parts = [".".join(filter(None, (p, name))) for p, s in states.items() for name in _groups(s)]
+    parts = [".".join(filter(None, (p, name))) for p, s in states.items() for name, _ in _parts(s)]
+    parts = parts if len(states) == 1 and parts else list(states)
     raise UserError(f"checkpoint {path} has no weights under {key!r}; it has {_names(parts)}")
 
 
@@ -110,9 +138,10 @@ def _is_average(place: str) -> bool:
     return any("ema" in word.lower().split("_") for word in place.split("."))
 
 
-def _names(places: list[str]) -> str:
-    shown = [place or "the file itself" for place in places[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+def _names(places: Iterable[str]) -> str:
+    every = list(places)
+    shown = [place or "the file itself" for place in every[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
 
 
 def match_keys(
@@ -121,8 +150,7 @@ def match_keys(
     """`state` under the names of a network.
 
     Whatever prefix all keys share goes if more of them are the network's without it; of the state
-    of a distiller the student is taken; so is the one part of a larger module that has all the
-    network's tensors; "backbone." goes from the keys that have it, if all the rest then fit.
+    of a distiller the student is taken; "backbone." goes from the keys that have it, if that helps.
     Counters that the network does not have are left out.
 
     Args:
@@ -133,18 +161,7 @@ def match_keys(
         return _without_wrappers(state)
     kept = {k: v for k, v in state.items() if k in own or k.rpartition(".")[2] not in _COUNTERS}
     options = [_renamed(option, own, aliases or {}) for option in _options(kept)]
-    best = max(options, key=lambda option: sum(key in own for key in option))
-    if not has_all(best, own):
-        parts = [_renamed(part, own, aliases or {}) for o in options for part in _parts(o)]
-        whole = [part for part in parts if has_all(part, own)]
-        if len(whole) == 1:
-            return whole[0]
-    return best
-
-
-def has_all(state: State, own: State) -> bool:
-    """Whether no tensor of `own` but counters is missing."""
-    return all(key in state or key.endswith("num_batches_tracked") for key in own)
+    return max(options, key=lambda option: sum(key in own for key in option))
 
 
 def _without_wrappers(state: State) -> dict[str, Tensor]:
@@ -155,33 +172,31 @@ def _without_wrappers(state: State) -> dict[str, Tensor]:
 
 
 def _options(state: State) -> Iterator[State]:
-    """`state`, without each prefix that its keys share in turn, and the student of a distiller."""
+    """`state`, without each prefix that its keys share, of a distiller the student's alone.
+
+    Last come those of a body with the prefix "backbone." and a head, with a prefix or without.
+    """
     yield state
-    student = _strip_group(state, "student")
+    student, body = _strip_group(state, "student"), _strip_group(state, "backbone")
     prefix = _shared(state)
     if student:
         yield from _options(student)
     elif prefix:
         yield from _options(_strip_group(state, prefix))
+    elif body:
+        rest = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        yield {**rest, **body}
+        yield {**{key.partition(".")[2]: value for key, value in rest.items()}, **body}
 
 
-def _parts(state: State) -> Iterator[State]:
-    """The parts of a larger module; and its body with the head, each without its prefix."""
-    groups = _groups(state)
-    if len(groups) < 2:
+def _parts(state: State) -> Iterator[tuple[str, State]]:
+    """The parts of a larger module, by the first words of their keys."""
+    if _shared(state):
+        for name, part in _parts(_strip_group(state, _shared(state))):
+            yield f"{_shared(state)}.{name}", part
         return
-    for name in groups:
-        part = _strip_group(state, name)
-        yield part
-        rest = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-        if name == "backbone":
-            yield {**rest, **part}
-            yield {**{key.partition(".")[2]: value for key, value in rest.items()}, **part}
-
-
-def _groups(state: State) -> dict[str, int]:
-    """First words of dotted keys, and how many keys have each."""
-    return dict(Counter(key.partition(".")[0] for key in state if "." in str(key)))
+    names = dict.fromkeys(str(key).partition(".")[0] for key in state if "." in str(key))
+    yield from ((name, _strip_group(state, name)) for name in names)
 
 
 def _shared(state: State) -> str:

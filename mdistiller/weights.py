@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mdistiller.layouts import choose_state, find_states, has_all, is_of_run, match_keys
+from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
@@ -193,26 +192,19 @@ def network_state(
             f"checkpoint {file} holds no weights (want a state dict, or one as 'model')"
             f"{f'; its keys are {keys[:200]}' if keys else ''}"
         )
-    own = net.state_dict() if net is not None else None
+    odd = [place for place, state in states.items() if _odd_key(state)]
+    plain = {place: state for place, state in states.items() if place not in odd}
+    if not plain:
+        raise UserError(
+            f"checkpoint {file} holds no plain state dict: {_odd_key(states[odd[0]])} is no named "
+            "tensor"
+        )
+    own = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
-
-    def named(state: State) -> dict[str, Tensor]:
-        odd = next((k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v))), None)
-        if odd is not None:
-            raise UserError(
-                f"checkpoint {file} holds no plain state dict: {str(odd)[:80]!r} is no named tensor"
-            )
-        return match_keys(state, own, aliases)
-
-    def fits(state: State) -> bool:
-        with contextlib.suppress(UserError):
-            found = named(state)
-            return has_all(found, own or {}) and all(
-                found[k].shape == v.shape for k, v in (own or {}).items() if k in found
-            )
-        return False
-
-    place, state = choose_state(states, file, key, fits if own is not None else None)
+    if key or own is None:
+        place, state = choose_state(plain, file, key)
+    else:
+        place, state = choose_fitting(plain, file, own, aliases)
     others = [other or "the file itself" for other in states if other != place]
     if others and not key and not is_of_run(state) and rank() == 0:
         print(
@@ -220,7 +212,13 @@ def network_state(
             f"({', '.join(others)})",
             flush=True,
         )
-    return named(state)
+    return match_keys(state, own, aliases)
+
+
+def _odd_key(state: Mapping[Any, Any]) -> str:
+    """The first key, as text, that is no text or has no plain tensor; "" if there is none."""
+    odd = (k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v)))
+    return next((repr(str(k)[:80]) for k in odd), "")
 
 
 def not_finite(state: State, own: State) -> str:
@@ -266,12 +264,21 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    kinds = [
+        f"{key} is {state[key].dtype}".replace("torch.", "")
+        for key in own
+        if key in state
+        and own[key].is_floating_point()
+        and state[key].ndim
+        and not state[key].is_floating_point()
+    ]
     problems = [
         f"{len(items)} {kind} ({', '.join(items[:2])}{', ...' if len(items) > 2 else ''})"
         for kind, items in (
             ("missing tensors", missing),
             ("unknown tensors", extra),
             ("tensors of another shape", shapes),
+            ("tensors that are not floating-point", kinds),
         )
         if items
     ]

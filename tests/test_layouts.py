@@ -74,7 +74,15 @@ READ = {
     "Lightning": ({"state_dict": under("model."), **LIGHTNING}, ""),
     "Lightning with a loss": (
         {"state_dict": {**under("net."), "criterion.weight": torch.ones(10)}, **LIGHTNING},
-        "",
+        r"read state_dict\.net; .*\(state_dict\)",
+    ),
+    "average within a module": (
+        {"state_dict": {**under("model.", OTHER), **under("model_ema.module.")}},
+        r"read state_dict\.model_ema; .*\(state_dict\)",
+    ),
+    "deeper and of other shapes": (
+        {"state_dict": under("moco.net.") | {"moco.queue": torch.eye(3)}},
+        r"read state_dict\.moco\.net; ",
     ),
     "timm's average": (
         {"state_dict": OTHER, "state_dict_ema": STATE},
@@ -108,7 +116,10 @@ READ = {
         "",  # whose file of the average is another
     ),
     "networks of other shapes": (
-        {"student": STATE, "teacher": get_model_entry("resnet14", "cifar")().state_dict()},
+        {
+            "student": STATE,
+            "teacher": get_model_entry("resnet14", "cifar")(num_classes=10).state_dict(),
+        },
         r"read student; .*\(teacher\)",
     ),
     "half precision": ({"model": {k: v.half() if v.ndim else v for k, v in STATE.items()}}, ""),
@@ -126,7 +137,7 @@ REFUSED = {
     ),
     "two wholes": (
         {"state_dict": {**under("encoder_q."), **under("encoder_k.", OTHER)}},
-        r"missing tensors \(conv1.weight, .*unknown tensors \(encoder_q.conv1.weight",
+        r"several networks \(state_dict\.encoder_q, state_dict\.encoder_k\): name one",
     ),
     "nothing": ({"epoch": 3, "config": {"lr": 0.1}}, "no weights .*its keys are epoch, config$"),
     "NaN": (spoiled("bn1.running_var", float("nan")), r"NaN in 1 of 56 tensors .*bn1\.running_var"),
@@ -142,6 +153,10 @@ REFUSED = {
     "another network": (
         {"model": get_model_entry("wrn_16_1", "cifar")(num_classes=10).state_dict()},
         r"missing tensors \(layer1\..*unknown tensors \(block1",
+    ),
+    "whole numbers": (
+        {"model": {k: v.to(torch.int8) for k, v in STATE.items()}},
+        r"tensors that are not floating-point \(conv1.weight is int8",
     ),
     "a list": ([STATE], "holds no weights"),
 }
@@ -260,6 +275,15 @@ def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys):
     (tmp_path / "folder" / ".metadata").touch()
     with pytest.raises(UserError, match=r"a folder of shards: .*dcp_to_torch FOLDER FILE"):
         load_checkpoint(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("layout", ["two networks", "nothing", "a list"])
+def test_the_conversion_says_why_it_makes_nothing_of_a_plain_file(tmp_path, capsys, layout):
+    contents, line = REFUSED[layout]
+    torch.save(contents, tmp_path / "file")
+    assert convert_checkpoint.main([str(tmp_path / "file"), str(tmp_path / "new")]) == 2
+    assert re.search(line, capsys.readouterr().err.strip())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_key_of_a_plain_file_is_written_apart(tmp_path):

@@ -52,11 +52,12 @@ def convert(args: argparse.Namespace) -> None:
     from mdistiller.weights import network_state, split_key
 
     contents = _as_it_is(args.file)
-    if contents is not None and split_key(args.file)[1]:
-        _write({"model": network_state(contents, args.file)}, args.out)
-        print(f"{args.out}: the weights of {args.file}")
-        return
     if contents is not None:
+        state = network_state(contents, args.file)
+        if split_key(args.file)[1]:
+            _write({"model": state}, args.out)
+            print(f"{args.out}: {len(state)} tensors of {args.file}")
+            return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
         return
     found = _read(args.file, "shells")

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from support import saved_teacher, write_config
+from support import TOY, saved_teacher, write_config
 
+from mdistiller.cli import eval as evaluate
 from mdistiller.cli import train
 from mdistiller.cli._probe import random_step, untrained
 from mdistiller.distillers import Distiller, distiller_dict, get_distiller
@@ -86,4 +87,11 @@ def test_a_key_chooses_the_teacher_in_a_file(tmp_path, capsys):
     cfg = write_config(tmp_path, **settings, TEACHER_CKPT=str(tmp_path / "file"))
     assert train.main(["--cfg", str(cfg)]) == 2
     assert "of several networks (one, two): name one, as" in capsys.readouterr().err
-    assert train.main(["--cfg", str(cfg), "DISTILLER.TEACHER_CKPT", f"{tmp_path}/file:two"]) == 0
+    two = f"{tmp_path}/file:two"
+    assert train.main(["--cfg", str(cfg), "DISTILLER.TEACHER_CKPT", two]) == 0
+    words = ["-m", "resnet14", "-d", "toy", "--import", TOY]
+    capsys.readouterr()
+    assert evaluate.main([*words, "-c", two]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert evaluate.main([*words, "-c", two.replace("two", "one"), two]) == 0  # as further files
+    assert capsys.readouterr().out.splitlines()[1] == first
