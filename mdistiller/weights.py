@@ -17,10 +17,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
+from mdistiller.runtime import rank
 
 State = Mapping[str, Tensor]
+
+_KINDS = {
+    b"\x89HDF": "an HDF5 file (of Keras, say)",
+    b"\x93NUMPY": "a NumPy array",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull gets the file itself)",
+    b"\x1f\x8b": "a gzip archive (unpack it first)",
+    b"<": "a web page (of a download that failed, say)",
+    b"{": "a JSON file",
+}
+"""First bytes of files that are taken for checkpoints, and what they are."""
+GATHERING = (
+    "save whole tensors in the program that trained it, by torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),"
+    " or make a file of a folder that torch.distributed.checkpoint saved, by python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+)
+"""The conversion of a sharded checkpoint."""
+_FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
+
+
+def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """FILE:KEY as (FILE, KEY); KEY is "" where there is none, or a file has the whole name."""
+    file, colon, key = str(path).rpartition(":")
+    if colon and file and Path(file).is_file() and not Path(path).exists():
+        return Path(file), key
+    return Path(path), ""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -33,7 +61,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
             something else.
     """
-    path = Path(path)
+    path, _ = split_key(path)
+    if (path / ".metadata").is_file():
+        raise UserError(f"checkpoint {path} is a folder of shards: {GATHERING}")
     if path.is_dir():
         raise UserError(f"checkpoint {path} is a folder; name a file in it (student_best, say)")
     if not path.is_file():
@@ -44,19 +74,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     _refuse_bomb(path)
+    _refuse_shards(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_safe_globals()):
             warnings.simplefilter("ignore")  # about pickles of other protocols, which then fail
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
+        convert = f"tools/convert_checkpoint.py {path} NEW takes its weights out"
+        if "TorchScript" in str(error):
+            raise RefusedError(
+                f"checkpoint {path} is a TorchScript program (torch.jit.save), not a state dict; "
+                f"{convert}"
+            ) from None
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             name = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
             raise RefusedError(
                 f"checkpoint {path} is refused: it holds more than weights and plain values"
-                f"{f' ({name[1]})' if name else ''}, which could run code when read; "
-                f"tools/convert_checkpoint.py {path} NEW takes its weights out"
+                f"{f' ({name[1]})' if name else ''}, which could run code when read; {convert}"
             ) from None
-        raise UserError(f"checkpoint {path} is truncated, damaged or no PyTorch file") from None
+        start = path.read_bytes()[:32].lstrip()
+        kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "")
+        raise UserError(
+            f"checkpoint {path} is {kind}, not a PyTorch file"
+            if kind
+            else f"checkpoint {path} is truncated, damaged or no PyTorch file"
+        ) from None
 
 
 class RefusedError(UserError):
@@ -73,6 +115,21 @@ def _refuse_bomb(path: Path) -> None:
     if total > 4 * path.stat().st_size + (1 << 20):
         raise UserError(
             f"checkpoint {path} is refused: its {path.stat().st_size} bytes unpack to {total}"
+        )
+
+
+def _refuse_shards(path: Path) -> None:
+    """Refuse a file of DTensors, which torch reads or not by what the program has imported."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if name.endswith("/data.pkl")]
+            sharded = any(b"torch.distributed.tensor" in file.read(name) for name in names)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return
+    if sharded:
+        raise RefusedError(
+            f"checkpoint {path} holds DTensors, one process's shards (FSDP2): {GATHERING}; if its "
+            f"tensors are whole, tools/convert_checkpoint.py {path} NEW takes them out"
         )
 
 
@@ -112,28 +169,71 @@ def _safe_globals() -> list[Any]:
     return [np.dtype, *kinds, *((scalar, name) for name in names), argparse.Namespace]
 
 
-def network_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of one network in what a checkpoint file holds.
+def network_state(
+    contents: Any, path: str | os.PathLike[str], net: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """The state dict of one network in what a checkpoint file holds, at any depth.
 
-    Understands `{"model": state}`, a bare state dict, the prefix of DataParallel, and the state of
-    a whole distiller, of which the student is taken.
+    Where there are several, the choice is printed; see :mod:`mdistiller.layouts` for which is taken
+    and how its keys become those of `net`.
+
+    Args:
+        path: for errors; FILE:KEY chooses one of several.
+        net: the network that it is for, if known.
+
+    Raises:
+        UserError: there are no weights, or several networks' and none to prefer.
     """
-    state = contents
-    for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
+    file, key = split_key(path)
+    states = find_states(contents)
+    if not states:
+        keys = ", ".join(str(k)[:40] for k in contents) if isinstance(contents, Mapping) else ""
         raise UserError(
-            f"checkpoint {path} holds no weights (want a state dict, or one as 'model')"
+            f"checkpoint {file} holds no weights (want a state dict, or one as 'model')"
+            f"{f'; its keys are {keys[:200]}' if keys else ''}"
         )
-    odd = next((k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v))), None)
-    if odd is not None:
+    odd = [place for place, state in states.items() if _odd_key(state)]
+    plain = {place: state for place, state in states.items() if place not in odd}
+    if not plain:
         raise UserError(
-            f"checkpoint {path} holds no plain state dict: {str(odd)[:80]!r} is no named tensor"
+            f"checkpoint {file} holds no plain state dict: {_odd_key(states[odd[0]])} is no named "
+            "tensor"
         )
-    plain = strip_prefix(state, "module.")
-    student = {k: v for k, v in plain.items() if k.startswith("student.")}
-    return strip_prefix(student, "student.") if student else plain
+    own = None if net is None else net.state_dict()
+    aliases = getattr(net, "key_aliases", {})
+    if key or own is None:
+        place, state = choose_state(plain, file, key)
+    else:
+        place, state = choose_fitting(plain, file, own, aliases)
+    others = [other or "the file itself" for other in states if other != place]
+    if others and not key and not is_of_run(state) and rank() == 0:
+        print(
+            f"{file}: read {place or 'the file itself'}; {file}:KEY chooses another "
+            f"({', '.join(others)})",
+            flush=True,
+        )
+    return match_keys(state, own, aliases)
+
+
+def _odd_key(state: Mapping[Any, Any]) -> str:
+    """The first key, as text, that is no text or has no plain tensor; "" if there is none."""
+    odd = (k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v)))
+    return next((repr(str(k)[:80]) for k in odd), "")
+
+
+def not_finite(state: State, own: State) -> str:
+    """What is NaN or infinite in `state` where a fresh network's `own` is not; "" if nothing is."""
+    bad = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point()
+        and not value.isfinite().all()
+        and (key not in own or own[key].isfinite().all())
+    ]
+    if not bad:
+        return ""
+    what = "NaN" if any(state[key].isnan().any() for key in bad) else "infinite values"
+    return f"has {what} in {len(bad)} of {len(state)} tensors (first: {bad[0]})"
 
 
 def _is_dense(value: Any) -> bool:
@@ -164,12 +264,21 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    kinds = [
+        f"{key} is {state[key].dtype}".replace("torch.", "")
+        for key in own
+        if key in state
+        and own[key].is_floating_point()
+        and state[key].ndim
+        and not state[key].is_floating_point()
+    ]
     problems = [
         f"{len(items)} {kind} ({', '.join(items[:2])}{', ...' if len(items) > 2 else ''})"
         for kind, items in (
             ("missing tensors", missing),
             ("unknown tensors", extra),
             ("tensors of another shape", shapes),
+            ("tensors that are not floating-point", kinds),
         )
         if items
     ]
@@ -181,50 +290,83 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     net.load_state_dict(fitting)
 
 
-def with_own_head(net: Any, state: State) -> dict[str, Tensor]:
-    """`state` with the classifier of `net`, a StagedNet, in place of one for other classes."""
-    layer = {id(param) for param in net.classifier().parameters()}
-    own = {k: v for k, v in net.state_dict(keep_vars=True).items() if id(v) in layer}
+def with_own_head(net: Any, state: State, headless: bool = False) -> dict[str, Tensor]:
+    """`state` with the classifier of `net`, a StagedNet, in place of one for other classes.
+
+    Args:
+        headless: add the classifier where `state` has none, too.
+    """
+    own = head_state(net)
     if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in own.items()):
+        return {**state, **own}
+    if headless and not own.keys() & state.keys():
         return {**state, **own}
     return dict(state)
 
 
+def head_state(net: Any) -> dict[str, Tensor]:
+    """The tensors of the classifier of `net`, a StagedNet, under their names in its state dict."""
+    layer = {id(param) for param in net.classifier().parameters()}
+    return {k: v for k, v in net.state_dict(keep_vars=True).items() if id(v) in layer}
+
+
 def load_network(
-    net: nn.Module,
+    net: Any,
     path: str | os.PathLike[str],
     name: str,
     num_classes: int | None = None,
     new_head: bool = False,
+    headless: bool = False,
+    diverged: bool = False,
 ) -> Any:
     """Load the weights of one network from a file.
 
     A student may have been trained with another head: the network takes on what the file holds of
-    it, if it can (`accept_neck`).
+    it, if it can (`accept_neck`). A network whose positions or names differ from the file's may
+    change them (`adapt_state`).
 
     Args:
+        net: the network, a StagedNet or any other module.
+        path: a file, or FILE:KEY for one of several networks in it.
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
         new_head: keep the network's classifier where the file's is for other classes.
+        headless: keep it where the file has none, too.
+        diverged: print a warning where weights are NaN or infinite, instead of refusing them.
 
     Returns:
         [mean, std] that the network's images are normalised with, as the file has it; None if it
         does not say.
     """
     contents = load_checkpoint(path)
-    state = network_state(contents, path)
-    if new_head:
-        state = with_own_head(net, state)
+    state = network_state(contents, path, net)
+    broken = not_finite(state, net.state_dict())
+    if broken and not diverged:
+        raise UserError(f"checkpoint {path} {broken}: its training diverged; take an earlier file")
+    if broken and rank() == 0:
+        print(f"WARNING: checkpoint {path} {broken}: its training diverged", flush=True)
+    if new_head or headless:
+        own_head = with_own_head(net, state, headless)
+        net.untrained_head = any(own_head[key] is not state.get(key) for key in own_head)
+        state = own_head
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)
     own = net.state_dict()
+    adapt = getattr(net, "adapt_state", None)
+    if adapt is not None and any(k not in state or state[k].shape != own[k].shape for k in own):
+        state = adapt(state)
     differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
     if num_classes and differ and set(differ) <= set(head):
         raise UserError(
             f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
-            f"but {num_classes} are wanted"
+            f"but {num_classes} are wanted; {_FEATURES_ONLY}"
+        )
+    if differ and hasattr(net, "classifier") and set(differ) == set(head_state(net)):
+        raise UserError(
+            f"checkpoint {path} has no classifier of {name} ({', '.join(differ)} are missing); "
+            f"{_FEATURES_ONLY}"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
     return contents.get("norm") if "model" in contents else None

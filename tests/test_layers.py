@@ -5,12 +5,13 @@ import ast
 import pytest
 from support import REPO
 
-BOTTOM = {"registry", "runtime", "weights", "manifest", "files"}
+BOTTOM = {"registry", "runtime", "weights", "layouts", "manifest", "files"}
 ENGINE = BOTTOM | {"models", "dataset", "distillers", "engine"}
 MAY_IMPORT = {
     "registry": set(),
     "runtime": {"registry"},
-    "weights": {"registry", "manifest"},
+    "weights": {"registry", "runtime", "manifest", "layouts"},
+    "layouts": {"registry"},
     "manifest": {"registry"},
     "files": {"registry"},
     "models": BOTTOM,

@@ -14,6 +14,7 @@ import pickle
 import sys
 import types
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,28 @@ _TENSORS = (
     "_rebuild_parameter_with_state",
 )
 _DEEPEST = 100
+
+
+class ShardedError(Exception):
+    """A tensor of which the file has a part."""
+
+
+def _wrapped() -> None:
+    """Stands for torch's way to make a tensor that wraps others, a DTensor say."""
+
+
+def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor of a class of its own, as the plain tensor that it is or wraps."""
+    if function is not _wrapped:
+        return function(*arguments)
+    parts = [part for part in (state if isinstance(state, tuple) else [state]) if part]
+    local = next((part["_local_tensor"] for part in parts if "_local_tensor" in part), None)
+    size = tuple(arguments[2])
+    if not isinstance(local, torch.Tensor):
+        return Shell()
+    if tuple(local.shape) != size:
+        raise ShardedError(f"{list(local.shape)} of {list(size)}")
+    return local
 
 
 class Shell:
@@ -81,6 +104,10 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _REAL:
             return _REAL[module, name]
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _of_type
+        if (module, name) == ("torch._utils", "_rebuild_wrapper_subclass"):
+            return _wrapped
         if module == "torch._utils" and name in _TENSORS:
             return getattr(torch._utils, name)
         if module == "torch" and (name.endswith("Storage") or name in _dtypes()):
@@ -116,6 +143,34 @@ def module_state(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
     return state
 
 
+def script_state(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The state dict of a shell of a TorchScript module, which has all as plain attributes."""
+    state: dict[str, torch.Tensor] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            state[f"{prefix}{name}"] = value.detach()
+        elif isinstance(value, Shell):
+            state.update(script_state(value, f"{prefix}{name}."))
+    return state
+
+
+def _without_code(source: str, target: str) -> bool:
+    """Copy a TorchScript file without what makes torch.load run it; False if it is of other kind.
+
+    What is left is an ordinary file of a pickle and its tensors.
+    """
+    if not zipfile.is_zipfile(source):
+        return False
+    with zipfile.ZipFile(source) as old:
+        if not any(name.endswith("/constants.pkl") for name in old.namelist()):
+            return False
+        with zipfile.ZipFile(target, "w") as new:
+            for name in old.namelist():
+                if name.endswith(("/data.pkl", "/version", "/byteorder")) or "/data/" in name:
+                    new.writestr(name, old.read(name))
+    return True
+
+
 def plain(value: Any, depth: int = 0) -> Any:
     """`value` made of tensors, mappings, lists and plain values; None for what is none of these."""
     if depth > _DEEPEST:
@@ -143,20 +198,26 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def main(source: str, target: str, mode: str) -> None:
     """Read `source`, write what is plain in it to `target`."""
+    script = mode == "shells" and _without_code(source, f"{target}.plain")
     inert = types.SimpleNamespace(__name__="inert", Unpickler=Unpickler, load=_load)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the source of shells
         contents = torch.load(
-            source,
+            f"{target}.plain" if script else source,
             map_location="cpu",
             weights_only=False,  # the point of this program
             pickle_module=pickle if mode == "run" else inert,
         )
-    found = plain(contents)
-    if hasattr(contents, "_parameters"):
+    found = {"model": script_state(contents)} if script else plain(contents)
+    if isinstance(contents, torch.jit.ScriptModule):
+        found = {"model": dict(contents.state_dict())}
+    elif hasattr(contents, "_parameters"):
         found = {"model": found}
     torch.save(found, target)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except ShardedError as error:
+        sys.exit(f"sharded: {error}")

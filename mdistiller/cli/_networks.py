@@ -86,9 +86,10 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     from mdistiller.engine.cfg import load_config
     from mdistiller.evaluation.subjects import data_config, load
     from mdistiller.runtime import resolve_device
+    from mdistiller.weights import split_key
 
     paths = list(args.ckpt)
-    while args.opts and Path(args.opts[0]).exists():
+    while args.opts and split_key(args.opts[0])[0].exists():
         paths.append(args.opts.pop(0))
     first = args.opts[0] if args.opts else ""
     if "/" in first or (first and not first.partition(".")[0].isupper()):  # config keys are

@@ -32,7 +32,9 @@ RISK = (
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="convert_checkpoint", description=__doc__)
-    parser.add_argument("file", type=Path, help="the checkpoint")
+    parser.add_argument(
+        "file", type=Path, help="the checkpoint, or FILE:KEY for one of several networks in it"
+    )
     parser.add_argument("out", type=Path, help="where the plain one goes")
     parser.add_argument(
         "--i-trust-this-file",
@@ -47,8 +49,15 @@ def convert(args: argparse.Namespace) -> None:
     """Write the weights, and the plain values beside them, to a new file."""
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")
+    from mdistiller.weights import network_state, split_key
+
     contents = _as_it_is(args.file)
     if contents is not None:
+        state = network_state(contents, args.file)
+        if split_key(args.file)[1]:
+            _write({"model": state}, args.out)
+            print(f"{args.out}: {len(state)} tensors of {args.file}")
+            return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
         return
     found = _read(args.file, "shells")
@@ -89,13 +98,15 @@ def _ask(path: Path, trust: bool) -> None:
 
 def _read(path: Path, mode: str) -> dict[str, Any] | None:
     """`{"model": state, ...}` of a file, read in a process of its own; None if there is none."""
-    from mdistiller.weights import load_checkpoint, network_state
+    from mdistiller.layouts import find_states
+    from mdistiller.weights import GATHERING, load_checkpoint, network_state, split_key
 
+    file, _ = split_key(path)
     worker = Path(__file__).with_name("_convert_worker.py")
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "plain.pth")
-        words = [sys.executable, "-I", str(worker), str(path.resolve()), str(target), mode]
+        words = [sys.executable, "-I", str(worker), str(file.resolve()), str(target), mode]
         try:
             done = subprocess.run(
                 words,
@@ -103,14 +114,22 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
+                text=True,
                 timeout=60 * _MINUTES,
             )
+            if "sharded: " in done.stderr:
+                part = done.stderr.rpartition("sharded: ")[2].strip()
+                raise UserError(
+                    f"{file} has one process's shard of each tensor ({part}): {GATHERING}"
+                )
             if done.returncode or not target.is_file():
                 return None
             contents = load_checkpoint(target)  # safely: what it wrote is no more to be trusted
-            state = network_state(contents, path)
-        except (UserError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             return None
+    if not find_states(contents):
+        return None
+    state = network_state(contents, path)
     beside = contents if "model" in contents else {}
     return {**{k: v for k, v in beside.items() if not isinstance(v, Mapping)}, "model": state}
 

@@ -232,6 +232,21 @@ def table(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def feature_only() -> str:
+    """Which methods need no classifier of the teacher."""
+    from mdistiller.distillers import distiller_dict
+
+    found = sorted(
+        f"`{name}`"
+        for name, method in distiller_dict.items()
+        if method.uses_teacher and not method.needs_teacher_classifier
+    )
+    return (
+        f"For {', '.join(found)} and sums of these the teacher's weights may be for other classes, "
+        "or have no classifier: they read its features alone.\n"
+    )
+
+
 def methods(args: argparse.Namespace) -> None:
     """Print the table, or write the page."""
     from mdistiller.distillers import distiller_dict
@@ -244,7 +259,7 @@ def methods(args: argparse.Namespace) -> None:
     if args.only:
         raise UserError("--write makes the whole page: leave out --only")
     try:
-        args.write.write_text(f"{PREFACE}\n{text}")
+        args.write.write_text(f"{PREFACE}\n{feature_only()}\n{text}")
     except OSError as error:
         raise UserError(f"--write: {args.write}: {error.strerror}") from None
 

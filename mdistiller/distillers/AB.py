@@ -83,6 +83,7 @@ def ab_loss(
 class AB(Distiller):
     """Activation boundaries: hidden neurons are active where the teacher's are."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

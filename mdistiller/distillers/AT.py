@@ -74,6 +74,7 @@ def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float, form: str = 
 class AT(Distiller):
     """Attention transfer: where the student's maps are strong, the teacher's are."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -94,6 +94,7 @@ def unknown_form(form: str) -> UserError:
 class CC(Distiller):
     """Correlation congruence: relations between samples are as the teacher's."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

@@ -84,6 +84,7 @@ class CRD(Distiller):
         targets: their classes, int64 [num_data]. Without them, negatives are any other images.
     """
 
+    needs_teacher_classifier = False
     own_state = ("contrast.", "negatives.")
 
     def __init__(

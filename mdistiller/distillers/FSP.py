@@ -64,6 +64,7 @@ def fsp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], form: str = "sum") ->
 class FSP(Distiller):
     """Flow of solution procedure: layers relate their inputs and outputs as the teacher's do."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

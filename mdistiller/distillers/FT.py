@@ -94,6 +94,7 @@ class Paraphraser(nn.Module):
 class FT(Distiller):
     """Factor transfer: the student's translated map has the teacher's paraphrased factors."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

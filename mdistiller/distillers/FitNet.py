@@ -65,6 +65,7 @@ def hint_layer(wanted: int, layers: int) -> int:
 class FitNet(Distiller):
     """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

@@ -152,6 +152,7 @@ def check_widths(student: Sequence[int], teacher: Sequence[int], k: int) -> None
 class KDSVD(Distiller):
     """Singular vectors of the student's maps change from stage to stage as the teacher's do."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

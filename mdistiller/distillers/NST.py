@@ -54,6 +54,7 @@ def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class NST(Distiller):
     """Neuron selectivity transfer: the student's channels are distributed as the teacher's."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -119,6 +119,7 @@ class Connectors(nn.Module):
 class OFD(Distiller):
     """Overhauled feature distillation: pre-activations of all stages with a partial distance."""
 
+    needs_teacher_classifier = False
     soft_labels = True
     teacher_in_eval_mode = False
 

@@ -76,6 +76,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 class PKT(Distiller):
     """Probabilistic knowledge transfer: samples have the same probable neighbours."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

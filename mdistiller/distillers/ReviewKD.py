@@ -146,6 +146,7 @@ class ReviewKD(Distiller):
     deep) follow from the networks. Given ones are checked; sides only if `image_size` is known.
     """
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

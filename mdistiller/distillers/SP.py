@@ -41,6 +41,7 @@ def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
 class SP(Distiller):
     """Similarity preserving: samples that are alike for the teacher are so for the student."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

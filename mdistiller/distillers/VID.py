@@ -74,6 +74,7 @@ def make_regressor(in_channels: int, out_channels: int) -> nn.Sequential:
 class VID(Distiller):
     """Variational information: student stages predict teacher stages with a learned variance."""
 
+    needs_teacher_classifier = False
     soft_labels = True
 
     def __init__(

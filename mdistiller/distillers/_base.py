@@ -19,6 +19,7 @@ from mdistiller.registry import Registry, UserError
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
 Losses = dict[str, Tensor]
 _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
+_STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 
 
 @dataclass
@@ -56,6 +57,9 @@ class Distiller(nn.Module):
             Remembered ones can then stand in for a forward pass of it, in a class that leaves
             `forward_train`, `run_teacher` and `forward` as they are. A class that overrides
             `distill` does not inherit it: it has to say so itself.
+        needs_teacher_classifier: False if nothing depends on the teacher's logits or the layer that
+            makes them: a teacher of other classes serves, and a file without that layer. A class
+            that overrides a training step does not inherit False: it has to say so itself.
         two_views: True for methods that train on two independently augmented views of an image. The
             training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
             `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
@@ -77,6 +81,7 @@ class Distiller(nn.Module):
     alone: str = ""
     takes_standardized_logits = False
     teacher_logits_only = False
+    needs_teacher_classifier = True
     two_views = False
     soft_labels = False
     own_state: tuple[str, ...] = ()
@@ -106,6 +111,9 @@ class Distiller(nn.Module):
             cls.two_views = True
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
+        if vars(cls).keys() & _STEPS:
+            own = vars(cls).get("needs_teacher_classifier", True)
+            cls.needs_teacher_classifier = own
 
     @classmethod
     def can_do_without_teacher(cls) -> bool:

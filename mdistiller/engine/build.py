@@ -24,7 +24,7 @@ from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, project_root, rank
-from mdistiller.weights import load_network
+from mdistiller.weights import load_network, split_key
 
 
 def build_distiller(
@@ -45,7 +45,8 @@ def build_distiller(
         weights = teacher_ckpt or find_teacher(cfg, data)
         if weights is None:
             raise UserError(no_teacher(cfg, data))
-        teacher = build_network(cfg, "TEACHER", data, weights)
+        any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
+        teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
     distiller = join(cfg, data, student, teacher).to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
@@ -71,7 +72,11 @@ def check_pair(cfg: Any, data: Data) -> None:
 
 
 def build_network(
-    cfg: Any, role: str, data: Data | TestData, weights: str | Path | None = None
+    cfg: Any,
+    role: str,
+    data: Data | TestData,
+    weights: str | Path | None = None,
+    any_head: bool = False,
 ) -> nn.Module:
     """The network in a role, "STUDENT" or "TEACHER", with its input normalisation.
 
@@ -79,23 +84,31 @@ def build_network(
         weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
             random ones. By default what the role's ARGS say: random ones, or with `pretrained`
             released ones under a classifier for the data.
+        any_head: the classifier will not be used: weights may be for other classes, or have none.
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
     wanted = settings.pop("pretrained", False)
     if weights == PRETRAINED:
         wanted = wanted or True
-        require_classes(entry, {**settings, "pretrained": wanted}, data.num_classes)
+        if not any_head:
+            require_classes(entry, {**settings, "pretrained": wanted}, data.num_classes)
     elif weights is not None:
         wanted = False
     if wanted:
-        settings |= {"pretrained": wanted, "new_head": weights is None}
+        settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
+    net: Any
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
+    known = entry.pretrained_on(settings) if wanted and any_head else None
+    if known is not None and known.classes != data.num_classes:
+        net.untrained_head = True
     check_input(net, name, data)
     given, stated = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
-        stated = load_network(net, weights, name, data.num_classes)
+        stated = load_network(
+            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
+        )
     renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, stated))
     return net
 
@@ -219,20 +232,22 @@ def find_teacher(cfg: Any, data: Data) -> Path | Literal["pretrained"] | None:
     """
     if cfg.DISTILLER.TEACHER_CKPT:
         path = Path(cfg.DISTILLER.TEACHER_CKPT)
-        found = next((p for p in (path, project_root() / path) if p.is_file()), None)
+        places = (path, project_root() / path)
+        found = next((p for p in places if split_key(p)[0].is_file()), None)
         if found is None:
             raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
         return found
     entry = model_entry(cfg, "TEACHER", data)
     own = bool(cfg.DISTILLER.TEACHER_CFG)
     classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
+    wanted = classes if get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier else None
     settings = arguments(cfg, "TEACHER")
     if entry.loads_itself and settings.get("pretrained") and not own:
-        if classes is not None:
-            require_classes(entry, settings, classes)
+        if wanted is not None:
+            require_classes(entry, settings, wanted)
         return PRETRAINED
     with first_on_machine():
-        released = entry.released(classes, fetch=not own)
+        released = entry.released(wanted, fetch=not own)
     misfits = released and own and entry.default_classes() != classes
     return None if misfits else released
 
@@ -248,13 +263,25 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
     )
 
 
-def measure_teacher(distiller: Distiller, data: Data) -> float:
+def measure_teacher(distiller: Distiller, data: Data) -> float | None:
     """The teacher's top-1 accuracy in percent on the test set, printed.
 
     Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
-    chance gets a warning: its file is then usually of another data set.
+    chance gets a warning: its file is then usually of another data set. None, and a line, for a
+    teacher whose weights have no classifier for these classes.
     """
     assert distiller.teacher is not None
+    if getattr(distiller.teacher, "untrained_head", False):
+        if rank() == 0:
+            print(
+                log_msg(
+                    f"the teacher's weights have no classifier for {data.num_classes} classes; "
+                    f"{type(distiller).__name__} reads its features alone, so its accuracy is not "
+                    "measured"
+                ),
+                flush=True,
+            )
+        return None
     test = data.val if data.test is None else data.test
     top1, _, _ = validate(test, Vanilla(distiller.teacher))
     if rank() == 0:

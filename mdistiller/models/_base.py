@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from mdistiller.models._released import (
 )
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
-from mdistiller.weights import load_network
+from mdistiller.weights import load_network, split_key
 
 #: What a stage gives: its output, and that before its last ReLU (None where there is no ReLU).
 Staged = tuple[Tensor, Tensor | None]
@@ -64,6 +65,10 @@ class StagedNet(nn.Module):
     globally_pooled = True
     #: Whether stages are made of tokens (transformers, mixers) rather than of channels.
     tokens = False
+    #: Whether the classifier has initial weights beside trained ones of the rest (`load_network`).
+    untrained_head = False
+    #: Names of modules in other libraries' files, and the names here, for reading their weights.
+    key_aliases: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, stem_channels: int):
         super().__init__()
@@ -172,6 +177,10 @@ class StagedNet(nn.Module):
             head = with_inputs(head, neck.outputs)
         self._modules[self.head] = head
 
+    def adapt_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`state`, which does not fit as it is, made to: position embeddings resampled, say."""
+        return state
+
     def get_stage_channels(self) -> list[int]:
         """Width of every entry of `feats`, the stem's first."""
         return [self.stem_channels, *(stage.channels for stage in self.stages)]
@@ -249,7 +258,10 @@ class ModelEntry(NamedTuple):
 
     def is_release(self, path: str | Path) -> bool:
         """Whether a file is that of the released weights, wherever it lies: it has their name."""
-        return self.checkpoint is not None and Path(path).name == place_of(self.checkpoint).name
+        return (
+            self.checkpoint is not None
+            and split_key(path)[0].name == place_of(self.checkpoint).name
+        )
 
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""

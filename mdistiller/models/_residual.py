@@ -65,19 +65,26 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3 (with the stride) and widening 1x1 convolution."""
+    """1x1, 3x3 (with the stride) and widening 1x1 convolution.
+
+    Attributes:
+        groups: of the 3x3 convolution.
+        group_width: its channels per group, for a block of width 64.
+    """
 
     expansion = 4
     last_norm = "bn3"
+    groups = 1
+    group_width = 64
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
-        outputs = width * self.expansion
-        self.conv1 = conv1x1(inputs, width)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv3x3(width, width, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = conv1x1(width, outputs)
+        outputs, inner = width * self.expansion, width * self.group_width // 64 * self.groups
+        self.conv1 = conv1x1(inputs, inner)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv3x3(inner, inner, stride, self.groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv1x1(inner, outputs)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.add_shortcut(inputs, outputs, stride)
 

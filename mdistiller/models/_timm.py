@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +64,17 @@ class TimmNet(ExternalNet):
         elif self.channels_last:
             last = last.permute(0, 3, 1, 2)
         return Collected(self.classifier()(pooled), maps, class_tokens, last, pooled)
+
+    def adapt_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As timm reads its own files: positions resampled, names of older releases changed."""
+        adapt = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn", None)
+        if adapt is None:
+            return state
+        try:
+            adapted: dict[str, Tensor] = adapt(dict(state), self.net)
+        except (KeyError, RuntimeError, AttributeError, ValueError):  # of another architecture
+            return state
+        return adapted
 
     def _stem_map(self, stem: Tensor, grid: Sequence[int]) -> Tensor:
         """The first layer's output in the form of a map, of the first stage's size if of tokens."""

@@ -7,7 +7,7 @@ makes no longer know training from evaluation.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -93,6 +93,19 @@ class TorchvisionNet(ExternalNet):
         maps = [stem, *(as_map(tokens, grid) for tokens in rest)]
         return Collected(logits, maps, class_tokens, as_map(last, grid), pooled)
 
+    def adapt_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the position embeddings of a VisionTransformer resampled for its image size."""
+        net = self.net
+        if not isinstance(net, VisionTransformer) or "encoder.pos_embedding" not in state:
+            return state
+        try:
+            adapted: dict[str, Tensor] = interpolate_embeddings(
+                net.image_size, net.patch_size, OrderedDict(state)
+            )
+        except ValueError:  # those of an image that is not square
+            return state
+        return adapted
+
     def classifier(self) -> nn.Linear:
         layer = self.net.get_submodule(self.head)
         assert isinstance(layer, nn.Linear)
@@ -139,7 +152,5 @@ def load_released(net: TorchvisionNet, release: str) -> None:
     """
     path = released_file(release, net.name)
     state = network_state(load_checkpoint(path), path)
-    inner = net.net
-    if isinstance(inner, VisionTransformer):
-        state = interpolate_embeddings(inner.image_size, inner.patch_size, OrderedDict(state))
+    state = dict(net.adapt_state(state))
     load_state(net, with_own_head(net, state), f"{release} and {net.name} as it is built here")

@@ -189,7 +189,7 @@ def test_the_files_hold_the_same_numbers(run, tmp_path):
     assert accuracies == found["networks"][0]["class_accuracy"]
 
 
-def test_a_diverged_network_is_null_in_json(tmp_path):
+def test_a_diverged_network_is_named_and_null_in_json(tmp_path, capsys):
     path = saved_teacher(tmp_path)
     contents = load_checkpoint(path)
     contents["model"]["fc.weight"] *= math.nan
@@ -197,6 +197,9 @@ def test_a_diverged_network_is_null_in_json(tmp_path):
     (found,) = evaluated(tmp_path, "-m", "resnet8", "-c", path, *TOY_DATA)["networks"]
     assert found["nll"] is None
     assert found["images"] == 60
+    assert "has NaN in 1 of 56 tensors (first: fc.weight)" in capsys.readouterr().out
+    teacher = ["--teacher", "resnet8", "--teacher-ckpt", path]
+    assert "has NaN in 1" in refused(capsys, "-m", "resnet8", "-c", path, *teacher, *TOY_DATA)
 
 
 def test_bad_input_is_one_line(run, tmp_path, capsys):

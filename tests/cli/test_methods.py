@@ -15,7 +15,9 @@ ADVICE = "run: python tools/methods.py --write docs/methods.md"
 
 @pytest.mark.slow
 def test_the_page_is_what_the_command_makes():
-    assert PAGE.read_text() == f"{methods.PREFACE}\n{methods.table(NAMES)}", ADVICE
+    assert (
+        PAGE.read_text() == f"{methods.PREFACE}\n{methods.feature_only()}\n{methods.table(NAMES)}"
+    ), ADVICE
 
 
 def test_the_pages_rows_are_what_the_command_makes():
@@ -24,7 +26,7 @@ def test_the_pages_rows_are_what_the_command_makes():
     assert re.findall(r"^\| `?(\w+)`? \|", page.partition("|---")[2], re.MULTILINE) == NAMES
     made = methods.table(["CRD", "DKD", "MLKD", "REVIEWKD", "USKD"]).splitlines()
     assert not set(made) - set(page.splitlines()), ADVICE
-    assert page.startswith(methods.PREFACE)
+    assert page.startswith(f"{methods.PREFACE}\n{methods.feature_only()}\n| "), ADVICE
 
 
 @pytest.mark.parametrize("name", NAMES)

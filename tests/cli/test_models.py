@@ -22,7 +22,12 @@ def test_facts_of_a_network_against_a_count_by_hand():
 
 
 def test_patterns_choose_and_the_table_is_printed(capsys):
-    assert models.chosen(["wrn_16_?", "vgg8"], "cifar") == ["wrn_16_1", "wrn_16_2", "vgg8"]
+    assert models.chosen(["wrn_16_?", "vgg8"], "cifar") == [
+        "wrn_16_1",
+        "wrn_16_2",
+        "wrn_16_4",
+        "vgg8",
+    ]
     assert models.chosen([], "cifar") == zoo_names("cifar")
     assert models.main(["resnet8", "--classes", "10"]) == 0
     assert "| resnet8 | 78,042 | 25.0 | 16x32x32 | 16x32x32 32x16x16" in capsys.readouterr().out

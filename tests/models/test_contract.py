@@ -31,8 +31,8 @@ NO_NORM = {
     "cifar-BabyStudentReLU",
     "cifar-BabyTeacherReLU",
 }
-ACTIVATED = ("resnet", "ResNet", "vgg", "ShuffleV1", "MobileNetV1")
-NO_STEM = {"imagenet-MobileNetV1"}  # its lists begin with the first stage
+ACTIVATED = ("resne", "ResNet", "vgg", "ShuffleV1", "MobileNetV1", "wrn_50_2")
+NO_STEM = {"imagenet-MobileNetV1", "imagenet-MobileNetV2"}  # its lists begin with the first stage
 
 
 @pytest.fixture(scope="module", params=ENTRIES)

@@ -9,6 +9,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from mdistiller.models import get_model_entry
 from mdistiller.models._torchvision import TorchvisionNet, load_released
 from mdistiller.registry import UserError
+from mdistiller.weights import load_network
 
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}
 SMALL = "torchvision/mnasnet0_5"
@@ -63,6 +64,31 @@ def test_timm_resamples_position_embeddings_to_the_images(tmp_path):
     )
     assert same_but(state, net.state_dict(), "head.", "pos_embed")
     assert net.state_dict()["pos_embed"].shape[1] == 1 + 4 * 4
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_file_of_another_image_size_is_resampled(tmp_path, library):
+    """As TEACHER_CKPT names one; what does not fit otherwise is refused as ever."""
+    small = {"patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 32}
+
+    def build(side, depth=1):
+        if library == "timm":
+            settings = {**VIT, "depth": depth}
+            return entry("timm/vit_tiny_patch16_224")(
+                num_classes=7, image_size=(side, side), **settings
+            )
+        net = VisionTransformer(side, **{**small, "num_layers": depth}, num_classes=7)
+        return TorchvisionNet(net, "small", (side, side))
+
+    torch.manual_seed(1)
+    state = saved(build(64), tmp_path / "w.pth")
+    net = build(32)
+    load_network(net, tmp_path / "w.pth", "vit", 7)
+    name = "pos_embed" if library == "timm" else "encoder.pos_embedding"
+    assert same_but(state, net.state_dict(), name)
+    assert net.state_dict()[name].abs().sum() > 0
+    with pytest.raises(UserError, match="missing tensors"):
+        load_network(build(32, depth=2), tmp_path / "w.pth", "vit", 7)
 
 
 def test_torchvision_loads_its_weights_whole_or_under_a_new_head(release):

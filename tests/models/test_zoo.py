@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from mdistiller.models import (
@@ -16,6 +17,7 @@ from mdistiller.models.cifar import baby, resnetv2, wrn
 from mdistiller.models.cifar.resnet import ResNet, resnet8, resnet32x4
 from mdistiller.registry import UnknownNameError, UserError
 from mdistiller.runtime import project_root
+from mdistiller.weights import load_network
 
 RESNETS = ("ResNet18", "ResNet34", "ResNet50", "ResNet101")
 TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")
@@ -34,6 +36,7 @@ def test_released_checkpoints_are_where_the_original_keeps_them():
     assert {name: entry.checkpoint for name, entry in imagenet_model_dict.items()} == {
         **{name: f"torchvision:{name}_Weights.IMAGENET1K_V1" for name in RESNETS},
         "MobileNetV1": None,
+        "MobileNetV2": None,
     }
 
 
@@ -78,6 +81,45 @@ def test_pretrained_says_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="resnet8 for 10 classes, but 100 are wanted") as caught:
         entry(num_classes=100, pretrained=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("ResNet18", "resnet18"),
+        ("ResNet34", "resnet34"),
+        ("wrn_50_2", "wide_resnet50_2"),
+        ("resnext50_32x4d", "resnext50_32x4d"),
+    ],
+)
+def test_residual_networks_are_torchvisions_but_for_the_stem(tmp_path, name, theirs):
+    """Files with `downsample` for the shortcut and `fc` for the classifier load; logits agree."""
+    torch.manual_seed(0)
+    other = torchvision.models.get_model(theirs, num_classes=5).eval()
+    other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    torch.save({"model": other.state_dict()}, tmp_path / "file")
+    net = get_model_entry(name, "cifar")(num_classes=5).eval()
+    load_network(net, tmp_path / "file", name, 5)
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(net(image)[0], other(image))
+    shortcut = "shortcut" if name == "ResNet18" else "downsample"
+    assert f"layer2.0.{shortcut}.0.weight" in net.state_dict()
+
+
+def test_files_of_repdistillers_resnet18_load(tmp_path):
+    """Its shortcut is called `downsample`; all else as here."""
+    torch.manual_seed(0)
+    net, other = resnetv2.ResNet18(5), resnetv2.ResNet18(5)
+    state = {k.replace("shortcut", "downsample"): v for k, v in net.state_dict().items()}
+    torch.save(state, tmp_path / "file")
+    load_network(other, tmp_path / "file", "ResNet18", 5)
+    assert all(map(torch.equal, other.state_dict().values(), net.state_dict().values()))
+
+
+def test_mobilenetv1_has_its_earlier_name():
+    old, new = (get_model_entry(name, "imagenet") for name in ("MobileNetV2", "MobileNetV1"))
+    assert old == new
 
 
 def test_depths_that_do_not_exist_are_refused():

@@ -106,6 +106,21 @@ def wrn_16_2(num_classes: int = 100) -> WideResNet:
     return WideResNet(16, 2, num_classes)
 
 
+@register_model("cifar", "wrn_16_4")
+def wrn_16_4(num_classes: int = 100) -> WideResNet:
+    return WideResNet(16, 4, num_classes)
+
+
+@register_model("cifar", "wrn_28_2")
+def wrn_28_2(num_classes: int = 100) -> WideResNet:
+    return WideResNet(28, 2, num_classes)
+
+
+@register_model("cifar", "wrn_28_4")
+def wrn_28_4(num_classes: int = 100) -> WideResNet:
+    return WideResNet(28, 4, num_classes)
+
+
 @register_model("cifar", "wrn_40_1")
 def wrn_40_1(num_classes: int = 100) -> WideResNet:
     return WideResNet(40, 1, num_classes)

@@ -4,6 +4,9 @@ Mobile Vision Applications", 2017, arXiv 1704.04861). No weights of it were rele
 `feats` and `preact_feats` begin with the first stage (128 channels, a quarter of the image's side):
 there is no entry for the stem, as in the original library. What drops the stem by `feats[1:]` sees
 the other three stages.
+
+The original called this network `MobileNetV2` until July 2022: that name is kept for its configs
+and files.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Separable(ActivatedStage):
 
 
 @register_model("imagenet", "MobileNetV1")
+@register_model("imagenet", "MobileNetV2")
 class MobileNetV1(StagedNet):
     """3x3 stem with stride 2, and thirteen separable blocks in four stages."""
 

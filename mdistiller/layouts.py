@@ -1,0 +1,224 @@
+"""Where a checkpoint file keeps a network's tensors, and under which names.
+
+Trainers wrap a state dict in other mappings ("state_dict", "net", "MODEL_STATE", ...), save a
+moving average beside it, and put the names of wrappers before its keys ("module.", "model.", ...).
+:func:`find_states` finds the state dicts of a file, :func:`choose_state` takes one of them, and
+:func:`match_keys` gives its tensors the names that a network uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from mdistiller.registry import UserError
+
+State = Mapping[str, Tensor]
+
+_DEEPEST = 8
+_USUAL = ("model", "state_dict")
+"""What timm, torchvision and this library call the weights: taken before other names."""
+_COUNTERS = ("total_ops", "total_params", "n_averaged")
+"""What the package thop adds to every module, and torch's AveragedModel to itself."""
+_WRAPPERS = ("module", "_orig_mod")
+_SHOWN = 6
+
+
+def find_states(contents: object, name: str = "", depth: int = 0) -> dict[str, State]:
+    """The state dicts in what a file holds, by their dotted place; "" is the file itself.
+
+    A mapping of nothing but tensors is one, and a mapping with more tensors in it than in the
+    mappings below it (:func:`odd_key` then names what does not belong). Optimizers are left out.
+    """
+    if not isinstance(contents, Mapping) or depth > _DEEPEST or "param_groups" in contents:
+        return {}
+    direct = sum(isinstance(value, Tensor) for value in contents.values())
+    floats = sum(_is_weight(value) for value in contents.values())
+    if floats and direct == len(contents):
+        return {name: contents}
+    below: dict[str, State] = {}
+    for key, value in contents.items():
+        if isinstance(key, int) or str(key).lower().startswith("optim"):
+            continue
+        below |= find_states(value, f"{name}.{key}" if name else str(key), depth + 1)
+    matrices = {place: state for place, state in below.items() if _has_matrix(state)}
+    below = matrices or below
+    here = direct and direct >= sum(map(len, below.values()))
+    return {name: contents} if here and (floats or not below) else below
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def _has_matrix(state: State) -> bool:
+    return any(isinstance(v, Tensor) and _is_weight(v) and v.ndim > 1 for v in state.values())
+
+
+def choose_state(states: Mapping[str, State], path: object, key: str = "") -> tuple[str, State]:
+    """One of the state dicts of a file, and its place.
+
+    Of several the moving average is taken (but not of a run of this library, which has files of
+    its own for it), else "model" or "state_dict".
+
+    Args:
+        states: by place; at least one.
+        path: for errors.
+        key: the user's choice: a place, the end of one, or that and a prefix of its keys.
+
+    Raises:
+        UserError: the choice does not exist, or there are several and none to prefer.
+    """
+    if key:
+        return key, _at_key(states, path, key)
+    averages = [place for place in states if _is_average(place)]
+    usual = [place for place in states if place in _USUAL]
+    ours = any(is_of_run(states[place]) for place in usual)
+    for preferred in (list(states), [] if ours else averages, usual):
+        if len(preferred) == 1:
+            return preferred[0], states[preferred[0]]
+    raise UserError(
+        f"checkpoint {path} holds the weights of several networks ({_names(states)}): name one, as "
+        f"{path}:{next(iter(states))}"
+    )
+
+
+def choose_fitting(
+    states: Mapping[str, State], path: object, own: State, aliases: Mapping[str, str]
+) -> tuple[str, State]:
+    """:func:`choose_state` among those that are a network's, or have such a part.
+
+    Best are those with its names and shapes, then those with its names.
+
+    Args:
+        own: the network's state dict; `aliases` as of :func:`match_keys`.
+    """
+    parts = {".".join(filter(None, (p, n))): v for p, s in states.items() for n, v in _parts(s)}
+    for exact in (True, False):
+        for pool in (states, parts):
+            fitting = {
+                place: state
+                for place, state in pool.items()
+                if _fits(match_keys(state, own, aliases), own, exact)
+            }
+            if fitting:
+                return choose_state(fitting, path)
+    return choose_state(states, path)
+
+
+def _fits(state: State, own: State, exact: bool) -> bool:
+    if any(key not in state and not key.endswith("num_batches_tracked") for key in own):
+        return False
+    shapes = all(state[key].shape == own[key].shape for key in own if key in state)
+    extra = any(key not in own and not key.startswith("neck.") for key in state)
+    return not exact or (shapes and not extra)
+
+
+def is_of_run(state: State) -> bool:
+    """Whether a state dict is that of a distiller: a training checkpoint of a run has it."""
+    return any(str(key).removeprefix("module.").startswith("student.") for key in state)
+
+
+def _at_key(states: Mapping[str, State], path: object, key: str) -> State:
+    for place, state in states.items():
+        if place == key or place.endswith(f".{key}"):
+            return state
+    for place, state in states.items():
+        if not place or key.startswith(f"{place}."):
+            part = _strip_group(state, key.removeprefix(f"{place}."))
+            if part:
+                return part
+    parts = [".".join(filter(None, (p, name))) for p, s in states.items() for name, _ in _parts(s)]
+    parts = parts if len(states) == 1 and parts else list(states)
+    raise UserError(f"checkpoint {path} has no weights under {key!r}; it has {_names(parts)}")
+
+
+def _is_average(place: str) -> bool:
+    return any("ema" in word.lower().split("_") for word in place.split("."))
+
+
+def _names(places: Iterable[str]) -> str:
+    every = list(places)
+    shown = [place or "the file itself" for place in every[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
+
+
+def match_keys(
+    state: State, own: State | None = None, aliases: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """`state` under the names of a network.
+
+    Whatever prefix all keys share goes if more of them are the network's without it; of the state
+    of a distiller the student is taken; "backbone." goes from the keys that have it, if that helps.
+    Counters that the network does not have are left out.
+
+    Args:
+        own: the network's state dict; None to remove the prefixes of wrappers alone.
+        aliases: other names of modules, and the network's for them.
+    """
+    if own is None:
+        return _without_wrappers(state)
+    kept = {k: v for k, v in state.items() if k in own or k.rpartition(".")[2] not in _COUNTERS}
+    options = [_renamed(option, own, aliases or {}) for option in _options(kept)]
+    return max(options, key=lambda option: sum(key in own for key in option))
+
+
+def _without_wrappers(state: State) -> dict[str, Tensor]:
+    plain = dict(state)
+    while (prefix := _shared(plain)) in _WRAPPERS:
+        plain = _strip_group(plain, prefix)
+    return _strip_group(plain, "student") or plain
+
+
+def _options(state: State) -> Iterator[State]:
+    """`state`, without each prefix that its keys share, of a distiller the student's alone.
+
+    Last come those of a body with the prefix "backbone." and a head, with a prefix or without.
+    """
+    yield state
+    student, body = _strip_group(state, "student"), _strip_group(state, "backbone")
+    prefix = _shared(state)
+    if student:
+        yield from _options(student)
+    elif prefix:
+        yield from _options(_strip_group(state, prefix))
+    elif body:
+        rest = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        yield {**rest, **body}
+        yield {**{key.partition(".")[2]: value for key, value in rest.items()}, **body}
+
+
+def _parts(state: State) -> Iterator[tuple[str, State]]:
+    """The parts of a larger module, by the first words of their keys."""
+    if _shared(state):
+        for name, part in _parts(_strip_group(state, _shared(state))):
+            yield f"{_shared(state)}.{name}", part
+        return
+    names = dict.fromkeys(str(key).partition(".")[0] for key in state if "." in str(key))
+    yield from ((name, _strip_group(state, name)) for name in names)
+
+
+def _shared(state: State) -> str:
+    """The first word of all keys, if they share one and more follows it; or ""."""
+    first = next(iter(state), "").partition(".")[0]
+    return first if first and all(key.startswith(f"{first}.") for key in state) else ""
+
+
+def _strip_group(state: State, name: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    start = f"{name}."
+    return {
+        k[len(start) :]: v for k, v in state.items() if isinstance(k, str) and k.startswith(start)
+    }
+
+
+def _renamed(state: State, own: State, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    if not aliases:
+        return dict(state)
+
+    def name(key: str) -> str:
+        other = ".".join(aliases.get(word, word) for word in key.split("."))
+        return other if key not in own and other in own else key
+
+    return {name(key): value for key, value in state.items()}
