@@ -5,9 +5,10 @@ import ast
 import pytest
 from support import REPO
 
-BOTTOM = {"registry", "runtime", "weights", "manifest", "files"}
+BOTTOM = {"registry", "runtime", "weights", "manifest", "files", "preprocessing"}
 MAY_IMPORT = {
     "registry": set(),
+    "preprocessing": set(),
     "runtime": {"registry"},
     "weights": {"registry", "manifest"},
     "manifest": {"registry"},
