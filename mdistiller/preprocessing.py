@@ -56,3 +56,7 @@ class Preprocessing:
             ratio = f", ratio {self.crop_pct:.4g}" if self.crop_pct else ""
             parts.append(f"{self.resize}{ratio}")
         return "; ".join(parts)
+
+
+NOTHING_STATED = Preprocessing()
+"""All is left to the data's."""

@@ -120,6 +120,9 @@ class ImageSet:
         return tuple(means), tuple(stds)
 
 
+STRETCH = Preprocessing(resize="stretch")
+
+
 @dataclass(frozen=True)
 class Options:
     """What the config says about reading image files; sets that decode none ignore it.
@@ -140,7 +143,7 @@ class Options:
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)
     skip_corrupt: bool = False
-    preprocessing: Preprocessing = Preprocessing(resize="stretch")
+    preprocessing: Preprocessing = STRETCH
     upright: bool = True
     scale_16_bit: bool = False
 

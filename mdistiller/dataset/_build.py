@@ -25,7 +25,7 @@ from mdistiller.dataset._square import check_keys, choose_preprocessing, keeps_s
 from mdistiller.dataset.augment import AUGMENTS, Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.shards import Shards
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
 
@@ -58,7 +58,7 @@ class Data:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = NOTHING_STATED
 
     def close(self) -> None:
         """End the processes that read images, if there are any."""
@@ -151,7 +151,7 @@ class TestData(NamedTuple):
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = NOTHING_STATED
 
 
 def load_test_loader(
@@ -220,6 +220,14 @@ def known_data(cfg: Any) -> KnownData:
     )
 
 
+def own_view(cfg: Any, own: Preprocessing | None = None) -> Preprocessing:
+    """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
+    node = _node(cfg)
+    source = _source(node)
+    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), own)
+    return replace(how, interpolation=how.interpolation or "bilinear")
+
+
 def _node(cfg: Any) -> dict[str, Any]:
     """cfg.DATASET over the defaults, so that a node written for the original will do."""
     node = {**DATASET_CONFIG, **cfg.DATASET}
@@ -254,13 +262,7 @@ def _feed(
 ) -> MemoryFeed:
     """The registered data set, its folder, and how it is read."""
     source = _source(node)
-    if node["ROOT"]:
-        root = Path(node["ROOT"]).expanduser()
-        root = root if root.exists() else project_root() / root
-    elif source.root is None:
-        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
-    else:
-        root = project_root() / source.root
+    root = _root(node, source)
     augment = _augment(node, source)
     how = choose_preprocessing(node, source, root, augment, own)
     options = Options(
@@ -274,6 +276,16 @@ def _feed(
         node["SCALE_16_BIT"],
     )
     return choose_feed(node, split, source, root, options, augment, device)
+
+
+def _root(node: dict[str, Any], source: DataSource) -> Path:
+    """The folder of the data."""
+    if node["ROOT"]:
+        root = Path(node["ROOT"]).expanduser()
+        return root if root.exists() else project_root() / root
+    if source.root is None:
+        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
+    return project_root() / source.root
 
 
 def _source(node: dict[str, Any]) -> DataSource:

@@ -19,10 +19,15 @@ from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
 SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp"]
-    + [".tif", ".tiff", ".webp", ".gif"]
+    [
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp"),
+        *(".tif", ".tiff", ".webp", ".gif"),
+    ]
 )
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P6", b"P5")
+_SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
+    *(b"P4", b"P5", b"P6"),
+)
 _CHUNK = 64  # files that a thread decodes at a time
 
 

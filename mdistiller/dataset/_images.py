@@ -153,12 +153,20 @@ def _unreadable(name: Path | str, error: Exception) -> UserError:
     return UnreadableError(f"{name} cannot be read as an image ({reason}); replace or remove it")
 
 
-def resize(image: Tensor, height: int, width: int, interpolation: str = "bilinear") -> Tensor:
-    """A uint8 image [3, H, W] at another size, antialiased; itself if it has it."""
+def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> Tensor:
+    """A uint8 image [3, H, W] at another size, antialiased; itself if it has it.
+
+    Args:
+        interpolation: nearest, bilinear or bicubic, by Pillow, whose pixels other libraries'
+            networks are evaluated on; empty: bilinear by torchvision, faster and within one level.
+    """
     if image.shape[1:] == (height, width):
         return image
-    mode = transforms.InterpolationMode(interpolation)
-    resized: Tensor = transforms.resize(image, [height, width], mode, antialias=True)
+    if interpolation:
+        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
+        scaled = whole.resize((width, height), Image.Resampling[interpolation.upper()])
+        return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    resized: Tensor = transforms.resize(image, [height, width], antialias=True)
     return resized
 
 
@@ -175,7 +183,7 @@ def fit_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
         height, width = scaled, max(1, int(scaled * width / height))
     else:
         height, width = max(1, int(scaled * height / width)), scaled
-    image = resize(image, height, width, how.interpolation or "bilinear")
+    image = resize(image, height, width, how.interpolation)
     if (height, width) == (side, side):
         return image
     cropped: Tensor = transforms.center_crop(image, [side, side])

@@ -57,6 +57,8 @@ def choose_preprocessing(
         own: that of the network to be evaluated. It does not count for square images that are
             smaller than its input, CIFAR's for instance.
     """
+    if own is not None and not own.resize:  # it has a mean and a std only
+        own = None
     keys = Preprocessing(
         image_size=node["IMAGE_SIZE"],
         resize="" if node["RESIZE"] == "auto" else node["RESIZE"],

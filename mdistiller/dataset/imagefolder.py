@@ -7,8 +7,9 @@
 
 ``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. Images that fit in memory are
 decoded once, larger sets by worker processes when they are needed; either way they must have one
-size or get it from ``DATASET.IMAGE_SIZE``, without being stretched (``DATASET.RESIZE``). Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given,
-both are computed from images in train/.
+size or get it from ``DATASET.IMAGE_SIZE``, by a resize and a cut that stretch nothing unless
+``DATASET.RESIZE`` asks for that. Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given, both are
+computed from images in train/.
 """
 
 from __future__ import annotations
