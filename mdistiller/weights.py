@@ -369,4 +369,14 @@ def load_network(
             f"{_FEATURES_ONLY}"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
-    return contents.get("norm") if "model" in contents else None
+    return _recorded_norm(contents)
+
+
+def recorded_norm(path: str | os.PathLike[str]) -> Any:
+    """What a checkpoint file records of its images' normalisation, as `load_network` returns it."""
+    return _recorded_norm(load_checkpoint(path))
+
+
+def _recorded_norm(contents: Any) -> Any:
+    recorded = isinstance(contents, Mapping) and "model" in contents
+    return contents.get("norm") if recorded else None

@@ -5,10 +5,13 @@ import ast
 import pytest
 from support import REPO
 
-BOTTOM = {"registry", "runtime", "weights", "layouts", "manifest", "files"}
+BOTTOM = {
+    *("registry", "runtime", "weights", "layouts", "manifest", "files", "preprocessing"),
+}
 ENGINE = BOTTOM | {"models", "dataset", "distillers", "engine"}
 MAY_IMPORT = {
     "registry": set(),
+    "preprocessing": set(),
     "runtime": {"registry"},
     "weights": {"registry", "runtime", "manifest", "layouts"},
     "layouts": {"registry"},

@@ -82,9 +82,8 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     Args:
         usual: checkpoints of a run folder, where --checkpoint names none.
     """
-    from mdistiller.dataset import load_test_loader
     from mdistiller.engine.cfg import load_config
-    from mdistiller.evaluation.subjects import data_config, load
+    from mdistiller.evaluation.subjects import data_config, load_all
     from mdistiller.runtime import resolve_device
     from mdistiller.weights import split_key
 
@@ -104,11 +103,9 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     runs = any(source.run for source in known)
     cfg = data_config(known, overrides, args.imports) if runs and not named else given
     device = resolve_device(cfg.DEVICE)
-    test = load_test_loader(cfg, device)
-    subjects = [load(source, test, device) for source in sources]
-    return Loaded(
-        cfg.DATASET.TYPE, test, device, subjects, load(teacher, test, device) if teacher else None
-    )
+    test, subjects = load_all(known, cfg, device)
+    taught_by = subjects.pop() if teacher else None
+    return Loaded(cfg.DATASET.TYPE, test, device, subjects, taught_by)
 
 
 def _sources(

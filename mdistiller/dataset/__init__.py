@@ -17,6 +17,7 @@ from mdistiller.dataset._build import (
     load_data,
     load_test_loader,
     mixes_labels,
+    own_view,
 )
 
 for _module in pkgutil.iter_modules(__path__):
@@ -37,4 +38,5 @@ __all__ = [
     "load_data",
     "load_test_loader",
     "mixes_labels",
+    "own_view",
 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import Registry, UserError
 
 DATASETS = Registry("data set")
@@ -27,6 +28,11 @@ DATASET_CONFIG: dict[str, Any] = {
     "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
     "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
     "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
+    "RESIZE": "auto",  # files to that size: crop, stretch or pad; auto: crop, unless all are square
+    "CROP_PCT": 0.0,  # IMAGE_SIZE as a part of the side that is resized to; 0: 7/8 where cropped
+    "INTERPOLATION": "auto",  # nearest, bilinear or bicubic; auto: bilinear, or as a network says
+    "EXIF": True,  # turn images as their EXIF orientation says
+    "SCALE_16_BIT": False,  # bring grey images of 16 bits to 8; else they count as unreadable
     "AUGMENT": "default",  # default, none, crop, crop_flip, rotate_flip or resized_crop_flip
     "RANDAUGMENT": [],  # [operations, magnitude of 0 to 30], such as [2, 9]; empty: none
     "ERASING": 0.0,  # probability that a rectangle of a training image is blanked
@@ -114,6 +120,9 @@ class ImageSet:
         return tuple(means), tuple(stds)
 
 
+STRETCH = Preprocessing(resize="stretch")
+
+
 @dataclass(frozen=True)
 class Options:
     """What the config says about reading image files; sets that decode none ignore it.
@@ -124,6 +133,9 @@ class Options:
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
         skip_corrupt: leave out images that cannot be read.
+        preprocessing: how images are brought to `image_size`.
+        upright: turn images as their EXIF orientation says.
+        scale_16_bit: bring grey images of 16 bits to 8.
     """
 
     image_size: int = 0
@@ -131,6 +143,9 @@ class Options:
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)
     skip_corrupt: bool = False
+    preprocessing: Preprocessing = STRETCH
+    upright: bool = True
+    scale_16_bit: bool = False
 
 
 class DataSource:

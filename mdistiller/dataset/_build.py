@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,15 @@ from mdistiller.dataset._base import (
     Split,
     same_classes,
 )
-from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed, keeps_shape
+from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset._folder import FileSource
 from mdistiller.dataset._mix import BatchAugment
 from mdistiller.dataset._split import hold_out
+from mdistiller.dataset._square import check_keys, choose_preprocessing, keeps_shape
 from mdistiller.dataset.augment import AUGMENTS, Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
+from mdistiller.dataset.shards import Shards
+from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
 
@@ -41,6 +45,7 @@ class Data:
         zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
         image_size: (height, width) in pixels.
         mean, std: what images are normalised with, per channel, for images in [0, 1].
+        preprocessing: all that is done to an image for evaluation.
     """
 
     train: TrainLoader
@@ -53,6 +58,7 @@ class Data:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    preprocessing: Preprocessing = NOTHING_STATED
 
     def close(self) -> None:
         """End the processes that read images, if there are any."""
@@ -112,7 +118,16 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         image_size=size,
         mean=statistics[0],
         std=statistics[1],
+        preprocessing=_whole(feed, size, statistics),
     )
+
+
+def _whole(feed: MemoryFeed, size: tuple[int, int], statistics: Statistics) -> Preprocessing:
+    """What is done to an image for evaluation; image_size 0 if images are not square."""
+    how, side = feed.preprocessing, size[0] if size[0] == size[1] else 0
+    interpolation = how.interpolation or "bilinear"
+    mean, std = statistics
+    return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
 
 
 def mixes_labels(cfg: Any) -> bool:
@@ -136,24 +151,42 @@ class TestData(NamedTuple):
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    preprocessing: Preprocessing = NOTHING_STATED
 
 
-def load_test_loader(cfg: Any, device: torch.device | None = None) -> TestData:
+def load_test_loader(
+    cfg: Any, device: torch.device | None = None, own: Preprocessing | None = None
+) -> TestData:
     """The test set alone, for evaluation.
 
     The training images are not read, with one exception: an image folder without DATASET.MEAN and
-    STD is normalised with statistics of its training images, so these must be there.
+    STD is normalised with statistics of its training images, so these must be there, unless `own`
+    has a mean and a std.
+
+    Args:
+        own: how the network that will be evaluated has its images prepared, for what the config
+            leaves open; see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    feed = _feed(node, "test", _device(cfg, device))
+    feed = _feed(node, "test", _device(cfg, device), own)
     statistics = _statistics(node, feed.source)
+    if statistics is None and own is not None and own.mean:
+        statistics = own.mean, own.std
     if statistics is None:
         statistics = _training_statistics(feed)
     test = feed.read("test")
     size = feed.size(test)
     loader = feed.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or feed.source.zoo
-    return TestData(loader, len(test.classes), zoo, test.classes, size, *statistics)
+    return TestData(
+        loader,
+        len(test.classes),
+        zoo,
+        test.classes,
+        size,
+        *statistics,
+        preprocessing=_whole(feed, size, statistics),
+    )
 
 
 class KnownData(NamedTuple):
@@ -163,13 +196,15 @@ class KnownData(NamedTuple):
         zoo: as of :class:`Data`.
         statistics: mean and std of each channel; None if they are to be computed.
         side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
-        keeps_shape: whether evaluation cuts the middle out of an image rather than stretch it.
+        keeps_shape: whether evaluation cuts the middle out of an image of any shape.
+        files: whether images are files, of any size.
     """
 
     zoo: str
     statistics: Statistics | None
     side: int
     keeps_shape: bool
+    files: bool
 
 
 def known_data(cfg: Any) -> KnownData:
@@ -181,7 +216,16 @@ def known_data(cfg: Any) -> KnownData:
         _statistics(node, source),
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
+        isinstance(source, (FileSource, Shards)),
     )
+
+
+def own_view(cfg: Any, own: Preprocessing | None = None) -> Preprocessing:
+    """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
+    node = _node(cfg)
+    source = _source(node)
+    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), own)
+    return replace(how, interpolation=how.interpolation or "bilinear")
 
 
 def _node(cfg: Any) -> dict[str, Any]:
@@ -196,6 +240,7 @@ def _node(cfg: Any) -> dict[str, Any]:
     if node["ERASING"] > 1:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability, at most 1")
     _check_randaugment(node["RANDAUGMENT"])
+    check_keys(node)
     return node
 
 
@@ -212,24 +257,35 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
     return resolve_device(cfg.get("DEVICE", "auto")) if device is None else device
 
 
-def _feed(node: dict[str, Any], split: Split, device: torch.device) -> MemoryFeed:
+def _feed(
+    node: dict[str, Any], split: Split, device: torch.device, own: Preprocessing | None = None
+) -> MemoryFeed:
     """The registered data set, its folder, and how it is read."""
     source = _source(node)
+    root = _root(node, source)
+    augment = _augment(node, source)
+    how = choose_preprocessing(node, source, root, augment, own)
     options = Options(
-        node["IMAGE_SIZE"],
+        how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
         max(1, node["NUM_WORKERS"]),
         node["MAX_MEMORY_GB"],
         node["SHARDS"],
         node["SKIP_CORRUPT"],
+        how,
+        node["EXIF"],
+        node["SCALE_16_BIT"],
     )
+    return choose_feed(node, split, source, root, options, augment, device)
+
+
+def _root(node: dict[str, Any], source: DataSource) -> Path:
+    """The folder of the data."""
     if node["ROOT"]:
         root = Path(node["ROOT"]).expanduser()
-        root = root if root.exists() else project_root() / root
-    elif source.root is None:
+        return root if root.exists() else project_root() / root
+    if source.root is None:
         raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
-    else:
-        root = project_root() / source.root
-    return choose_feed(node, split, source, root, options, _augment(node, source), device)
+    return project_root() / source.root
 
 
 def _source(node: dict[str, Any]) -> DataSource:

@@ -82,7 +82,7 @@ def report(bad: list[str], total: int) -> None:
 
 def _digest(files: FileSet) -> str:
     """What tells one state of the files from another."""
-    digest = hashlib.sha256(f"1 {files.folder.resolve()}".encode())
+    digest = hashlib.sha256(f"2 {files.scale_16_bit} {files.folder.resolve()}".encode())
     for i in range(len(files)):
         with contextlib.suppress(OSError):
             facts = os.stat(files.path(i))

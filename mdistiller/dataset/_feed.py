@@ -16,6 +16,7 @@ from mdistiller.dataset.augment import Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.resized_crop import ResizedCropFlip
 from mdistiller.dataset.shards import Shards
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # height, width
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
-DEFAULT_SIDE = 224  # of images that are cut to a square, where DATASET.IMAGE_SIZE says nothing
 _SAMPLE = 1024  # images from which statistics are computed where reading all takes too long
 
 
@@ -50,6 +50,11 @@ class MemoryFeed:
     def read(self, split: Split) -> Any:
         """A split: with a length, `targets`, `classes`, `image` and `select`."""
         return self.source.load(self.root, split, self.options)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are brought to their size."""
+        return self.options.preprocessing
 
     def size(self, *splits: Any) -> Size:
         """The size of the images, the same in all splits."""
@@ -103,7 +108,7 @@ class WorkerFeed(MemoryFeed):
         return super().read(split)
 
     def size(self, *splits: Any) -> Size:
-        side = self.options.image_size or (DEFAULT_SIDE if self._keeps_shape else 0)
+        side = self.preprocessing.image_size
         if side:
             return side, side
         height, width = splits[0].image(0).shape[1:]
@@ -163,15 +168,10 @@ class WorkerFeed(MemoryFeed):
 
         return _workers.WorkerTrainLoader, _workers.WorkerEvalLoader
 
-    @property
-    def _keeps_shape(self) -> bool:
-        return keeps_shape(self.source, self.augment)
-
     def _fit(self, images: Any, size: Size) -> TestView:
         from mdistiller.dataset._view import TestView  # brings torchvision: a slow import
 
-        exact = not (self.options.image_size or self._keeps_shape)
-        return TestView(size, self._keeps_shape, exact, _name(images, 0))
+        return TestView(size, self.preprocessing, _name(images, 0))
 
 
 class ShardFeed(WorkerFeed):
@@ -185,11 +185,6 @@ class ShardFeed(WorkerFeed):
         from mdistiller.dataset import _shard_loaders
 
         return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
-
-
-def keeps_shape(source: DataSource, augment: type[Identity]) -> bool:
-    """Whether an image is cut to a square for evaluation, rather than stretched."""
-    return source.keep_shape or issubclass(augment, ResizedCropFlip)
 
 
 def _name(images: Any, index: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,8 +16,18 @@ from torch import Tensor
 
 from mdistiller.dataset._base import DataSource, ImageSet, Options, Split
 from mdistiller.registry import UserError
+from mdistiller.runtime import local_rank
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"])
+SUFFIXES = frozenset(
+    [
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp"),
+        *(".tif", ".tiff", ".webp", ".gif"),
+    ]
+)
+_SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
+    *(b"P4", b"P5", b"P6"),
+)
 _CHUNK = 64  # files that a thread decodes at a time
 
 
@@ -28,12 +40,16 @@ class FileSet:
         names: their paths below it, as an array of bytes: worker processes share it.
         targets: class indices, int64, [N].
         classes: class names.
+        upright: turn images as their EXIF orientation says.
+        scale_16_bit: bring grey images of 16 bits to 8.
     """
 
     folder: Path
     names: np.ndarray
     targets: Tensor
     classes: list[str]
+    upright: bool = True
+    scale_16_bit: bool = False
 
     @classmethod
     def of(
@@ -54,7 +70,7 @@ class FileSet:
         """The image at a position: uint8, [3, H, W], of any size."""
         from mdistiller.dataset._images import read_image
 
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.upright, self.scale_16_bit)
 
     def select(self, indices: Tensor) -> FileSet:
         """The files at `indices` (int64, [M]), as a set of their own."""
@@ -70,7 +86,9 @@ class FileSource(DataSource):
 
     def usable(self, root: Path, split: Split, options: Options) -> FileSet:
         """`files`, without those that DATASET.SKIP_CORRUPT leaves out."""
-        files = self.files(root, split)
+        files = replace(
+            self.files(root, split), upright=options.upright, scale_16_bit=options.scale_16_bit
+        )
         if not options.skip_corrupt:
             return files
         from mdistiller.dataset._corrupt import drop_corrupt
@@ -86,6 +104,15 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
+def starts_as_image(path: str) -> bool:
+    """Whether the first bytes of a file are those of an image: for names without a suffix."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(8).startswith(_SIGNATURES)
+    except OSError:
+        return False
+
+
 def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
     """Sorted names of the folders in `folder`, without hidden ones and those in `ignore`."""
     if not folder.is_dir():
@@ -94,24 +121,47 @@ def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
     return [name for name in names if name not in ignore]
 
 
-def list_class_folders(folder: Path, classes: Sequence[str]) -> FileSet:
-    """All images in ``folder/CLASS/``, at any depth, sorted by class and path."""
+def list_class_folders(
+    folder: Path, classes: Sequence[str], left_out: Counter[str] | None = None
+) -> FileSet:
+    """All images in ``folder/CLASS/``, at any depth, sorted by class and path.
+
+    Args:
+        left_out: counts the other files by their suffix, hidden ones aside.
+    """
     if not classes:
         raise UserError(f"{folder} has no class folders; put the images of each class in one")
     names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        found = [
-            os.path.relpath(os.path.join(place, file), folder)
-            for place, _, files in os.walk(folder / name)
-            for file in files
-            if is_image(file)
-        ]
+        found = []
+        for place, _, files in os.walk(folder / name):
+            for file in files:
+                path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
+                if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
+                    found.append(os.path.relpath(path, folder))
+                elif left_out is not None and file[0] != ".":
+                    left_out[suffix or "no suffix"] += 1
         if not found:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
         names += sorted(found, key=lambda path: path.split(os.sep))
         targets += [target] * len(found)
     return FileSet.of(folder, names, targets, classes)
+
+
+_said: set[str] = set()  # lines of this process, which lists a folder several times
+
+
+def report_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Print how many files of a folder are not read, once on each machine."""
+    kinds = ", ".join(f"{number} x {suffix}" for suffix, number in left_out.most_common(5))
+    line = (
+        f"{folder}: {left_out.total()} files do not have an image's name and are left out "
+        f"({kinds}{', ...' if len(left_out) > 5 else ''})"
+    )
+    if left_out and local_rank() == 0 and line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 def decoded_gigabytes(files: FileSet, height: int, width: int) -> float:
@@ -125,9 +175,9 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     Raises:
         UserError: a file is broken, sizes differ, or the images would not fit.
     """
-    from mdistiller.dataset._images import resize
+    from mdistiller.dataset._images import fit_square
 
-    side = options.image_size
+    side, how = options.image_size, options.preprocessing
     height, width = (side, side) if side else files.image(0).shape[1:]
     gigabytes = decoded_gigabytes(files, height, width)
     if gigabytes > options.max_memory_gb:
@@ -142,7 +192,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
         for i in range(start, min(start + _CHUNK, len(files))):
             image = files.image(i)
             if side:
-                image = resize(image, side, side)
+                image = fit_square(image, side, how)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 

@@ -28,6 +28,7 @@ class ShardSet:
         image_keys: suffixes of the image in a sample, the first that is there.
         target_key: suffix of its class; samples without one do not count.
         window: places by which a sample may move within its stream.
+        upright, scale_16_bit: see :func:`mdistiller.dataset._images.decode`.
         skipped: by shard, places of samples that do not count either, as their images are broken.
     """
 
@@ -39,6 +40,8 @@ class ShardSet:
     target_key: str = "cls"
     window: int = 0
     skipped: dict[int, set[int]] = field(default_factory=dict)
+    upright: bool = True
+    scale_16_bit: bool = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -80,12 +83,16 @@ class ShardSet:
 
     def image(self, index: int) -> Tensor:
         """The image at a position, for which its shard is read up to there: uint8, [3, H, W]."""
-        from mdistiller.dataset._images import decode
-
         shard = int((self.counts.cumsum(0) <= index).sum())
         place = index - int(self.counts[:shard].sum())
         data, name = next(self.read(shard, place, place + 1))
-        return decode(as_tensor(data), name)
+        return self.decode(data, name)
+
+    def decode(self, data: bytes, name: str) -> Tensor:
+        """The image in the bytes of a file: uint8, [3, H, W]."""
+        from mdistiller.dataset._images import decode
+
+        return decode(as_tensor(data), name, self.upright, self.scale_16_bit)
 
 
 def as_tensor(data: bytes) -> Tensor:
@@ -126,15 +133,13 @@ class StreamReader:
     _lanes: dict[int, tuple[int, _Lane]] = field(default_factory=dict)
 
     def __call__(self, task: LaneTask) -> Iterator[tuple[Tensor, str]]:
-        from mdistiller.dataset._images import decode
-
         reading, lane = self._lanes.get(task.lane, (0, None))
         if lane is None or reading != task.reading:
             lane = _Lane(self.shards, task.runs, min(task.floor, *task.offsets))
             self._lanes[task.lane] = task.reading, lane
         for offset in task.offsets:
             data, name = lane.take(offset)
-            yield decode(as_tensor(data), name), name
+            yield self.shards.decode(data, name), name
         lane.forget(task.floor)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset._folder import check_size
-from mdistiller.dataset._images import centre, resize
+from mdistiller.dataset._images import fit_square
 from mdistiller.dataset.augment import Identity
 from mdistiller.dataset.resized_crop import ResizedCropFlip
+from mdistiller.preprocessing import Preprocessing
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
 
@@ -25,20 +26,19 @@ class TestView:
 
     Attributes:
         size: (height, width) in pixels.
-        keep_shape: cut the image to its middle square, see :func:`centre`; else stretch it.
-        exact: neither: refuse an image of another size.
+        how: how it gets there; `keep`: an image of another size is refused.
         first: the file that has this size, for the refusal.
     """
 
     size: tuple[int, int]
-    keep_shape: bool = False
-    exact: bool = False
+    how: Preprocessing
     first: str = ""
 
     def __call__(self, image: Tensor, name: str) -> Tensor:
-        if self.exact:
+        if self.how.resize == "keep":
             check_size(image, *self.size, name, self.first)
-        return centre(image, self.size[0]) if self.keep_shape else resize(image, *self.size)
+            return image
+        return fit_square(image, self.size[0], self.how)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TrainView:
     def __call__(self, image: Tensor, name: str, parameters: Tensor) -> Tensor:
         with seeded(int(parameters[-1])):
             if isinstance(self.augment, ResizedCropFlip):
-                view = self.augment.view(image)
+                view = self.augment.view(image, self.fit.how.interpolation)
             else:
                 store = self.augment.store(self.fit(image, name)[None])
                 view = self.augment.apply(store, parameters[None, :-1], _FIRST)[0]

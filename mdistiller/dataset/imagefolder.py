@@ -7,16 +7,24 @@
 
 ``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. Images that fit in memory are
 decoded once, larger sets by worker processes when they are needed; either way they must have one
-size or get it from ``DATASET.IMAGE_SIZE``. Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given,
-both are computed from images in train/.
+size or get it from ``DATASET.IMAGE_SIZE``, by a resize and a cut that stretch nothing unless
+``DATASET.RESIZE`` asks for that. Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given, both are
+computed from images in train/.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from mdistiller.dataset._base import DATASETS, Split, same_classes
-from mdistiller.dataset._folder import FileSet, FileSource, class_folders, list_class_folders
+from mdistiller.dataset._folder import (
+    FileSet,
+    FileSource,
+    class_folders,
+    list_class_folders,
+    report_left_out,
+)
 from mdistiller.registry import UserError
 
 
@@ -37,4 +45,7 @@ class ImageFolder(FileSource):
         if train.is_dir() and test.is_dir():
             same_classes(class_folders(train), class_folders(test), root)
         folder = train if split == "train" else test
-        return list_class_folders(folder, class_folders(folder))
+        left_out: Counter[str] = Counter()
+        found = list_class_folders(folder, class_folders(folder), left_out)
+        report_left_out(folder, left_out)
+        return found

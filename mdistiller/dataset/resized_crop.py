@@ -25,13 +25,20 @@ class ResizedCropFlip(Identity):
         return parameters.new_full((len(parameters),), -1)
 
     @cached_property
-    def _transform(self) -> Any:
+    def _crop(self) -> Any:
         from torchvision.transforms import v2  # a slow import that data in memory does not need
 
-        crop = v2.RandomResizedCrop((self.height, self.width), antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+        return v2.RandomResizedCrop((self.height, self.width), antialias=True)
 
-    def view(self, image: Tensor) -> Tensor:
+    @cached_property
+    def _flip(self) -> Any:
+        from torchvision.transforms import v2
+
+        return v2.RandomHorizontalFlip()
+
+    def view(self, image: Tensor, interpolation: str = "") -> Tensor:
         """A view of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
-        view: Tensor = self._transform(image)
+        if interpolation:
+            self._crop.interpolation = type(self._crop.interpolation)(interpolation)
+        view: Tensor = self._flip(self._crop(image))
         return view

@@ -50,7 +50,9 @@ class Shards(DataSource):
         images = tuple(settings["IMAGE"].split(";"))
         checked = images if options.skip_corrupt else ()
         with first_on_machine():
-            found = index_shards(urls, settings["TARGET"], options.workers, checked)
+            found = index_shards(
+                urls, settings["TARGET"], options.workers, checked, options.scale_16_bit
+            )
         classes, skipped = _without_corrupt(urls, found)
         empty = next((url for url, labels in zip(urls, classes, strict=True) if not labels), None)
         if empty:
@@ -71,6 +73,8 @@ class Shards(DataSource):
             settings["TARGET"],
             settings["SHUFFLE"],
             skipped,
+            options.upright,
+            options.scale_16_bit,
         )
 
 

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_labels
+from mdistiller.dataset import (
+    DATASETS,
+    Data,
+    DataSource,
+    TestData,
+    known_data,
+    load_test_loader,
+    mixes_labels,
+    own_view,
+)
+from mdistiller.dataset.loader import EvalLoader
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cacheable import check_method
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
-from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.engine.released import (
+    PRETRAINED,
+    arguments,
+    own_preprocessing,
+    require_classes,
+    states_nothing,
+    taken_line,
+)
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, project_root, rank
-from mdistiller.weights import load_network, split_key
+from mdistiller.weights import load_network, recorded_norm, split_key
 
 
 def build_distiller(
@@ -109,7 +127,10 @@ def build_network(
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
-    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, stated))
+    own = own_preprocessing(cfg, role, entry, weights, stated)
+    renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
+    if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+        print(log_msg(taken_line(cfg, role, own, weights)), flush=True)
     return net
 
 
@@ -263,12 +284,47 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
     )
 
 
-def measure_teacher(distiller: Distiller, data: Data) -> float | None:
+def teacher_test_loader(
+    cfg: Any, data: Data, device: torch.device, weights: str | Path
+) -> EvalLoader | None:
+    """The test set with the teacher's own interpolation and crop, at the size of the data's images.
+
+    None where the data's loader gives the same, or images keep the size they have.
+    """
+    used = data.preprocessing
+    if not known_data(cfg).files or used.resize == "keep":
+        return None
+    entry = model_entry(cfg, "TEACHER", data)
+    stated = None if weights == PRETRAINED else recorded_norm(weights)
+    own = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
+    if own is None:
+        return None
+    sized = cfg.clone()
+    sized.defrost()
+    sized.DATASET.IMAGE_SIZE = used.image_size
+    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
+    if own_view(sized, own) == replace(used, mean=(), std=()):
+        return None
+    if own.image_size not in (0, used.image_size) and rank() == 0:
+        message = (
+            f"the teacher sees images of {used.image_size} pixels, but its library evaluates it at "
+            f"{own.image_size} (DATASET.IMAGE_SIZE {own.image_size} gives it these)"
+        )
+        print(log_msg(message), flush=True)
+    return load_test_loader(sized, device, own).loader
+
+
+def measure_teacher(
+    distiller: Distiller, data: Data, loader: EvalLoader | None = None
+) -> float | None:
     """The teacher's top-1 accuracy in percent on the test set, printed.
 
     Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
     chance gets a warning: its file is then usually of another data set. None, and a line, for a
     teacher whose weights have no classifier for these classes.
+
+    Args:
+        loader: the test set, prepared for the teacher; by default the data's.
     """
     assert distiller.teacher is not None
     if getattr(distiller.teacher, "untrained_head", False):
@@ -282,7 +338,7 @@ def measure_teacher(distiller: Distiller, data: Data) -> float | None:
                 flush=True,
             )
         return None
-    test = data.val if data.test is None else data.test
+    test = loader or (data.val if data.test is None else data.test)
     top1, _, _ = validate(test, Vanilla(distiller.teacher))
     if rank() == 0:
         print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)

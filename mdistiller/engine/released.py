@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mdistiller.engine.cfg_values import read_statistics
 from mdistiller.models import ModelEntry
 from mdistiller.models._input import Statistics
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 
 PRETRAINED: Literal["pretrained"] = "pretrained"
@@ -38,6 +40,60 @@ def require_classes(entry: ModelEntry, settings: Mapping[str, Any], num_classes:
         )
 
 
+def own_preprocessing(
+    cfg: Any,
+    role: str,
+    entry: ModelEntry,
+    weights: str | Path | None,
+    stated: Any = None,
+) -> Preprocessing | None:
+    """How the network in a role has its images prepared, as far as that is not the data's.
+
+    DISTILLER.{role}_NORM says mean and std: "data", those of the data; "own", those of its released
+    weights; a list of the two; "auto", what the file of its weights says, else "own" for a network
+    that is or was trained from released weights, or whose weights are a plain state dict for
+    another library's architecture. Size, crop and interpolation are the library's as well in the
+    last two cases, unless the network was trained here.
+
+    Args:
+        weights: what it is built with, see `build_network`.
+        stated: what `load_network` found in the file, if the weights are from one.
+
+    Raises:
+        UserError: mean and std are asked for and not known, or the file states something else.
+    """
+    norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
+    released = settings.get("pretrained") or weights == PRETRAINED
+    if weights and not released and stated is None:
+        released = entry.is_release(weights) or states_nothing(entry, weights, stated)
+    known = None
+    if released or norm == "own":
+        known = entry.preprocessing(settings, weights or "")
+    if norm == "own" and known is None:
+        raise UserError(
+            f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
+            "how their images were normalised; give [[mean], [std]], or data"
+        )
+    trained_here = not weights or stated is not None or in_run_folder(weights)
+    rest = Preprocessing() if trained_here or known is None else known
+    if norm == "data":
+        return replace(rest, mean=(), std=())
+    statistics: Any = None if isinstance(norm, str) else norm
+    if norm == "auto" and stated is not None:
+        statistics = read_statistics(stated)
+        if statistics is None:
+            raise UserError(
+                f"checkpoint {weights} says that its images were normalised by {stated!r}, which "
+                f"is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
+            )
+    if statistics is None:
+        if known is None:
+            return None
+        statistics = known.mean, known.std
+    mean, std = (tuple(part) for part in statistics)
+    return replace(rest, mean=mean, std=std)
+
+
 def own_statistics(
     cfg: Any,
     role: str,
@@ -48,36 +104,34 @@ def own_statistics(
 ) -> Statistics:
     """Mean and std that the network in a role wants its images normalised with.
 
-    DISTILLER.{role}_NORM says so: "data", those of the data; "own", those of its released weights;
-    a list of the two; "auto", what the file of its weights says, else "own" for a network that is
-    or was trained from released weights.
-
     Args:
-        weights: what it is built with, see `build_network`.
         given: those of the data.
-        stated: what `load_network` found in the file, if the weights are from one.
-
-    Raises:
-        UserError: they are asked for and not known, or the file states something else.
+        (others): see :func:`own_preprocessing`.
     """
-    norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
-    if not isinstance(norm, str):
-        return norm[0], norm[1]
-    if norm == "auto" and stated is not None:
-        found = read_statistics(stated)
-        if found is None:
-            raise UserError(
-                f"checkpoint {weights} says that its images were normalised by {stated!r}, which "
-                f"is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
-            )
-        return found[0], found[1]
-    released = settings.get("pretrained") or weights == PRETRAINED
-    if norm == "auto" and weights and not released:
-        released = entry.is_release(weights)
-    known = entry.pretrained_on(settings) if norm == "own" or released else None
-    if norm == "own" and known is None:
-        raise UserError(
-            f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
-            "how their images were normalised; give [[mean], [std]], or data"
-        )
-    return (known.mean, known.std) if known and norm != "data" else given
+    own = own_preprocessing(cfg, role, entry, weights, stated)
+    return (own.mean, own.std) if own is not None and own.mean else given
+
+
+def states_nothing(entry: ModelEntry, weights: str | Path | None, stated: Any) -> bool:
+    """Whether weights are a plain state dict for another library's architecture.
+
+    A file in a run folder is of a network that was trained here, with the data's constants.
+    """
+    if not weights or weights == PRETRAINED or stated is not None or not entry.of_library:
+        return False
+    return not in_run_folder(weights)
+
+
+def in_run_folder(weights: str | Path) -> bool:
+    """Whether weights are a file that a run here has left."""
+    return weights != PRETRAINED and (Path(weights).parent / "config.yaml").is_file()
+
+
+def taken_line(cfg: Any, role: str, own: Preprocessing, weights: str | Path) -> str:
+    """What is taken of a library for a file that does not record it, and what changes that."""
+    name = cfg.DISTILLER[role]
+    return (
+        f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
+        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM, and for evaluation "
+        "DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT)"
+    )

@@ -18,6 +18,7 @@ from mdistiller.engine.build import (
     check_labels,
     check_models,
     measure_teacher,
+    teacher_test_loader,
 )
 from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
@@ -173,7 +174,9 @@ def prepare_classifier(
     if rank() == 0:
         show_cfg(cfg)
     if method.uses_teacher and teacher_acc is None:
-        teacher_acc = measure_teacher(distiller, data)
+        assert teacher_ckpt is not None
+        loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
+        teacher_acc = measure_teacher(distiller, data, loader)
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)

@@ -19,7 +19,7 @@ from mdistiller.evaluation.predictions import (
     Quality,
     QualitySums,
 )
-from mdistiller.evaluation.subjects import Subject
+from mdistiller.evaluation.subjects import Subject, side_by_side
 
 
 @dataclass
@@ -106,6 +106,12 @@ def matched_features(student: Output, teacher: Output) -> list[tuple[str, Tensor
     return [*pairs, ("pooled", student["pooled_feat"], teacher["pooled_feat"])]
 
 
+def _on(device: torch.device, images: Sequence[Tensor]) -> list[Tensor]:
+    """The images on the device; what several networks share is moved once."""
+    moved = {id(image): image.to(device, non_blocking=True) for image in images}
+    return [moved[id(image)] for image in images]
+
+
 @torch.inference_mode()
 def evaluate(
     subjects: Sequence[Subject],
@@ -128,12 +134,14 @@ def evaluate(
     """
     sums = [_Sums(s, num_classes, device, teacher is not None, features) for s in subjects]
     master = _Sums(teacher, num_classes, device, False, features) if teacher else None
-    for batch in progress(loader, "eval"):
-        image, target = (item.to(device, non_blocking=True) for item in batch[:2])
+    looked_at = [*subjects, *([teacher] if teacher else [])]
+    for views, batch in side_by_side(looked_at, progress(loader, "eval")):
+        images = _on(device, views)
+        target = batch[1].to(device, non_blocking=True)
         taught = None
         if master is not None:
-            taught = Output(*master.subject.net(image))
+            taught = Output(*master.subject.net(images[-1]))
             master.add(taught, None, target)
-        for one in sums:
+        for one, image in zip(sums, images, strict=False):
             one.add(Output(*one.subject.net(image)), taught, target)
     return [one.result() for one in [*sums, *([master] if master else [])]]

@@ -89,12 +89,12 @@ def attention_picture(
     """
     chosen = samples.choose_classes(test.classes, classes, count)
     positions = samples.choose_images(test.loader.dataset.targets, chosen, count, seed)
-    parts = list(samples.batches(test, positions))
-    images = torch.cat([image.to(device) for image, _ in parts])
-    targets = torch.cat([target for _, target in parts]).tolist()
+    titles, subjects = _titled(students, teacher)
+    shown, classes_of, views = zip(*samples.batches(test, positions, subjects), strict=True)
+    images, targets = torch.cat(shown), torch.cat(classes_of).tolist()
     networks = []
-    for title, subject in zip(*_titled(students, teacher), strict=True):
-        logits, features = subject.net(images)
+    for title, subject, parts in zip(titles, subjects, zip(*views, strict=True), strict=True):
+        logits, features = subject.net(torch.cat(parts).to(device))
         said = [test.classes[k] for k in logits.argmax(dim=1).tolist()]
         networks.append((title, [m.cpu() for m in maps.attention_maps(features)], said))
     pixels = draw.denormalize(images, test.mean, test.std).cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdistiller.dataset import TestData
 from mdistiller.engine.utils import progress
-from mdistiller.evaluation.subjects import Subject
+from mdistiller.evaluation.subjects import Subject, side_by_side
 from mdistiller.registry import UserError, suggest
 
 Read = Callable[[Tensor, Mapping[str, Any]], Tensor]
@@ -65,16 +65,23 @@ def choose_images(
     return sorted(dealt[: count or None])
 
 
-def batches(test: TestData, positions: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, 3, H, W] and targets [B] at these positions of the test set, in its order."""
+def batches(
+    test: TestData, positions: Sequence[int], subjects: Sequence[Subject] = ()
+) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Images and targets at these positions of the test set, in its order.
+
+    Returns:
+        Images [B, 3, H, W] as of `test`, targets [B], and the images that each subject gets.
+    """
     start, wanted = 0, sorted(positions)
-    for batch in progress(test.loader, "images"):
+    for views, batch in side_by_side(subjects, progress(test.loader, "images")):
         image, target = batch[:2]
         here = [p - start for p in wanted if start <= p < start + len(target)]
         start += len(target)
         if here:
             index = torch.tensor(here, device=target.device)
-            yield image[index.to(image.device)], target[index]
+            shown, *views = (view[index.to(view.device)] for view in (image, *views))
+            yield shown, target[index], views
         if not wanted or start > wanted[-1]:
             return
 
@@ -94,10 +101,9 @@ def collect(
     """
     found: list[list[Tensor]] = [[] for _ in subjects]
     targets = []
-    for image, target in batches(test, positions):
-        image = image.to(device, non_blocking=True)
-        for subject, parts in zip(subjects, found, strict=True):
-            parts.append(read(*subject.net(image)).float())
+    for _, target, images in batches(test, positions, subjects):
+        for subject, image, parts in zip(subjects, images, found, strict=True):
+            parts.append(read(*subject.net(image.to(device, non_blocking=True))).float())
         targets.append(target)
     return [torch.cat(parts).cpu() for parts in found], torch.cat(targets).cpu()
 

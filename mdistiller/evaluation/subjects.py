@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mdistiller.dataset import TestData
+from mdistiller.dataset import KnownData, TestData, known_data, load_test_loader, own_view
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.released import PRETRAINED
+from mdistiller.engine.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.run_folder import (
     checkpoint_file,
     read_json,
     recorded_config,
     refuse_commands,
 )
+from mdistiller.models import get_model_entry
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
+from mdistiller.weights import recorded_norm
 
 Overrides = Sequence[str]
 
@@ -53,10 +56,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in eval mode, and where it comes from."""
+    """A network in eval mode, and where it comes from.
+
+    Attributes:
+        loader: the test set prepared for this network, where the other networks' is not.
+    """
 
     source: Source
     net: nn.Module
+    loader: Iterable[Sequence[Tensor]] | None = None
 
 
 def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = ()) -> list[Source]:
@@ -122,12 +130,84 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
 
 
 def _data_facts(cfg: Config) -> dict[str, Any]:
-    keys = ("TYPE", "ROOT", "IMAGE_SIZE", "SHARDS")
+    keys = ("TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS")
     facts = {key: cfg.DATASET[key] for key in keys}
     return facts | {"ROOT": str(Path(facts["ROOT"]).resolve()) if facts["ROOT"] else ""}
+
+
+def load_all(
+    sources: Sequence[Source], cfg: Config, device: torch.device
+) -> tuple[TestData, list[Subject]]:
+    """The test set, and networks with their weights, each on images prepared its own way.
+
+    Images are read once for all networks that have them prepared alike. Beside a run's network all
+    see images of the size that the run's have.
+
+    Returns:
+        The test set of the first network, or of the first run's, and the networks.
+    """
+    facts = known_data(cfg)
+    own = [_own_preprocessing(source, facts) for source in sources]
+    runs = [i for i, source in enumerate(sources) if source.run is not None]
+    first = runs[0] if runs else 0
+    views = {one: own_view(cfg, one) for one in set(own)}
+    tests: dict[Preprocessing, TestData] = {}
+    for i in sorted(range(len(sources)), key=lambda i: i != first):
+        one, view = own[i], views[own[i]]
+        if view in tests:
+            continue
+        if one is not None and not all(o is not None and o.mean for o in own if views[o] == view):
+            one = replace(one, mean=(), std=())  # one of them is normalised by the data's
+        tests[view] = load_test_loader(cfg, device, one)
+        if i == first and runs and view.resize != "keep":
+            cfg = _sized(cfg, tests[view].image_size[0])
+            views = {one: view if views[one] == view else own_view(cfg, one) for one in views}
+    main = tests[views[own[first]]]
+    subjects = []
+    for source, one in zip(sources, own, strict=True):
+        test = tests[views[one]]
+        subject = load(source, test, device)
+        subjects.append(subject if test is main else replace(subject, loader=test.loader))
+    return main, subjects
+
+
+def _own_preprocessing(source: Source, facts: KnownData) -> Preprocessing | None:
+    """How a network has its images prepared; None where that cannot matter."""
+    if not facts.files:
+        return None
+    stated = None if source.weights == PRETRAINED else recorded_norm(source.weights)
+    try:
+        entry = get_model_entry(source.name, facts.zoo)
+    except UserError:
+        return None  # reported when the network is built
+    return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
+
+
+def _sized(cfg: Config, side: int) -> Config:
+    """The config with DATASET.IMAGE_SIZE."""
+    sized = cfg.clone()
+    sized.defrost()
+    sized.DATASET.IMAGE_SIZE = side
+    sized.freeze()
+    return sized
 
 
 def load(source: Source, test: TestData, device: torch.device) -> Subject:
     """Build a network for the data and load its weights."""
     net = build_network(source.cfg, source.role, test, source.weights)
     return Subject(source, net.to(device).eval().requires_grad_(False))
+
+
+def side_by_side(
+    subjects: Sequence[Subject], loader: Iterable[Sequence[Tensor]]
+) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+    """Batches of the test set: the images that each network gets, and the batch of `loader`."""
+    loaders = [loader]
+    which = []
+    for subject in subjects:
+        wanted = loader if subject.loader is None else subject.loader
+        place = next((i for i, one in enumerate(loaders) if one is wanted), len(loaders))
+        loaders += [wanted] if place == len(loaders) else []
+        which.append(place)
+    for batches in zip(*loaders, strict=True):
+        yield [batches[i][0] for i in which], batches[0]

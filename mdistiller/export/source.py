@@ -14,7 +14,13 @@ from mdistiller.dataset import known_data, load_test_loader
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.record import data_facts
-from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
+from mdistiller.engine.released import (
+    PRETRAINED,
+    arguments,
+    own_preprocessing,
+    own_statistics,
+    require_classes,
+)
 from mdistiller.engine.run_folder import (
     checkpoint_file,
     read_json,
@@ -25,8 +31,9 @@ from mdistiller.engine.run_folder import (
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
 from mdistiller.models._input import Statistics
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
-from mdistiller.weights import load_network
+from mdistiller.weights import load_network, recorded_norm
 
 
 def from_run(
@@ -77,7 +84,7 @@ def from_checkpoint(
             read, normalisation is only known if DATASET.MEAN says so.
     """
     if num_classes is None:
-        data = data_facts(load_test_loader(cfg, torch.device("cpu")))
+        data = data_facts(load_test_loader(cfg, torch.device("cpu"), _own(cfg, name, checkpoint)))
     elif min(num_classes, side) < 1:
         raise UserError("--num-classes and --image-size must be at least 1")
     else:
@@ -95,6 +102,15 @@ def from_checkpoint(
     named = cfg.DATASET.TYPE if dataset or num_classes is None else ""
     path = None if checkpoint == "pretrain" else Path(checkpoint)
     return _load(cfg, name, path, data, named, None)
+
+
+def _own(cfg: Config, name: str, checkpoint: str) -> Preprocessing | None:
+    """How the images of a network in a file are prepared, as far as that is not the data's."""
+    released = checkpoint == "pretrain"
+    stated = None if released else recorded_norm(checkpoint)
+    entry = get_model_entry(name, known_data(cfg).zoo)
+    weights = PRETRAINED if released else checkpoint
+    return own_preprocessing(cfg, "STUDENT", entry, weights, stated)
 
 
 def _load(

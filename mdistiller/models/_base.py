@@ -20,6 +20,7 @@ from mdistiller.models._released import (
     released_file,
     url_of,
 )
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
 from mdistiller.weights import load_network, split_key
@@ -255,6 +256,23 @@ class ModelEntry(NamedTuple):
             return pretrained_on(self.checkpoint)
         known = getattr(self.constructor, "pretrained_on", None)
         return known(settings) if known else None
+
+    def preprocessing(self, settings: Mapping[str, Any], weights: Any = "") -> Preprocessing | None:
+        """How the images of weights of this architecture's own library are prepared, if known.
+
+        Args:
+            weights: a file, whose name may be that of one of several releases.
+        """
+        known = getattr(self.constructor, "preprocessing", None)
+        if known:
+            return known(settings, Path(weights).name)  # type: ignore[no-any-return]
+        found = self.pretrained_on(settings)
+        return found.preprocessing if found else None
+
+    @property
+    def of_library(self) -> bool:
+        """Whether the network is of another library, which states how its images are prepared."""
+        return hasattr(self.constructor, "preprocessing")
 
     def is_release(self, path: str | Path) -> bool:
         """Whether a file is that of the released weights, wherever it lies: it has their name."""

@@ -10,19 +10,16 @@ from urllib.parse import urlsplit
 import torch
 
 from mdistiller.files import fetch
+from mdistiller.preprocessing import Preprocessing
 
 TORCHVISION = "torchvision:"
 
 
 class Pretrained(NamedTuple):
-    """What released weights were trained on: number of classes, and how images are normalised.
-
-    `mean` and `std` are per channel, for images in [0, 1].
-    """
+    """What released weights were trained on: number of classes, and how images are prepared."""
 
     classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
 
 
 def url_of(checkpoint: str) -> str | None:
@@ -42,7 +39,14 @@ def pretrained_on(checkpoint: str) -> Pretrained | None:
 
     weights = get_weight(checkpoint.removeprefix(TORCHVISION))
     view = weights.transforms()
-    return Pretrained(len(weights.meta["categories"]), tuple(view.mean), tuple(view.std))
+    (side,), (resized,) = view.crop_size, view.resize_size
+    return Pretrained(
+        len(weights.meta["categories"]),
+        Preprocessing(
+            *(tuple(view.mean), tuple(view.std)),
+            *(side, "crop", side / resized, view.interpolation.value),
+        ),
+    )
 
 
 def torchvision_accuracy(checkpoint: str) -> float:

@@ -16,11 +16,14 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from mdistiller.models._base import LIBRARIES, ModelEntry
 from mdistiller.models._external import ExternalNet, first_line
 from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, suggest
 
 
@@ -138,7 +141,25 @@ class Timm:
             raise UserError(f"{self.__name__}: pretrained_cfg_overlay: {error}") from error
         if not record.has_weights:
             return None
-        return Pretrained(record.num_classes, tuple(record.mean), tuple(record.std))
+        return Pretrained(record.num_classes, _timm_preprocessing(record))
+
+    def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
+        """How timm evaluates the architecture; None if it has no record of it."""
+        found = self.pretrained_on(settings)
+        if found is not None:
+            return found.preprocessing
+        record = self.library.get_pretrained_cfg(self.name)
+        return None if record is None else _timm_preprocessing(record)
+
+
+def _timm_preprocessing(record: Any) -> Preprocessing:
+    """What a record of timm (a PretrainedCfg) says of evaluation."""
+    resize = {"squash": "stretch", "border": "pad"}.get(record.crop_mode, "crop")
+    height, width = record.input_size[1:]
+    return Preprocessing(
+        *(tuple(record.mean), tuple(record.std)),
+        *(height if height == width else 0, resize, record.crop_pct, record.interpolation),
+    )
 
 
 class Torchvision:
@@ -189,6 +210,17 @@ class Torchvision:
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
         """What the weights that `settings` choose were trained on."""
         return pretrained_on(self.release(settings.get("pretrained") or True))
+
+    def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
+        """How torchvision evaluates the release that `file` has the name of, else its default."""
+        known = self.library.get_model_weights(self.name)
+        for choice in known:
+            if PurePosixPath(urlsplit(choice.url).path).name == file:
+                settings = {"pretrained": choice.name}
+        if not settings.get("pretrained") and not known.__members__:
+            return None
+        found = self.pretrained_on(settings)
+        return found.preprocessing if found else None
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,9 @@ def test_torchvision_resamples_position_embeddings_to_the_images(release):
     ],
 )
 def test_libraries_say_what_weights_were_trained_on(name, settings, classes, mean, std):
-    assert entry(name).pretrained_on(settings) == (classes, mean, std)
+    found, (numbers, how) = entry(name).preprocessing(settings), entry(name).pretrained_on(settings)
+    assert (numbers, how.mean, how.std) == (classes, mean, std)
+    assert found == how
 
 
 def test_networks_without_released_weights_say_nothing():

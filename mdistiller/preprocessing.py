@@ -1,0 +1,62 @@
+"""How a network's images are prepared for evaluation: the one place that states it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+RESIZE = ("crop", "stretch", "pad")
+"""Ways to bring an image of any shape to a square.
+
+crop: resize the shorter side and cut the middle out. stretch: resize both sides. pad: resize the
+longer side and fill the rest.
+"""
+INTERPOLATION = ("nearest", "bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The preprocessing of a network's images in evaluation.
+
+    A field that is empty or 0 is left to the data's.
+
+    Attributes:
+        mean, std: per channel, for images in [0, 1].
+        image_size: side in pixels.
+        resize: one of RESIZE; "keep": images stay as they are, all of one size.
+        crop_pct: image_size as a part of the side that an image is resized to. 0 for crop is 7/8
+            with the resized side rounded to the nearest pixel (256 for 224); 0 for others is 1.
+        interpolation: one of INTERPOLATION, always antialiased.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: int = 0
+    resize: str = ""
+    crop_pct: float = 0.0
+    interpolation: str = ""
+
+    def resized_side(self, side: int) -> int:
+        """The side in pixels before the middle `side` pixels are cut out; rounds as timm does."""
+        if self.crop_pct:
+            return math.floor(side / self.crop_pct + 1e-6)
+        return round(side * 8 / 7) if self.resize == "crop" else side
+
+    def describe(self) -> str:
+        """Its fields in words."""
+        parts = []
+        if self.mean:
+            numbers = (", ".join(f"{x:g}" for x in part) for part in (self.mean, self.std))
+            parts.append("mean {} and std {}".format(*(f"[{text}]" for text in numbers)))
+        if self.image_size:
+            parts.append(f"{self.image_size} pixels")
+        if self.interpolation:
+            parts.append(self.interpolation)
+        if self.resize:
+            ratio = f", ratio {self.crop_pct:.4g}" if self.crop_pct else ""
+            parts.append(f"{self.resize}{ratio}")
+        return "; ".join(parts)
+
+
+NOTHING_STATED = Preprocessing()
+"""All is left to the data's."""
