@@ -8,6 +8,7 @@ import torch
 from data_support import config, one_line, write_folders, write_image
 from PIL import Image, ImageOps
 from torchvision import transforms
+from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 from worker_support import photo
 
@@ -66,7 +67,7 @@ def test_square_images_stay_whole(tmp_path, loader):
     for own in (None, OWN):
         ours = evaluated(root, own, IMAGE_SIZE=14, LOADER=loader)
         for image, path in zip(ours, sorted((root / "val").rglob("*.*")), strict=True):
-            plain = transforms.functional.resize(read_image(path), [14, 14])
+            plain = v2.functional.resize(read_image(path), [14, 14])
             assert torch.equal(as_bytes(image), plain)
 
 
