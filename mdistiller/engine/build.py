@@ -130,7 +130,7 @@ def build_network(
     own = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
     if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
-        print(log_msg(taken_line(cfg, role, own, weights)), flush=True)
+        print(log_msg(taken_line(name, role, own, weights)), flush=True)
     return net
 
 
@@ -340,6 +340,9 @@ def measure_teacher(
         return None
     test = loader or (data.val if data.test is None else data.test)
     top1, _, _ = validate(test, Vanilla(distiller.teacher))
+    close = getattr(loader, "close", None)
+    if close is not None:  # its processes
+        close()
     if rank() == 0:
         print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
         if top1 < 200.0 / data.num_classes and data.num_classes > 2:

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,7 @@ def data_facts(data: Data | TestData) -> dict[str, Any]:
         "std": list(data.std),
         "num_classes": data.num_classes,
         "classes": data.classes,
+        "preprocessing": asdict(data.preprocessing),
     }
 
 

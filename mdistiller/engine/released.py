@@ -127,9 +127,12 @@ def in_run_folder(weights: str | Path) -> bool:
     return weights != PRETRAINED and (Path(weights).parent / "config.yaml").is_file()
 
 
-def taken_line(cfg: Any, role: str, own: Preprocessing, weights: str | Path) -> str:
-    """What is taken of a library for a file that does not record it, and what changes that."""
-    name = cfg.DISTILLER[role]
+def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) -> str:
+    """What is taken of a library for a file that does not record it, and what changes that.
+
+    Args:
+        name: of the network in its library.
+    """
     return (
         f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
         f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM, and for evaluation "

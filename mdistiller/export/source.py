@@ -20,6 +20,8 @@ from mdistiller.engine.released import (
     own_preprocessing,
     own_statistics,
     require_classes,
+    states_nothing,
+    taken_line,
 )
 from mdistiller.engine.run_folder import (
     checkpoint_file,
@@ -28,6 +30,7 @@ from mdistiller.engine.run_folder import (
     recorded_config,
     refuse_commands,
 )
+from mdistiller.engine.utils import log_msg
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
 from mdistiller.models._input import Statistics
@@ -150,8 +153,16 @@ def _load(
         student.net = student.build()
         stated = load_network(student.net, path, name, student.num_classes)
     # What the network itself wants: a run may have normalised for the teacher, and this one anew.
-    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, stated)
-    student.mean, student.std = map(tuple, own)
+    weights = path or PRETRAINED
+    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, stated)
+    student.mean, student.std = map(tuple, statistics)
+    own = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
+    if own is not None and states_nothing(entry, weights, stated):
+        print(log_msg(taken_line(name, "STUDENT", own, weights)), flush=True)
+    if "preprocessing" in data:
+        student.preprocessing = Preprocessing(**data["preprocessing"])
+    elif own is not None and own.resize:
+        student.preprocessing = own
     student.net.eval().requires_grad_(False)
     return student
 

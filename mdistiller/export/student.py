@@ -16,6 +16,7 @@ from mdistiller.engine.build import make_network
 from mdistiller.engine.cfg import Config
 from mdistiller.models import StagedNet, get_model_entry
 from mdistiller.models._input import Statistics
+from mdistiller.preprocessing import Preprocessing
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 refuses transformers without a bound
@@ -34,6 +35,7 @@ class Student:
         checkpoint: the file its weights are from.
         cfg: the config of the run it is from, or that it was exported with.
         run: of a run folder: its `record`; else None.
+        preprocessing: how images are brought to their size, if that is known.
         evaluated: of a run folder: the network as `eval` builds it, which normalises images anew if
             it wants to, and what the loader's are normalised with; else None.
     """
@@ -51,6 +53,7 @@ class Student:
     checkpoint: str
     cfg: Config
     run: RunFacts | None = None
+    preprocessing: Preprocessing | None = None
     evaluated: tuple[nn.Module, Statistics] | None = None
 
     def build(self, **settings: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from mdistiller.engine.build import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
 from mdistiller.models import ModelEntry, get_model_entry
+from mdistiller.preprocessing import RESIZE
 
 _MOST_NAMES = 20  # classes that the card names
 
@@ -76,6 +77,17 @@ def interface(student: Student, files: Sequence[Exported]) -> str:
 def _fitting(student: Student) -> str:
     """How images of other sizes are brought to the input's."""
     height, width = student.image_size
+    how = student.preprocessing
+    if how is not None and how.resize in RESIZE:
+        side, kind = how.resized_side(height), how.interpolation or "bilinear"
+        first = {
+            "crop": f"the shorter side is resized to {side} pixels",
+            "stretch": f"both sides are resized to {side} pixels",
+            "pad": f"the longer side is resized to {side} pixels",
+        }[how.resize]
+        last = "padded" if how.resize == "pad" else "cut out"
+        middle = f"the middle {width}x{height} {last}"
+        return f"Images of other sizes: {first} ({kind}, antialiased), and {middle}."
     if not student.dataset:
         return "Images of other sizes: as in training; how is not recorded."
     if known_data(student.cfg).keeps_shape:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import saved_teacher
+from torchvision.transforms import InterpolationMode
 
 from mdistiller.engine.build import build_network, find_teacher
 from mdistiller.engine.cfg import load_config
@@ -23,7 +24,10 @@ def place(tmp_path, monkeypatch):
     fake = SimpleNamespace(
         url=url,
         meta={"categories": [""] * 100},
-        transforms=lambda: SimpleNamespace(mean=MEAN, std=STD),
+        transforms=lambda: SimpleNamespace(
+            **{"mean": MEAN, "std": STD, "crop_size": [32], "resize_size": [32]},
+            interpolation=InterpolationMode.BILINEAR,
+        ),
     )
     monkeypatch.setattr("torchvision.models.get_weight", {"Fake.V1": fake}.get)
     entry = ModelEntry(cifar_model_dict["resnet8"].constructor, "torchvision:Fake.V1")
