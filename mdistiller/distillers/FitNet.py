@@ -17,32 +17,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    ConvReg,
-    full_precision,
-    get_feat_shapes,
-    mean_square_error,
-    pool_to,
-    probe_size,
-)
+from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size
+from mdistiller.distillers.map_losses import fitnet_loss
 from mdistiller.registry import UserError
+
+__all__ = ["FitNet", "fitnet_loss"]
 
 DEFAULTS: dict[str, Any] = {
     "HINT_LAYER": 2,
     "INPUT_SIZE": (32, 32),
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
 }
-
-
-def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference, a scalar.
-
-    Args:
-        hint: the regressed student map, [N, C, H, W].
-        teacher: [N, C, H', W']; averaged to H x W first where that differs.
-    """
-    hint = full_precision(hint)
-    return mean_square_error(hint, pool_to(full_precision(teacher), hint))
 
 
 def hint_layer(wanted: int, layers: int) -> int:
@@ -61,7 +46,7 @@ def hint_layer(wanted: int, layers: int) -> int:
     return wanted
 
 
-@DISTILLERS.register("FITNET", config=DEFAULTS)
+@DISTILLERS.register("FitNet", config=DEFAULTS)
 class FitNet(Distiller):
     """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
 
@@ -77,7 +62,7 @@ class FitNet(Distiller):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
-        size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
+        size = probe_size("FitNet", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         own, other = get_feat_shapes(student, teacher, size)
         layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
         self.hint_layer = layer
