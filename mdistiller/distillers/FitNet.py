@@ -46,7 +46,7 @@ def hint_layer(wanted: int, layers: int) -> int:
     return wanted
 
 
-@DISTILLERS.register("FitNet", config=DEFAULTS)
+@DISTILLERS.register("FITNET", config=DEFAULTS)
 class FitNet(Distiller):
     """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
 
@@ -62,7 +62,7 @@ class FitNet(Distiller):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
-        size = probe_size("FitNet", cfg, DEFAULTS["INPUT_SIZE"], image_size)
+        size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         own, other = get_feat_shapes(student, teacher, size)
         layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
         self.hint_layer = layer

@@ -1,4 +1,7 @@
-"""User code named by a config: `IMPORTS: ["my_method.py", "my_package.models"]`."""
+"""User code named by a config: `IMPORTS: ["my_method.py", "my_package.models", "my_fork/"]`.
+
+A folder, with a slash behind it, is a fork of the original library: `forks.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from mdistiller.distillers import adopt
+from mdistiller.engine.forks import Fork, is_loaded, load_fork, report, snapshot
 from mdistiller.engine.safe_yaml import shown
-from mdistiller.registry import UserError
+from mdistiller.registry import USER_MODULE, UserError
 
 
 def resolve_imports(names: Any, folder: Path) -> list[str]:
@@ -28,7 +32,9 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
-        if name.endswith(".py"):
+        if name.endswith("/"):
+            name = f"{_find_folder(name, folder)}/"
+        elif name.endswith(".py"):
             places = list(dict.fromkeys([folder / name, Path(name)]))
             found = next((place for place in places if is_file(place)), None)
             if found is None:
@@ -40,18 +46,42 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     return resolved
 
 
-def import_user_modules(names: list[str]) -> None:
-    """Import files and modules, as :func:`resolve_imports` gives them, each once.
+def resolve_fork(name: Any, folder: Path) -> str:
+    """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
+    if not isinstance(name, str) or not name.strip("/") or "\0" in name:
+        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
+    return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
+
+
+def _find_folder(name: str, folder: Path) -> Path:
+    places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
+    found = next((place for place in places if is_folder(place)), None)
+    if found is None:
+        raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
+    return found.resolve()
+
+
+def import_user_modules(names: list[str]) -> list[Fork]:
+    """Import files, modules and forks, as :func:`resolve_imports` gives them, each once.
 
     What they define registers itself. A file may use the relative imports of a file in
-    `mdistiller/distillers/`.
+    `mdistiller/distillers/`. Of a class in the place of one of the library's a line is printed.
+
+    Returns:
+        The forks among them.
 
     Raises:
         UserError: one fails while it is imported.
     """
+    forks = []
     for name in names:
         try:
+            if name.endswith("/"):
+                forks.append(load_fork(name))
+                continue
+            before = snapshot()
             adopt(_import_file(Path(name)) if name.endswith(".py") else _import_module(name))
+            report(name, before, only_replaced=True)
         except UserError:
             raise
         except Exception as error:
@@ -59,10 +89,13 @@ def import_user_modules(names: list[str]) -> None:
             raise UserError(
                 f"IMPORTS: {shown(name)[1:-1]} fails when imported: {reason}"
             ) from error
+    return forks
 
 
 def is_imported(name: str) -> bool:
-    """Whether a file or module has been imported in this process already."""
+    """Whether a file, a module or a fork has been imported in this process already."""
+    if name.endswith("/"):
+        return is_loaded(name)
     return (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
 
 
@@ -74,10 +107,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False too for what can be no name of one."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _module_name(path: Path) -> str:
     """The parent package makes `from ._base import Distiller` mean what it means over there."""
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    return f"mdistiller.distillers._user_{path.stem}_{digest}"
+    return f"mdistiller.distillers{USER_MODULE}{path.stem}_{digest}"
 
 
 def _import_file(path: Path) -> ModuleType:
