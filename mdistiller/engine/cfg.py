@@ -20,7 +20,7 @@ from mdistiller.engine.cfg_checks import check_values
 from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
 from mdistiller.engine.cfg_files import read_yaml
 from mdistiller.engine.cfg_values import DEEPEST, coerce, flatten, is_plain, literal
-from mdistiller.engine.forks import Fork, sections_read
+from mdistiller.engine.forks import UserCode, sections_read
 from mdistiller.engine.imports import import_user_modules, resolve_fork, resolve_imports
 from mdistiller.engine.safe_yaml import shown
 from mdistiller.engine.trainer import trainer_dict
@@ -67,9 +67,9 @@ class Config(CfgNode):
         if incoming.get("FORK") is not None:
             modules = [resolve_fork(incoming["FORK"], Path()), *modules]
         if modules:  # they add up; what they register has to be known before its keys are read
-            for fork in import_user_modules(modules):
-                if f"{fork.folder}/" not in self["IMPORTS"]:
-                    add_fork_defaults(self, fork)
+            for code in import_user_modules(modules):
+                if code.name not in self["IMPORTS"]:
+                    add_defaults(self, code)
             add_registered_nodes(self)
             self["IMPORTS"] = list(dict.fromkeys([*self["IMPORTS"], *modules]))
         rest = {k: v for k, v in incoming.items() if k not in ("IMPORTS", "FORK")}
@@ -143,25 +143,29 @@ def add_registered_nodes(cfg: CfgNode) -> None:
             cfg[name] = Config(declared or {}, new_allowed=declared is None)
 
 
-def add_fork_defaults(cfg: CfgNode, fork: Fork) -> None:
-    """Take a fork's defaults: whole nodes of its methods; other keys where the library has them.
+def add_defaults(cfg: CfgNode, code: UserCode) -> None:
+    """Take the defaults of user code: whole nodes of methods that it replaces or, of a fork, has;
+    a fork's other keys where the library has them.
 
     Where files go and what is logged stays as the library has it.
 
     Raises:
         UserError: the library has a key of another type, or `cfg` is of another kind of run.
     """
+    is_fork = code.name.endswith("/")
     if "DETECTION" in cfg:
-        raise UserError(f"FORK: {fork.folder} is for classification; detection has none")
-    for name in fork.methods:
-        cfg[name] = Config(fork.defaults.get(name, {}), new_allowed=name not in fork.defaults)
-    for name, value in fork.defaults.items():
-        if name not in fork.methods:
-            _overlay(cfg, {name: value}, (), keep=name == "LOG", fork=fork)
+        if is_fork:
+            raise UserError(f"FORK {code.name}: forks are for classification, not for detection")
+        return
+    for name in code.methods:
+        cfg[name] = Config(code.defaults.get(name, {}), new_allowed=name not in code.defaults)
+    for name, value in code.defaults.items():
+        if name not in code.methods:
+            _overlay(cfg, {name: value}, (), name == "LOG", code)
 
 
 def _overlay(
-    node: CfgNode, values: Mapping[str, Any], path: tuple[str, ...], keep: bool, fork: Fork
+    node: CfgNode, values: Mapping[str, Any], path: tuple[str, ...], keep: bool, code: UserCode
 ) -> None:
     """Lay a fork's defaults over those of the library; `keep`: only add what these lack."""
     for key, value in values.items():
@@ -169,14 +173,14 @@ def _overlay(
         if key not in node:
             node[key] = Config(value) if isinstance(value, Mapping) else value
         elif isinstance(node[key], CfgNode) != isinstance(value, Mapping):
-            raise UserError(f"FORK: {fork.folder} has another kind of {name}, {shown(value)}")
+            raise UserError(f"FORK {code.name}: engine/cfg.py: {name} is {shown(value)}")
         elif isinstance(value, Mapping):
-            _overlay(node[key], value, (*path, key), keep, fork)
+            _overlay(node[key], value, (*path, key), keep, code)
         elif not keep and value is not None:
             try:
                 node[key] = coerce(value, node[key], name)
             except UserError as error:
-                raise UserError(f"FORK: {fork.folder}/mdistiller/engine/cfg.py: {error}") from None
+                raise UserError(f"FORK {code.name}: engine/cfg.py: {error}") from None
 
 
 def default_config() -> Config:

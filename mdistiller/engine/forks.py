@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mdistiller import distillers
 from mdistiller.distillers import DISTILLERS, Distiller
 from mdistiller.engine.fork_loader import fork_package
 from mdistiller.engine.safe_yaml import shown
@@ -33,20 +34,21 @@ _TABLES = (("methods", DISTILLERS), ("trainers", trainer_dict))
 
 
 @dataclass
-class Fork:
-    """What a fork has given.
+class UserCode:
+    """What an entry of IMPORTS has given.
 
     Attributes:
-        defaults: the nodes and values of its `engine/cfg.py`.
-        methods: names that it has registered in `distiller_dict`.
+        name: the entry: a fork's folder with a slash behind it, a file or a module.
+        defaults: nodes and values that count in place of the library's.
+        methods: names whose whole nodes are replaced.
     """
 
-    folder: Path
+    name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
 
 
-_FORKS: dict[str, Fork] = {}
+_FORKS: dict[str, UserCode] = {}
 
 
 def fork_folder(folder: Path) -> Path | None:
@@ -57,7 +59,7 @@ def fork_folder(folder: Path) -> Path | None:
     return None
 
 
-def load_fork(name: str) -> Fork:
+def load_fork(name: str) -> UserCode:
     """The fork in a folder, imported and registered at the first call.
 
     Raises:
@@ -70,12 +72,11 @@ def load_fork(name: str) -> Fork:
                 f"FORK: {shown(name)[1:-1]} has no folder mdistiller/distillers, as the original "
                 "and its forks have"
             )
-        fork = Fork(Path(name))
+        fork = UserCode(name)
         package = fork_package(place.resolve())
         before = [dict(table) for _, table in _TABLES]
         engine = _import(f"{package}.engine", place)
-        if (place / "engine" / "cfg.py").is_file():
-            fork.defaults = _plain(_import(f"{package}.engine.cfg", place), place)
+        fork.defaults = _defaults(package, place)
         methods = _methods(_import(f"{package}.distillers", place))
         _register(DISTILLERS, methods, fork.defaults)
         _register(trainer_dict, getattr(engine, "trainer_dict", {}), {})
@@ -83,6 +84,20 @@ def load_fork(name: str) -> Fork:
         _FORKS[name] = fork
         report(f"fork {Path(name)}", before, _rest(fork))
     return _FORKS[name]
+
+
+def around(file: Path) -> Path | None:
+    """The folder of the fork that a method's file is part of; None: it stands for itself."""
+    layout = file.parent.name == "distillers" and (file.parent / "_base.py").is_file()
+    return (
+        file.parent.parent if layout and file.parent != Path(distillers.__file__).parent else None
+    )
+
+
+def import_method(file: Path, place: Path) -> tuple[ModuleType, Mapping[str, Any]]:
+    """One method's file of a fork, and the defaults of the fork."""
+    package = fork_package(place)
+    return _import(f"{package}.distillers.{file.stem}", place), _defaults(package, place)
 
 
 def fork_module(folder: Path, name: str) -> ModuleType:
@@ -131,7 +146,7 @@ def sections_read(cls: Any) -> set[str]:
     return names
 
 
-def _rest(fork: Fork) -> str:
+def _rest(fork: UserCode) -> str:
     nodes = [name for name in fork.defaults if isinstance(fork.defaults[name], Mapping)]
     return f"defaults of engine/cfg.py: {', '.join(nodes)}" if nodes else "no engine/cfg.py"
 
@@ -145,6 +160,12 @@ def _import(name: str, place: Path) -> ModuleType:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         part = "/".join(name.split(".")[1:])
         raise UserError(f"FORK: {place / part} fails when imported: {reason}") from error
+
+
+def _defaults(package: str, place: Path) -> Mapping[str, Any]:
+    if not (place / "engine" / "cfg.py").is_file():
+        return {}
+    return _plain(_import(f"{package}.engine.cfg", place), place)
 
 
 def _plain(module: ModuleType, place: Path) -> Mapping[str, Any]:

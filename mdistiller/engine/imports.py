@@ -9,12 +9,21 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mdistiller.distillers import adopt
-from mdistiller.engine.forks import Fork, is_loaded, load_fork, report, snapshot
+from mdistiller.distillers import DISTILLERS, adopt
+from mdistiller.engine.forks import (
+    UserCode,
+    around,
+    import_method,
+    is_loaded,
+    load_fork,
+    report,
+    snapshot,
+)
 from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import USER_MODULE, UserError
 
@@ -61,27 +70,22 @@ def _find_folder(name: str, folder: Path) -> Path:
     return found.resolve()
 
 
-def import_user_modules(names: list[str]) -> list[Fork]:
+def import_user_modules(names: list[str]) -> list[UserCode]:
     """Import files, modules and forks, as :func:`resolve_imports` gives them, each once.
 
     What they define registers itself. A file may use the relative imports of a file in
     `mdistiller/distillers/`. Of a class in the place of one of the library's a line is printed.
 
     Returns:
-        The forks among them.
+        What each has given that has an effect on the defaults.
 
     Raises:
         UserError: one fails while it is imported.
     """
-    forks = []
+    given = []
     for name in names:
         try:
-            if name.endswith("/"):
-                forks.append(load_fork(name))
-                continue
-            before = snapshot()
-            adopt(_import_file(Path(name)) if name.endswith(".py") else _import_module(name))
-            report(name, before, only_replaced=True)
+            given.append(load_fork(name) if name.endswith("/") else _load(name))
         except UserError:
             raise
         except Exception as error:
@@ -89,14 +93,43 @@ def import_user_modules(names: list[str]) -> list[Fork]:
             raise UserError(
                 f"IMPORTS: {shown(name)[1:-1]} fails when imported: {reason}"
             ) from error
-    return forks
+    return given
+
+
+_LOADED: dict[str, UserCode] = {}
+
+
+def _load(name: str) -> UserCode:
+    """Import a file or module once, and register what it holds."""
+    if name in _LOADED:
+        return _LOADED[name]
+    before = snapshot()
+    defaults: Mapping[str, Any] = {}
+    place = around(Path(name)) if name.endswith(".py") else None
+    if place is not None:
+        module, defaults = import_method(Path(name), place)
+    else:
+        module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
+    adopt(module)
+    taken = [method for method in DISTILLERS if method not in before[0]]
+    replaced = [m for m in before[0] if DISTILLERS[m] is not before[0][m]]
+    for method in (*taken, *replaced):
+        if method in defaults and method not in DISTILLERS.config:
+            DISTILLERS.config[method] = defaults[method]
+    report(name, before, only_replaced=place is None)
+    own = {m: DISTILLERS.config[m] for m in replaced if m in DISTILLERS.config}
+    _LOADED[name] = UserCode(name, own, tuple(replaced))
+    return _LOADED[name]
 
 
 def is_imported(name: str) -> bool:
     """Whether a file, a module or a fork has been imported in this process already."""
     if name.endswith("/"):
         return is_loaded(name)
-    return (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
+    return (
+        name in _LOADED
+        or (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
+    )
 
 
 def is_file(path: Path) -> bool:

@@ -269,3 +269,29 @@ def test_what_is_no_fork_is_refused_in_a_line(words, fork, tmp_path):
         load_config("", words.format(**places).split(" ", 1))
     assert BROKEN[words] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_file_of_a_fork_has_its_helpers_and_defaults(fork, tmp_path, capsys):
+    """Under IMPORTS: nothing else of the fork is taken."""
+    file = fork / "mdistiller" / "distillers" / "KD.py"
+    cfg = load_config("", imports=[str(file)])
+    assert cfg.KD == {"TEMPERATURE": 2, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9}}
+    assert "AUG" not in cfg
+    assert "KD_ours" not in DISTILLERS
+    assert "in place of the library's methods: KD" in capsys.readouterr().out
+    assert load_config("", imports=[str(file)]).KD.TEMPERATURE == 2  # nothing is imported anew
+
+
+def test_a_users_class_takes_a_built_in_name_but_not_its_defaults(fork, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from ._base import Distiller\n"
+        "class DKD(Distiller):\n"
+        "    def __init__(self, student, teacher, cfg):\n"
+        "        super().__init__(student, teacher)\n"
+        "        self.alpha = cfg.DKD.ALPHA\n"
+    )
+    cfg = load_config("", ["DKD.BETA", "2"], imports=[str(tmp_path / "mine.py")])
+    assert cfg.DKD == {"BETA": 2}
+    assert "in place of the library's methods: DKD" in capsys.readouterr().out
+    with pytest.raises(UserError, match="DKD reads the config key ALPHA, which is not set"):
+        DISTILLERS["DKD"].build(None, None, cfg, 10)
