@@ -105,7 +105,8 @@ def _hands_over_views(node: ast.AST) -> bool:
     """Whether a statement parts an image into two views, or gives the distiller two."""
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
         names = [getattr(part, "id", "") for part in node.targets[0].elts]
-        return len(names) == 2 and all(map(_is_view, names))
+        parted = isinstance(node.value, ast.Name) and _is_view(node.value.id)
+        return len(names) == 2 and (parted or all(map(_is_view, names)))
     if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "distiller":
         return sum(str(word.arg).startswith("image_") for word in node.keywords) == 2
     return False

@@ -75,14 +75,14 @@ def load_fork(name: str) -> UserCode:
         fork = UserCode(name)
         package = fork_package(place.resolve())
         before = [dict(table) for _, table in _TABLES]
-        engine = _import(f"{package}.engine", place)
+        trainers, reason = _trainers(package, place)
         fork.defaults = _defaults(package, place)
         methods = _methods(_import(f"{package}.distillers", place))
         _register(DISTILLERS, methods, fork.defaults)
-        _register(trainer_dict, getattr(engine, "trainer_dict", {}), {})
+        _register(trainer_dict, trainers, {})
         fork.methods = tuple(methods)
         _FORKS[name] = fork
-        report(f"fork {Path(name)}", before, _rest(fork))
+        report(f"fork {Path(name)}", before, _rest(fork) + reason)
     return _FORKS[name]
 
 
@@ -149,6 +149,18 @@ def sections_read(cls: Any) -> set[str]:
 def _rest(fork: UserCode) -> str:
     nodes = [name for name in fork.defaults if isinstance(fork.defaults[name], Mapping)]
     return f"defaults of engine/cfg.py: {', '.join(nodes)}" if nodes else "no engine/cfg.py"
+
+
+def _trainers(package: str, place: Path) -> tuple[Mapping[str, Any], str]:
+    """A fork's trainers by name, or why there are none: methods and defaults do without them."""
+    try:
+        engine = _import(f"{package}.engine", place)
+    except UserError as error:
+        empty = ModuleType(f"{package}.engine")
+        empty.__path__ = [str(place / "engine")]
+        sys.modules[empty.__name__] = empty
+        return {}, f"; no trainers: {error}"
+    return getattr(engine, "trainer_dict", {}), ""
 
 
 def _import(name: str, place: Path) -> ModuleType:

@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from support import saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
-from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers import DISTILLERS, KD, Distiller
 from mdistiller.engine import forks
+from mdistiller.engine.batch_items import BatchItems, wanted_items, with_items
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
@@ -295,3 +297,75 @@ def test_a_users_class_takes_a_built_in_name_but_not_its_defaults(fork, tmp_path
     assert "in place of the library's methods: DKD" in capsys.readouterr().out
     with pytest.raises(UserError, match="DKD reads the config key ALPHA, which is not set"):
         DISTILLERS["DKD"].build(None, None, cfg, 10)
+
+
+def test_trainers_that_cannot_be_imported_leave_methods_and_defaults(fork, capsys):
+    (fork / "mdistiller" / "engine" / "trainer.py").write_text("import of_nobody\n")
+    assert load_config("", imports=[f"{fork}/"]).KD.LOSS.KD_WEIGHT == 9
+    assert "no trainers: FORK: " in capsys.readouterr().out
+    assert "ours" not in trainer_dict
+
+
+TAKEN_APART = {
+    "image, target, index = data": BatchItems(),
+    "image, target, index, sample_idx = data": BatchItems(contrast=True),
+    "(image_w, image_s), target, index = data": BatchItems(two_views=True),
+    "image_w, image_s, target, index = data": BatchItems(two_views=True, flat=True),
+    "img1, img2, y, i, contrast = data": BatchItems(two_views=True, flat=True, contrast=True),
+    "image, target, index = data; weak, strong = image": BatchItems(two_views=True),
+    "image, target, index = data; image_a, image_b = image[0], image[1]": BatchItems(
+        two_views=True
+    ),
+    "self.distiller(image_weak=1, image_strong=2)": BatchItems(two_views=True),
+}
+
+
+def made(tmp_path, line):
+    """A user's trainer with this line in its step."""
+    text = f"class T(Base):\n    def train_iter(self, data, epoch, meters):\n        {line}\n"
+    (tmp_path / "step.py").write_text(text)
+    scope = {"Base": BaseTrainer, "__name__": "step"}
+    exec(compile(text, tmp_path / "step.py", "exec"), scope)
+    return scope["T"]
+
+
+@pytest.mark.parametrize("line", TAKEN_APART)
+def test_a_trainer_gets_the_items_that_it_takes_a_batch_apart_into(line, tmp_path):
+    want = TAKEN_APART[line]
+    assert wanted_items(made(tmp_path, line), KD) == want
+    weak, strong, target, index = (
+        torch.zeros(4, 3, 1, 1),
+        torch.ones(4),
+        torch.ones(4),
+        torch.arange(4),
+    )
+    data = TensorItems([((weak, strong) if want.two_views else weak, target, index)])
+    (batch,) = with_items(data, want, load_config("", ["CRD.NCE.K", "2"]))
+    assert len(batch) == 3 + want.flat + want.contrast
+    assert batch[-1].shape == ((4, 3) if want.contrast else (4,))
+    if want.contrast:  # the image itself, then images of other classes
+        assert torch.equal(batch[-1][:, 0], index)
+        assert (data.dataset.targets[batch[-1][:, 1:]] != data.dataset.targets[index, None]).all()
+
+
+class Targets:
+    targets = torch.tensor([0, 0, 1, 1])
+
+    def __len__(self):
+        return 4
+
+
+class TensorItems(list):
+    dataset = Targets()
+
+
+def test_items_that_no_loader_gives_are_refused_and_a_method_may_ask_too(tmp_path):
+    with pytest.raises(UserError, match="T takes a batch apart into 6 items"):
+        wanted_items(made(tmp_path, "image, target, index, a, b, c = data"), KD)
+
+    class Asks(Distiller):
+        def forward_train(self, image, target, contrastive_index, **kwargs):
+            raise NotImplementedError
+
+    assert wanted_items(BaseTrainer, Asks) == BatchItems(contrast=True)
+    assert not wanted_items(BaseTrainer, DISTILLERS["CRD"]).contrast  # draws its own
