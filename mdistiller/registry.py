@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+USER_MODULE = "._user_"
+"""Part of the name under which a file of the user's is imported."""
 
 
 class UserError(ValueError):
@@ -25,6 +27,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     by_fold = {candidate.casefold(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.casefold(), by_fold, n=1, cutoff=0.6)
     return f"; did you mean {by_fold[nearest[0]]!r}?" if nearest else ""
+
+
+def is_builtin(item: Any) -> bool:
+    """Whether a class or function is of this package, not of a user's file or fork."""
+    module = getattr(item, "__module__", None) or ""
+    return module.startswith("mdistiller.") and USER_MODULE not in module
 
 
 class Registry(dict[str, Any]):
@@ -53,9 +61,17 @@ class Registry(dict[str, Any]):
         return enter
 
     def add(self, name: str, item: Any, *, config: dict[str, Any] | None = None) -> None:
-        """Enter `item` under `name`; see :meth:`register`."""
-        if name in self and self[name] is not item:
-            raise UserError(f"{self.kind} {name!r} is taken by {self[name]!r}; choose another name")
+        """Enter `item` under `name`; see :meth:`register`.
+
+        A user's class takes the place of one of this package. It declares its own defaults, or
+        inherits those of the class that it derives from.
+        """
+        taken = self.get(name, item)
+        if taken is not item:
+            if is_builtin(item) or not is_builtin(taken):
+                raise UserError(f"{self.kind} {name!r} is taken by {taken!r}; choose another name")
+            if not (isinstance(item, type) and issubclass(item, taken)):
+                self.config.pop(name, None)
         self[name] = item
         if config is not None:
             self.config[name] = config

@@ -62,3 +62,20 @@ def test_imports_point_down(path):
 
 def test_every_layer_is_in_the_table():
     assert {layer(p.relative_to(REPO).parts) for p in FILES} - {"__init__"} == set(MAY_IMPORT)
+
+
+def method_files():
+    """Modules of distillers/ that hold a method: those that a fork's file may take the place of."""
+    folder = REPO / "mdistiller" / "distillers"
+    public = [path for path in folder.glob("*.py") if not path.name.startswith("_")]
+    return {path.stem for path in public if "(Distiller)" in path.read_text()}
+
+
+def test_no_module_needs_a_method_file():
+    """A fork's KD.py has none of our functions: what several modules use is in helper modules."""
+    methods = {f"mdistiller.distillers.{name}" for name in method_files()}
+    assert "mdistiller.distillers.KD" in methods
+    for path in FILES:
+        parts = path.relative_to(REPO).parts
+        used = methods & set(imported(ast.parse(path.read_text()), list(parts[:-1])))
+        assert not used, f"{path} imports {', '.join(used)}"

@@ -78,5 +78,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         help="Python file or module that registers methods, models or data sets; may be repeated",
     )
     parser.add_argument(
+        "--fork",
+        dest="imports",
+        action="append",
+        type=lambda folder: f"{folder.rstrip('/')}/",
+        metavar="DIR",
+        help="a fork of the original mdistiller, whose methods, trainers and defaults are taken",
+    )
+    parser.add_argument(
         "opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. SOLVER.LR 0.1"
     )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from mdistiller.cli._fork_flags import add_fork_flags, fork_overrides
 from mdistiller.cli.command import add_overrides, guarded
 
 
@@ -44,12 +45,17 @@ def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
+    words = parser()
+    add_fork_flags(words)
+    args = words.parse_intermixed_args(argv)
 
     def run() -> None:
-        from mdistiller.engine.cfg import load_config
+        from mdistiller.engine.cfg import load_config, method_nodes
         from mdistiller.engine.run import train
 
+        if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
+            cfg = load_config(args.cfg, args.opts, args.imports)
+            args.opts = [*fork_overrides(args, cfg, method_nodes(cfg)), *args.opts]
         follow(args, load_config, train)
 
     return guarded(run)

@@ -16,10 +16,8 @@ from mdistiller.detection.roi import RoISamples
 from mdistiller.distillers._base import Losses
 from mdistiller.distillers._common import require_positive
 from mdistiller.distillers._compose import part_names
-from mdistiller.distillers.DKD import dkd_terms
-from mdistiller.distillers.FitNet import fitnet_loss
-from mdistiller.distillers.KD import kd_loss
-from mdistiller.distillers.ReviewKD import ABF, hcl_loss, review
+from mdistiller.distillers.logit_losses import dkd_terms, kd_loss
+from mdistiller.distillers.map_losses import ABF, fitnet_loss, hcl_loss, review
 from mdistiller.registry import Registry, UserError
 
 METHODS = Registry("detection method (DISTILLER.TYPE)")

@@ -39,8 +39,7 @@ from mdistiller.distillers._common import (
     soften,
     warmup_factor,
 )
-from mdistiller.distillers.DKD import dkd_loss
-from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.logit_losses import dkd_loss, kd_loss
 
 EPS = 1e-7
 """Added to the teacher's probabilities where every sample has its own temperature."""

@@ -48,7 +48,7 @@ from mdistiller.distillers._decoupled import (
     target_mask,
 )
 from mdistiller.distillers._gather import gather_batch
-from mdistiller.distillers.DKD import dkd_terms
+from mdistiller.distillers.logit_losses import dkd_terms
 
 
 def term_gradients(

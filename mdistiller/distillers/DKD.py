@@ -17,74 +17,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    divergence,
-    require_one_of,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_shares, target_column
+from mdistiller.distillers._common import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers.logit_losses import dkd_loss, dkd_rows, dkd_terms
 
-
-def dkd_rows(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of each sample, [N] both, with the factor T².
-
-    Args:
-        logits_student, logits_teacher: [N, C], C >= 2 (with two classes NCKD is 0).
-        target: [N] class indices, or [N, C] probabilities of which the largest counts; rows with
-            IGNORE_INDEX mean nothing.
-        temperature: T > 0; as a tensor with one value, or [N, 1] for one of each sample.
-    """
-    binary, within = _rows(logits_student, logits_teacher, target_column(target)[0], temperature)
-    square = _square(temperature)
-    return binary * square, within * square
-
-
-def dkd_terms(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples."""
-    column, labelled = target_column(target)
-    binary, within = _rows(logits_student, logits_teacher, column, temperature)
-    shares = labelled_shares(labelled, binary.dtype) * _square(temperature)
-    return torch.dot(binary, shares), torch.dot(within, shares)
-
-
-def _square(temperature: float | Tensor) -> float | Tensor:
-    """T²: a number, or one for every sample, [1] or [N]."""
-    square = temperature**2
-    return square.flatten() if isinstance(square, Tensor) else square
-
-
-def _rows(
-    logits_student: Tensor, logits_teacher: Tensor, column: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """:func:`dkd_rows` without T²."""
-    (s_binary, s_within), (t_binary, t_within) = (
-        decoupled_log_probs(soften(z, temperature), column)
-        for z in (logits_student, logits_teacher)
-    )
-    return divergence(t_binary, s_binary), divergence(t_within, s_within)
-
-
-def dkd_loss(
-    logits_student: Tensor,
-    logits_teacher: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float | Tensor,
-) -> Tensor:
-    """alpha * TCKD + beta * NCKD (equation 7 of the paper), a scalar; see :func:`dkd_terms`."""
-    tckd, nckd = dkd_terms(logits_student, logits_teacher, target, temperature)
-    return alpha * tckd + beta * nckd
+__all__ = ["DKD", "dkd_loss", "dkd_rows", "dkd_terms", "mode_weights"]
 
 
 def mode_weights(mode: str, alpha: float, beta: float) -> tuple[float, float]:

@@ -17,32 +17,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    ConvReg,
-    full_precision,
-    get_feat_shapes,
-    mean_square_error,
-    pool_to,
-    probe_size,
-)
+from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size
+from mdistiller.distillers.map_losses import fitnet_loss
 from mdistiller.registry import UserError
+
+__all__ = ["FitNet", "fitnet_loss"]
 
 DEFAULTS: dict[str, Any] = {
     "HINT_LAYER": 2,
     "INPUT_SIZE": (32, 32),
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
 }
-
-
-def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference, a scalar.
-
-    Args:
-        hint: the regressed student map, [N, C, H, W].
-        teacher: [N, C, H', W']; averaged to H x W first where that differs.
-    """
-    hint = full_precision(hint)
-    return mean_square_error(hint, pool_to(full_precision(teacher), hint))
 
 
 def hint_layer(wanted: int, layers: int) -> int:

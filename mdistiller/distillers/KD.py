@@ -10,36 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import divergence, require_positive, soften
+from mdistiller.distillers._common import require_positive
+from mdistiller.distillers.logit_losses import kd_loss, kd_rows
 
-
-def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """Kullback-Leibler divergence of softened predictions times T², for each sample: [N].
-
-    Args:
-        logits_student, logits_teacher: [N, C].
-        temperature: T > 0, a number or a tensor with one value.
-    """
-    log_p, log_q = _log_probs(logits_student, logits_teacher, temperature)
-    return divergence(log_q, log_p) * temperature**2
-
-
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """Mean of :func:`kd_rows`, a scalar."""
-    log_p, log_q = _log_probs(logits_student, logits_teacher, temperature)
-    # one sum over all samples is cheaper than that of each and their mean
-    return divergence(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
-
-
-def _log_probs(
-    logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
-    return log_p, F.log_softmax(soften(logits_teacher, temperature), dim=1)
+__all__ = ["KD", "kd_loss", "kd_rows"]
 
 
 @DISTILLERS.register(

@@ -16,32 +16,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_positive, soften
-from mdistiller.distillers._decoupled import labelled_mean, rest_log_probs, target_column
+from mdistiller.distillers._common import require_positive
+from mdistiller.distillers._decoupled import labelled_mean, target_column
+from mdistiller.distillers.logit_losses import nkd_rows
 
-
-def nkd_rows(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The target's term, and that of the other classes with its T², of each sample: [N] both.
-
-    Args:
-        logits_student, logits_teacher: [N, C], C >= 2.
-        target: [N] class indices, or [N, C] probabilities; rows with IGNORE_INDEX mean nothing.
-        temperature: T > 0, of the other classes only.
-    """
-    column, _ = target_column(target)
-    both = logits_student, logits_teacher
-    s_target, t_target = (
-        F.log_softmax(soften(z, 1.0), dim=1).gather(1, column).squeeze(1) for z in both
-    )
-    s_within, t_within = (rest_log_probs(soften(z, temperature), column)[1] for z in both)
-    others = -(t_within.exp() * s_within).sum(dim=1) * temperature**2
-    return -t_target.exp() * s_target, others
+__all__ = ["NKD", "nkd_loss", "nkd_rows", "nkd_terms"]
 
 
 def nkd_terms(

@@ -109,8 +109,8 @@ def rkd_loss(
 @DISTILLERS.register(
     "RKD",
     config={
-        "DISTANCE_WEIGHT": 25,
-        "ANGLE_WEIGHT": 50,
+        "DISTANCE_WEIGHT": 25.0,
+        "ANGLE_WEIGHT": 50.0,
         "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 1.0},
         "PDIST": {"EPSILON": 1e-12, "SQUARED": False},
     },

@@ -46,9 +46,7 @@ from mdistiller.distillers._common import (
 )
 from mdistiller.distillers._decoupled import labelled_mean
 from mdistiller.distillers._heads import classify, linear_head
-from mdistiller.distillers.DKD import dkd_rows
-from mdistiller.distillers.KD import kd_rows
-from mdistiller.distillers.NKD import nkd_rows
+from mdistiller.distillers.logit_losses import dkd_rows, kd_rows, nkd_rows
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

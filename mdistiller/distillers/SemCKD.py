@@ -46,7 +46,7 @@ from mdistiller.distillers._common import (
 )
 from mdistiller.distillers._gather import gather_batch
 from mdistiller.distillers._stages import match_size
-from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.logit_losses import kd_loss
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 

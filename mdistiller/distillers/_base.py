@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,8 @@ class Distiller(nn.Module):
             that overrides a training step does not inherit False: it has to say so itself.
         two_views: True for methods that train on two independently augmented views of an image. The
             training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
-            `image_weak` and `image_strong`. It is set by itself where `forward_train` names those.
+            `image_weak` and `image_strong`. It is set by itself where `forward_train` names two
+            arguments that begin with `image_`, which then get the pair (:func:`view_names`).
         soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
             probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
@@ -107,7 +109,7 @@ class Distiller(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "image_strong" in inspect.signature(cls.forward_train).parameters:
+        if view_names(cls.forward_train):
             cls.two_views = True
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
@@ -282,14 +284,16 @@ class Distiller(nn.Module):
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
 
-        In training, an `image` that is a pair is handed on as `image_weak` and `image_strong`. A
-        `forward_train` without `**batch` gets the arguments it names. In an initialisation stage
-        it is the :meth:`forward_init` of the stage's method.
+        In training, an `image` that is a pair is handed on under the two names that `forward_train`
+        gives its views, by default `image_weak` and `image_strong`. A `forward_train` without
+        `**batch` gets the arguments it names. In an initialisation stage it is the
+        :meth:`forward_init` of the stage's method.
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
         if isinstance(kwargs.get("image"), (list, tuple)):
-            kwargs["image_weak"], kwargs["image_strong"] = kwargs.pop("image")
+            names = view_names(self.forward_train) or ("image_weak", "image_strong")
+            kwargs |= dict(zip(names, kwargs.pop("image"), strict=True))
         if self.init_stage:
             return self.init_stages()[self.init_stage].forward_init(**kwargs)
         if self._accepted is not None:
@@ -303,6 +307,23 @@ class Distiller(nn.Module):
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return None
         return set(parameters)
+
+
+def view_names(forward_train: Callable[..., Any]) -> tuple[str, str] | None:
+    """The arguments of a `forward_train` that take the weak and the strong view; None: no views.
+
+    They are its two arguments that begin with `image_` (or `image` and one such), in order; a
+    name such as `image_s` or `image_strong` before one such as `image_w` is the strong one.
+    """
+    names = [name for name in inspect.signature(forward_train).parameters if name != "image_size"]
+    views = [name for name in names if name.startswith("image_")]
+    if len(views) == 1 and "image" in names:
+        views.insert(0, "image")
+    if len(views) != 2:
+        return None
+    first, second = views
+    swapped = first.startswith("image_s") and second.startswith(("image_w", "image_o"))
+    return (second, first) if swapped else (first, second)
 
 
 @DISTILLERS.register("NONE")

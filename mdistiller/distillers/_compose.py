@@ -20,6 +20,11 @@ def get_distiller(name: str) -> type[Distiller]:
     """
     if "+" not in name or name in DISTILLERS:
         method: type[Distiller] = DISTILLERS[name]
+        if not (isinstance(method, type) and issubclass(method, Distiller)):
+            raise UserError(
+                f"DISTILLER.TYPE {name}: {getattr(method, '__name__', type(method).__name__)} does "
+                "not derive from mdistiller.distillers.Distiller: let it"
+            )
         return method
     methods = {part: DISTILLERS[part] for part in part_names(name)}
     if len(methods) < len(part_names(name)):

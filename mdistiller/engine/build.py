@@ -25,6 +25,7 @@ from mdistiller.dataset.loader import EvalLoader
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cacheable import check_method
+from mdistiller.engine.forks import check_trainer, sections_read
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
@@ -36,11 +37,11 @@ from mdistiller.engine.released import (
     states_nothing,
     taken_line,
 )
-from mdistiller.engine.trainer import seed_everything, trainer_dict
+from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network, recorded_norm, split_key
 
@@ -183,7 +184,7 @@ def check_names(cfg: Any) -> None:
     """Refuse a config that names what does not exist, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
     OPTIMIZERS[cfg.SOLVER.TYPE]
-    trainer_dict[cfg.SOLVER.TRAINER]
+    check_trainer(cfg.SOLVER.TRAINER)
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
     given = cfg.DISTILLER.TEACHER_CKPT or not cfg.DISTILLER.TEACHER_CFG
@@ -195,7 +196,9 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse a method or model name that does not exist, and a switch the method does not have."""
     model_entry(cfg, "STUDENT", data)
     method = get_distiller(cfg.DISTILLER.TYPE)
-    if (cfg.LSKD.ENABLE or cfg.EXPERIMENT.LOGIT_STAND) and not method.takes_standardized_logits:
+    reads_it = not is_builtin(method) and "EXPERIMENT" in sections_read(method)
+    wanted = cfg.LSKD.ENABLE or (cfg.EXPERIMENT.LOGIT_STAND and not reads_it)
+    if wanted and not method.takes_standardized_logits:
         takers = sorted(
             name
             for name, cls in distiller_dict.items()

@@ -20,9 +20,11 @@ from mdistiller.engine.cfg_checks import check_values
 from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
 from mdistiller.engine.cfg_files import read_yaml
 from mdistiller.engine.cfg_values import DEEPEST, coerce, flatten, is_plain, literal
-from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.engine.forks import UserCode, sections_read
+from mdistiller.engine.imports import import_user_modules, resolve_fork, resolve_imports
 from mdistiller.engine.safe_yaml import shown
-from mdistiller.registry import UserError, suggest
+from mdistiller.engine.trainer import trainer_dict
+from mdistiller.registry import UserError, is_builtin, suggest
 
 
 class Config(CfgNode):
@@ -62,11 +64,16 @@ class Config(CfgNode):
                 "DETECTION: this is for a detector: run it with tools/train_detection.py"
             )
         modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
+        if incoming.get("FORK") is not None:
+            modules = [resolve_fork(incoming["FORK"], Path()), *modules]
         if modules:  # they add up; what they register has to be known before its keys are read
-            import_user_modules(modules)
+            for code in import_user_modules(modules):
+                if code.name not in self["IMPORTS"]:
+                    add_defaults(self, code)
             add_registered_nodes(self)
             self["IMPORTS"] = list(dict.fromkeys([*self["IMPORTS"], *modules]))
-        merge(self, {k: v for k, v in incoming.items() if k != "IMPORTS"}, (), root=self)
+        rest = {k: v for k, v in incoming.items() if k not in ("IMPORTS", "FORK")}
+        merge(self, rest, (), root=self)
 
 
 def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], root: CfgNode) -> None:
@@ -89,7 +96,17 @@ def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], roo
                 )
             merge(node[key], value, (*path, key), root)
         else:
-            node[key] = coerce(value, node[key], name)
+            node[key] = coerce(value, node[key], name, fractions=not is_declared(name, root))
+
+
+def is_declared(name: str, root: CfgNode) -> bool:
+    """Whether the default of a key is the library's: then a whole number is meant as one."""
+    first = name.partition(".")[0]
+    if first in DISTILLERS or first not in root:
+        return is_builtin(DISTILLERS.get(first))
+    if "DETECTION" in root:
+        return True
+    return name in {*flatten(ENGINE_CONFIG), *flatten({"DATASET": DATASET_CONFIG})}
 
 
 def as_new(value: Any, name: str) -> Any:
@@ -126,6 +143,46 @@ def add_registered_nodes(cfg: CfgNode) -> None:
             cfg[name] = Config(declared or {}, new_allowed=declared is None)
 
 
+def add_defaults(cfg: CfgNode, code: UserCode) -> None:
+    """Take the defaults of user code: whole nodes of methods that it replaces or, of a fork, has;
+    a fork's other keys where the library has them.
+
+    Where files go and what is logged stays as the library has it.
+
+    Raises:
+        UserError: the library has a key of another type, or `cfg` is of another kind of run.
+    """
+    is_fork = code.name.endswith("/")
+    if "DETECTION" in cfg:
+        if is_fork:
+            raise UserError(f"FORK {code.name}: forks are for classification, not for detection")
+        return
+    for name in code.methods:
+        cfg[name] = Config(code.defaults.get(name, {}), new_allowed=name not in code.defaults)
+    for name, value in code.defaults.items():
+        if name not in code.methods:
+            _overlay(cfg, {name: value}, (), name == "LOG", code)
+
+
+def _overlay(
+    node: CfgNode, values: Mapping[str, Any], path: tuple[str, ...], keep: bool, code: UserCode
+) -> None:
+    """Lay a fork's defaults over those of the library; `keep`: only add what these lack."""
+    for key, value in values.items():
+        name = ".".join((*path, key))
+        if key not in node:
+            node[key] = Config(value) if isinstance(value, Mapping) else value
+        elif isinstance(node[key], CfgNode) != isinstance(value, Mapping):
+            raise UserError(f"FORK {code.name}: engine/cfg.py: {name} is {shown(value)}")
+        elif isinstance(value, Mapping):
+            _overlay(node[key], value, (*path, key), keep, code)
+        elif not keep and value is not None:
+            try:
+                node[key] = coerce(value, node[key], name)
+            except UserError as error:
+                raise UserError(f"FORK {code.name}: engine/cfg.py: {error}") from None
+
+
 def default_config() -> Config:
     """A fresh config that holds every default."""
     cfg = Config({**ENGINE_CONFIG, "DATASET": DATASET_CONFIG}).clone()
@@ -153,6 +210,9 @@ def load_config(
         add_registered_nodes(cfg)
     if imports:
         cfg.merge_from_list(["IMPORTS", list(imports)])
+    forks = [v for k, v in zip(overrides[0::2], overrides[1::2], strict=False) if k == "FORK"]
+    for fork in forks:  # its defaults lie under the file
+        cfg.merge_from_list(["FORK", fork])
     if isinstance(path, Mapping):
         cfg.merge_from_other_cfg(path)
     elif path:
@@ -163,6 +223,15 @@ def load_config(
     return cfg
 
 
+def method_nodes(cfg: CfgNode) -> list[str]:
+    """Nodes that the method and the trainer of a config read: those of its parts' names; of a
+    user's class (KD_ours) also the nodes that its file reads (KD)."""
+    parts = part_names(cfg.DISTILLER.TYPE)
+    classes = [DISTILLERS.get(part) for part in parts] + [trainer_dict.get(cfg.SOLVER.TRAINER)]
+    read = {name for cls in classes for name in sections_read(cls)}
+    return [*parts, *(name for name in cfg if name in read & {*DISTILLERS} - {*parts})]
+
+
 def own_sections(cfg: CfgNode) -> list[str]:
     """Sections that a kind of run has beside those of classification."""
     return [key for key in cfg if key not in {*ENGINE_CONFIG, "DATASET", *DISTILLERS}]
@@ -170,7 +239,7 @@ def own_sections(cfg: CfgNode) -> list[str]:
 
 def dump_cfg(cfg: CfgNode) -> str:
     """YAML of all that matters for a run: every common key, and its method's node."""
-    keys = [*ENGINE_CONFIG, "DATASET", *part_names(cfg.DISTILLER.TYPE), *own_sections(cfg)]
+    keys = [*ENGINE_CONFIG, "DATASET", *method_nodes(cfg), *own_sections(cfg)]
     text: str = CfgNode({key: cfg[key] for key in keys if key in cfg}).dump(sort_keys=False)
     return text
 

@@ -73,5 +73,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "WANDB": False,
     },
     "DEVICE": "auto",
-    "IMPORTS": [],  # user files or modules that register methods, models, data sets
+    # User files or modules that register methods, models, data sets; forks with a slash behind
+    # their folder. FORK: DIR adds one of the latter.
+    "IMPORTS": [],
 }

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.imports import is_file, resolve_imports
+from mdistiller.engine.imports import is_file, resolve_fork, resolve_imports
 from mdistiller.engine.safe_yaml import LIMIT, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
@@ -71,6 +71,9 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Make the files that a config names relative to itself absolute, in place."""
     if table.get("IMPORTS"):
         table["IMPORTS"] = resolve_imports(table["IMPORTS"], folder)
+    fork = table.pop("FORK", None)
+    if fork is not None:
+        table["IMPORTS"] = [resolve_fork(fork, folder), *(table.get("IMPORTS") or [])]
     settings = table.get("DISTILLER")
     if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
         teacher = folder / settings["TEACHER_CFG"]

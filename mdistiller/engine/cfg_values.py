@@ -36,8 +36,13 @@ def is_plain(value: Any, depth: int = 0) -> bool:
     return value is None or isinstance(value, (float, str))
 
 
-def coerce(value: Any, default: Any, name: str) -> Any:
-    """`value` as the type of `default`; ints become floats, lists and tuples interchange."""
+def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
+    """`value` as the type of `default`; ints become floats, lists and tuples interchange.
+
+    Args:
+        fractions: take 2.5 where the default is a whole number, and keep 2.0 a float: the default
+            is a user's, who may have written 4 and meant 4.0.
+    """
     if name in NORMS:
         return check_norm(literal(value, name), name)
     if name in SWITCHES_OR_TEXT:
@@ -58,9 +63,13 @@ def coerce(value: Any, default: Any, name: str) -> Any:
         fits = fits and is_plain(value) and math.isfinite(value)
         value = float(value) if fits else value
     elif isinstance(default, int):
+        if fractions and isinstance(value, float):
+            return coerce(value, float(default), name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         fits = isinstance(value, int) and not isinstance(value, bool) and is_plain(value)
     elif isinstance(default, (list, tuple)):
-        fits = isinstance(value, (list, tuple)) and _items_fit(value, default)
+        fits = isinstance(value, (list, tuple)) and _items_fit(value, default, fractions)
         value = type(default)(value) if fits else value
     else:
         fits = True
@@ -100,9 +109,10 @@ def _switch_or_text(value: Any, name: str) -> bool | str:
     return value
 
 
-def _items_fit(items: Sequence[Any], default: Sequence[Any]) -> bool:
+def _items_fit(items: Sequence[Any], default: Sequence[Any], fractions: bool = False) -> bool:
     allowed = {type(item) for item in default} or {int, float, str}
     allowed |= {int} if float in allowed else set()
+    allowed |= {float} if fractions and int in allowed else set()
     return all(type(item) in allowed and is_plain(item) and item == item for item in items)
 
 

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller import __version__
-from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, own_sections
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
 from mdistiller.engine.cfg_values import flatten
 from mdistiller.engine.checkpoint import replacing
 from mdistiller.engine.distributed import world_size
@@ -37,7 +36,7 @@ _LONGEST = 200  # bytes of a folder name; file systems allow 255
 # Keys that say where files go, not what is trained: they stay out of a run folder's name.
 _PLACES = (
     *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG"),
-    *("LOG.PREFIX", "IMPORTS", "DISTILLER.TEACHER_CACHE_DIR"),
+    *("LOG.PREFIX", "IMPORTS", "FORK", "DISTILLER.TEACHER_CACHE_DIR"),
 )
 
 
@@ -257,7 +256,7 @@ def recorded_processes(folder: Path) -> int:
 
 def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     """:func:`changed_settings` for a config that was recorded as a nested mapping."""
-    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *part_names(cfg.DISTILLER.TYPE)]
+    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *method_nodes(cfg)]
     sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]

@@ -13,6 +13,7 @@ import torch
 
 from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
+from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.build import (
     build_distiller,
     check_labels,
@@ -25,6 +26,7 @@ from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import meet, process_group, wrap
+from mdistiller.engine.forks import check_trainer
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
 from mdistiller.engine.preemption import listening
@@ -39,7 +41,7 @@ from mdistiller.engine.record import (
 from mdistiller.engine.store import LATEST, Store
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
-from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -160,11 +162,12 @@ def prepare_classifier(
     Args:
         teacher_acc: the teacher's accuracy in percent, if it need not be measured.
     """
-    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    trainer_class = check_trainer(cfg.SOLVER.TRAINER)
     method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
     trainer_class.check(cfg)
-    data = load_data(cfg, device, method.two_views)
+    items = wanted_items(trainer_class, method)
+    data = load_data(cfg, device, items.two_views)
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
@@ -181,7 +184,8 @@ def prepare_classifier(
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
-    trainer = trainer_class(name, wrapped, data.train, data.val, cfg)
+    loader = with_items(data.train, items, cfg)
+    trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     return Prepared(trainer, data, data_facts(data), teacher_acc)
 
 

@@ -44,15 +44,16 @@ def recorded_config(
         if _own_name(str(name)) not in given and not is_imported(str(name)):
             raise UserError(
                 f"{folder} was trained with code of its own, which runs only if you name it, too: "
-                f"look at it, and give --import {shown(str(name))[1:-1]}"
+                f"look at it, and give {'--fork' if str(name).endswith('/') else '--import'} "
+                f"{shown(str(name))[1:-1]}"
             )
     known = [name for name in named if is_imported(str(name))]
     return load(table, overrides, [*imports, *known])
 
 
 def _own_name(imported: str) -> str:
-    """A module's name, or a file's without its folder: that may differ on another machine."""
-    return Path(imported).name if imported.endswith(".py") else imported
+    """A module's name, or a file's or fork's without its folder, which may differ elsewhere."""
+    return Path(imported).name if imported.endswith((".py", "/")) else imported
 
 
 def refuse_commands(folder: Path, cfg: Config, overrides: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from mdistiller.cli import COMMANDS
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import main as mdistiller
 from mdistiller.cli import train as train_command
-from mdistiller.distillers import Vanilla
+from mdistiller.distillers import DISTILLERS, Vanilla
+from mdistiller.engine.cfg_values import lookup
 from mdistiller.engine.utils import validate
 from mdistiller.models import get_model_entry
 
@@ -28,6 +29,7 @@ def refused(capsys, words, main=train_command.main):
 
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
+    "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD has none of the keys ALPHA_T in KD;",
     "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number",
     "DISTILLER.STUDENT resnet9": "DISTILLER.STUDENT: unknown CIFAR model 'resnet9'; did you mean",
     "DISTILLER.TYPE KDD": "unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean 'KD'?",
@@ -254,3 +256,37 @@ def test_demo_tables_and_plots(tmp_path, capsys):
     assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in demo.table({"KD": runs})
     demo.plot({"KD": [[10.0, 20.0], [12.0, 22.0]]}, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size > (500, 300)
+
+
+FORK_FLAGS = {
+    "KD --logit-stand": {"KD.TEMPERATURE": 2.0, "KD.LOSS.KD_WEIGHT": 9.0},
+    "KD --logit-stand --base-temp 3 --kd-weight 6 KD.LOSS.KD_WEIGHT 7": {
+        "KD.TEMPERATURE": 3.0,
+        "KD.LOSS.KD_WEIGHT": 7.0,
+    },
+    "DKD --logit-stand --kd-weight 2 DKD.BETA 3": {"DKD.ALPHA": 2.0, "DKD.BETA": 3.0, "DKD.T": 2.0},
+    "MLKD --base-temp 2": {"MLKD.TEMPS": [2.0, 3.0, 5.0, 2.0, 6.0]},
+    "RLDLIKE --same-t": {"RLDLIKE.ALPHA_T": 4.0},
+    "RLDLIKE --same-t --base-temp 2": {"RLDLIKE.ALPHA_T": 2.0, "RLDLIKE.T": 2.0},
+}
+RLD_LIKE = """
+from mdistiller.distillers import DISTILLERS, KD
+DISTILLERS.add("RLDLIKE", type("RLDLIKE", (KD,), {}), config={"ALPHA_T": 1.0, "T": 4.0})
+"""
+
+
+@pytest.mark.parametrize("words", FORK_FLAGS)
+def test_options_of_forks_are_their_overrides(words, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "mdistiller.engine.run.train", lambda cfg, *args, **kwargs: seen.append(cfg)
+    )
+    method, *words_ = words.split()
+    (tmp_path / "like.py").write_text(RLD_LIKE)
+    loaded = ["--import", str(tmp_path / "like.py")] if method == "RLDLIKE" else []
+    try:
+        assert train_command.main([*words_, *loaded, "DISTILLER.TYPE", method]) == 0
+    finally:
+        DISTILLERS.pop("RLDLIKE", None)
+    assert {key: lookup(seen[0], key) for key in FORK_FLAGS[words]} == FORK_FLAGS[words]
+    assert ("--logit-stand" in words) == seen[0].EXPERIMENT.LOGIT_STAND

@@ -217,3 +217,25 @@ def test_a_method_wants_two_views_if_it_says_so_or_names_them():
         logits, losses = Child(*networks()).train()(**images, target=weak, index=weak, epoch=3)
         assert logits is weak
         assert losses["loss_ce"] == 5
+
+
+VIEWS = {
+    "image_w, image_s, target": ("image_w", "image_s"),
+    "target, image_strong, image_weak": ("image_weak", "image_strong"),
+    "image_aug_0, image_aug_1, target": ("image_aug_0", "image_aug_1"),
+    "image, image_strong, target": ("image", "image_strong"),
+    "image, image_size, target": None,
+    "image, target": None,
+}
+
+
+@pytest.mark.parametrize("arguments", VIEWS)
+def test_views_go_by_the_arguments_that_begin_with_image(arguments):
+    scope = {"Distiller": Distiller}
+    text = f"class Forked(Distiller):\n    def forward_train(self, {arguments}, **kwargs):\n"
+    exec(f"{text}        return target, locals()\n", scope)
+    views, pair = VIEWS[arguments], (torch.zeros(2), torch.ones(2))
+    assert scope["Forked"].two_views == (views is not None)
+    if views:
+        _, got = scope["Forked"](*networks()).train()(image=pair, target=pair[0], epoch=1)
+        assert [got[name] for name in views] == list(pair)
