@@ -17,6 +17,7 @@ from mdistiller.dataset._images import read_image, resize
 from mdistiller.detection.annotations import read_annotations
 from mdistiller.detection.labels import COCO91, label_of
 from mdistiller.detection.masks import draw_mask
+from mdistiller.detection.mending import Pictures
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
@@ -84,7 +85,10 @@ class CocoDetectionSet:
                 f"there is no image folder {self.folder}; set DETECTION.DATA.{split}_IMAGES"
             )
         key = f"DETECTION.DATA.{split}_ANNOTATIONS"
-        self.annotations = read_annotations(Path(annotations), key, segmentations=masks, mend=mend)
+        pictures = Pictures(self.folder, exif, skip_corrupt)
+        self.annotations = read_annotations(
+            Path(annotations), key, pictures, segmentations=masks, mend=mend
+        )
         self._name_labels(label_space)
         self.positions = np.arange(len(self.annotations.image_ids))
         if not keep_empty:
@@ -130,11 +134,14 @@ class CocoDetectionSet:
     def _require_images(self) -> None:
         """All files have to be there; whether they are sound shows when they are read."""
         for index in range(len(self)):
-            if not self.path(index).is_file():
+            path = self.path(index)
+            if not path.is_file():
+                slashes = "mend \\ to / by DETECTION.DATA.BAD_ANNOTATIONS fix, "
                 raise UserError(
-                    f"image {self.image_id(index)} of {self.annotations.path} is missing: there is "
-                    f"no file {self.path(index)}; get it, or set DETECTION.DATA."
-                    f"{self.split}_IMAGES, or leave such images out by DATASET.SKIP_CORRUPT True"
+                    f"image {self.written_id(index)} of {self.annotations.path} is missing: there "
+                    f"is no file {path}; get it, or set DETECTION.DATA.{self.split}_IMAGES, or "
+                    f"{slashes if chr(92) in path.name else ''}leave such images out by "
+                    "DATASET.SKIP_CORRUPT True"
                 )
 
     def _say(self) -> None:
@@ -155,8 +162,12 @@ class CocoDetectionSet:
         return self.folder / self.annotations.names[self.positions[index]].decode()
 
     def image_id(self, index: int) -> int:
-        """Its id in the annotation file."""
+        """Its id in the annotation file; a number in place of one that is text."""
         return int(self.annotations.image_ids[self.positions[index]])
+
+    def written_id(self, index: int) -> int | str:
+        """Its id as the annotation file writes it."""
+        return self.annotations.written_image(self.image_id(index))
 
     @property
     def portrait(self) -> np.ndarray:
@@ -178,7 +189,7 @@ class CocoDetectionSet:
             exif = f", or set DETECTION.DATA.EXIF {not self.exif}" if turned else ""
             raise UserError(
                 f"{path} is {pixels.shape[2]}x{pixels.shape[1]} pixels, but {self.annotations.path}"
-                f" says {width}x{height} of image {self.image_id(index)}; mend either{exif}"
+                f" says {width}x{height} of image {self.written_id(index)}; mend either{exif}"
             )
         return pixels
 

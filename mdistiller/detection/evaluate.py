@@ -27,6 +27,7 @@ from mdistiller.detection.coco import STATISTICS, coco_api, curves
 from mdistiller.detection.dataset import CocoDetectionSet
 from mdistiller.detection.detector import Detector
 from mdistiller.detection.masks import coco_masks, encode_mask, polygon_parts
+from mdistiller.detection.mending import area_fault
 from mdistiller.engine.utils import log_msg, progress
 from mdistiller.registry import UserError
 
@@ -54,6 +55,7 @@ class CocoEvaluator:
                 "average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
             )
         self.dataset, self.kinds = dataset, ("bbox", "segm") if masks else ("bbox",)
+        self.labels = {number: label for label, number in dataset.category_ids.items()}
         self.api = coco_api(backend)
         self.results: dict[int, list[dict[str, Any]]] = {}
         self.curves: dict[str, dict[str, Any]] = {}
@@ -135,7 +137,7 @@ class CocoEvaluator:
             text = f"WARNING: measured on {len(images)} of the {len(self.dataset)} images"
             print(log_msg(text, "EVAL"))
         records = [record for image in images for record in results[image]]
-        names = dict(zip(self.dataset.category_ids.values(), self._names(), strict=True))
+        names = {label: self.dataset.class_names[label] for label in self.dataset.category_ids}
         numbers: dict[str, float] = {}
         with contextlib.redirect_stdout(io.StringIO()):  # both backends report to the terminal
             for kind in self.kinds:
@@ -148,28 +150,55 @@ class CocoEvaluator:
                 numbers.update({f"{kind}/{name}": 100 * value for name, value in known.items()})
         return numbers
 
-    def _names(self) -> list[str]:
-        return [self.dataset.class_names[label] for label in self.dataset.category_ids]
-
     def _truth(self, kind: str) -> Any:
-        """The annotation file as the backend's COCO; what it may lack is filled in."""
+        """The annotation file as the backend's COCO; what it lacks is filled in.
+
+        Images and objects are numbered from 1, in the order of the ids and of the file, categories
+        by label: the backends lose objects with ids up to 0 and mix up ids of 2**53 and more, and
+        not the same ones.
+        """
         said = self.dataset.annotations
         contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
+        if len(contents["annotations"]) != len(said.links):
+            raise UserError(f"{said.path} has changed since it was read; start again")
         useless = said.left_out | said.maskless if kind == "segm" else said.left_out
-        usable = [a for a in contents["annotations"] if a["id"] not in useless]
-        truth = self._coco({"info": {}, **contents, "annotations": usable})
-        for record in truth.dataset["annotations"]:
-            record.setdefault("iscrowd", 0)
-            segmented = "segm" in self.kinds and record["id"] not in said.maskless
-            if segmented and isinstance(record["segmentation"], list):
-                record["segmentation"] = polygon_parts(record["segmentation"])
-            if "area" not in record:
-                record["area"] = (
-                    float(coco_masks().area(truth.annToRLE(record)))
-                    if segmented
-                    else record["bbox"][2] * record["bbox"][3]
-                )
+        sizes = said.sizes.tolist()
+        images = [{"id": k, "height": h, "width": w} for k, (h, w) in enumerate(sizes, 1)]
+        pairs = zip(contents["annotations"], said.links.tolist(), strict=True)
+        usable = [
+            self._object(record, position, image + 1, self.labels[category])
+            for position, (record, (image, category)) in enumerate(pairs)
+            if position not in useless
+        ]
+        categories = [{"id": label} for label in self.dataset.category_ids]
+        truth = self._coco(
+            {"info": {}, "images": images, "categories": categories, "annotations": usable}
+        )
+        for record in usable:
+            if area_fault(record.get("area"), *sizes[record["image_id"] - 1]):
+                record["area"] = self._area(truth, record)
         return truth
+
+    def _object(
+        self, record: Mapping[str, Any], position: int, image: int, label: int
+    ) -> dict[str, Any]:
+        """An annotation at a position of the file, under the backend's ids."""
+        ids = {"id": position + 1, "image_id": image, "category_id": label}
+        one = {"iscrowd": 0, **record, **ids}
+        if self._has_mask(position) and isinstance(one["segmentation"], list):
+            one["segmentation"] = polygon_parts(one["segmentation"])
+        return one
+
+    def _area(self, truth: Any, record: Mapping[str, Any]) -> float:
+        """An object's area: of its mask where masks are measured, or of its box."""
+        if self._has_mask(record["id"] - 1):
+            return float(coco_masks().area(truth.annToRLE(record)))
+        image = truth.imgs[record["image_id"]]
+        area: float = record["bbox"][2] * record["bbox"][3]
+        return min(area, image["height"] * image["width"])
+
+    def _has_mask(self, position: int) -> bool:
+        return "segm" in self.kinds and position not in self.dataset.annotations.maskless
 
     def _coco(self, contents: Mapping[str, Any]) -> Any:
         coco = self.api[0]()
@@ -183,20 +212,38 @@ class CocoEvaluator:
         """COCOeval after it ran."""
         # With boxes there, masks would be sorted into small, medium and large by the boxes' area.
         left_out = "bbox" if kind == "segm" else "segmentation"
-        found = [{key: v for key, v in r.items() if key != left_out} for r in records]
+        place = self.dataset.annotations.position
+        found = [
+            {
+                **{key: value for key, value in record.items() if key != left_out},
+                "image_id": place(record["image_id"]) + 1,
+                "category_id": self.labels[record["category_id"]],
+            }
+            for record in records
+        ]
         detected = (
             truth.loadRes(found) if found else self._coco({**truth.dataset, "annotations": []})
         )
         run = self.api[1](truth, detected, kind)
-        run.params.imgIds = images
+        run.params.imgIds = [place(image) + 1 for image in images]
         run.evaluate()
         run.accumulate()
         run.summarize()
         return run
 
     def save(self, path: Path, results: Mapping[int, list[dict[str, Any]]]) -> None:
-        """Write what :meth:`gather` gave as a COCO result file."""
-        path.write_text(json.dumps([record for image in results.values() for record in image]))
+        """Write what :meth:`gather` gave as a COCO result file, with the annotation file's ids."""
+        said = self.dataset.annotations
+        records = [
+            {
+                **record,
+                "image_id": said.written_image(record["image_id"]),
+                "category_id": said.written_category(record["category_id"]),
+            }
+            for image in results.values()
+            for record in image
+        ]
+        path.write_text(json.dumps(records))
 
 
 @torch.no_grad()

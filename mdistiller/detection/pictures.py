@@ -78,7 +78,7 @@ def detections_picture(
             row.append(seen.only(wanted & (own["scores"] >= threshold)))
         images.append(image)
         rows.append(row)
-        titles.append(f"image {target['image_id']}")
+        titles.append(f"image {data.written_id(index)}")
     names = ["truth", *(f"{title}\nscores from {threshold:g}" for title, _ in networks)]
     return draw(images, rows, titles, names, data.class_names)
 
