@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ class Data:
         zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
         image_size: (height, width) in pixels.
         mean, std: what images are normalised with, per channel, for images in [0, 1].
+        plain: makes a loader of the images in `train` without augmentation, in their order; items
+            (image, target).
     """
 
     train: TrainLoader
@@ -53,6 +55,7 @@ class Data:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    plain: Callable[[], EvalLoader] | None = None
 
     def close(self) -> None:
         """End the processes that read images, if there are any."""
@@ -112,6 +115,7 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         image_size=size,
         mean=statistics[0],
         std=statistics[1],
+        plain=lambda: feed.eval_loader(train, size, statistics),
     )
 
 

@@ -7,7 +7,8 @@ binary probabilities and r = softmax over the classes j != t, both of logits / T
     NCKD = T^2 / N * sum_n KL(r_teacher || r_student)
     loss = min(epoch / WARMUP, 1) * (ALPHA * TCKD + BETA * NCKD)
 
-MODE "tckd" or "nckd" leaves the other term out, "dkd" has both.
+MODE "tckd" or "nckd" leaves the other term out, "dkd" has both. DIVERGENCE puts another divergence
+in KL's place in both terms; see `_divergence.py`.
 
 Everything is evaluated on log-probabilities: log(1 - p_t) is a logsumexp over j != t, never the log
 of a rounded probability, so the loss stays finite where the textbook form gives inf and NaN.
@@ -29,6 +30,7 @@ from mdistiller.distillers._common import (
     warmup_factor,
 )
 from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_shares, target_column
+from mdistiller.distillers._divergence import Divergence, read_divergence
 
 
 def dkd_rows(
@@ -48,11 +50,19 @@ def dkd_rows(
 
 
 def dkd_terms(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples."""
+    """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples.
+
+    Args:
+        form: what is measured in place of the Kullback-Leibler divergence.
+    """
     column, labelled = target_column(target)
-    binary, within = _rows(logits_student, logits_teacher, column, temperature)
+    binary, within = _rows(logits_student, logits_teacher, column, temperature, form)
     shares = labelled_shares(labelled, binary.dtype) * _square(temperature)
     return torch.dot(binary, shares), torch.dot(within, shares)
 
@@ -64,14 +74,18 @@ def _square(temperature: float | Tensor) -> float | Tensor:
 
 
 def _rows(
-    logits_student: Tensor, logits_teacher: Tensor, column: Tensor, temperature: float | Tensor
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    column: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dkd_rows` without T²."""
     (s_binary, s_within), (t_binary, t_within) = (
         decoupled_log_probs(soften(z, temperature), column)
         for z in (logits_student, logits_teacher)
     )
-    return divergence(t_binary, s_binary), divergence(t_within, s_within)
+    return form(t_binary, s_binary), form(t_within, s_within)
 
 
 def dkd_loss(
@@ -102,6 +116,7 @@ def mode_weights(mode: str, alpha: float, beta: float) -> tuple[float, float]:
         "T": 4.0,
         "WARMUP": 20,
         "MODE": "dkd",  # both terms; tckd or nckd: one of them
+        "DIVERGENCE": "kl",  # kl, reverse_kl or ab(ALPHA, BETA)
     },
 )
 class DKD(Distiller):
@@ -118,9 +133,12 @@ class DKD(Distiller):
         self.ce_loss_weight = cfg.DKD.CE_WEIGHT
         self.alpha, self.beta = mode_weights(cfg.DKD.MODE, cfg.DKD.ALPHA, cfg.DKD.BETA)
         self.temperature = require_positive("DKD.T", cfg.DKD.T)
+        self.divergence = read_divergence("DKD.DIVERGENCE", cfg.DKD.DIVERGENCE)
         self.warmup = cfg.DKD.WARMUP
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        tckd, nckd = dkd_terms(student.logits, teacher.logits, target, self.temperature)
+        tckd, nckd = dkd_terms(
+            student.logits, teacher.logits, target, self.temperature, self.divergence
+        )
         self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
         return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * tckd + self.beta * nckd)

@@ -4,6 +4,8 @@ arXiv 1503.02531.
 With q = softmax(z_teacher / T) and p = softmax(z_student / T), over a batch of N samples:
 
     loss = T^2 / N * sum_n sum_c q_nc (log q_nc - log p_nc)
+
+KD.DIVERGENCE puts another divergence of q and p in the sum's place; see `_divergence.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import divergence, require_positive, soften
+from mdistiller.distillers._divergence import Divergence, read_divergence
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -28,11 +31,20 @@ def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float |
     return divergence(log_q, log_p) * temperature**2
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """Mean of :func:`kd_rows`, a scalar."""
+def kd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
+) -> Tensor:
+    """Mean of :func:`kd_rows`, a scalar.
+
+    Args:
+        form: what is measured in place of the Kullback-Leibler divergence.
+    """
     log_p, log_q = _log_probs(logits_student, logits_teacher, temperature)
     # one sum over all samples is cheaper than that of each and their mean
-    return divergence(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
+    return form(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
 
 
 def _log_probs(
@@ -43,7 +55,12 @@ def _log_probs(
 
 
 @DISTILLERS.register(
-    "KD", config={"TEMPERATURE": 4.0, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9}}
+    "KD",
+    config={
+        "TEMPERATURE": 4.0,
+        "DIVERGENCE": "kl",  # kl, reverse_kl or ab(ALPHA, BETA)
+        "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 0.9},
+    },
 )
 class KD(Distiller):
     """Soft targets: the student matches the teacher's softened class probabilities."""
@@ -55,8 +72,11 @@ class KD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
         self.temperature = require_positive("KD.TEMPERATURE", cfg.KD.TEMPERATURE)
+        self.divergence = read_divergence("KD.DIVERGENCE", cfg.KD.DIVERGENCE)
         self.ce_loss_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.KD.LOSS.KD_WEIGHT
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        return self.kd_loss_weight * kd_loss(student.logits, teacher.logits, self.temperature)
+        return self.kd_loss_weight * kd_loss(
+            student.logits, teacher.logits, self.temperature, self.divergence
+        )

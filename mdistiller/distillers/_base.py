@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
+from mdistiller.distillers._facts import TeacherFact
 from mdistiller.distillers._init_stage import InitPlan
 from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
@@ -62,6 +64,8 @@ class Distiller(nn.Module):
         soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
             probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
+        teacher_facts: tensors to be computed once of the frozen teacher and the training images,
+            by name; a constructor may set them as its config demands. See :meth:`take_fact`.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         label_smoothing: of that cross-entropy, in [0, 1).
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
@@ -80,6 +84,7 @@ class Distiller(nn.Module):
     two_views = False
     soft_labels = False
     own_state: tuple[str, ...] = ()
+    teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0
     label_smoothing: float = 0.0
     distills: bool = True
@@ -230,6 +235,10 @@ class Distiller(nn.Module):
     def standardized(self, output: Output) -> Output:
         """`output` with logits as the distillation loss is to see them."""
         return Output(self.standardize(output.logits), output.features)
+
+    def take_fact(self, name: str, value: Tensor) -> None:
+        """Take one of `teacher_facts`, into the buffer of its name; called before training."""
+        getattr(self, name).copy_(value)
 
     def init_stages(self) -> dict[str, Distiller]:
         """The stages to train before the main one, in order: name -> the method it is of."""
