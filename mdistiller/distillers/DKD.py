@@ -31,6 +31,7 @@ from mdistiller.distillers._common import (
 )
 from mdistiller.distillers._decoupled import decoupled_log_probs, labelled_shares, target_column
 from mdistiller.distillers._divergence import Divergence, read_divergence
+from mdistiller.distillers._split import Split, split_terms
 
 
 def dkd_rows(
@@ -142,3 +143,14 @@ class DKD(Distiller):
         )
         self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
         return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * tckd + self.beta * nckd)
+
+    def distill_split(
+        self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        epoch, logits = batch["epoch"], (student.logits, teacher.logits)
+        tckd, nckd = split_terms(
+            *logits, target, self.temperature, split, epoch, as_kd=False, form=self.divergence
+        )
+        self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
+        warm = warmup_factor(epoch, self.warmup)
+        return warm * self.alpha * tckd, warm * self.beta * nckd

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import divergence, require_positive, soften
 from mdistiller.distillers._divergence import Divergence, read_divergence
+from mdistiller.distillers._split import Split, split_terms
+from mdistiller.registry import UserError
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -80,3 +82,12 @@ class KD(Distiller):
         return self.kd_loss_weight * kd_loss(
             student.logits, teacher.logits, self.temperature, self.divergence
         )
+
+    def distill_split(
+        self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.divergence is not divergence:
+            raise UserError("KD.DIVERGENCE must be kl where KD is split by the target class")
+        logits = student.logits, teacher.logits
+        terms = split_terms(*logits, target, self.temperature, split, batch["epoch"], as_kd=True)
+        return self.kd_loss_weight * terms[0], self.kd_loss_weight * terms[1]

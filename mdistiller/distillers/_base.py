@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
 from mdistiller.distillers._facts import TeacherFact
 from mdistiller.distillers._init_stage import InitPlan
+from mdistiller.distillers._split import Split
 from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
 
@@ -68,6 +69,8 @@ class Distiller(nn.Module):
             by name; a constructor may set them as its config demands. See :meth:`take_fact`.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         label_smoothing: of that cross-entropy, in [0, 1).
+        split: set by a trainer that wants `loss_tckd` and `loss_nckd` in place of `loss_kd`; of a
+            class with :meth:`distill_split`.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
         init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
         init_stage: name of that stage while it runs.
@@ -87,6 +90,7 @@ class Distiller(nn.Module):
     teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0
     label_smoothing: float = 0.0
+    split: Split | None = None
     distills: bool = True
     init: InitPlan | None = None
     init_stage: str = ""
@@ -111,6 +115,8 @@ class Distiller(nn.Module):
             cls.two_views = True
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
+            if "distill_split" not in vars(cls):
+                cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
 
     @classmethod
     def can_do_without_teacher(cls) -> bool:
@@ -207,6 +213,18 @@ class Distiller(nn.Module):
             "or forward_train(image, target, **batch)"
         )
 
+    def distill_split(
+        self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`distill` as two weighted terms, of the target class and of the others."""
+        raise TypeError(f"{type(self).__name__} must override distill_split(...)")
+
+    @classmethod
+    def can_split(cls) -> bool:
+        """Whether its loss can be had as two terms."""
+        plain = cls.forward_train is Distiller.forward_train
+        return plain and cls.distill_split is not Distiller.distill_split
+
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Student logits and the terms of the objective, which the trainer sums.
 
@@ -219,13 +237,17 @@ class Distiller(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight
-                * cross_entropy(student.logits, target, self.label_smoothing),
-                "loss_kd": student.logits.new_zeros(())
-                if teacher is None
-                else self.distill(
-                    self.standardized(student), self.standardized(teacher), target, **batch
-                ),
+                * cross_entropy(student.logits, target, self.label_smoothing)
             }
+            if teacher is None:
+                losses["loss_kd"] = student.logits.new_zeros(())
+                return student.logits, losses
+            outputs = self.standardized(student), self.standardized(teacher)
+            if self.split is None:
+                losses["loss_kd"] = self.distill(*outputs, target, **batch)
+            else:
+                terms = self.distill_split(*outputs, target, self.split, **batch)
+                losses["loss_tckd"], losses["loss_nckd"] = terms
         return student.logits, losses
 
     def standardize(self, logits: Tensor) -> Tensor:
