@@ -1,6 +1,6 @@
 """Optimal transport with entropy: Sinkhorn's rounds, the plan's cost, gradient through the rounds.
 
-To move the masses Q onto P at the costs D, with K = exp(-D / lambda), from u = 1 / C:
+To move the masses Q onto P at the costs D, with K = exp(-D / lambda), from a constant u:
 
     v = Q / (K^T u),  u = P / (K v),  and again
     plan_ij = u_i K_ij v_j,  cost = sum_ij plan_ij D_ij = sum_i P_i ((K D) v)_i / (K v)_i
@@ -40,24 +40,23 @@ def transport_cost(
     """
     if largest / smoothing <= DIRECT:
         kernel = (cost / -smoothing).exp()
-        return _direct(log_p.exp(), log_q.exp(), kernel, kernel * cost, rounds)
+        u = (log_p > -torch.inf).to(cost.dtype)  # its scale is that of 1 / v
+        return _direct(u, log_p.exp(), log_q.exp(), kernel, kernel * cost, rounds)
     size = max(1, CHUNK // cost.numel())
     parts = zip(log_p.split(size), log_q.split(size), strict=True)
     return torch.cat([_on_logarithms(p, q, cost, smoothing, rounds) for p, q in parts])
 
 
-def _direct(p: Tensor, q: Tensor, kernel: Tensor, moved: Tensor, rounds: int) -> Tensor:
-    u = torch.full_like(p, 1 / p.shape[1])
+def _direct(u: Tensor, p: Tensor, q: Tensor, kernel: Tensor, moved: Tensor, rounds: int) -> Tensor:
     for _ in range(rounds):
         v = q / (u @ kernel)
-        row = v @ kernel
-        u = p / row
+        u = p / (v @ kernel)
     return (u * (v @ moved)).sum(dim=1)
 
 
 def _on_logarithms(p: Tensor, q: Tensor, cost: Tensor, smoothing: float, rounds: int) -> Tensor:
     log_kernel = cost / -smoothing
-    u = torch.zeros_like(p)
+    u = torch.zeros_like(p).masked_fill(p == -torch.inf, -torch.inf)
     for _ in range(rounds):
         v = q - _product(log_kernel, u)
         u = p - _product(log_kernel, v)
