@@ -52,7 +52,7 @@ def wkd_logits(student, teacher, target, cost, temperature, smoothing, rounds, w
     """Every sample with a cost matrix of its own, from which its target is left out."""
     count, classes = student.shape
     p, q = F.softmax(student, 1), F.softmax(teacher, 1)
-    rows = torch.arange(count)
+    rows = torch.arange(count, device=student.device)
     own = -(q[rows, target] * p[rows, target].log()).mean()
     keep = ~F.one_hot(target, classes).bool()
     kept = (count, classes - 1)
