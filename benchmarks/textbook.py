@@ -40,6 +40,8 @@ def textbook_loss(cfg: Config, distiller: Distiller, classes: Tensor) -> Distill
     """
     name = cfg.DISTILLER.TYPE
     standardized = cfg.LSKD.ENABLE or cfg.EXPERIMENT.LOGIT_STAND
+    if cfg.get(name, {}).get("DIVERGENCE", "kl") != "kl":
+        return None
     if name == "KD" and not standardized:
         return _kd(cfg.KD)
     if name == "DKD" and cfg.DKD.MODE == "dkd" and not standardized:

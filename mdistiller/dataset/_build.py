@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,8 @@ class Data:
         image_size: (height, width) in pixels.
         mean, std: what images are normalised with, per channel, for images in [0, 1].
         preprocessing: all that is done to an image for evaluation.
+        plain: makes a loader of the images in `train` without augmentation, in their order; items
+            (image, target).
     """
 
     train: TrainLoader
@@ -59,6 +61,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
+    plain: Callable[[], EvalLoader] | None = None
 
     def close(self) -> None:
         """End the processes that read images, if there are any."""
@@ -119,6 +122,7 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_whole(feed, size, statistics),
+        plain=lambda: feed.eval_loader(train, size, statistics),
     )
 
 

@@ -7,7 +7,8 @@ binary probabilities and r = softmax over the classes j != t, both of logits / T
     NCKD = T^2 / N * sum_n KL(r_teacher || r_student)
     loss = min(epoch / WARMUP, 1) * (ALPHA * TCKD + BETA * NCKD)
 
-MODE "tckd" or "nckd" leaves the other term out, "dkd" has both.
+MODE "tckd" or "nckd" leaves the other term out, "dkd" has both. DIVERGENCE puts another divergence
+in KL's place in both terms; see `_divergence.py`.
 
 Everything is evaluated on log-probabilities: log(1 - p_t) is a logsumexp over j != t, never the log
 of a rounded probability, so the loss stays finite where the textbook form gives inf and NaN.
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers._divergence import read_divergence
+from mdistiller.distillers._split import Split, split_terms
 from mdistiller.distillers.logit_losses import dkd_loss, dkd_rows, dkd_terms
 
 __all__ = ["DKD", "dkd_loss", "dkd_rows", "dkd_terms", "mode_weights"]
@@ -41,6 +44,7 @@ def mode_weights(mode: str, alpha: float, beta: float) -> tuple[float, float]:
         "T": 4.0,
         "WARMUP": 20,
         "MODE": "dkd",  # both terms; tckd or nckd: one of them
+        "DIVERGENCE": "kl",  # kl, reverse_kl or ab(ALPHA, BETA)
     },
 )
 class DKD(Distiller):
@@ -57,9 +61,23 @@ class DKD(Distiller):
         self.ce_loss_weight = cfg.DKD.CE_WEIGHT
         self.alpha, self.beta = mode_weights(cfg.DKD.MODE, cfg.DKD.ALPHA, cfg.DKD.BETA)
         self.temperature = require_positive("DKD.T", cfg.DKD.T)
+        self.divergence = read_divergence("DKD.DIVERGENCE", cfg.DKD.DIVERGENCE)
         self.warmup = cfg.DKD.WARMUP
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        tckd, nckd = dkd_terms(student.logits, teacher.logits, target, self.temperature)
+        tckd, nckd = dkd_terms(
+            student.logits, teacher.logits, target, self.temperature, self.divergence
+        )
         self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
         return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * tckd + self.beta * nckd)
+
+    def distill_split(
+        self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        epoch, logits = batch["epoch"], (student.logits, teacher.logits)
+        tckd, nckd = split_terms(
+            *logits, target, self.temperature, split, epoch, as_kd=False, form=self.divergence
+        )
+        self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
+        warm = warmup_factor(epoch, self.warmup)
+        return warm * self.alpha * tckd, warm * self.beta * nckd

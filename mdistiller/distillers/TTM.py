@@ -13,7 +13,8 @@ there is no factor T^2. U lies between 1 and C^(1 - GAMMA); it gives uncertain t
 The paper tunes both numbers for every pair of CIFAR-100 (TTM: GAMMA 0.1 to 0.4, BETA 7 to 101). At
 flat predictions the divergence curves like 1 / C, so fewer classes want a smaller BETA: the 0.1 and
 100 of resnet32x4 -> resnet8x4 did not train on 10 classes. The defaults are those of
-resnet110 -> resnet20 for TTM, of resnet32x4 -> resnet8x4 for WTTM.
+resnet110 -> resnet20 for TTM, of resnet32x4 -> resnet8x4 for WTTM. DIVERGENCE puts another
+divergence of t and q in KL's place; see `_divergence.py`.
 """
 
 from __future__ import annotations
@@ -25,27 +26,35 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import divergence, require_positive, soften
+from mdistiller.distillers._divergence import Divergence, read_divergence
 
 
 def ttm_loss(
-    logits_student: Tensor, logits_teacher: Tensor, gamma: float, weighted: bool = False
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    gamma: float,
+    weighted: bool = False,
+    form: Divergence = divergence,
 ) -> Tensor:
     """TTM, or WTTM if `weighted`, without BETA; a scalar.
 
     Args:
         logits_student, logits_teacher: [N, C].
         gamma: power of the teacher's probabilities, > 0.
+        form: what is measured in place of the Kullback-Leibler divergence.
     """
     log_q = F.log_softmax(soften(logits_student, 1.0), dim=1)
     log_t = F.log_softmax(soften(logits_teacher, 1 / gamma), dim=1)
-    rows = divergence(log_t, log_q)
+    rows = form(log_t, log_q)
     if weighted:
         log_p = F.log_softmax(soften(logits_teacher, 1.0), dim=1)
         rows = rows * (gamma * log_p).logsumexp(dim=1).exp()
     return rows.mean()
 
 
-@DISTILLERS.register("TTM", config={"CE_WEIGHT": 1.0, "GAMMA": 0.2, "BETA": 8.0})
+@DISTILLERS.register(
+    "TTM", config={"CE_WEIGHT": 1.0, "GAMMA": 0.2, "BETA": 8.0, "DIVERGENCE": "kl"}
+)
 class TTM(Distiller):
     """The student, at temperature 1, matches the teacher's flattened probabilities."""
 
@@ -61,12 +70,17 @@ class TTM(Distiller):
         self.ce_loss_weight = node.CE_WEIGHT
         self.beta = node.BETA
         self.gamma = require_positive(f"{self.name}.GAMMA", node.GAMMA)
+        self.divergence = read_divergence(f"{self.name}.DIVERGENCE", node.DIVERGENCE)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        return self.beta * ttm_loss(student.logits, teacher.logits, self.gamma, self.weighted)
+        return self.beta * ttm_loss(
+            student.logits, teacher.logits, self.gamma, self.weighted, self.divergence
+        )
 
 
-@DISTILLERS.register("WTTM", config={"CE_WEIGHT": 1.0, "GAMMA": 0.1, "BETA": 3.0})
+@DISTILLERS.register(
+    "WTTM", config={"CE_WEIGHT": 1.0, "GAMMA": 0.1, "BETA": 3.0, "DIVERGENCE": "kl"}
+)
 class WTTM(TTM):
     """TTM with each sample weighted by how flat its teacher is."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
+from mdistiller.distillers._facts import TeacherFact
 from mdistiller.distillers._init_stage import InitPlan
+from mdistiller.distillers._split import Split
 from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
 
@@ -68,8 +70,12 @@ class Distiller(nn.Module):
         soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
             probabilities, which the cross-entropy takes, and `index` names one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
+        teacher_facts: tensors to be computed once of the frozen teacher and the training images,
+            by name; a constructor may set them as its config demands. See :meth:`take_fact`.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
         label_smoothing: of that cross-entropy, in [0, 1).
+        split: set by a trainer that wants `loss_tckd` and `loss_nckd` in place of `loss_kd`; of a
+            class with :meth:`distill_split`.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
         init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
         init_stage: name of that stage while it runs.
@@ -87,8 +93,10 @@ class Distiller(nn.Module):
     two_views = False
     soft_labels = False
     own_state: tuple[str, ...] = ()
+    teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0
     label_smoothing: float = 0.0
+    split: Split | None = None
     distills: bool = True
     init: InitPlan | None = None
     init_stage: str = ""
@@ -113,6 +121,8 @@ class Distiller(nn.Module):
             cls.two_views = True
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
+            if "distill_split" not in vars(cls):
+                cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
         if vars(cls).keys() & _STEPS:
             own = vars(cls).get("needs_teacher_classifier", True)
             cls.needs_teacher_classifier = own
@@ -212,6 +222,18 @@ class Distiller(nn.Module):
             "or forward_train(image, target, **batch)"
         )
 
+    def distill_split(
+        self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`distill` as two weighted terms, of the target class and of the others."""
+        raise TypeError(f"{type(self).__name__} must override distill_split(...)")
+
+    @classmethod
+    def can_split(cls) -> bool:
+        """Whether its loss can be had as two terms."""
+        plain = cls.forward_train is Distiller.forward_train
+        return plain and cls.distill_split is not Distiller.distill_split
+
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Student logits and the terms of the objective, which the trainer sums.
 
@@ -224,13 +246,17 @@ class Distiller(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight
-                * cross_entropy(student.logits, target, self.label_smoothing),
-                "loss_kd": student.logits.new_zeros(())
-                if teacher is None
-                else self.distill(
-                    self.standardized(student), self.standardized(teacher), target, **batch
-                ),
+                * cross_entropy(student.logits, target, self.label_smoothing)
             }
+            if teacher is None:
+                losses["loss_kd"] = student.logits.new_zeros(())
+                return student.logits, losses
+            outputs = self.standardized(student), self.standardized(teacher)
+            if self.split is None:
+                losses["loss_kd"] = self.distill(*outputs, target, **batch)
+            else:
+                terms = self.distill_split(*outputs, target, self.split, **batch)
+                losses["loss_tckd"], losses["loss_nckd"] = terms
         return student.logits, losses
 
     def standardize(self, logits: Tensor) -> Tensor:
@@ -240,6 +266,10 @@ class Distiller(nn.Module):
     def standardized(self, output: Output) -> Output:
         """`output` with logits as the distillation loss is to see them."""
         return Output(self.standardize(output.logits), output.features)
+
+    def take_fact(self, name: str, value: Tensor) -> None:
+        """Take one of `teacher_facts`, into the buffer of its name; called before training."""
+        getattr(self, name).copy_(value)
 
     def init_stages(self) -> dict[str, Distiller]:
         """The stages to train before the main one, in order: name -> the method it is of."""

@@ -17,6 +17,7 @@ from mdistiller.distillers._decoupled import (
     rest_log_probs,
     target_column,
 )
+from mdistiller.distillers._divergence import Divergence
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -30,11 +31,20 @@ def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float |
     return divergence(log_q, log_p) * temperature**2
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
-    """Mean of :func:`kd_rows`, a scalar."""
+def kd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
+) -> Tensor:
+    """Mean of :func:`kd_rows`, a scalar.
+
+    Args:
+        form: what is measured in place of the Kullback-Leibler divergence.
+    """
     log_p, log_q = _kd_log_probs(logits_student, logits_teacher, temperature)
     # one sum over all samples is cheaper than that of each and their mean
-    return divergence(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
+    return form(log_q, log_p, dim=None) * (temperature**2 / len(log_p))
 
 
 def _kd_log_probs(
@@ -63,11 +73,19 @@ def dkd_rows(
 
 
 def dkd_terms(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples."""
+    """TCKD and NCKD, two scalars: means of :func:`dkd_rows` over the labelled samples.
+
+    Args:
+        form: what is measured in place of the Kullback-Leibler divergence.
+    """
     column, labelled = target_column(target)
-    binary, within = _dkd_rows(logits_student, logits_teacher, column, temperature)
+    binary, within = _dkd_rows(logits_student, logits_teacher, column, temperature, form)
     shares = labelled_shares(labelled, binary.dtype) * _square(temperature)
     return torch.dot(binary, shares), torch.dot(within, shares)
 
@@ -79,14 +97,18 @@ def _square(temperature: float | Tensor) -> float | Tensor:
 
 
 def _dkd_rows(
-    logits_student: Tensor, logits_teacher: Tensor, column: Tensor, temperature: float | Tensor
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    column: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dkd_rows` without T²."""
     (s_binary, s_within), (t_binary, t_within) = (
         decoupled_log_probs(soften(z, temperature), column)
         for z in (logits_student, logits_teacher)
     )
-    return divergence(t_binary, s_binary), divergence(t_within, s_within)
+    return form(t_binary, s_binary), form(t_within, s_within)
 
 
 def dkd_loss(

@@ -25,6 +25,7 @@ from mdistiller.dataset.loader import EvalLoader
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cacheable import check_method
+from mdistiller.engine.facts import supply_facts
 from mdistiller.engine.forks import check_trainer, sections_read
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
@@ -73,6 +74,7 @@ def build_distiller(
         use_channels_last(distiller)
     freeze_teacher(distiller)
     prepare_teacher(distiller, cfg, data.image_size)
+    supply_facts(distiller, cfg, data, device)
     return distiller
 
 

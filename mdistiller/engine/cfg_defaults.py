@@ -62,6 +62,13 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SKIP_NONFINITE": 0,  # steps of a run that a loss or gradient that is not finite may cost
         "RANK_TIMEOUT": 30.0,  # several processes: minutes to wait for another one in a step
         "DOT": {"DELTA": 0.075},
+        "DEEPKD": {  # added to MOMENTUM for the gradients of the task, the target class, the others
+            "DELTA_TOG": 0.075,
+            "DELTA_TCG": -0.075,
+            "DELTA_NCG": 0.075,
+            "TOPK": 0,  # classes by the teacher's rank in the third; 0: all
+            "FORM": "coded",  # or written: where the authors' code and paper part
+        },
     },
     "LOG": {
         "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves

@@ -20,7 +20,43 @@ from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 
 
-class DistillationOrientedTrainer(Optimizer):
+class KeptGradients(Optimizer):
+    """An optimizer that is given the gradients of several losses.
+
+    Those of all but the task's are kept by the loss's name, from before the step.
+
+    Args:
+        terms: names of the losses beside the task's.
+    """
+
+    def __init__(self, params: Iterable[Any], settings: dict[str, Any], terms: Iterable[str]):
+        super().__init__(params, settings)
+        self.kept: dict[str, dict[int, Tensor]] = {term: {} for term in terms}
+
+    def keep(self, term: str) -> None:
+        """Keep the present gradients as those of a loss; nothing moves yet."""
+        self.kept[term] = {
+            id(param): param.grad
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        }
+
+    def swap_gradients(self, term: str) -> None:
+        """Exchange the present gradients and those kept, so that a backward adds to the latter."""
+        kept = self.kept[term]
+        self.keep(term)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = kept.get(id(param))
+
+    def forget(self) -> dict[str, dict[int, Tensor]]:
+        """Keep nothing any more; returns what was kept, by term and id of the parameter."""
+        kept, self.kept = self.kept, {term: {} for term in self.kept}
+        return kept
+
+
+class DistillationOrientedTrainer(KeptGradients):
     """SGD with separate momentum for two losses.
 
     One step: backward of the distillation loss, :meth:`step_kd`, `zero_grad()`, backward of the
@@ -52,33 +88,11 @@ class DistillationOrientedTrainer(Optimizer):
         for name in ("lr", "momentum", "momentum_kd", "weight_decay"):
             if settings[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {settings[name]}")
-        super().__init__(params, settings)
-        self._kd_gradients: dict[int, Tensor] = {}
+        super().__init__(params, settings, ["loss_kd"])
 
     def step_kd(self) -> None:
         """Keep the present gradients as those of the distillation loss; nothing moves yet."""
-        self._kd_gradients = {
-            id(param): param.grad
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        }
-
-    def swap_gradients(self) -> None:
-        """Exchange the present gradients and those kept, so that a backward adds to the latter."""
-        kept = self._kd_gradients
-        self.step_kd()
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.grad = kept.get(id(param))
-
-    def forget_kd(self) -> None:
-        """Keep no distillation gradients."""
-        self._kd_gradients = {}
-
-    def kd_gradients(self) -> dict[int, Tensor]:
-        """What :meth:`step_kd` kept for the coming step, by id of the parameter."""
-        return self._kd_gradients
+        self.keep("loss_kd")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -87,7 +101,7 @@ class DistillationOrientedTrainer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        kept, self._kd_gradients = self._kd_gradients, {}
+        kept = self.forget()["loss_kd"]
         for group in self.param_groups:
             for param in group["params"]:
                 task, distillation = param.grad, kept.get(id(param))
@@ -132,20 +146,20 @@ class DistillationOrientedTrainer(Optimizer):
 class DOTTrainer(BaseTrainer):
     """Trains `loss_ce` as the task and `loss_kd` as distillation under DOT; SOLVER.TYPE SGD only.
 
-    Each micro-batch has one forward and two backwards, which DistributedDataParallel does not
-    allow: with several processes the gradients are averaged here, once a step.
+    A subclass whose optimizer keeps other terms (`KeptGradients.kept`) trains those.
+
+    Each micro-batch has one forward and a backward for each term, which DistributedDataParallel
+    does not allow: with several processes the gradients are averaged here, once a step.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, *args: Any, **kwargs: Any):
         super().__init__(experiment_name, unwrap(distiller), *args, **kwargs)
         # Only for unscaling: fp16's scaler wants an optimizer of its own for the second gradients.
         groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
-        self._kd_view = SGD(groups, lr=0.0)
+        self._views = {term: SGD(groups, lr=0.0) for term in self._kept}
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
         solver = cfg.SOLVER
-        if solver.TYPE != "SGD":
-            raise UserError(f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD")
         if not 0 <= solver.DOT.DELTA <= solver.MOMENTUM:
             raise UserError(
                 f"SOLVER.DOT.DELTA {solver.DOT.DELTA} must lie between 0 and "
@@ -156,6 +170,18 @@ class DOTTrainer(BaseTrainer):
                 f"SOLVER.MOMENTUM {solver.MOMENTUM} + SOLVER.DOT.DELTA {solver.DOT.DELTA}, the "
                 "momentum of the distillation gradients, must be below 1"
             )
+        return DistillationOrientedTrainer(
+            self.checked_groups(solver),
+            lr=solver.LR,
+            momentum=solver.MOMENTUM - solver.DOT.DELTA,
+            momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+
+    def checked_groups(self, solver: Any) -> list[dict[str, Any]]:
+        """Parameter groups; refuses settings that steps by several gradients cannot follow."""
+        if solver.TYPE != "SGD":
+            raise UserError(f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD")
         groups = self.model.param_groups()
         if solver.SKIP_NONFINITE and any(p.is_cuda for group in groups for p in group["params"]):
             raise UserError(
@@ -166,76 +192,80 @@ class DOTTrainer(BaseTrainer):
             raise UserError(
                 f"SOLVER.TRAINER {solver.TRAINER} has no Nesterov form; set SOLVER.NESTEROV False"
             )
-        return DistillationOrientedTrainer(
-            decay_groups(groups, solver),
-            lr=solver.LR,
-            momentum=solver.MOMENTUM - solver.DOT.DELTA,
-            momentum_kd=solver.MOMENTUM + solver.DOT.DELTA,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
+        return decay_groups(groups, solver)
 
     def backward(self, losses: dict[str, Tensor]) -> None:
-        if set(losses) != {"loss_ce", "loss_kd"}:
+        terms = ["loss_ce", *self._kept]
+        if set(losses) != set(terms):
+            number = {2: "two", 3: "three"}[len(terms)]
             raise UserError(
-                f"trainer {self.cfg.SOLVER.TRAINER} needs the two terms loss_ce and loss_kd, but "
+                f"trainer {self.cfg.SOLVER.TRAINER} needs the {number} terms "
+                f"{', '.join(terms[:-1])} and {terms[-1]}, but "
                 f"{self.cfg.DISTILLER.TYPE} gives {', '.join(losses)}; use SOLVER.TRAINER base"
             )
         weight = self.loss_weight()
         if self.begins_step:  # of a step that was left out, or that fp16's scaler did not make
-            self.optimizer.forget_kd()  # type: ignore[attr-defined]
-        if losses["loss_kd"].requires_grad:  # not where the main stage is cross-entropy alone
-            with self._kd_gradients():
-                self.scaler.scale(losses["loss_kd"].mean() * weight).backward(retain_graph=True)
+            self.optimizer.forget()  # type: ignore[attr-defined]
+        for term in self._kept:
+            if losses[term].requires_grad:  # not where the main stage is cross-entropy alone
+                with self._gradients_of(term):
+                    self.scaler.scale(losses[term].mean() * weight).backward(retain_graph=True)
         self.scaler.scale(losses["loss_ce"].mean() * weight).backward()
 
     def gradients(self) -> list[Tensor]:
-        return [*super().gradients(), *self._kept()]
+        return [*super().gradients(), *self._kept_gradients()]
 
     def update(self) -> None:
-        if self._kept():
-            with self._kd_gradients():
-                average_gradients(self._parameters())
-                self.scaler.unscale_(self._kd_view)
+        for term, kept in self._kept.items():
+            if kept:
+                with self._gradients_of(term):
+                    average_gradients(self._parameters())
+                    self.scaler.unscale_(self._views[term])
         average_gradients(self._parameters())
-        self._show_overflow_of_kd()
+        self._show_overflow_of_kept()
         self.scaler.unscale_(self.optimizer)
         super().update()
 
     @contextlib.contextmanager
-    def _kd_gradients(self) -> Iterator[None]:
-        """`.grad` holds the gradients of distillation in here, and those of the task outside."""
-        self.optimizer.swap_gradients()  # type: ignore[attr-defined]
+    def _gradients_of(self, term: str) -> Iterator[None]:
+        """`.grad` holds the gradients of `term` in here, and those of the task outside."""
+        self.optimizer.swap_gradients(term)  # type: ignore[attr-defined]
         yield
-        self.optimizer.swap_gradients()  # type: ignore[attr-defined]
+        self.optimizer.swap_gradients(term)  # type: ignore[attr-defined]
 
-    def _show_overflow_of_kd(self) -> None:
+    def _show_overflow_of_kept(self) -> None:
         """fp16: make an overflow of the kept gradients visible among the task's, without a sync.
 
         The scaler decides by the task gradients whether to step; infinity times zero puts a NaN
         among them.
         """
-        if self.scaler.is_enabled() and self._kept():
-            overflow = torch.stack([g.sum() for g in self._kept()]).sum() * 0.0
+        if self.scaler.is_enabled() and self._kept_gradients():
+            overflow = torch.stack([g.sum() for g in self._kept_gradients()]).sum() * 0.0
             next(p.grad for p in self._parameters() if p.grad is not None).add_(overflow)
 
     def clip_gradients(self) -> None:
-        """Scale both gradients by one factor, so that their sum keeps within the limit."""
+        """Scale all gradients by one factor, so that their sum keeps within the limit."""
         limit = self.cfg.SOLVER.CLIP_GRAD_NORM
         if not limit:
             return
-        kept = self.optimizer.kd_gradients()  # type: ignore[attr-defined]
         norms = []
         for param in self._parameters():
-            parts = [g for g in (param.grad, kept.get(id(param))) if g is not None]
-            if parts:
-                norms.append(torch.linalg.vector_norm(torch.stack(parts).sum(dim=0)))
+            parts = [param.grad, *(kept.get(id(param)) for kept in self._kept.values())]
+            given = [gradient for gradient in parts if gradient is not None]
+            if given:
+                norms.append(torch.linalg.vector_norm(torch.stack(given).sum(dim=0)))
         factor = (limit / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        for gradient in [*gradients, *kept.values()]:
+        for gradient in [*gradients, *self._kept_gradients()]:
             gradient.mul_(factor)
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
-    def _kept(self) -> list[Tensor]:
-        return list(self.optimizer.kd_gradients().values())  # type: ignore[attr-defined]
+    @property
+    def _kept(self) -> dict[str, dict[int, Tensor]]:
+        """The kept gradients by term and id of the parameter."""
+        return self.optimizer.kept  # type: ignore[attr-defined, no-any-return]
+
+    def _kept_gradients(self) -> list[Tensor]:
+        return [gradient for kept in self._kept.values() for gradient in kept.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,23 @@ def teacher_digest(teacher: nn.Module) -> str:
 def data_digest(loader: TrainLoader) -> str:
     """Of the bytes of all training images, in their order."""
     return digest(loader.dataset.images.split(_BLOCK))
+
+
+def image_set_digest(images: Any) -> str:
+    """Of a set of training images and their classes.
+
+    Of a set in memory: the bytes. Of files: names and sizes, since reading all takes as long as an
+    epoch; of shards their names and counts.
+    """
+    parts: list[Tensor | str] = [type(images).__qualname__, images.targets.cpu()]
+    if hasattr(images, "images"):
+        parts += images.images.split(_BLOCK)
+    elif hasattr(images, "names"):
+        parts.append(torch.tensor([os.stat(images.path(i)).st_size for i in range(len(images))]))
+        parts += [os.fsdecode(name) for name in images.names]
+    else:
+        parts += [str(getattr(images, name, "")) for name in ("urls", "counts", "skipped")]
+    return digest(parts)
 
 
 def view_digest(loader: TrainLoader) -> str:

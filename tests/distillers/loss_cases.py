@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import textbook
+import textbook_relations
 import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import ConvReg
 from mdistiller.distillers._contrast import Bank
+from mdistiller.distillers._divergence import read_divergence
+from mdistiller.distillers._moments import wkd_feature_loss
 from mdistiller.distillers._negatives import Negatives
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
@@ -22,6 +25,7 @@ from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.FitNet import fitnet_loss
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
+from mdistiller.distillers.LDRLD import ldrld_terms
 from mdistiller.distillers.LOGITS import logits_loss
 from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFD import Connectors, ofd_loss
@@ -30,6 +34,7 @@ from mdistiller.distillers.ReviewKD import ABF, hcl_loss, review
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import make_regressor, vid_loss
+from mdistiller.distillers.WKD import wkd_logit_terms
 from mdistiller.models import get_model_entry
 
 
@@ -150,7 +155,47 @@ def loss_cases(
     cases["OFD distance"] = on(connected, preacts_t, ofd(ofd_loss, list), ofd(textbook.ofd, list))
     cases["REVIEWKD"] = review_case(s, t, like)
     cases["CRD step"] = crd_case(pooled_s, pooled_t, bank, negatives, like)
+    some = maps_t[-1].flip(0)
+    cases["WKD-F"] = on_one(
+        some,
+        maps_t[-1],
+        lambda a, b: wkd_feature_loss(a, b, 4, 2.0),
+        lambda a, b: textbook_relations.wkd_maps(a, b, 4, 2.0),
+    )
+    for classes in (100, 1000):
+        generator = torch.Generator().manual_seed(classes)
+        logits = (3 * torch.randn(2, batch, classes, generator=generator)).to(device, dtype)
+        for name, case in relation_cases(*logits, target).items():
+            cases[f"{name}, {classes} classes"] = case
     return cases
+
+
+def relation_cases(s: Tensor, t: Tensor, target: Tensor) -> dict[str, Case]:
+    """Losses whose cost depends on the number of classes: logits [N, C]."""
+    form = read_divergence("DIVERGENCE", "ab(0.8, 0.3)")
+    places = torch.linspace(0, 3, s.shape[1], device=s.device, dtype=s.dtype)
+    cost = 1 - (-(places[:, None] - places).abs()).clamp(min=-1).exp()
+
+    def ldrld(a: Tensor) -> Tensor:
+        local, rest = ldrld_terms(a, t, 5, 4.0)
+        return 10.5 * local + 7 * rest
+
+    def wkd(a: Tensor) -> Tensor:
+        own, moved = wkd_logit_terms(a, t, target, cost, 4.0, largest=0.64)
+        return own + 30 * moved
+
+    pairs = {
+        "KD ab(0.8, 0.3)": (
+            lambda a: kd_loss(a, t, 4.0, form),
+            lambda a: textbook_relations.ab_kd(a, t, 4.0, 0.8, 0.3),
+        ),
+        "LDRLD": (ldrld, lambda a: textbook_relations.ldrld(a, t, 5, 4.0, 10.5, 7)),
+        "WKD-L": (
+            wkd,
+            lambda a: textbook_relations.wkd_logits(a, t, target, cost, 4.0, 0.05, 10, 30),
+        ),
+    }
+    return {name: Case(fresh([s]), *both) for name, both in pairs.items()}
 
 
 def review_case(s: dict, t: dict, like: Callable[[nn.Module], nn.Module]) -> Case:

@@ -1,0 +1,227 @@
+"""DeepKD: three momenta against steps written out, KD split in two, the trainer on real digits."""
+
+import json
+
+import pytest
+import textbook_relations as textbook
+import torch
+from support import command, golden_values, saved_teacher, write_config
+
+from mdistiller.cli import train as train_command
+from mdistiller.distillers import DISTILLERS, get_distiller
+from mdistiller.distillers._split import Split, split_terms
+from mdistiller.distillers.DKD import dkd_terms
+from mdistiller.distillers.KD import KD, kd_loss
+from mdistiller.engine.deepkd import ThreeMomenta
+
+STUDENT, TEACHER = 4 * golden_values((8, 10), 1), 6 * golden_values((8, 10), 2)
+TARGET = torch.arange(8)
+LABELS = TARGET.clone()
+LABELS[2] = -100
+
+
+def terms(split, student=STUDENT, target=TARGET, epoch=1, as_kd=True, temperature=4.0):
+    return split_terms(student, TEACHER, target, temperature, split, epoch, as_kd)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_with_each_samples_weight_the_two_terms_add_up_to_kd(temperature):
+    tckd, nckd = terms(Split(), temperature=temperature)
+    torch.testing.assert_close(tckd + nckd, kd_loss(STUDENT, TEACHER, temperature))
+    plain = terms(Split(), as_kd=False, temperature=temperature)
+    torch.testing.assert_close(plain, dkd_terms(STUDENT, TEACHER, TARGET, temperature))
+
+
+@pytest.mark.parametrize("topk", [0, 2, 4, 10])
+@pytest.mark.parametrize("batch_weight", [False, True])
+def test_the_formula_with_the_teachers_leading_classes(topk, batch_weight):
+    student, by_hand = (STUDENT.clone().requires_grad_() for _ in range(2))
+    got = terms(Split(topk=topk, batch_weight=batch_weight), student)
+    tckd, nckd, own = textbook.split(by_hand, TEACHER, TARGET, 4.0, topk)
+    weight = (1 - own).mean() if batch_weight else 1 - own
+    want = tckd.mean(), (weight * nckd).mean()
+    torch.testing.assert_close(got, want)
+    for a, b in zip(got, want, strict=True):
+        (slope,) = torch.autograd.grad(a, student, retain_graph=True)
+        torch.testing.assert_close(slope, *torch.autograd.grad(b, by_hand, retain_graph=True))
+
+
+def test_unlabelled_samples_do_not_count_and_k_may_grow():
+    kept = LABELS != -100
+    for batch_weight in (False, True):
+        split = Split(batch_weight=batch_weight)
+        alone = split_terms(STUDENT[kept], TEACHER[kept], LABELS[kept], 4.0, split, 1, True)
+        torch.testing.assert_close(terms(split, target=LABELS), alone)
+    growing = Split(topk=3, grows=True, epochs=8)
+    assert [growing.classes(epoch, 10) for epoch in (1, 2, 7, 8)] == [3, 4, 9, 0]
+    assert [Split(topk=k).classes(5, 10) for k in (0, 3, 10, 40)] == [0, 3, 0, 0]
+
+
+def test_finite_where_the_teacher_has_nothing_but_the_target_in_front():
+    logits = torch.zeros(2, 10).scatter(1, TARGET[:2, None], 1e30).requires_grad_()
+    for topk in (0, 2):
+        value = sum(split_terms(-logits, logits.detach(), TARGET[:2], 4.0, Split(topk), 1, True))
+        (slope,) = torch.autograd.grad(value, logits)
+        assert torch.isfinite(value)
+        assert torch.isfinite(slope).all()
+
+
+MOMENTA, DECAY = (0.975, 0.825, 0.95), 0.01
+
+
+def gradients_of(step):
+    """Of the three losses at a fixed point of four parameters."""
+    return [golden_values((3,), 10 * step + n) for n in range(3)]
+
+
+def by_hand(form, steps=4, lr=0.1):
+    """A parameter with all three gradients after some steps."""
+    w, buffers = golden_values((3,), 99), {}
+    for step in range(1, steps + 1):
+        momenta, given = dict(zip("tco", MOMENTA, strict=True)), gradients_of(step)
+        given = dict(zip("tco", given, strict=True))
+        if form == "coded":
+            momenta["t"] = MOMENTA[1]
+            given["c"] = given["c"] + DECAY * w
+        else:
+            momenta["d"], given["d"] = 0.9, DECAY * w
+        for name, gradient in given.items():
+            old = buffers.get(name)
+            buffers[name] = gradient if old is None else momenta[name] * old + gradient
+        w = w - lr * sum(buffers.values())
+    return w
+
+
+@pytest.mark.parametrize("form", ["coded", "written"])
+def test_four_steps_by_hand(form):
+    w = torch.nn.Parameter(golden_values((3,), 99))
+    optimizer = ThreeMomenta([w], 0.1, MOMENTA, 0.9, DECAY, form)
+    for step in range(1, 5):
+        task, target, others = gradients_of(step)
+        for term, gradient in (("loss_tckd", target), ("loss_nckd", others)):
+            w.grad = gradient.clone()
+            optimizer.keep(term)
+        w.grad = task.clone()
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), by_hand(form), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["coded", "written"])
+def test_a_parameter_without_some_gradients_goes_by_the_others_own_momenta(form):
+    w = torch.nn.Parameter(golden_values((3,), 99))
+    optimizer, buffer = ThreeMomenta([w], 0.1, MOMENTA, 0.9, 0.0, form), 0
+    want = w.detach().clone()
+    for step in range(1, 4):
+        w.grad = gradients_of(step)[0]
+        optimizer.step()
+        buffer = MOMENTA[0] * buffer + gradients_of(step)[0]
+        want = want - 0.1 * buffer
+    torch.testing.assert_close(w.detach(), want)
+
+
+def config(folder, text="", method="KD", student="resnet8", epochs=2, form="coded", solver=""):
+    folder.mkdir(exist_ok=True)
+    text = (
+        f"SOLVER:\n  TRAINER: deepkd\n  DEEPKD: {{FORM: {form}{text}}}\n"
+        f"{solver or '  MOMENTUM: 0.9'}\n"
+    )
+    teacher = {"TEACHER": "resnet8", "TEACHER_CKPT": str(saved_teacher(folder))}
+    return write_config(folder, text, method, student, epochs, **teacher)
+
+
+def rows(folder, name="run"):
+    log = folder / "out" / "toy" / name / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def train(path, *words, code=0):
+    assert train_command.main(["--cfg", str(path), *map(str, words)]) == code
+    return rows(path.parent) if not code else []
+
+
+def test_without_differences_of_momenta_it_is_sgd_on_the_sum(tmp_path):
+    """With per-sample weights the terms add up to KD; decay has SGD's momentum."""
+    deltas = ", DELTA_TOG: 0.0, DELTA_TCG: 0.0, DELTA_NCG: 0.0"
+    got = train(config(tmp_path / "deep", deltas, form="written"))
+    path = config(tmp_path / "base", deltas, form="written")
+    (path.parent / "toy.yaml").write_text("_BASE_: toy_base.yaml\n")
+    plain = train(path)
+    for one, two in zip(got, plain, strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
+        assert one["train_loss_tckd"] + one["train_loss_nckd"] == pytest.approx(
+            two["train_loss_kd"], rel=1e-2
+        )
+    delta = train(config(tmp_path / "delta", form="written"))
+    assert delta[1]["train_loss"] != pytest.approx(got[1]["train_loss"], rel=1e-6)
+
+
+def test_as_coded_the_tasks_delta_has_no_effect_and_as_written_it_has(tmp_path):
+    for form, same in (("coded", True), ("written", False)):
+        runs = [
+            train(config(tmp_path / f"{form}{delta}", f", DELTA_TOG: {delta}", form=form, epochs=1))
+            for delta in (0.075, -0.2)
+        ]
+        assert (runs[0][-1]["train_loss"] == runs[1][-1]["train_loss"]) is same
+
+
+@pytest.mark.parametrize("form", ["coded", "written"])
+def test_a_run_in_two_parts_is_the_whole_run(tmp_path, form):
+    solver = "  AMP: bf16\n  CLIP_GRAD_NORM: 5.0"
+    path = config(tmp_path, ", TOPK: 0", form=form, method="DKD", solver=solver)
+    for name, *parts in (("whole", []), ("parts", ["SOLVER.EPOCHS", 1], ["--resume"])):
+        for words in parts:
+            words = [*words, "EXPERIMENT.NAME", name]
+            assert train_command.main(["--cfg", str(path), *map(str, words)]) == 0
+    files = [tmp_path / "out" / "toy" / n / "student_latest" for n in ("whole", "parts")]
+    one, two = (torch.load(file, weights_only=True)["model"] for file in files)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("form", ["coded", "written"])
+def test_two_processes_follow_one(tmp_path, form):
+    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
+        solver = f"  BATCH_SIZE: {batch}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0"
+        path = config(tmp_path / name, ", TOPK: 4", "KD", "BabyStudent", 2, form, solver)
+        with (path.parent / "toy.yaml").open("a") as file:
+            file.write("DATASET:\n  VAL_SPLIT: 7\n")
+        done = command("--cfg", path, processes=processes)
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for key in ("train_loss", "train_loss_nckd", "test_loss"):
+            assert two[key] == pytest.approx(one[key], rel=5e-5), key
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["DISTILLER.TYPE", "KD+AT"], "(DKD, KD), not KD+AT"),
+        (["DISTILLER.TYPE", "NONE"], "(DKD, KD), not NONE"),
+        (["SOLVER.DEEPKD.FORM", "paper"], "SOLVER.DEEPKD.FORM 'paper' is none of coded, written"),
+        (["SOLVER.DEEPKD.TOPK", 1], "SOLVER.DEEPKD.TOPK must be 0 (all classes) or at least 2"),
+        (["SOLVER.DEEPKD.DELTA_NCG", 0.1], "SOLVER.DEEPKD.DELTA_NCG 0.1 must be at least 0 and"),
+        (["SOLVER.TYPE", "Adam"], "SOLVER.TRAINER deepkd needs SOLVER.TYPE SGD"),
+        (["KD.DIVERGENCE", "reverse_kl"], "KD.DIVERGENCE must be kl where KD is split"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, capsys, words, message):
+    train(config(tmp_path), *words, code=2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_class_that_changes_the_loss_cannot_be_split_unless_it_splits_that():
+    class Same(KD):
+        pass
+
+    class Other(KD):
+        def distill(self, student, teacher, target, **batch):
+            return student.logits.mean()
+
+    assert [cls.can_split() for cls in (KD, Same, Other, get_distiller("KD+AT"))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert {name for name, cls in DISTILLERS.items() if cls.can_split()} == {"KD", "DKD"}
