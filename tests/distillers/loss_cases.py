@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import textbook
 import torch
+from logit_cases import logit_cases
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import ConvReg
@@ -150,6 +151,8 @@ def loss_cases(
     cases["OFD distance"] = on(connected, preacts_t, ofd(ofd_loss, list), ofd(textbook.ofd, list))
     cases["REVIEWKD"] = review_case(s, t, like)
     cases["CRD step"] = crd_case(pooled_s, pooled_t, bank, negatives, like)
+    for name, (students, *forms) in logit_cases(batch, device, dtype).items():
+        cases[name] = Case(fresh(students), *forms)
     return cases
 
 
