@@ -1,6 +1,9 @@
-"""The softmax split into the target class and the others, as DKD and its successors need it."""
+"""The softmax split into the target class and the others, or into groups of classes, as DKD and its
+successors need it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +35,10 @@ def rest_log_probs(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: [N, C], already divided by the temperature.
-        column: [N, 1] target classes.
+        column: [N, 1] target classes; or [N, k], k < C different classes that are all left out.
 
     Returns:
-        [N, 1]; log r [N, C] with 0 in the target's place.
+        [N, 1]; log r [N, C] with 0 in the place of the target, or of all k.
     """
     rest = logits.scatter(1, column, float("-inf"))
     log_sum = rest.logsumexp(dim=1, keepdim=True)
@@ -56,6 +59,50 @@ def decoupled_log_probs(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]
     log_sum, log_within = rest_log_probs(logits, column)
     odds = logits.gather(1, column) - log_sum
     return F.logsigmoid(torch.cat([odds, -odds], dim=1)), log_within
+
+
+def binary_log_probs(logits: Tensor, column: Tensor) -> Tensor:
+    """log of b = (p_t, 1 - p_t) alone, [N, 2]; see :func:`decoupled_log_probs`."""
+    log_sum = logits.scatter(1, column, float("-inf")).logsumexp(dim=1, keepdim=True)
+    odds = logits.gather(1, column) - log_sum
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1))
+
+
+def group_log_probs(logits: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Split log-softmax into several groups of classes, and the distribution within each.
+
+    Args:
+        logits: [N, C], already divided by the temperature.
+        columns: classes of every group but the last, [N, k] each, none twice; the last group is
+            all other classes. Without other classes, there is no such group.
+
+    Returns:
+        log of the groups' probabilities, [N, groups]; log-softmax within each of them: [N, k] and,
+        for the last, [N, C] with 0 in the place of the classes in `columns`.
+    """
+    heads = [logits.gather(1, column) for column in columns]
+    sums = [head.logsumexp(dim=1, keepdim=True) for head in heads]
+    within = [head - log_sum for head, log_sum in zip(heads, sums, strict=True)]
+    if sum(column.shape[1] for column in columns) < logits.shape[1]:
+        log_sum, rest = rest_log_probs(logits, torch.cat(list(columns), dim=1))
+        sums.append(log_sum)
+        within.append(rest)
+    if len(sums) == 2:  # no digits are lost where either side dominates
+        odds = sums[0] - sums[1]
+        return F.logsigmoid(torch.cat([odds, -odds], dim=1)), within
+    return F.log_softmax(torch.cat(sums, dim=1), dim=1), within
+
+
+def masked_log_probs(logits: Tensor, keep: Tensor) -> Tensor:
+    """Log-softmax over the classes of each sample that `keep` marks, 0 in the other places.
+
+    Args:
+        logits: [N, C], already divided by the temperature.
+        keep: bool [N, C]; a sample may have no class at all: its row is then 0.
+    """
+    drop = ~keep
+    rest = logits.masked_fill(drop & keep.any(dim=1, keepdim=True), float("-inf"))
+    return (rest - rest.logsumexp(dim=1, keepdim=True)).masked_fill(drop, 0.0)
 
 
 def labelled_shares(labelled: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import textbook
 import textbook_relations
 import torch
+from logit_cases import logit_cases
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import ConvReg
@@ -167,6 +168,8 @@ def loss_cases(
         logits = (3 * torch.randn(2, batch, classes, generator=generator)).to(device, dtype)
         for name, case in relation_cases(*logits, target).items():
             cases[f"{name}, {classes} classes"] = case
+    for name, (students, *forms) in logit_cases(batch, device, dtype).items():
+        cases[name] = Case(fresh(students), *forms)
     return cases
 
 

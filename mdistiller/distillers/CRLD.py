@@ -1,0 +1,112 @@
+"""CRLD. Zhang, Liu, Cai, Ma: Cross-View Consistency Regularisation for Knowledge Distillation,
+ACM MM 2024, arXiv 2412.16493.
+
+Student and teacher see a weakly and a strongly augmented view of each image, w and s. With v_i the
+teacher's logits on view i, z_j the student's on view j, KD_ij = T^2 KL(softmax(v_i / T) ||
+softmax(z_j / T)) of a sample, and m_i = 1 where the teacher's highest probability on view i at
+temperature 1 is at least TAU_W (or TAU_S), else 0:
+
+    within = 1 / N * sum_n m_w (KD_ww + KD_ss)
+    cross  = 1 / N * sum_n m_s (KD_ws + KD_sw)
+    loss   = CE_WEIGHT * (CE(z_w) + CE(z_s)) + WV_WEIGHT * within + CV_WEIGHT * cross
+
+The means are over all samples of the batch. The student runs once for each view, so batch norm sees
+them apart. The strong view is MLKD's: a crop and mirror of its own, two random operations, a square
+of up to half the side cut out. Under LSKD, the divergences take standardised logits, m plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
+from mdistiller.distillers._common import cross_entropy, divergence, require_positive, soften
+
+Pair = tuple[Tensor, Tensor]
+
+
+def confident(logits_teacher: Tensor, threshold: float) -> Tensor:
+    """m: 1 where the highest probability of logits [N, C] is at least `threshold`, else 0; [N]."""
+    highest = soften(logits_teacher, 1.0).softmax(dim=1).amax(dim=1)
+    return (highest >= threshold).to(highest.dtype)
+
+
+def crld_terms(
+    weak: Pair,
+    strong: Pair,
+    temperature: float,
+    thresholds: tuple[float, float],
+    standardize: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> Losses:
+    """within and cross as above, unweighted scalars.
+
+    Args:
+        weak, strong: logits of student and teacher on a view, [N, C] each.
+        temperature: T > 0.
+        thresholds: TAU_W and TAU_S.
+        standardize: what the divergences do with logits [N, C] first.
+    """
+    (z_w, v_w), (z_s, v_s) = (
+        [F.log_softmax(soften(standardize(logits), temperature), dim=1) for logits in view]
+        for view in (weak, strong)
+    )
+    in_weak, in_strong = (
+        confident(view[1], threshold)
+        for view, threshold in zip((weak, strong), thresholds, strict=True)
+    )
+    scale = temperature**2 / len(z_w)
+    return {
+        "within": torch.dot(divergence(v_w, z_w) + divergence(v_s, z_s), in_weak) * scale,
+        "cross": torch.dot(divergence(v_w, z_s) + divergence(v_s, z_w), in_strong) * scale,
+    }
+
+
+@DISTILLERS.register(
+    "CRLD",
+    config={
+        "CE_WEIGHT": 1.0,
+        "WV_WEIGHT": 2.0,
+        "CV_WEIGHT": 0.5,
+        "T": 4.0,
+        "TAU_W": 0.9,
+        "TAU_S": 0.2,
+    },
+)
+class CRLD(Distiller):
+    """Two views of an image, each taught by the teacher's confident predictions on both.
+
+    The unweighted terms are kept as metrics.
+    """
+
+    takes_standardized_logits = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher, cfg)
+        node = cfg.CRLD
+        self.ce_loss_weight = node.CE_WEIGHT
+        self.weights = node.WV_WEIGHT, node.CV_WEIGHT
+        self.temperature = require_positive("CRLD.T", node.T)
+        self.thresholds = node.TAU_W, node.TAU_S
+
+    def forward_train(  # type: ignore[override]
+        self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **batch: Any
+    ) -> tuple[Tensor, Losses]:
+        """Logits of the weak view, and the loss terms."""
+        z_w, z_s = (self.run_student(image).logits for image in (image_weak, image_strong))
+        v_w, v_s = (self.run_teacher(image).logits for image in (image_weak, image_strong))
+        with torch.autocast(target.device.type, enabled=False):
+            terms = crld_terms(
+                (z_w, v_w), (z_s, v_s), self.temperature, self.thresholds, self.standardize
+            )
+            self.metrics = {name: term.detach() for name, term in terms.items()}
+            within, cross = self.weights
+            return z_w, {
+                "loss_ce": self.ce_loss_weight
+                * (cross_entropy(z_w, target) + cross_entropy(z_s, target)),
+                "loss_kd": within * terms["within"] + cross * terms["cross"],
+            }

@@ -1,0 +1,168 @@
+"""GDKD. Zheng, Cheng: Rethinking Decoupled Knowledge Distillation: A Predictive Distribution
+Perspective, TNNLS 2025, arXiv 2512.04625.
+
+DKD without a label: U are the TOPK classes of a sample with the largest teacher logits, R the
+others. With g = (p_U, p_R) the probabilities of the two groups and u, r the softmax within each,
+all at temperature T:
+
+    high = T^2 / N * sum_n KL(g_teacher || g_student)
+    top  = T^2 / N * sum_n KL(u_teacher || u_student)
+    rest = T^2 / N * sum_n KL(r_teacher || r_student)
+    loss = min(epoch / WARMUP, 1) * (W0 * high + W1 * top + W2 * rest)
+
+With TOPK 1 and a teacher that is right this is DKD with ALPHA = W0, BETA = W2. KL_TYPE "reverse"
+has KL(student || teacher) in all three, "both" the mean of the two directions. If there are no more
+than TOPK classes, U is all of them: high is 0, there is no rest, and the loss is W1 times KD.
+
+The authors mask classes by -1000, which fails once logits / T differ by more; here the classes are
+left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
+from mdistiller.distillers._common import (
+    divergence,
+    full_precision,
+    require_one_of,
+    require_positive,
+    soften,
+    warmup_factor,
+)
+from mdistiller.distillers._decoupled import group_log_probs
+from mdistiller.registry import UserError
+
+KL_TYPES = ("forward", "reverse", "both")
+
+
+def top_columns(logits_teacher: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Classes by falling teacher logit, the first `sizes[0]`, the next `sizes[1]`, ...: [N, size].
+
+    With fewer classes, the last groups are smaller or not there.
+    """
+    count = min(sum(sizes), logits_teacher.shape[1])
+    ranked = full_precision(logits_teacher).topk(count, dim=1).indices
+    return [part for part in ranked.tensor_split(_ends(sizes), dim=1) if part.shape[1]]
+
+
+def _ends(sizes: tuple[int, ...]) -> list[int]:
+    return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+
+
+def group_terms(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    sizes: tuple[int, ...],
+    temperature: float,
+    kl_type: str = "forward",
+) -> tuple[Tensor, list[Tensor]]:
+    """Divergence of the groups' probabilities, and within each group, with T²: scalars.
+
+    Args:
+        logits_student, logits_teacher: [N, C].
+        sizes: number of classes in the groups, by falling teacher logit; the others are one more.
+        temperature: T > 0.
+        kl_type: "forward", "reverse" or "both".
+    """
+    columns = top_columns(logits_teacher, sizes)
+    (s_high, s_within), (t_high, t_within) = (
+        group_log_probs(soften(z, temperature), columns) for z in (logits_student, logits_teacher)
+    )
+    scale = temperature**2 / len(logits_student)
+    high, *within = (
+        _total(t, s, kl_type) * scale
+        for t, s in zip([t_high, *t_within], [s_high, *s_within], strict=True)
+    )
+    return high, within
+
+
+def _total(log_q: Tensor, log_p: Tensor, kl_type: str) -> Tensor:
+    """Divergence of teacher q and student p in the directions of `kl_type`, over all samples."""
+    if kl_type == "forward":
+        return divergence(log_q, log_p, dim=None)
+    if kl_type == "reverse":
+        return divergence(log_p, log_q, dim=None)
+    # the mean of both, with one difference
+    return ((log_q.exp() - log_p.exp()) * (log_q - log_p)).sum() / 2
+
+
+def gdkd_terms(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    topk: int,
+    temperature: float,
+    kl_type: str = "forward",
+) -> Losses:
+    """high, top and rest (without other classes there is no rest), scalars with the factor T²."""
+    high, within = group_terms(logits_student, logits_teacher, (topk,), temperature, kl_type)
+    return {"high": high, **dict(zip(("top", "rest"), within, strict=False))}
+
+
+def gdkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    weights: tuple[float, float, float],
+    topk: int,
+    temperature: float,
+    kl_type: str = "forward",
+) -> Tensor:
+    """W0 * high + W1 * top + W2 * rest, a scalar; see :func:`gdkd_terms`."""
+    return weighted(gdkd_terms(logits_student, logits_teacher, topk, temperature, kl_type), weights)
+
+
+def weighted(terms: Losses, weights: tuple[float, ...]) -> Tensor:
+    """Sum of the terms times their weights; a weight may have no term."""
+    parts = [weight * term for weight, term in zip(weights, terms.values(), strict=False)]
+    return torch.stack(parts).sum()
+
+
+@DISTILLERS.register(
+    "GDKD",
+    config={
+        "CE_WEIGHT": 1.0,
+        "W0": 1.0,
+        "W1": 1.0,
+        "W2": 8.0,
+        "TOPK": 5,
+        "STRATEGY": "best",  # the largest teacher logits
+        "KL_TYPE": "forward",  # or reverse, both
+        "T": 4.0,
+        "WARMUP": 20,
+    },
+)
+class GDKD(Distiller):
+    """The teacher's TOPK classes, the others, and the shares of the two, with a weight each.
+
+    The unweighted terms are kept as metrics.
+    """
+
+    soft_labels = True
+    takes_standardized_logits = True
+    teacher_logits_only = True
+    name = "GDKD"
+    smallest = 1
+    terms = staticmethod(gdkd_terms)
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher, cfg)
+        node = cfg[self.name]
+        self.ce_loss_weight = node.CE_WEIGHT
+        self.weights = node.W0, node.W1, node.W2
+        self.topk = node.TOPK
+        if self.topk < self.smallest:
+            raise UserError(f"{self.name}.TOPK must be at least {self.smallest}, got {self.topk}")
+        require_one_of(f"{self.name}.STRATEGY", node.STRATEGY, ("best",))
+        self.kl_type = require_one_of(f"{self.name}.KL_TYPE", node.KL_TYPE, KL_TYPES)
+        self.temperature = require_positive(f"{self.name}.T", node.T)
+        self.warmup = node.WARMUP
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        logits = student.logits, teacher.logits
+        terms = self.terms(*logits, self.topk, self.temperature, self.kl_type)
+        self.metrics = {name: term.detach() for name, term in terms.items()}
+        return warmup_factor(batch["epoch"], self.warmup) * weighted(terms, self.weights)

@@ -1,0 +1,118 @@
+"""RLD. Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025,
+arXiv 2408.07703.
+
+The teacher may be wrong about the label y. With m = argmax_c v_c its guess, b = (p_c, 1 - p_c) the
+two-point distribution of a class c at temperature ALPHA_T, and r = softmax over the classes that
+the teacher ranks strictly below the label, {c: v_c < v_y}, at temperature T:
+
+    SCD  = ALPHA_T^2 / N * sum_n KL(b_teacher,m || b_student,y)
+    MCD  = T^2 / N * sum_n KL(r_teacher || r_student)
+    loss = min(epoch / WARMUP, 1) * (ALPHA * SCD + BETA * MCD)
+
+The student's confidence in the label follows the teacher's in its guess, and the label, with all
+that the teacher ranks at or above it, is left out of the classes that are compared one by one. A
+sample that has none left adds 0 to MCD.
+
+The authors mask classes by -1e9 and take logarithms of probabilities; here both are exact for any
+finite logits. Their flag `--same-t` is ALPHA_T equal to T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._common import (
+    divergence,
+    full_precision,
+    require_positive,
+    soften,
+    warmup_factor,
+)
+from mdistiller.distillers._decoupled import (
+    binary_log_probs,
+    labelled_shares,
+    masked_log_probs,
+    target_column,
+)
+
+
+def rld_terms(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha_temperature: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """SCD and MCD, two scalars: means over the labelled samples.
+
+    Args:
+        logits_student, logits_teacher: [N, C], C >= 2.
+        target: [N] class indices, or [N, C] probabilities of which the largest counts.
+        alpha_temperature, temperature: of SCD and of MCD, > 0.
+    """
+    column, labelled = target_column(target)
+    guess = logits_teacher.argmax(dim=1, keepdim=True)
+    t_binary = binary_log_probs(soften(logits_teacher, alpha_temperature), guess)
+    s_binary = binary_log_probs(soften(logits_student, alpha_temperature), column)
+    teacher = full_precision(logits_teacher)
+    below = teacher < teacher.gather(1, column)
+    s_below, t_below = (
+        masked_log_probs(soften(z, temperature), below) for z in (logits_student, logits_teacher)
+    )
+    shares = labelled_shares(labelled, s_binary.dtype)
+    scd = torch.dot(divergence(t_binary, s_binary), shares) * alpha_temperature**2
+    return scd, torch.dot(divergence(t_below, s_below), shares) * temperature**2
+
+
+def rld_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    alpha_temperature: float,
+    temperature: float,
+) -> Tensor:
+    """alpha * SCD + beta * MCD, a scalar; see :func:`rld_terms`."""
+    scd, mcd = rld_terms(logits_student, logits_teacher, target, alpha_temperature, temperature)
+    return alpha * scd + beta * mcd
+
+
+@DISTILLERS.register(
+    "RLD",
+    config={
+        "CE_WEIGHT": 1.0,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "ALPHA_T": 1.0,
+        "T": 4.0,
+        "WARMUP": 20,
+    },
+)
+class RLD(Distiller):
+    """Confidence in the label, and the classes below it, from a teacher that may be wrong.
+
+    The unweighted terms are kept as metrics `scd` and `mcd`.
+    """
+
+    takes_standardized_logits = True
+    teacher_logits_only = True
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
+        super().__init__(student, teacher, cfg)
+        node = cfg.RLD
+        self.ce_loss_weight = node.CE_WEIGHT
+        self.alpha, self.beta = node.ALPHA, node.BETA
+        self.alpha_temperature = require_positive("RLD.ALPHA_T", node.ALPHA_T)
+        self.temperature = require_positive("RLD.T", node.T)
+        self.warmup = node.WARMUP
+
+    def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
+        temperatures = self.alpha_temperature, self.temperature
+        scd, mcd = rld_terms(student.logits, teacher.logits, target, *temperatures)
+        self.metrics = {"scd": scd.detach(), "mcd": mcd.detach()}
+        return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * scd + self.beta * mcd)
