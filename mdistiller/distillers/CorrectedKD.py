@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers._common import require_one_of, require_positive, soften
 from mdistiller.distillers._decoupled import labelled_mean, target_column
-from mdistiller.distillers.KD import kd_rows
+from mdistiller.distillers.logit_losses import kd_rows
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
