@@ -27,7 +27,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The contents of a checkpoint file, on the CPU; only tensors and plain values are read.
 
     Files of the original library, which hold numpy scalars, are read as well. A safetensors file
-    gives `{"model": state}`, and "norm" with it if its metadata say `mean` and `std`.
+    gives `{"model": state}`, and with it "norm" if its metadata say `mean` and `std`, and "data" if
+    they say `classes`.
 
     Raises:
         UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
@@ -89,9 +90,12 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
-    if not {"mean", "std"} <= facts.keys():
-        return {"model": state}
-    return {"model": state, "norm": [_json_or_text(facts[key]) for key in ("mean", "std")]}
+    contents: dict[str, Any] = {"model": state}
+    if {"mean", "std"} <= facts.keys():
+        contents["norm"] = [_json_or_text(facts[key]) for key in ("mean", "std")]
+    if "classes" in facts:
+        contents["data"] = {"classes": _json_or_text(facts["classes"])}
+    return contents
 
 
 def _json_or_text(text: str) -> Any:
@@ -196,7 +200,7 @@ def load_network(
     name: str,
     num_classes: int | None = None,
     new_head: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """Load the weights of one network from a file.
 
     A student may have been trained with another head: the network takes on what the file holds of
@@ -208,8 +212,8 @@ def load_network(
         new_head: keep the network's classifier where the file's is for other classes.
 
     Returns:
-        [mean, std] that the network's images are normalised with, as the file has it; None if it
-        does not say.
+        What the file says beside weights, None where it does not: "norm", the [mean, std] that the
+        network's images are normalised with; "data", of the data it was trained on.
     """
     contents = load_checkpoint(path)
     state = network_state(contents, path)
@@ -227,4 +231,4 @@ def load_network(
             f"but {num_classes} are wanted"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
-    return contents.get("norm") if "model" in contents else None
+    return {key: contents.get(key) if "model" in contents else None for key in ("norm", "data")}

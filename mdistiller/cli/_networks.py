@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from mdistiller.cli._run import add_overrides
 from mdistiller.registry import UserError
 
+SAME = 0.3
+"""Points by which accuracies may differ: another device rounds some images to the other side."""
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,26 +57,36 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
         help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from (TEACHER_*, too)",
     )
     parser.add_argument(
-        "--teacher", default="", metavar="NAME|RUN", help="teacher to compare with, or its run"
+        "--teacher",
+        default="",
+        metavar="NAME|RUN|none",
+        help="teacher to compare with, or its run (default: the run folders' own)",
     )
     parser.add_argument(
         "--teacher-ckpt",
         default="pretrain",
         metavar="FILE",
-        help="its weights; default: the released ones. Of a run: the latest",
+        help="its weights; default: the run folders' own if it is theirs, else the released ones. "
+        "Of a run: the latest",
     )
     add_overrides(parser)
 
 
 @dataclass
 class Loaded:
-    """Networks in eval mode on the device, and the test set they are looked at on."""
+    """Networks in eval mode on the device, and the test set they are looked at on.
+
+    Attributes:
+        recorded: accuracy of the teacher in percent by run folder, if it is the runs' own and the
+            data are theirs; its accuracy here must be the same (`check_teacher`).
+    """
 
     dataset: str
     test: TestData
     device: torch.device
     subjects: list[Subject]
     teacher: Subject | None
+    recorded: dict[Path, float]
 
 
 def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
@@ -97,7 +110,7 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
     given = load_config(args.cfg, overrides, args.imports)
     sources = _sources(args, paths, given, usual)
-    teacher = _teacher(args, given)
+    teacher = _teacher(args, given, sources)
     known = [*sources, *([teacher] if teacher else [])]
     named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
     runs = any(source.run for source in known)
@@ -105,9 +118,79 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     device = resolve_device(cfg.DEVICE)
     test = load_test_loader(cfg, device)
     subjects = [load(source, test, device) for source in sources]
-    return Loaded(
-        cfg.DATASET.TYPE, test, device, subjects, load(teacher, test, device) if teacher else None
-    )
+    recorded: dict[Path, float] = {}
+    if teacher is not None:
+        shown: Subject | None = load(teacher, test, device)
+    else:
+        shown, recorded = _own_teacher(args, sources, test, device)
+    other_data = named or any(_decides(key) for key in args.opts[::2])
+    return Loaded(cfg.DATASET.TYPE, test, device, subjects, shown, {} if other_data else recorded)
+
+
+def _decides(key: str) -> bool:
+    """Whether a key of the config may decide what accuracy a teacher has."""
+    harmless = ("DATASET.LOADER", "DATASET.NUM_WORKERS", "DATASET.WORKER_TIMEOUT", "DATASET.TEST.")
+    return key.startswith("DATASET.") and not key.startswith(harmless)
+
+
+def _own_teacher(
+    args: argparse.Namespace, sources: Sequence[Source], test: TestData, device: torch.device
+) -> tuple[Subject | None, dict[Path, float]]:
+    """The teacher that the runs share, and its recorded accuracy by run; a line if there is none.
+
+    Args:
+        args: with a `teacher` that is empty, or the name of the runs' own.
+    """
+    from mdistiller.engine.analysis.subjects import load, run_teachers
+    from mdistiller.engine.utils import log_msg
+
+    if args.teacher == "none":
+        return None, {}
+    runs = _taught_by(args.teacher, sources)
+    try:
+        teachers = run_teachers(runs, test)
+        if len(teachers) > 1:
+            labels = " and ".join(source.label for source, _ in teachers[:2])
+            raise UserError(f"the runs have several ({labels}); name one by --teacher RUN")
+        for source, recorded in teachers:
+            return load(source, test, device), recorded
+    except UserError as error:
+        if args.teacher:
+            raise
+        print(log_msg(f"no teacher beside {runs[0].label}: {error}"), flush=True)
+    return None, {}
+
+
+def _taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
+    """Those of run folders whose method used a teacher; with a name, one of this name."""
+    from mdistiller.distillers import get_distiller
+
+    found = []
+    for source in sources:
+        settings = source.cfg.DISTILLER
+        if source.run is not None and name in ("", settings.TEACHER):
+            found += [source] if get_distiller(settings.TYPE).uses_teacher else []
+    return found
+
+
+def check_teacher(given: Loaded, top1: float) -> None:
+    """Refuse a teacher of runs that is not as good here as when it taught.
+
+    Args:
+        top1: its accuracy here in percent.
+
+    Raises:
+        UserError: it differs by more than another device explains.
+    """
+    images = len(given.test.loader.dataset)
+    for run, recorded in given.recorded.items():
+        if abs(recorded - top1) > max(SAME, 150.0 / images):
+            assert given.teacher is not None
+            raise UserError(
+                f"the teacher of {run} ({given.teacher.source.label}) has {top1:.2f} % here, and "
+                f"{recorded:.2f} % when it taught: its file or the data have changed. Put them "
+                "back, name the teacher by --teacher RUN, or give --teacher none"
+            )
 
 
 def _sources(
@@ -140,10 +223,11 @@ def _sources(
     return found
 
 
-def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
+def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:
+    """The teacher that the arguments name; None if there is none, or it is the runs' own."""
     from mdistiller.engine.analysis.subjects import file_source, run_sources
 
-    if not args.teacher:
+    if args.teacher in ("", "none"):
         if args.teacher_ckpt != "pretrain":
             raise UserError("--teacher-ckpt needs --teacher, the network's name")
         return None
@@ -151,4 +235,10 @@ def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
         if args.teacher_ckpt == "pretrain":
             return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
         raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
+    told = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
+    own = [source.cfg for source in _taught_by(args.teacher, sources)]
+    if own and not told:  # with the arguments and the normalisation it taught with
+        if args.teacher_ckpt == "pretrain":
+            return None
+        given = own[0]
     return file_source(args.teacher_ckpt, args.teacher, given, role="TEACHER")

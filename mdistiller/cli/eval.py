@@ -1,7 +1,8 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
-eval output/digits/*  --teacher RUN|NAME    the students of run folders, on their own data
+eval output/digits/*                        the students of run folders, on their own data, beside
+                                            their own teacher (or --teacher RUN|NAME|none)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._networks import add_networks, check_teacher, load_networks
 from mdistiller.cli._run import guarded
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         given.teacher,
         args.features,
     )
+    if given.teacher:
+        check_teacher(given, found[-1].quality.top1)
     for one in found:
         quality = one.quality
         print(
@@ -67,6 +70,8 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         "dataset": given.dataset,
         "classes": test.classes,
         "teacher": given.teacher.source.label if given.teacher else None,
+        "teacher_top1": found[-1].quality.top1 if given.teacher else None,
+        "own_teacher_of": [str(run) for run in given.recorded],
     }
     if args.json:
         args.json.write_text(_tables.json_text(facts, found))

@@ -1,9 +1,11 @@
 """visualize: pictures of what networks have learned, as PNG or SVG.
 
-visualize tsne RUN --out tsne.png                          embeddings in two dimensions
-visualize correlation RUN --teacher RUN|NAME --out c.svg   of logits, minus the teacher's
-visualize attention RUN --teacher RUN|NAME --out a.png     where each stage is active
-visualize detections RUN --out d.png                       of detectors, beside truth and teacher
+visualize tsne RUN --out tsne.png          embeddings in two dimensions
+visualize correlation RUN --out c.svg      of logits, minus the teacher's
+visualize attention RUN --out a.png        where each stage is active
+visualize detections RUN --out d.png       of detectors, beside truth and teacher
+
+The teacher of a run folder is its own; --teacher RUN|NAME names another, --teacher none omits it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._networks import add_networks, check_teacher, load_networks
 from mdistiller.cli._run import guarded
 from mdistiller.registry import UserError
 
@@ -64,6 +66,11 @@ def _picture(args: argparse.Namespace) -> Figure:
     from mdistiller.engine.analysis import pictures
 
     given = load_networks(args, ["latest"])
+    if given.teacher and given.recorded:
+        from mdistiller.engine.analysis.evaluate import evaluate
+
+        alone = evaluate([given.teacher], given.test.loader, given.test.num_classes, given.device)
+        check_teacher(given, alone[0].quality.top1)
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
         given.test,

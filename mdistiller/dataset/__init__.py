@@ -18,6 +18,7 @@ from mdistiller.dataset._build import (
     load_test_loader,
     mixes_labels,
 )
+from mdistiller.dataset._classes import are_numbers, first_difference, natural_key
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -32,9 +33,12 @@ __all__ = [
     "KnownData",
     "Options",
     "TestData",
+    "are_numbers",
+    "first_difference",
     "get_dataset",
     "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",
+    "natural_key",
 ]

@@ -26,6 +26,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
     "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
     "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
+    "CLASSES": [],  # their order: names, a file with one a line, or natural (as timm numbers them)
     "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
     "AUGMENT": "default",  # default, none, crop, crop_flip, rotate_flip or resized_crop_flip
     "RANDAUGMENT": [],  # [operations, magnitude of 0 to 30], such as [2, 9]; empty: none

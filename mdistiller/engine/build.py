@@ -14,6 +14,7 @@ from mdistiller.dataset import DATASETS, Data, DataSource, TestData, mixes_label
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cacheable import check_method
+from mdistiller.engine.class_order import MOST_CLASSES, doubts, match_classes
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
 from mdistiller.engine.optim import OPTIMIZERS
@@ -93,10 +94,12 @@ def build_network(
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     check_input(net, name, data)
-    given, stated = (data.mean, data.std), None
+    given, norm = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
         stated = load_network(net, weights, name, data.num_classes)
-    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, stated))
+        match_classes(cfg, net, weights, stated, data)
+        norm = stated["norm"]
+    renormalize_input(net, given, own_statistics(cfg, role, entry, weights, given, norm))
     return net
 
 
@@ -205,7 +208,7 @@ def freeze_teacher(distiller: Distiller) -> None:
                 param.requires_grad_(False)
 
 
-def find_teacher(cfg: Any, data: Data) -> Path | Literal["pretrained"] | None:
+def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"] | None:
     """The teacher's weights: the file DISTILLER.TEACHER_CKPT, else released ones.
 
     These are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of the network's
@@ -248,25 +251,23 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
     )
 
 
-def measure_teacher(distiller: Distiller, data: Data) -> float:
+def measure_teacher(distiller: Distiller, data: Data, name: str = "the teacher") -> float:
     """The teacher's top-1 accuracy in percent on the test set, printed.
 
     Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
-    chance gets a warning: its file is then usually of another data set.
+    chance gets a warning, since its file is then usually of another data set, and so does one that
+    takes classes for one another.
+
+    Args:
+        name: what to call the teacher in a warning.
     """
     assert distiller.teacher is not None
     test = data.val if data.test is None else data.test
-    top1, _, _ = validate(test, Vanilla(distiller.teacher))
+    device, classes = next(distiller.teacher.parameters()).device, data.num_classes
+    confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
+    top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)
     if rank() == 0:
         print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
-        if top1 < 200.0 / data.num_classes and data.num_classes > 2:
-            print(
-                log_msg("WARNING: the teacher is near chance on this data; is it the right file?")
-            )
+        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
+            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1
-
-
-def guessing(data: Data) -> float:
-    """Accuracy in percent of naming the most frequent class of the validation set."""
-    targets = data.val.dataset.targets
-    return 100.0 * targets.bincount().max().item() / len(targets)

@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import known_data, load_test_loader
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.class_order import stated_classes
 from mdistiller.engine.export.student import RunFacts, Student
 from mdistiller.engine.record import data_facts
 from mdistiller.engine.released import PRETRAINED, arguments, own_statistics, require_classes
@@ -54,7 +55,7 @@ def from_run(
         (record.get("starts") or [{}])[-1],
     )
     student = _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
-    student.evaluated = _evaluated(cfg, path, data)
+    student.evaluated = _evaluated(cfg, path, {**data, "classes": student.classes})
     return student
 
 
@@ -125,7 +126,7 @@ def _load(
         cfg,
         run,
     )
-    stated = None
+    norm = None
     if path is None:
         wanted = {**settings, "pretrained": released or True}
         require_classes(entry, wanted, student.num_classes)
@@ -133,8 +134,9 @@ def _load(
     else:
         student.net = student.build()
         stated = load_network(student.net, path, name, student.num_classes)
+        norm, student.classes = stated["norm"], stated_classes(path, stated) or student.classes
     # What the network itself wants: a run may have normalised for the teacher, and this one anew.
-    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, stated)
+    own = own_statistics(cfg, "STUDENT", entry, path or PRETRAINED, given, norm)
     student.mean, student.std = map(tuple, own)
     student.net.eval().requires_grad_(False)
     return student
