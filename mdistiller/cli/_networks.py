@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._run import add_overrides
+from mdistiller.cli._teachers import own_teachers, taught_by
 from mdistiller.registry import UserError
-
-SAME = 0.3
-"""Points by which accuracies may differ: another device rounds some images to the other side."""
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +75,16 @@ class Loaded:
     """Networks in eval mode on the device, and the test set they are looked at on.
 
     Attributes:
-        recorded: accuracy of the teacher in percent by run folder, if it is the runs' own and the
-            data are theirs; its accuracy here must be the same (`check_teacher`).
+        teachers: what each is compared with.
+        recorded: accuracy in percent of a run's own teacher, by run folder, if the data are those
+            of the run; it must be the same here (`check_teachers`).
     """
 
     dataset: str
     test: TestData
     device: torch.device
     subjects: list[Subject]
-    teacher: Subject | None
+    teachers: list[Subject | None]
     recorded: dict[Path, float]
 
 
@@ -118,79 +117,20 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     device = resolve_device(cfg.DEVICE)
     test = load_test_loader(cfg, device)
     subjects = [load(source, test, device) for source in sources]
-    recorded: dict[Path, float] = {}
+    teachers, recorded = own_teachers(
+        args.teacher, sources if teacher is None else (), test, device
+    )
     if teacher is not None:
-        shown: Subject | None = load(teacher, test, device)
-    else:
-        shown, recorded = _own_teacher(args, sources, test, device)
-    other_data = named or any(_decides(key) for key in args.opts[::2])
-    return Loaded(cfg.DATASET.TYPE, test, device, subjects, shown, {} if other_data else recorded)
+        teachers = [load(teacher, test, device)] * len(subjects)
+    if named or any(_decides(key) for key in args.opts[::2]):
+        recorded = {}
+    return Loaded(cfg.DATASET.TYPE, test, device, subjects, teachers, recorded)
 
 
 def _decides(key: str) -> bool:
     """Whether a key of the config may decide what accuracy a teacher has."""
     harmless = ("DATASET.LOADER", "DATASET.NUM_WORKERS", "DATASET.WORKER_TIMEOUT", "DATASET.TEST.")
     return key.startswith("DATASET.") and not key.startswith(harmless)
-
-
-def _own_teacher(
-    args: argparse.Namespace, sources: Sequence[Source], test: TestData, device: torch.device
-) -> tuple[Subject | None, dict[Path, float]]:
-    """The teacher that the runs share, and its recorded accuracy by run; a line if there is none.
-
-    Args:
-        args: with a `teacher` that is empty, or the name of the runs' own.
-    """
-    from mdistiller.engine.analysis.subjects import load, run_teachers
-    from mdistiller.engine.utils import log_msg
-
-    if args.teacher == "none":
-        return None, {}
-    runs = _taught_by(args.teacher, sources)
-    try:
-        teachers = run_teachers(runs, test)
-        if len(teachers) > 1:
-            labels = " and ".join(source.label for source, _ in teachers[:2])
-            raise UserError(f"the runs have several ({labels}); name one by --teacher RUN")
-        for source, recorded in teachers:
-            return load(source, test, device), recorded
-    except UserError as error:
-        if args.teacher:
-            raise
-        print(log_msg(f"no teacher beside {runs[0].label}: {error}"), flush=True)
-    return None, {}
-
-
-def _taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
-    """Those of run folders whose method used a teacher; with a name, one of this name."""
-    from mdistiller.distillers import get_distiller
-
-    found = []
-    for source in sources:
-        settings = source.cfg.DISTILLER
-        if source.run is not None and name in ("", settings.TEACHER):
-            found += [source] if get_distiller(settings.TYPE).uses_teacher else []
-    return found
-
-
-def check_teacher(given: Loaded, top1: float) -> None:
-    """Refuse a teacher of runs that is not as good here as when it taught.
-
-    Args:
-        top1: its accuracy here in percent.
-
-    Raises:
-        UserError: it differs by more than another device explains.
-    """
-    images = len(given.test.loader.dataset)
-    for run, recorded in given.recorded.items():
-        if abs(recorded - top1) > max(SAME, 150.0 / images):
-            assert given.teacher is not None
-            raise UserError(
-                f"the teacher of {run} ({given.teacher.source.label}) has {top1:.2f} % here, and "
-                f"{recorded:.2f} % when it taught: its file or the data have changed. Put them "
-                "back, name the teacher by --teacher RUN, or give --teacher none"
-            )
 
 
 def _sources(
@@ -236,7 +176,7 @@ def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source])
             return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
         raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
     told = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
-    own = [source.cfg for source in _taught_by(args.teacher, sources)]
+    own = [source.cfg for source in taught_by(args.teacher, sources)]
     if own and not told:  # with the arguments and the normalisation it taught with
         if args.teacher_ckpt == "pretrain":
             return None

@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, check_teacher, load_networks
+from mdistiller.cli._networks import add_networks, load_networks
 from mdistiller.cli._run import guarded
+from mdistiller.cli._teachers import check_teachers, distinct
 
 if TYPE_CHECKING:
     from mdistiller.engine.analysis.evaluate import Evaluation
@@ -51,11 +52,11 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         test.loader,
         test.num_classes,
         given.device,
-        given.teacher,
+        given.teachers,
         args.features,
     )
-    if given.teacher:
-        check_teacher(given, found[-1].quality.top1)
+    check_teachers(found, given.subjects, given.recorded)
+    teachers = distinct(given.teachers)
     for one in found:
         quality = one.quality
         print(
@@ -69,8 +70,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
-        "teacher": given.teacher.source.label if given.teacher else None,
-        "teacher_top1": found[-1].quality.top1 if given.teacher else None,
+        "teacher": teachers[0].source.label if len(teachers) == 1 else None,
         "own_teacher_of": [str(run) for run in given.recorded],
     }
     if args.json:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, check_teacher, load_networks
+from mdistiller.cli._networks import add_networks, load_networks
 from mdistiller.cli._run import guarded
+from mdistiller.cli._teachers import check_teachers, distinct
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -64,18 +65,23 @@ def _picture(args: argparse.Namespace) -> Figure:
 
         return _detectors.picture(args, count)
     from mdistiller.engine.analysis import pictures
+    from mdistiller.engine.analysis.evaluate import evaluate
+    from mdistiller.engine.utils import log_msg
 
     given = load_networks(args, ["latest"])
-    if given.teacher and given.recorded:
-        from mdistiller.engine.analysis.evaluate import evaluate
-
-        alone = evaluate([given.teacher], given.test.loader, given.test.num_classes, given.device)
-        check_teacher(given, alone[0].quality.top1)
+    teachers = distinct(given.teachers)
+    if given.recorded:
+        loader, classes = given.test.loader, given.test.num_classes
+        found = evaluate(given.subjects, loader, classes, given.device, given.teachers)
+        check_teachers(found, given.subjects, given.recorded)
+    if len(teachers) > 1:
+        names = " and ".join(one.source.label for one in teachers[:2])
+        print(log_msg(f"several teachers ({names}), none is shown: name one by --teacher"))
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
         given.test,
         given.device,
-        given.teacher,
+        teachers[0] if len(teachers) == 1 else None,
         classes=[name.strip() for name in args.classes.split(",") if name.strip()],
         count=count,
         seed=args.seed,

@@ -9,7 +9,7 @@ from support import image_folder, write_config
 
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
-from mdistiller.dataset import load_data, load_test_loader
+from mdistiller.dataset import load_data, load_test_loader, natural_key
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.class_order import reorder_outputs, swapped_classes
 from mdistiller.models import get_model_entry
@@ -226,3 +226,9 @@ def test_outputs_that_a_classifier_alone_does_not_make_are_left_and_refused(tmp_
     before = net.fc.weight.clone()
     assert not reorder_outputs(net, torch.tensor([1, 0]), (8, 8))
     assert torch.equal(net.fc.weight, before)
+
+
+def test_natural_order_is_timms():
+    misc = pytest.importorskip("timm.utils.misc")
+    names = ["b10", "B2", "a", "A1", "10", "9", "x2y10", "x2y9", "_", "ü", "n02", "n1"]
+    assert sorted(names, key=natural_key) == sorted(names, key=misc.natural_key)

@@ -77,8 +77,10 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
 
 def run_teachers(
     sources: Sequence[Source], data: TestData
-) -> list[tuple[Source, dict[Path, float]]]:
+) -> list[tuple[Source, dict[Path, float | None]]]:
     """The different teachers of runs, each with its recorded accuracy in percent by run folder.
+
+    None: not recorded.
 
     Args:
         sources: of run folders whose method used a teacher.
@@ -86,16 +88,14 @@ def run_teachers(
     Raises:
         UserError: the weights of one are not where they were.
     """
-    found: dict[str, tuple[Source, dict[Path, float]]] = {}
+    found: dict[str, tuple[Source, dict[Path, float | None]]] = {}
     for one in {source.run: source for source in sources}.values():
         assert one.run is not None
         teacher = _run_teacher(one.run, one.cfg, data)
         settings = [teacher.cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
         weights = teacher.weights if teacher.weights == PRETRAINED else teacher.weights.resolve()
         accuracies = found.setdefault(repr((settings, weights)), (teacher, {}))[1]
-        known = recorded_teacher_acc(one.run)
-        if known is not None:
-            accuracies[one.run] = known
+        accuracies[one.run] = recorded_teacher_acc(one.run)
     return list(found.values())
 
 
@@ -115,7 +115,7 @@ def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
         raise UserError(
             f"the weights of {folder}'s teacher {name} are not there ({said or 'not recorded'})"
         )
-    label = str(said)
+    label = str(weights)
     if weights == PRETRAINED:
         label = f"{name} released"
     elif (weights.parent / "config.yaml").is_file():

@@ -38,7 +38,6 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
         taught = contents.get("own_teacher_of") or []
-        here = float(contents["teacher_top1"]) if taught else 0.0
         teacher = "-" if "annotations" in contents else str(contents["teacher"] or "-")
         found = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
     except OSError as error:
@@ -60,8 +59,9 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
                     "is of other data, or the run has been trained again; run eval again"
                 )
             if weights.parent.resolve() in own_of:
-                _check_teacher(run, here, file)
-            one["compared_with"] = teacher
+                _check_teacher(run, one, file)
+            beside = one.get("teacher") or {}
+            one["compared_with"] = beside.get("label", teacher)
             run.evaluations.setdefault(epoch, one)  # a teacher's own comes last
             taken += 1
     if not taken:
@@ -71,9 +71,10 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
         )
 
 
-def _check_teacher(run: Run, top1: float, file: Path) -> None:
+def _check_teacher(run: Run, one: dict[str, Any], file: Path) -> None:
     """Refuse an evaluation with another teacher than the run's, by its accuracy."""
-    recorded = run.summary.get("teacher_acc")
+    recorded, top1 = run.summary.get("teacher_acc"), float(one["top1"])
+    top1 += float((one.get("teacher") or {}).get("gap", 0.0))
     if isinstance(recorded, float) and abs(recorded - top1) > _SAME:
         raise UserError(
             f"--evaluation {file} says {top1:.2f} % of the teacher of {run.folder}, the run "
