@@ -55,7 +55,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The contents of a checkpoint file, on the CPU; only tensors and plain values are read.
 
     Files of the original library, which hold numpy scalars, are read as well. A safetensors file
-    gives `{"model": state}`, and "norm" with it if its metadata say `mean` and `std`.
+    gives `{"model": state}`, and with it "norm" if its metadata say `mean` and `std`, and "data" if
+    they say `classes`.
 
     Raises:
         UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
@@ -146,9 +147,12 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
-    if not {"mean", "std"} <= facts.keys():
-        return {"model": state}
-    return {"model": state, "norm": [_json_or_text(facts[key]) for key in ("mean", "std")]}
+    contents: dict[str, Any] = {"model": state}
+    if {"mean", "std"} <= facts.keys():
+        contents["norm"] = [_json_or_text(facts[key]) for key in ("mean", "std")]
+    if "classes" in facts:
+        contents["data"] = {"classes": _json_or_text(facts["classes"])}
+    return contents
 
 
 def _json_or_text(text: str) -> Any:
@@ -318,7 +322,7 @@ def load_network(
     new_head: bool = False,
     headless: bool = False,
     diverged: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """Load the weights of one network from a file.
 
     A student may have been trained with another head: the network takes on what the file holds of
@@ -335,8 +339,8 @@ def load_network(
         diverged: print a warning where weights are NaN or infinite, instead of refusing them.
 
     Returns:
-        [mean, std] that the network's images are normalised with, as the file has it; None if it
-        does not say.
+        What the file says beside weights, None where it does not: "norm", the [mean, std] that the
+        network's images are normalised with; "data", of the data it was trained on.
     """
     contents = load_checkpoint(path)
     state = network_state(contents, path, net)
@@ -369,14 +373,14 @@ def load_network(
             f"{_FEATURES_ONLY}"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
-    return _recorded_norm(contents)
+    return _stated(contents)
 
 
 def recorded_norm(path: str | os.PathLike[str]) -> Any:
-    """What a checkpoint file records of its images' normalisation, as `load_network` returns it."""
-    return _recorded_norm(load_checkpoint(path))
+    """What a checkpoint file records of its images' normalisation: [mean, std], or None."""
+    return _stated(load_checkpoint(path))["norm"]
 
 
-def _recorded_norm(contents: Any) -> Any:
+def _stated(contents: Any) -> dict[str, Any]:
     recorded = isinstance(contents, Mapping) and "model" in contents
-    return contents.get("norm") if recorded else None
+    return {key: contents.get(key) if recorded else None for key in ("norm", "data")}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mdistiller.cli._teachers import own_teachers, taught_by
 from mdistiller.cli.command import add_overrides
 from mdistiller.registry import UserError
 
@@ -54,26 +55,37 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
         help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from (TEACHER_*, too)",
     )
     parser.add_argument(
-        "--teacher", default="", metavar="NAME|RUN", help="teacher to compare with, or its run"
+        "--teacher",
+        default="",
+        metavar="NAME|RUN|none",
+        help="teacher to compare with, or its run (default: the run folders' own)",
     )
     parser.add_argument(
         "--teacher-ckpt",
         default="pretrain",
         metavar="FILE",
-        help="its weights; default: the released ones. Of a run: the latest",
+        help="its weights; default: the run folders' own if it is theirs, else the released ones. "
+        "Of a run: the latest",
     )
     add_overrides(parser)
 
 
 @dataclass
 class Loaded:
-    """Networks in eval mode on the device, and the test set they are looked at on."""
+    """Networks in eval mode on the device, and the test set they are looked at on.
+
+    Attributes:
+        teachers: what each is compared with.
+        recorded: accuracy in percent of a run's own teacher, by run folder, if the data are those
+            of the run; it must be the same here (`check_teachers`).
+    """
 
     dataset: str
     test: TestData
     device: torch.device
     subjects: list[Subject]
-    teacher: Subject | None
+    teachers: list[Subject | None]
+    recorded: dict[Path, float]
 
 
 def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
@@ -97,15 +109,29 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
     given = load_config(args.cfg, overrides, args.imports)
     sources = _sources(args, paths, given, usual)
-    teacher = _teacher(args, given)
+    teacher = _teacher(args, given, sources)
     known = [*sources, *([teacher] if teacher else [])]
     named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
     runs = any(source.run for source in known)
     cfg = data_config(known, overrides, args.imports) if runs and not named else given
     device = resolve_device(cfg.DEVICE)
     test, subjects = load_all(known, cfg, device)
-    taught_by = subjects.pop() if teacher else None
-    return Loaded(cfg.DATASET.TYPE, test, device, subjects, taught_by)
+    teachers: list[Subject | None]
+    recorded: dict[Path, float] = {}
+    if teacher is not None:
+        shared = subjects.pop()
+        teachers = [shared] * len(subjects)
+    else:
+        teachers, recorded = own_teachers(args.teacher, sources, cfg, test, device)
+    if named or any(_decides(key) for key in args.opts[::2]):
+        recorded = {}
+    return Loaded(cfg.DATASET.TYPE, test, device, subjects, teachers, recorded)
+
+
+def _decides(key: str) -> bool:
+    """Whether a key of the config may decide what accuracy a teacher has."""
+    harmless = ("DATASET.LOADER", "DATASET.NUM_WORKERS", "DATASET.WORKER_TIMEOUT", "DATASET.TEST.")
+    return key.startswith("DATASET.") and not key.startswith(harmless)
 
 
 def _sources(
@@ -138,10 +164,11 @@ def _sources(
     return found
 
 
-def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
+def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:
+    """The teacher that the arguments name; None if there is none, or it is the runs' own."""
     from mdistiller.evaluation.subjects import file_source, run_sources
 
-    if not args.teacher:
+    if args.teacher in ("", "none"):
         if args.teacher_ckpt != "pretrain":
             raise UserError("--teacher-ckpt needs --teacher, the network's name")
         return None
@@ -149,4 +176,10 @@ def _teacher(args: argparse.Namespace, given: Config) -> Source | None:
         if args.teacher_ckpt == "pretrain":
             return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
         raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
+    told = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
+    own = [source.cfg for source in taught_by(args.teacher, sources)]
+    if own and not told:  # with the arguments and the normalisation it taught with
+        if args.teacher_ckpt == "pretrain":
+            return None
+        given = own[0]
     return file_source(args.teacher_ckpt, args.teacher, given, role="TEACHER")

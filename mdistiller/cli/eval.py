@@ -1,7 +1,8 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
-eval output/digits/*  --teacher RUN|NAME    the students of run folders, on their own data
+eval output/digits/*                        the students of run folders, on their own data, beside
+                                            their own teacher (or --teacher RUN|NAME|none)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._teachers import check_teachers, distinct
 from mdistiller.cli.command import guarded
 
 if TYPE_CHECKING:
@@ -50,9 +52,11 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         test.loader,
         test.num_classes,
         given.device,
-        given.teacher,
+        given.teachers,
         args.features,
     )
+    check_teachers(found, given.subjects, given.recorded)
+    teachers = distinct(given.teachers)
     for one in found:
         quality = one.quality
         print(
@@ -66,7 +70,8 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
-        "teacher": given.teacher.source.label if given.teacher else None,
+        "teacher": teachers[0].source.label if len(teachers) == 1 else None,
+        "own_teacher_of": [str(run) for run in given.recorded],
     }
     if args.json:
         args.json.write_text(_tables.json_text(facts, found))

@@ -1,9 +1,11 @@
 """visualize: pictures of what networks have learned, as PNG or SVG.
 
-visualize tsne RUN --out tsne.png                          embeddings in two dimensions
-visualize correlation RUN --teacher RUN|NAME --out c.svg   of logits, minus the teacher's
-visualize attention RUN --teacher RUN|NAME --out a.png     where each stage is active
-visualize detections RUN --out d.png                       of detectors, beside truth and teacher
+visualize tsne RUN --out tsne.png          embeddings in two dimensions
+visualize correlation RUN --out c.svg      of logits, minus the teacher's
+visualize attention RUN --out a.png        where each stage is active
+visualize detections RUN --out d.png       of detectors, beside truth and teacher
+
+The teacher of a run folder is its own; --teacher RUN|NAME names another, --teacher none omits it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli._networks import add_networks, load_networks
+from mdistiller.cli._teachers import check_teachers, distinct
 from mdistiller.cli.command import guarded
 from mdistiller.registry import UserError
 
@@ -61,14 +64,24 @@ def _picture(args: argparse.Namespace) -> Figure:
         from mdistiller.cli import _detectors
 
         return _detectors.picture(args, count)
+    from mdistiller.engine.utils import log_msg
     from mdistiller.evaluation import pictures
+    from mdistiller.evaluation.evaluate import evaluate
 
     given = load_networks(args, ["latest"])
+    teachers = distinct(given.teachers)
+    if given.recorded:
+        loader, classes = given.test.loader, given.test.num_classes
+        found = evaluate(given.subjects, loader, classes, given.device, given.teachers)
+        check_teachers(found, given.subjects, given.recorded)
+    if len(teachers) > 1:
+        names = " and ".join(one.source.label for one in teachers[:2])
+        print(log_msg(f"several teachers ({names}), none is shown: name one by --teacher"))
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
         given.test,
         given.device,
-        given.teacher,
+        teachers[0] if len(teachers) == 1 else None,
         classes=[name.strip() for name in args.classes.split(",") if name.strip()],
         count=count,
         seed=args.seed,

@@ -19,6 +19,7 @@ from mdistiller.dataset._build import (
     mixes_labels,
     own_view,
 )
+from mdistiller.dataset._classes import are_numbers, first_difference, natural_key
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
@@ -33,10 +34,13 @@ __all__ = [
     "KnownData",
     "Options",
     "TestData",
+    "are_numbers",
+    "first_difference",
     "get_dataset",
     "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",
+    "natural_key",
     "own_view",
 ]

@@ -27,6 +27,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
     "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
     "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
+    "CLASSES": [],  # their order: names, a file with one a line, or natural (as timm numbers them)
     "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
     "RESIZE": "auto",  # files to that size: crop, stretch or pad; auto: crop, unless all are square
     "CROP_PCT": 0.0,  # IMAGE_SIZE as a part of the side that is resized to; 0: 7/8 where cropped

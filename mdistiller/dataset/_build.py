@@ -17,6 +17,7 @@ from mdistiller.dataset._base import (
     Split,
     same_classes,
 )
+from mdistiller.dataset._classes import numbered, say_absent
 from mdistiller.dataset._feed import MemoryFeed, Statistics, choose_feed
 from mdistiller.dataset._folder import FileSource
 from mdistiller.dataset._mix import BatchAugment
@@ -92,6 +93,9 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     feed = _feed(node, "train", _device(cfg, device))
     train, test = feed.read("train"), feed.read("test")
     same_classes(train.classes, test.classes, feed.root)
+    train, test = (numbered(images, node["CLASSES"]) for images in (train, test))
+    if node["CLASSES"]:
+        say_absent(train, feed.root)
     if len(train.classes) < 2:
         raise UserError(f"{feed.root} has one class only ({train.classes[0]}); two are needed")
     size = feed.size(train, test)
@@ -178,7 +182,7 @@ def load_test_loader(
         statistics = own.mean, own.std
     if statistics is None:
         statistics = _training_statistics(feed)
-    test = feed.read("test")
+    test = numbered(feed.read("test"), node["CLASSES"])
     size = feed.size(test)
     loader = feed.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or feed.source.zoo

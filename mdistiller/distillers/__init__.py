@@ -16,7 +16,7 @@ for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         adopt(importlib.import_module(f"{__name__}.{_module.name}"))
 
-# `mdistiller.distillers.KD` is the class; `from mdistiller.distillers.logit_losses import kd_loss` still
+# `mdistiller.distillers.KD` is the class; `from mdistiller.distillers.KD import kd_loss` still
 # reaches the module, which the import system looks up elsewhere.
 globals().update({cls.__name__: cls for cls in DISTILLERS.values()})
 

@@ -25,6 +25,7 @@ from mdistiller.dataset.loader import EvalLoader
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cacheable import check_method
+from mdistiller.engine.class_order import MOST_CLASSES, doubts, match_classes
 from mdistiller.engine.facts import supply_facts
 from mdistiller.engine.forks import check_trainer, sections_read
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
@@ -125,14 +126,17 @@ def build_network(
     if known is not None and known.classes != data.num_classes:
         net.untrained_head = True
     check_input(net, name, data)
-    given, stated = (data.mean, data.std), None
+    given, norm = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
-    own = own_preprocessing(cfg, role, entry, weights, stated)
+        if not getattr(net, "untrained_head", False):
+            match_classes(cfg, net, weights, stated, data)
+        norm = stated["norm"]
+    own = own_preprocessing(cfg, role, entry, weights, norm)
     renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
-    if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+    if weights and own and states_nothing(entry, weights, norm) and rank() == 0:
         print(log_msg(taken_line(name, role, own, weights)), flush=True)
     return net
 
@@ -244,7 +248,7 @@ def freeze_teacher(distiller: Distiller) -> None:
                 param.requires_grad_(False)
 
 
-def find_teacher(cfg: Any, data: Data) -> Path | Literal["pretrained"] | None:
+def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"] | None:
     """The teacher's weights: the file DISTILLER.TEACHER_CKPT, else released ones.
 
     These are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of the network's
@@ -320,16 +324,21 @@ def teacher_test_loader(
 
 
 def measure_teacher(
-    distiller: Distiller, data: Data, loader: EvalLoader | None = None
+    distiller: Distiller,
+    data: Data,
+    loader: EvalLoader | None = None,
+    name: str = "the teacher",
 ) -> float | None:
     """The teacher's top-1 accuracy in percent on the test set, printed.
 
     Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
-    chance gets a warning: its file is then usually of another data set. None, and a line, for a
-    teacher whose weights have no classifier for these classes.
+    chance gets a warning, since its file is then usually of another data set, and so does one that
+    takes classes for one another. None, and a line, for a teacher whose weights have no classifier
+    for these classes.
 
     Args:
         loader: the test set, prepared for the teacher; by default the data's.
+        name: what to call the teacher in a warning.
     """
     assert distiller.teacher is not None
     if getattr(distiller.teacher, "untrained_head", False):
@@ -344,20 +353,14 @@ def measure_teacher(
             )
         return None
     test = loader or (data.val if data.test is None else data.test)
-    top1, _, _ = validate(test, Vanilla(distiller.teacher))
+    device, classes = next(distiller.teacher.parameters()).device, data.num_classes
+    confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
+    top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)
     close = getattr(loader, "close", None)
     if close is not None:  # its processes
         close()
     if rank() == 0:
         print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
-        if top1 < 200.0 / data.num_classes and data.num_classes > 2:
-            print(
-                log_msg("WARNING: the teacher is near chance on this data; is it the right file?")
-            )
+        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
+            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1
-
-
-def guessing(data: Data) -> float:
-    """Accuracy in percent of naming the most frequent class of the validation set."""
-    targets = data.val.dataset.targets
-    return 100.0 * targets.bincount().max().item() / len(targets)

@@ -15,6 +15,8 @@ from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
+LISTS_OR_TEXT = ("DATASET.CLASSES",)
+"""Keys whose values are a list of names, or text."""
 SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
 """Keys whose values are True, False or a word."""
 DEEPEST = 20
@@ -45,6 +47,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
     """
     if name in NORMS:
         return check_norm(literal(value, name), name)
+    if name in LISTS_OR_TEXT:
+        return _names_or_text(literal(value, name), name)
     if name in SWITCHES_OR_TEXT:
         return _switch_or_text(literal(value, name), name)
     if isinstance(default, str):
@@ -107,6 +111,14 @@ def _switch_or_text(value: Any, name: str) -> bool | str:
     if not isinstance(value, (bool, str)):
         raise UserError(f"{name} wants True, False or text, got {shown(value)}")
     return value
+
+
+def _names_or_text(value: Any, name: str) -> list[str] | str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and all(type(item) in (str, int) for item in value):
+        return [str(item) for item in value]
+    raise UserError(f"{name} wants a list of names, or text, got {shown(value)}")
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any], fractions: bool = False) -> bool:

@@ -16,6 +16,7 @@ from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_state, strip_prefix
 
 __all__ = [
+    "file_entries",
     "load_checkpoint",
     "load_state",
     "network_contents",
@@ -28,10 +29,16 @@ __all__ = [
 def network_contents(net: nn.Module) -> dict[str, Any]:
     """What a file of one network holds: weights, and `norm`, how its images are normalised.
 
-    A network may have more to say, as a dict `file_entries` of plain values.
+    A network may have more to say, as a dict `file_entries` of plain values: of a classifier it has
+    `data`, what the network was trained on, its classes by name.
     """
+    return {"model": net.state_dict(), "norm": input_norm(net), **file_entries(net)}
+
+
+def file_entries(net: nn.Module) -> dict[str, Any]:
+    """What a network's file says beside weights."""
     own: dict[str, Any] = getattr(net, "file_entries", {})
-    return {"model": net.state_dict(), "norm": input_norm(net), **own}
+    return own
 
 
 def save_checkpoint(obj: Any, path: str | os.PathLike[str]) -> None:

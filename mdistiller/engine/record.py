@@ -69,19 +69,26 @@ class RunRecord(Hook):
     Args:
         facts: of what the student is trained on, for `run.json`.
         teacher_acc: accuracy of the teacher in percent, likewise.
+        teacher: its weights, a file or PRETRAINED, likewise.
 
     Attributes:
         changes: settings that differ from those of the start before, for `run.json`.
     """
 
-    def __init__(self, facts: Mapping[str, Any], teacher_acc: float | None = None):
-        self.facts, self.teacher_acc = facts, teacher_acc
+    def __init__(
+        self,
+        facts: Mapping[str, Any],
+        teacher_acc: float | None = None,
+        teacher: str | Path | None = None,
+    ):
+        self.facts, self.teacher_acc, self.teacher = facts, teacher_acc, teacher
         self.changes: Sequence[str] = ()
         self.begun = False
 
     def before_train(self, trainer: Trainer) -> None:
         self.begun = True
-        folder, facts = trainer.log_path, (self.facts, self.changes, self.teacher_acc)
+        folder = trainer.log_path
+        facts = (self.facts, self.changes, self.teacher_acc, self.teacher)
         write_record(folder, trainer.cfg, trainer.device, *facts)
 
     def abandon(self, trainer: Trainer) -> None:
@@ -145,6 +152,7 @@ def write_record(
     data: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
     teacher_acc: float | None = None,
+    teacher: str | Path | None = None,
 ) -> None:
     """Write the two files; what is known of earlier starts is kept.
 
@@ -152,6 +160,7 @@ def write_record(
         data: of :func:`data_facts`, say.
         changes: of the settings, since the start before.
         teacher_acc: in percent; a start that changes no setting need not measure it again.
+        teacher: the teacher's weights, if any; a file is recorded as seen from the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
@@ -171,6 +180,9 @@ def write_record(
         }
     )
     record = {"starts": starts, "data": data, "teacher_acc": teacher_acc}
+    if teacher is not None:
+        seen = os.path.relpath(teacher, folder) if isinstance(teacher, Path) else teacher
+        record["teacher"] = seen
     with replacing(folder / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 

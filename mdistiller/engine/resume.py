@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mdistiller.dataset import first_difference
 from mdistiller.dataset.loader import TrainLoader
-from mdistiller.engine.checkpoint import load_state, strip_prefix
+from mdistiller.engine.checkpoint import file_entries, load_state, strip_prefix
 from mdistiller.engine.distributed import (
     from_main_process,
     of_all_processes,
@@ -153,6 +154,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "position": trainer.position,
         "model": trainer.model.state_dict(),
         "norm": input_norm(trainer.model.student),
+        **{k: v for k, v in file_entries(trainer.model.student).items() if k == "data"},
         **schedule_state(trainer),
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
@@ -216,6 +218,7 @@ def restore(trainer: Trainer) -> None:
     wait_for_all()
     if rank() == 0:
         store.put_aside(name)
+    _check_classes(trainer, state, path)
     load_state(trainer.model, strip_prefix(state["model"], "module."), f"{path} and this config")
     trainer.epoch = int(state["epoch"])
     trainer.best_acc = float(state.get("best_acc", -1.0))
@@ -231,6 +234,17 @@ def restore(trainer: Trainer) -> None:
     if rank() == 0:
         within = f", within epoch {trainer.position['epoch']}" if trainer.position else ""
         print(log_msg(f"continuing from {path}: epoch {trainer.epoch} done{within}"), flush=True)
+
+
+def _check_classes(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with data whose classes have other names, or another order, than before."""
+    before, now = (
+        (entries.get("data") or {}).get("classes")
+        for entries in (state, file_entries(trainer.model.student))
+    )
+    difference = first_difference(now, before) if before and now else ""
+    if difference:
+        raise UserError(f"{path} is of a run on other classes: {difference}")
 
 
 def restore_position(trainer: Trainer, position: Position | None) -> None:

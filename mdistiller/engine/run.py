@@ -23,7 +23,7 @@ from mdistiller.engine.build import (
 )
 from mdistiller.engine.cacheable import check_views
 from mdistiller.engine.cfg import Config, show_cfg
-from mdistiller.engine.checkpoint import load_checkpoint, replacing
+from mdistiller.engine.checkpoint import file_entries, load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.forks import check_trainer
@@ -56,12 +56,14 @@ class Prepared(NamedTuple):
             processes that read.
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
+        teacher: its weights, a file or PRETRAINED, for `run.json`.
     """
 
     trainer: BaseTrainer
     data: Any
     facts: Mapping[str, Any]
     teacher_acc: float | None
+    teacher: str | Path | None = None
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
@@ -137,8 +139,9 @@ def _train(
     known = recorded_teacher_acc(folder) if resume and not changes else None
     if known is not None and rank() == 0:
         print(log_msg(f"teacher: {known:.2f} %, as measured when the run began"), flush=True)
-    trainer, data, facts, teacher_acc = (prepare or prepare_classifier)(cfg, name, device, known)
-    record = RunRecord(facts, teacher_acc)
+    prepared = (prepare or prepare_classifier)(cfg, name, device, known)
+    trainer, data, facts, teacher_acc, teacher = prepared
+    record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, record]
     with (
@@ -173,20 +176,22 @@ def prepare_classifier(
     teacher_ckpt = None
     if method.uses_teacher:
         teacher_ckpt = resolve_teacher(cfg, data, device, _train, Path(cfg.LOG.PREFIX) / name)
-    distiller = build_distiller(cfg, data, device, teacher_ckpt)
+    distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
     if rank() == 0:
         show_cfg(cfg)
     if method.uses_teacher and teacher_acc is None:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
-        teacher_acc = measure_teacher(distiller, data, loader)
+        label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
+        teacher_acc = measure_teacher(distiller, data, loader, label)
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
-    return Prepared(trainer, data, data_facts(data), teacher_acc)
+    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
 
 
 def _train_in(

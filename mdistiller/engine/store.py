@@ -83,6 +83,8 @@ class Store:
             if contents["norm"]:
                 norm = map(json.dumps, contents["norm"])
                 metadata |= dict(zip(("mean", "std"), norm, strict=True))
+            if "data" in contents:
+                metadata["classes"] = json.dumps(contents["data"]["classes"])
             state = {key: value.contiguous().clone() for key, value in contents["model"].items()}
             with self._replacing(f"{name}.safetensors", facts) as hashing:
                 hashing.write(_import_safetensors().save(state, metadata))

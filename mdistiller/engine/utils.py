@@ -75,13 +75,25 @@ def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list
     return [(100.0 * count / len(output)).reshape(1) for count in counts]
 
 
+def count_cells(cells: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Add a batch to a confusion matrix, flat: [C * C], of floats, whose sums every device has."""
+    cell = target * logits.shape[1] + logits.argmax(dim=1)
+    cells.index_add_(0, cell, torch.ones_like(cell, dtype=cells.dtype))
+
+
 @torch.no_grad()
 def validate(
-    val_loader: Iterable[Sequence[Tensor]], distiller: nn.Module
+    val_loader: Iterable[Sequence[Tensor]],
+    distiller: nn.Module,
+    confusion: Tensor | None = None,
 ) -> tuple[float, float, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy, over all processes.
 
     The distiller is in eval mode afterwards.
+
+    Args:
+        confusion: zeros [C, C] on the device, in floats, which become the number of images by class
+            (row) and predicted class (column).
     """
     model = unwrap(distiller)
     model.eval()
@@ -94,7 +106,11 @@ def validate(
         totals[:2] += correct_counts(logits, target)
         totals[2] += loss
         totals[3] += len(target)
+        if confusion is not None:
+            count_cells(confusion.view(-1), logits, target)
     top1, top5, loss, samples = sum_over_ranks(totals).tolist()
+    if confusion is not None:
+        sum_over_ranks(confusion)
     if not samples:
         raise ValueError("the validation loader is empty")
     return 100.0 * top1 / samples, 100.0 * top5 / samples, loss / samples

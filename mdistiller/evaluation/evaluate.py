@@ -28,6 +28,7 @@ class Evaluation:
 
     Attributes:
         comparison: with the teacher, if there is one.
+        teacher: its label.
         collapse: of the pooled feature, if asked for.
         cka: with the teacher's features, by the pair of stages ("1-1" is the first after the stem
             of the student with that of the teacher) and "pooled"; empty if not asked for.
@@ -38,6 +39,7 @@ class Evaluation:
     comparison: Comparison | None = None
     collapse: Collapse | None = None
     cka: dict[str, float] = field(default_factory=dict)
+    teacher: str = ""
 
     def record(self) -> dict[str, Any]:
         """Plain values, by name; percentages as such."""
@@ -53,7 +55,7 @@ class Evaluation:
         }
         if self.comparison is not None:
             extra = {key: getattr(self.comparison, key) for key in ("agreement", "gap")}
-            found["teacher"] = {**extra, **asdict(self.comparison)}
+            found["teacher"] = {"label": self.teacher, **extra, **asdict(self.comparison)}
         if self.collapse is not None:
             found["collapse"] = asdict(self.collapse)
         if self.cka:
@@ -66,11 +68,16 @@ class _Sums:
     """All sums of one network."""
 
     def __init__(
-        self, subject: Subject, classes: int, device: torch.device, taught: bool, features: bool
+        self,
+        subject: Subject,
+        classes: int,
+        device: torch.device,
+        teacher: Subject | None,
+        features: bool,
     ):
-        self.subject = subject
+        self.subject, self.teacher = subject, teacher
         self.quality = QualitySums(classes, device)
-        self.comparison = ComparisonSums(device) if taught else None
+        self.comparison = ComparisonSums(device) if teacher else None
         self.collapse = CollapseSums(classes) if features else None
         self.cka: dict[str, Cka] = {}
 
@@ -92,6 +99,7 @@ class _Sums:
             self.comparison.result() if self.comparison else None,
             self.collapse.result() if self.collapse else None,
             {name: cka.value() for name, cka in self.cka.items()},
+            self.teacher.source.label if self.teacher else "",
         )
 
 
@@ -118,7 +126,7 @@ def evaluate(
     loader: Iterable[Sequence[Tensor]],
     num_classes: int,
     device: torch.device,
-    teacher: Subject | None = None,
+    teacher: Subject | Sequence[Subject | None] | None = None,
     features: bool = False,
 ) -> list[Evaluation]:
     """Evaluate networks on the labelled batches (image, target) of a loader.
@@ -126,22 +134,24 @@ def evaluate(
     Nothing is read from the device before the end.
 
     Args:
-        teacher: to compare each network with.
+        teacher: to compare each network with; or one for each.
         features: measure neural collapse and, with a teacher, CKA.
 
     Returns:
-        One result for each network; then one for the teacher, if there is one.
+        One result for each network; then one for each teacher.
     """
-    sums = [_Sums(s, num_classes, device, teacher is not None, features) for s in subjects]
-    master = _Sums(teacher, num_classes, device, False, features) if teacher else None
-    looked_at = [*subjects, *([teacher] if teacher else [])]
+    of = list(teacher) if isinstance(teacher, Sequence) else [teacher] * len(subjects)
+    pairs = zip(subjects, of, strict=True)
+    sums = [_Sums(one, num_classes, device, its, features) for one, its in pairs]
+    masters = {id(t): _Sums(t, num_classes, device, None, features) for t in of if t is not None}
+    looked_at = [*subjects, *(master.subject for master in masters.values())]
     for views, batch in side_by_side(looked_at, progress(loader, "eval")):
         images = _on(device, views)
         target = batch[1].to(device, non_blocking=True)
-        taught = None
-        if master is not None:
-            taught = Output(*master.subject.net(images[-1]))
-            master.add(taught, None, target)
+        taught = {}
+        for (key, master), image in zip(masters.items(), images[len(subjects) :], strict=True):
+            taught[key] = Output(*master.subject.net(image))
+            master.add(taught[key], None, target)
         for one, image in zip(sums, images, strict=False):
-            one.add(Output(*one.subject.net(image)), taught, target)
-    return [one.result() for one in [*sums, *([master] if master else [])]]
+            one.add(Output(*one.subject.net(image)), taught.get(id(one.teacher)), target)
+    return [one.result() for one in [*sums, *masters.values()]]

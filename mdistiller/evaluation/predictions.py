@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers._common import divergence
-from mdistiller.engine.utils import correct_counts
+from mdistiller.engine.utils import correct_counts, count_cells
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error."""
@@ -72,14 +72,12 @@ class QualitySums:
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits [N, C], target [N] class indices."""
         logits = logits.float()
-        confidence, predicted = logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1)
-        right = predicted == target
+        confidence, right = logits.softmax(dim=1).amax(dim=1), logits.argmax(dim=1) == target
         self.totals[:2] += correct_counts(logits, target)
         self.totals[2] += F.cross_entropy(logits.to(self.dtype), target, reduction="sum")
         place = (torch.bucketize(confidence, self.edges, right=True) - 1).clamp(0, BINS - 1)
         self.bins.index_add_(0, place, torch.stack([right, confidence], dim=1).to(self.dtype))
-        cell = target * logits.shape[1] + predicted
-        self.confusion.index_add_(0, cell, torch.ones_like(cell, dtype=self.dtype))
+        count_cells(self.confusion, logits, target)
 
     def result(self) -> Quality:
         """The means; at least one batch must have been added."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import KnownData, TestData, known_data, load_test_loader, own_view
-from mdistiller.engine.build import build_network
+from mdistiller.engine.build import build_network, find_teacher
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.record import read_record, recorded_teacher_acc
 from mdistiller.engine.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.run_folder import (
     checkpoint_file,
@@ -80,6 +81,55 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
         path = checkpoint_file(folder, choice)
         sources.append(Source(label, cfg, path, note, run=folder))
     return sources
+
+
+def run_teachers(
+    sources: Sequence[Source], data: TestData
+) -> list[tuple[Source, dict[Path, float | None]]]:
+    """The different teachers of runs, each with its recorded accuracy in percent by run folder.
+
+    None: not recorded.
+
+    Args:
+        sources: of run folders whose method used a teacher.
+
+    Raises:
+        UserError: the weights of one are not where they were.
+    """
+    found: dict[str, tuple[Source, dict[Path, float | None]]] = {}
+    for one in {source.run: source for source in sources}.values():
+        assert one.run is not None
+        teacher = _run_teacher(one.run, one.cfg, data)
+        settings = [teacher.cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
+        weights = teacher.weights if teacher.weights == PRETRAINED else teacher.weights.resolve()
+        accuracies = found.setdefault(repr((settings, weights)), (teacher, {}))[1]
+        accuracies[one.run] = recorded_teacher_acc(one.run)
+    return list(found.values())
+
+
+def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
+    """The teacher of a run, from the file that `run.json` names, else from where its config says.
+
+    The config that trained it is not read: with a folder of somebody else's it might name code.
+    """
+    said = read_record(folder).get("teacher")
+    weights: Any = said if said == PRETRAINED else None
+    if weights is None and isinstance(said, str) and (folder / said).is_file():
+        weights = (folder / said).resolve()
+    if weights is None:
+        weights = find_teacher(cfg, data)
+    name = cfg.DISTILLER.TEACHER
+    if weights is None:
+        raise UserError(
+            f"the weights of {folder}'s teacher {name} are not there ({said or 'not recorded'})"
+        )
+    label = str(weights)
+    if weights == PRETRAINED:
+        label = f"{name} released"
+    elif (weights.parent / "config.yaml").is_file():
+        choice = weights.name.removeprefix("student_")
+        label = f"{'/'.join(weights.parent.resolve().parts[-2:])} {choice}"
+    return Source(label, cfg, weights, role="TEACHER")
 
 
 def file_source(
@@ -169,6 +219,19 @@ def load_all(
         subject = load(source, test, device)
         subjects.append(subject if test is main else replace(subject, loader=test.loader))
     return main, subjects
+
+
+def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
+    """A further network, on images of the size of `test`'s that are prepared its own way."""
+    facts = known_data(cfg)
+    own = _own_preprocessing(source, facts) if facts.files else None
+    if own is None or test.preprocessing.resize == "keep":
+        return load(source, test, device)
+    sized = _sized(cfg, test.image_size[0])
+    if own_view(sized, own) == replace(test.preprocessing, mean=(), std=()):
+        return load(source, test, device)
+    other = load_test_loader(sized, device, own)
+    return replace(load(source, other, device), loader=other.loader)
 
 
 def _own_preprocessing(source: Source, facts: KnownData) -> Preprocessing | None:

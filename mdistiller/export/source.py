@@ -13,6 +13,7 @@ from torch import nn
 from mdistiller.dataset import known_data, load_test_loader
 from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.class_order import stated_classes
 from mdistiller.engine.record import data_facts
 from mdistiller.engine.released import (
     PRETRAINED,
@@ -64,7 +65,7 @@ def from_run(
         (record.get("starts") or [{}])[-1],
     )
     student = _load(cfg, cfg.DISTILLER.STUDENT, path, data, cfg.DATASET.TYPE, run)
-    student.evaluated = _evaluated(cfg, path, data)
+    student.evaluated = _evaluated(cfg, path, {**data, "classes": student.classes})
     return student
 
 
@@ -144,7 +145,7 @@ def _load(
         cfg,
         run,
     )
-    stated = None
+    norm = None
     if path is None:
         wanted = {**settings, "pretrained": released or True}
         require_classes(entry, wanted, student.num_classes)
@@ -152,12 +153,13 @@ def _load(
     else:
         student.net = student.build()
         stated = load_network(student.net, path, name, student.num_classes)
+        norm, student.classes = stated["norm"], stated_classes(path, stated) or student.classes
     # What the network itself wants: a run may have normalised for the teacher, and this one anew.
     weights = path or PRETRAINED
-    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, stated)
+    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, norm)
     student.mean, student.std = map(tuple, statistics)
-    own = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
-    if own is not None and states_nothing(entry, weights, stated):
+    own = own_preprocessing(cfg, "STUDENT", entry, weights, norm)
+    if own is not None and states_nothing(entry, weights, norm):
         print(log_msg(taken_line(name, "STUDENT", own, weights)), flush=True)
     if "preprocessing" in data:
         student.preprocessing = Preprocessing(**data["preprocessing"])

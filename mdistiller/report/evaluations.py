@@ -37,6 +37,7 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
     """
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
+        taught = contents.get("own_teacher_of") or []
         teacher = "-" if "annotations" in contents else str(contents["teacher"] or "-")
         found = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
     except OSError as error:
@@ -44,6 +45,7 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
     except (ValueError, TypeError, KeyError, AttributeError):
         text = f"--evaluation {file} is not what eval writes with --json, nor what eval_detection"
         raise UserError(text) from None
+    own_of = {Path(folder).resolve() for folder in taught}
     by_folder = {run.folder.resolve(): run for run in runs}
     taken = 0
     for weights, top1, one in found:
@@ -56,13 +58,27 @@ def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
                     f"--evaluation {file} says {top1:.2f} % of {weights}, the run {own:.2f} %: it "
                     "is of other data, or the run has been trained again; run eval again"
                 )
-            one["compared_with"] = teacher
+            if weights.parent.resolve() in own_of:
+                _check_teacher(run, one, file)
+            beside = one.get("teacher") or {}
+            one["compared_with"] = beside.get("label", teacher)
             run.evaluations.setdefault(epoch, one)  # a teacher's own comes last
             taken += 1
     if not taken:
         raise UserError(
             f"--evaluation {file} is about none of these runs: it has "
             f"{', '.join(str(weights) for weights, *_ in found[:3]) or 'no network'}"
+        )
+
+
+def _check_teacher(run: Run, one: dict[str, Any], file: Path) -> None:
+    """Refuse an evaluation with another teacher than the run's, by its accuracy."""
+    recorded, top1 = run.summary.get("teacher_acc"), float(one["top1"])
+    top1 += float((one.get("teacher") or {}).get("gap", 0.0))
+    if isinstance(recorded, float) and abs(recorded - top1) > _SAME:
+        raise UserError(
+            f"--evaluation {file} says {top1:.2f} % of the teacher of {run.folder}, the run "
+            f"{recorded:.2f} %: one of the two has been made again; run eval again"
         )
 
 

@@ -185,7 +185,7 @@ def teachers(groups: Sequence[Group]) -> Section:
         return Section("Teacher and student")
     note = (
         "Both on the test set. On what the two agree: "
-        "tools/eval.py RUNS --teacher RUN --json FILE, and --evaluation FILE here."
+        "tools/eval.py RUNS --json FILE, and --evaluation FILE here."
     )
     return Section("Teacher and student", [note], [Table(head, rows)])
 

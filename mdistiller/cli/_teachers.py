@@ -1,0 +1,97 @@
+"""The teachers that taught the runs which eval and visualize look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdistiller.registry import UserError
+
+SAME = 0.3
+"""Points by which accuracies may differ: another device rounds some images to the other side."""
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdistiller.dataset import TestData
+    from mdistiller.engine.cfg import Config
+    from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.subjects import Source, Subject
+
+
+def own_teachers(
+    name: str, sources: Sequence[Source], cfg: Config, test: TestData, device: torch.device
+) -> tuple[list[Subject | None], dict[Path, float]]:
+    """The teacher beside each network, and the accuracies that the runs recorded of theirs.
+
+    A teacher that all runs share is also beside networks that had none. One whose weights are not
+    there is left out, with a line.
+
+    Args:
+        cfg: of the data; `test` is its test set.
+        name: of the teacher; "" for whatever the runs had, "none" for none.
+
+    Raises:
+        UserError: the teacher has a name and is not there.
+    """
+    from mdistiller.engine.utils import log_msg
+    from mdistiller.evaluation.subjects import load_beside, run_teachers
+
+    runs = taught_by(name, sources)
+    teachers: dict[Path, Subject] = {}
+    recorded: dict[Path, float] = {}
+    try:
+        for source, accuracies in run_teachers(runs, test):
+            teachers |= dict.fromkeys(accuracies, load_beside(source, cfg, test, device))
+            recorded |= {run: acc for run, acc in accuracies.items() if acc is not None}
+    except UserError as error:
+        if name:
+            raise
+        print(log_msg(f"no teacher beside {runs[0].label}: {error}"), flush=True)
+        return [None] * len(sources), {}
+    if len(distinct(teachers.values())) == 1:
+        return [next(iter(teachers.values()))] * len(sources), recorded
+    return [teachers.get(s.run) if s.run is not None else None for s in sources], recorded
+
+
+def distinct(teachers: Iterable[Subject | None]) -> list[Subject]:
+    """The different ones, in order."""
+    return list({id(one): one for one in teachers if one is not None}.values())
+
+
+def taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
+    """Those of run folders whose method used a teacher; with a name, one of this name."""
+    from mdistiller.distillers import get_distiller
+
+    found = []
+    for source in sources:
+        settings = source.cfg.DISTILLER
+        if source.run is not None and name in ("", settings.TEACHER):
+            found += [source] if get_distiller(settings.TYPE).uses_teacher else []
+    return found
+
+
+def check_teachers(
+    found: Sequence[Evaluation], subjects: Sequence[Subject], recorded: Mapping[Path, float]
+) -> None:
+    """Refuse a teacher of a run that is not as good here as when it taught.
+
+    Args:
+        found: the evaluations of `subjects` beside their teachers.
+        recorded: the teacher's accuracy in percent by run.
+
+    Raises:
+        UserError: it differs by more than another device explains.
+    """
+    for one, subject in zip(found, subjects, strict=False):
+        run = subject.source.run
+        if run is None or run not in recorded or one.comparison is None:
+            continue
+        here, slack = one.quality.top1 + one.comparison.gap, 150.0 / one.quality.images
+        if abs(recorded[run] - here) > max(SAME, slack):
+            raise UserError(
+                f"the teacher of {run} ({one.teacher}) has {here:.2f} % here, and "
+                f"{recorded[run]:.2f} % when it taught: its file or the data have changed. Put "
+                "them back, name the teacher by --teacher RUN, or give --teacher none"
+            )

@@ -1,0 +1,180 @@
+"""The order of classes: that of a file of weights beside that of the data.
+
+A file of weights says which classes its outputs are of. Where these are the classes of the data in
+another order, the rows of the classifier are put in the order of the data; every method, also one
+that reads the classifier, then sees a network of these data. Other classes are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.dataset import are_numbers, first_difference, natural_key
+from mdistiller.distillers._common import undisturbed
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import rank
+
+MOST_CLASSES = 5000
+"""Confusions among more are not counted: 100 MB."""
+_ENOUGH = 10  # images of a class from which on they tell what it is taken for
+
+
+def match_classes(
+    cfg: Any, net: nn.Module, weights: str | Path, stated: Mapping[str, Any], data: Any
+) -> None:
+    """Have a network that was loaded from a file number its classes as the data do.
+
+    Args:
+        net: on the CPU; its classifier's rows are moved where the order differs.
+        weights: the file.
+        stated: what `load_network` returned.
+        data: with `classes` (names by number; empty: not known) and `image_size`.
+
+    Raises:
+        UserError: the file is for other classes, or the network's outputs cannot be reordered.
+    """
+    ours, theirs = list(data.classes), stated_classes(weights, stated)
+    if not ours or ours == theirs or not cfg.DISTILLER.CHECK_CLASSES:
+        return
+    if theirs is None:
+        if stated.get("norm") is None and not cfg.DATASET.CLASSES:
+            _warn_of_natural_order(weights, ours)
+        return
+    difference = first_difference(ours, theirs)
+    if sorted(ours) != sorted(theirs):
+        if are_numbers(ours) or are_numbers(theirs):  # one of the two has no names
+            return
+        raise UserError(
+            f"{weights} is of a network for other classes: {difference}; name another file, or, if "
+            "the classes are the same by other names, set DISTILLER.CHECK_CLASSES False"
+        )
+    number = {name: k for k, name in enumerate(theirs)}
+    order = torch.tensor([number[name] for name in ours])
+    if not reorder_outputs(net, order, data.image_size):
+        raise UserError(
+            f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
+            f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
+        )
+    _say(f"{weights} numbers the classes in another order ({difference}): mapped by name")
+
+
+def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] | None:
+    """The class names by number of a file of weights, None if unknown.
+
+    A file that does not say, in the folder of the run that wrote it, has those of the run.
+    """
+    facts = stated.get("data")
+    if facts is None and re.fullmatch(r"(student_.+|latest|best|epoch_\d+)", Path(weights).name):
+        try:
+            facts = json.loads(Path(weights).with_name("run.json").read_text())["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    names = facts.get("classes") if isinstance(facts, Mapping) else None
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return names
+    return None
+
+
+@torch.no_grad()
+def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) -> bool:
+    """Let output k of a network become what was output order[k]; by the rows of its classifier.
+
+    Args:
+        order: a permutation, int64 [C].
+        image_size: (height, width), for the two forwards that check it.
+
+    Returns:
+        Whether that was possible; if not, the network is as before.
+    """
+    find = getattr(net, "classifier", None)
+    layer = find() if callable(find) else None
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != len(order):
+        return False
+    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    params = [param for param in (layer.weight, layer.bias) if param is not None]
+    kept = [param.clone() for param in params]
+    with undisturbed(net):
+        wanted = net(images)[0][:, order]
+        for param, rows in zip(params, kept, strict=True):
+            param.copy_(rows[order])
+        found = net(images)[0]
+    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+        return True
+    for param, rows in zip(params, kept, strict=True):
+        param.copy_(rows)
+    return False
+
+
+def _warn_of_natural_order(weights: str | Path, ours: Sequence[str]) -> None:
+    """Warn where timm would have numbered the same folders in another way."""
+    natural = sorted(ours, key=natural_key)
+    if list(ours) != sorted(ours) or natural == list(ours):
+        return
+    k = next(k for k, (a, b) in enumerate(zip(ours, natural, strict=True)) if a != b)
+    _say(
+        f"WARNING: {weights} has no class names. Class {k} is {ours[k]!r} in the data (plain sort) "
+        f"and {natural[k]!r} in the natural order of timm: if timm trained the file, set "
+        "DATASET.CLASSES natural"
+    )
+
+
+def doubts(
+    top1: float, confusion: Tensor | None, targets: Tensor, classes: Sequence[str]
+) -> list[str]:
+    """What speaks against a teacher, as ends of sentences that begin with its name.
+
+    Args:
+        top1: its accuracy in percent.
+        confusion: images by class and predicted class, [C, C]; None: not counted.
+        targets: of the images, int64 [N].
+    """
+    found = []
+    guess = 100.0 * targets.bincount().max().item() / max(1, len(targets))
+    if top1 <= guess or (top1 < 200.0 / len(classes) and len(classes) > 2):
+        found.append(
+            f"is near chance on this data: {top1:.2f} %, and naming the most frequent class has "
+            f"{guess:.2f} %; is it the right file?"
+        )
+    moved = {} if confusion is None else swapped_classes(confusion.cpu())
+    if moved:
+        pairs = [f"{classes[k]!r} for {classes[other]!r}" for k, other in sorted(moved.items())]
+        shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+        found.append(
+            "takes classes for one another, as a file with another order of classes does: "
+            f"{shown}; DATASET.CLASSES sets the order (natural: that of timm)"
+        )
+    return found
+
+
+def swapped_classes(confusion: Tensor) -> dict[int, int]:
+    """Classes that a network takes for one another: number -> number; empty if there are none.
+
+    They form a permutation, by which each has at least half of its images, and twice as many as are
+    right. One that rests on a few images of a good network is not reported.
+
+    Args:
+        confusion: images by class (row) and predicted class, [C, C].
+    """
+    images, right = confusion.sum(dim=1), confusion.diagonal()
+    most, taken_for = confusion.max(dim=1)
+    clear = (images > 0) & (most >= 0.5 * images) & (most >= 2 * right)
+    clear &= taken_for != torch.arange(len(images))
+    moved = {k: int(taken_for[k]) for k in clear.nonzero().flatten().tolist()}
+    while set(moved) != (taken := set(moved.values())):  # until what is left is a permutation
+        moved = {k: v for k, v in moved.items() if k in taken and v in moved}
+    members = list(moved)
+    gain = (most - right)[members].sum() / images.sum()
+    return moved if members and (gain >= 0.1 or images[members].min() >= _ENOUGH) else {}
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(log_msg(text), flush=True)
