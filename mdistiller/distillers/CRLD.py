@@ -25,7 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import cross_entropy, divergence, require_positive, soften
+from mdistiller.distillers._common import (
+    cross_entropy,
+    require_positive,
+    soften,
+    weighted_divergence,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -55,14 +60,15 @@ def crld_terms(
         [F.log_softmax(soften(standardize(logits), temperature), dim=1) for logits in view]
         for view in (weak, strong)
     )
+    scale = temperature**2 / len(z_w)
     in_weak, in_strong = (
-        confident(view[1], threshold)
+        confident(view[1], threshold) * scale
         for view, threshold in zip((weak, strong), thresholds, strict=True)
     )
-    scale = temperature**2 / len(z_w)
     return {
-        "within": torch.dot(divergence(v_w, z_w) + divergence(v_s, z_s), in_weak) * scale,
-        "cross": torch.dot(divergence(v_w, z_s) + divergence(v_s, z_w), in_strong) * scale,
+        "within": weighted_divergence(v_w, z_w, in_weak) + weighted_divergence(v_s, z_s, in_weak),
+        "cross": weighted_divergence(v_w, z_s, in_strong)
+        + weighted_divergence(v_s, z_w, in_strong),
     }
 
 

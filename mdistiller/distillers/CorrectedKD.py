@@ -13,9 +13,9 @@ softmax(z / T)), MODE chooses the loss of a sample; it is averaged over the labe
                and b = SHARE / (max p(v) - p_y(v) + 1)
 
 each times KD_WEIGHT. `revision` has its own cross-entropy and compares unscaled logits, so it
-refuses a CE_WEIGHT other than 0, and LSKD. Its squares cut logits at ±1e15, since they would
-overflow. It averages both kinds of samples over the whole batch, not over their kind, so the value
-does not depend on how many of a kind a process has.
+refuses a CE_WEIGHT other than 0, and LSKD. It cuts logits at ±1e15, whose squares would overflow
+further out. It averages both kinds of samples over the whole batch, not over their kind, so the
+value does not depend on how many of a kind a process has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_one_of, require_positive, soften
+from mdistiller.distillers._common import (
+    full_precision,
+    require_one_of,
+    require_positive,
+    soften,
+)
 from mdistiller.distillers._decoupled import labelled_mean, target_column
 from mdistiller.distillers.logit_losses import kd_rows
 from mdistiller.registry import UserError
@@ -36,7 +41,7 @@ from mdistiller.registry import UserError
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Loss of each sample [N] from logits of student and teacher [N, C] and labels [N, 1]."""
 
-_LARGEST = 1e15  # of a logit that is squared
+_LARGEST = 1e15  # of a logit whose difference is squared
 
 
 def swap(logits: Tensor, column: Tensor) -> Tensor:
@@ -69,10 +74,12 @@ def revision_rows(
     share: float = 0.8,
 ) -> Tensor:
     """Loss of each sample in mode revision, [N]; logits [N, C], column [N, 1]."""
-    z, v = (soften(logits, 1.0) for logits in (logits_student, logits_teacher))
+    z, v = (
+        F.hardtanh(full_precision(logits), -_LARGEST, _LARGEST)
+        for logits in (logits_student, logits_teacher)
+    )
     log_p, q = F.log_softmax(z, dim=1), v.softmax(dim=1)
-    near_z, near_v = (F.hardtanh(logits, -_LARGEST, _LARGEST) for logits in (z, v))
-    agreed = mse_weight * (near_z - near_v).square().mean(dim=1) - log_p.gather(1, column)[:, 0]
+    agreed = mse_weight * (z - v).square().mean(dim=1) - log_p.gather(1, column)[:, 0]
     keep = share / (q.amax(dim=1, keepdim=True) - q.gather(1, column) + 1)
     revised = (keep * q).scatter_add(1, column, 1 - keep)
     differing = (log_p.exp() - revised).square().mean(dim=1)

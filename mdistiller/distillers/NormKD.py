@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import divergence, full_precision, require_positive
+from mdistiller.distillers._common import full_precision, require_positive, weighted_divergence
 
 _LARGEST = 1e14  # of a logit
 _SMALLEST = 1e-7  # of a standard deviation
@@ -33,11 +33,14 @@ _SMALLEST = 1e-7  # of a standard deviation
 def _normalized(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-softmax at T = `temperature` * std, [N, C], and T, [N, 1]: infinite for constant rows."""
     logits = F.hardtanh(full_precision(logits), -_LARGEST, _LARGEST)
-    std, mean = torch.std_mean(logits, dim=1, keepdim=True)
-    noise = 8 * torch.finfo(logits.dtype).eps * mean.detach().abs()
-    constant = std.detach() <= noise.clamp(min=_SMALLEST)
-    own = temperature * std.masked_fill(constant, math.inf)
-    return F.log_softmax((logits - mean) / own, dim=1), own
+    mean = logits.mean(dim=1, keepdim=True)
+    centred = logits - mean
+    scale = temperature / math.sqrt(max(logits.shape[1] - 1, 1))
+    own = torch.linalg.vector_norm(centred, dim=1, keepdim=True) * scale
+    noise = mean.detach().abs() * (8 * temperature * torch.finfo(logits.dtype).eps)
+    constant = own.detach() <= noise.clamp(min=_SMALLEST * temperature)
+    own = own.masked_fill(constant, math.inf)
+    return F.log_softmax(centred / own, dim=1), own
 
 
 def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
@@ -49,8 +52,8 @@ def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: flo
     """
     log_p, _ = _normalized(logits_student, temperature)
     log_q, own = _normalized(logits_teacher, temperature)
-    weights = own.masked_fill(own == math.inf, 0.0).square().flatten()
-    return torch.dot(divergence(log_q, log_p), weights) / len(log_p)
+    weights = own.masked_fill(own == math.inf, 0.0).square().flatten() / len(log_p)
+    return weighted_divergence(log_q, log_p, weights)
 
 
 @DISTILLERS.register(

@@ -47,13 +47,22 @@ def soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
     Beyond that bound, differences of float32 numbers would overflow. A temperature that is a tensor
     has one value, or one for every sample: [N, 1].
     """
+    logits = full_precision(logits)
+    if isinstance(temperature, Tensor) or temperature != 1:
+        logits = logits / temperature
     # not clamp, whose backward takes several passes
-    return F.hardtanh(full_precision(logits) / temperature, -1e30, 1e30)
+    return F.hardtanh(logits, -1e30, 1e30)
 
 
 def divergence(log_q: Tensor, log_p: Tensor, dim: int | None = -1) -> Tensor:
     """KL(q || p) from log-probabilities, summed over `dim`: the classes' or, with None, all."""
     return (log_q.exp() * (log_q - log_p)).sum(dim=dim)
+
+
+def weighted_divergence(log_q: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_n KL(q_n || p_n), a scalar, from log-probabilities [N, C] and weights [N]."""
+    shares = log_q.softmax(dim=1) * weights[:, None]  # sooner than exp, which tiny values slow down
+    return torch.dot(shares.flatten(), (log_q - log_p).flatten())
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:

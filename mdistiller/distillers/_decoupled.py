@@ -11,6 +11,10 @@ from torch import Tensor
 
 from mdistiller.distillers._common import IGNORE_INDEX
 
+HIDDEN = -1e38
+"""Added to a logit within ±1e30 (`soften`) it leaves a probability of 0. Added to all logits of a
+sample, it makes them equal in float32."""
+
 
 def target_column(target: Tensor) -> tuple[Tensor, Tensor]:
     """Each sample's target class, [N, 1] (0 if unlabelled), and which samples have one, bool [N].
@@ -61,11 +65,18 @@ def decoupled_log_probs(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]
     return F.logsigmoid(torch.cat([odds, -odds], dim=1)), log_within
 
 
-def binary_log_probs(logits: Tensor, column: Tensor) -> Tensor:
-    """log of b = (p_t, 1 - p_t) alone, [N, 2]; see :func:`decoupled_log_probs`."""
-    log_sum = logits.scatter(1, column, float("-inf")).logsumexp(dim=1, keepdim=True)
+def binary_split(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """log of b = (p_t, 1 - p_t), [N, 2], and the softmax within the rest, 0 for the target, [N, C].
+
+    Without logarithms of r it takes a third of the time of :func:`decoupled_log_probs`; it is for
+    gradients in closed form and has none by autograd. Args: as there.
+    """
+    rest = logits.scatter(1, column, HIDDEN)
+    within = rest.softmax(dim=1)
+    # the largest probability is 1 / sum_c exp(rest_c - max)
+    log_sum = rest.amax(dim=1, keepdim=True) - within.amax(dim=1, keepdim=True).log()
     odds = logits.gather(1, column) - log_sum
-    return F.logsigmoid(torch.cat([odds, -odds], dim=1))
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1)), within
 
 
 def group_log_probs(logits: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -91,18 +102,6 @@ def group_log_probs(logits: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, 
         odds = sums[0] - sums[1]
         return F.logsigmoid(torch.cat([odds, -odds], dim=1)), within
     return F.log_softmax(torch.cat(sums, dim=1), dim=1), within
-
-
-def masked_log_probs(logits: Tensor, keep: Tensor) -> Tensor:
-    """Log-softmax over the classes of each sample that `keep` marks, 0 in the other places.
-
-    Args:
-        logits: [N, C], already divided by the temperature.
-        keep: bool [N, C]; a sample may have no class at all: its row is then 0.
-    """
-    drop = ~keep
-    rest = logits.masked_fill(drop & keep.any(dim=1, keepdim=True), float("-inf"))
-    return (rest - rest.logsumexp(dim=1, keepdim=True)).masked_fill(drop, 0.0)
 
 
 def labelled_shares(labelled: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,6 +65,9 @@ def test_a_step_stays_finite(method, kind, teacher_too, dtype):
 NOT_AT_REST = {
     "DIST": "its 1e-8 is not small beside what the logits of untrained networks vary over a batch",
     "NKD": "the target's term is a cross-entropy with weight p_t",
+    "RLD": "the student's confidence in the label follows the teacher's in its guess",
+    "CRLD": "the two views teach each other",
+    "CORRECTEDKD": "the label corrects the teacher",
     "TTM": "the student at temperature 1 is to match a softened teacher",
     "WTTM": "the student at temperature 1 is to match a softened teacher",
 }
