@@ -356,7 +356,7 @@ def test_settings_that_cannot_work_are_refused(name, overrides, message):
         build(name, *overrides)
 
 
-DIGITS = "rld gdkd gdkd3 crld normkd swap soft_swap rc revision".split()
+DIGITS = ["rld", "gdkd", "gdkd3", "crld", "normkd", "swap", "soft_swap", "rc", "revision"]
 
 
 @pytest.mark.parametrize("name", DIGITS)
