@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mdistiller.distillers._base import DISTILLERS, Losses
-from mdistiller.distillers.GDKD import GDKD, group_terms, weighted
+from mdistiller.distillers._groups import GroupedKD, group_terms, weighted
 
 
 def gdkd3_terms(
@@ -60,7 +60,7 @@ def gdkd3_loss(
         "WARMUP": 20,
     },
 )
-class GDKD3(GDKD):
+class GDKD3(GroupedKD):
     """GDKD whose first class is a group of its own."""
 
     name = "GDKD3"
