@@ -11,7 +11,7 @@ from support import golden_values
 from test_distillers import batch, networks
 from test_logit_losses import hostile_logits
 
-from mdistiller.distillers import _sinkhorn, get_distiller
+from mdistiller.distillers import _moments, _sinkhorn, get_distiller
 from mdistiller.distillers._facts import class_similarity
 from mdistiller.distillers._moments import wkd_feature_loss
 from mdistiller.distillers._sinkhorn import transport_cost
@@ -134,6 +134,13 @@ def test_cells_of_a_side_that_is_no_multiple_are_those_of_adaptive_pooling():
     gap = wkd_feature_loss(student, teacher, 4, 1.0) - wkd_feature_loss(student, teacher, 4, 0.0)
     want = (means[0] - means[1]).square().sum() / (2 * 16)
     torch.testing.assert_close(gap, want)
+    assert torch.isfinite(wkd_feature_loss(student, golden_values((2, 3, 8, 4), 3), 4, 1.0))
+    whole = golden_values((2, 3, 8, 8), 5)
+    for grid in (2, 4):  # both ways to the moments of cells that do not overlap
+        one = _moments.grid_moments(whole, grid)
+        cells = torch.stack([c.flatten(2) for c in _moments._cells(whole, grid)], 2)
+        torch.testing.assert_close(one[0].flatten(2), cells.mean(3))
+        torch.testing.assert_close(one[1].flatten(2), (cells.var(3) + 1e-5).sqrt())
 
 
 def test_the_schedule():
