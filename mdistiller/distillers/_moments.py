@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._common import require_one_of
@@ -14,34 +15,43 @@ EPS = 1e-5
 
 def wkd_feature_loss(student: Tensor, teacher: Tensor, grid: int, ratio: float) -> Tensor:
     """F, a scalar, of maps [N, C, ., .] with the same channels; they may differ in size."""
-    pairs = zip(_cells(student, grid), _cells(teacher, grid), strict=True)
-    total = sum(
-        ratio * (mean_s - mean_t).square().sum() + (std_s - std_t).square().sum()
-        for (mean_s, std_s), (mean_t, std_t) in (map(_moments, pair) for pair in pairs)
-    )
-    return total / (len(student) * grid**2)  # type: ignore[return-value]
+    (mean_s, std_s), (mean_t, std_t) = (grid_moments(x, grid) for x in (student, teacher))
+    means, deviations = (mean_s - mean_t).square().sum(), (std_s - std_t).square().sum()
+    return (ratio * means + deviations) / (len(student) * grid**2)
+
+
+def grid_moments(x: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(unbiased variance + EPS) of maps [N, C, H, W] by cell: [N, C, grid, grid] both.
+
+    Where a side is no multiple of `grid`, cells overlap as those of adaptive pooling do. The
+    variance of a single pixel is 0.
+    """
+    if x.shape[2] % grid or x.shape[3] % grid:
+        moments = [torch.var_mean(c, (2, 3), correction=_spare(c)) for c in _cells(x, grid)]
+        var, mean = (
+            torch.stack(part, 2).unflatten(2, (grid, -1)) for part in zip(*moments, strict=True)
+        )
+        return mean, (var + EPS).sqrt()
+    side = x.shape[2] // grid, x.shape[3] // grid
+    mean = F.avg_pool2d(x, side)
+    off = x - mean.repeat_interleave(side[0], 2).repeat_interleave(side[1], 3)
+    count = side[0] * side[1]
+    var = F.avg_pool2d(off.square(), side) * (count / max(count - 1, 1))
+    return mean, (var + EPS).sqrt()
 
 
 def _cells(x: Tensor, grid: int) -> Iterator[Tensor]:
-    """The parts of maps [N, C, H, W], [..., pixels]: one tensor of all that are equally large.
-
-    Where a side is no multiple of `grid`, cells overlap as those of adaptive pooling do.
-    """
-    (height, width), parts = x.shape[2:], range(grid)
-    if height % grid == 0 and width % grid == 0:
-        yield x.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).transpose(3, 4).flatten(4)
-        return
+    """The cells, row by row."""
     rows, columns = (
-        [slice(i * side // grid, -(-(i + 1) * side // grid)) for i in parts]
-        for side in (height, width)
+        [slice(i * side // grid, -(-(i + 1) * side // grid)) for i in range(grid)]
+        for side in x.shape[2:]
     )
-    yield from (x[:, :, row, column].flatten(2) for row in rows for column in columns)
+    yield from (x[:, :, row, column] for row in rows for column in columns)
 
 
-def _moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation over the last dimension."""
-    var, mean = torch.var_mean(pixels, dim=-1, correction=min(1, pixels.shape[-1] - 1))
-    return mean, (var + EPS).sqrt()
+def _spare(cell: Tensor) -> int:
+    """What is taken off the number of pixels of a cell to divide by."""
+    return int(cell[0, 0].numel() > 1)
 
 
 def make_projector(kind: str, inputs: int, outputs: int, width: int) -> nn.Sequential:

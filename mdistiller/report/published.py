@@ -47,7 +47,7 @@ def _line(row: dict[str, Any]) -> Published:
 def beside(config: Mapping[str, Any]) -> list[Published]:
     """What is published for the method, networks and data set of a run."""
     method = config.get("DISTILLER.TYPE", "")
-    if config.get("SOLVER.TRAINER") not in ("base", "crd"):  # two names of one
+    if not _plainly_trained(config):
         return []
     wanted = (
         config.get("DATASET.TYPE"),
@@ -56,13 +56,13 @@ def beside(config: Mapping[str, Any]) -> list[Published]:
         config.get("DISTILLER.STUDENT"),
     )
     standardised = _standardised(config)
-    base = str(config.get("SDD.BASE", "")).upper()
+    variant = _variant(config)
     return [
         line
         for line in published()
         if (line.dataset, line.type, line.teacher, line.student) == wanted
         and line.method.startswith("LSKD-") == standardised
-        and (method != "SDD" or line.method == f"SD-{base}")
+        and variant in ("", line.method)
     ]
 
 
@@ -91,7 +91,7 @@ def departures(config: Mapping[str, Any], line: Published, processes: int = 1) -
 
 def _protocol(config: Mapping[str, Any], line: Published) -> tuple[dict[str, Any], bool]:
     """The settings of a published line, and whether they are all of them."""
-    theirs = dict(_shipped(line, _standardised(config), config.get("SDD.BASE")))
+    theirs = dict(_shipped(line, _standardised(config), _variant(config)))
     foreign = line.source.startswith("Knowledge-Distillation-Zoo")
     known = bool(theirs) and not foreign
     if foreign:
@@ -116,17 +116,34 @@ def _word(key: str) -> str:
     return key.removeprefix("SOLVER.").lower() if key.startswith("SOLVER.") else key
 
 
+def _plainly_trained(config: Mapping[str, Any]) -> bool:
+    return config.get("SOLVER.TRAINER") in ("base", "crd")  # two names of one
+
+
+def _variant(config: Mapping[str, Any]) -> str:
+    """What a setting makes of a method, by the name it has in tables; "" for the method itself."""
+    method = config.get("DISTILLER.TYPE", "")
+    if method == "SDD":
+        return f"SD-{str(config.get('SDD.BASE', '')).upper()}"
+    if method == "WKD":
+        logits, maps = (config.get(f"WKD.LOSS.WKD_{part}_WEIGHT", 0) for part in ("LOGIT", "FEAT"))
+        return "WKD-LF" if logits > 0 and maps > 0 else "WKD-F" if maps > 0 else "WKD-L"
+    divergence = str(config.get(f"{method}.DIVERGENCE", "kl"))
+    return "" if divergence == "kl" else f"{method} by {divergence}"
+
+
 def _standardised(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) for key in ("LSKD.ENABLE", "EXPERIMENT.LOGIT_STAND"))
 
 
 @lru_cache
-def _shipped(line: Published, standardised: bool, base: str | None) -> dict[str, Any]:
+def _shipped(line: Published, standardised: bool, variant: str) -> dict[str, Any]:
     """The settings of the config for a published line; empty if there is none."""
     for file in _configs(line.dataset).get((line.type, line.teacher, line.student), ()):
         cfg = load_config(file)
         whole = {key: lookup(cfg, key) for key in flatten(cfg)}
-        if _standardised(whole) == standardised and base in (None, whole["SDD.BASE"]):
+        alike = _standardised(whole) == standardised and _variant(whole) == variant
+        if alike and _plainly_trained(whole):
             sections = ("DATASET.", "DISTILLER.", "LSKD.", "SOLVER.", f"{line.type}.")
             return {
                 key: value

@@ -7,16 +7,16 @@ import pytest
 import textbook_relations as textbook
 import torch
 from scipy.optimize import linprog
-from support import golden_values
+from support import REPO, golden_values
 from test_distillers import batch, networks
 from test_logit_losses import hostile_logits
 
-from mdistiller.distillers import _sinkhorn, get_distiller
+from mdistiller.distillers import _moments, _sinkhorn, get_distiller
 from mdistiller.distillers._facts import class_similarity
 from mdistiller.distillers._moments import wkd_feature_loss
 from mdistiller.distillers._sinkhorn import transport_cost
 from mdistiller.distillers.WKD import class_costs, cosine_decay, wkd_logit_terms
-from mdistiller.engine.cfg import default_config
+from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError
 
 STUDENT, TEACHER = 4 * golden_values((8, 10), 1), 6 * golden_values((8, 10), 2)
@@ -134,6 +134,13 @@ def test_cells_of_a_side_that_is_no_multiple_are_those_of_adaptive_pooling():
     gap = wkd_feature_loss(student, teacher, 4, 1.0) - wkd_feature_loss(student, teacher, 4, 0.0)
     want = (means[0] - means[1]).square().sum() / (2 * 16)
     torch.testing.assert_close(gap, want)
+    assert torch.isfinite(wkd_feature_loss(student, golden_values((2, 3, 8, 4), 3), 4, 1.0))
+    whole = golden_values((2, 3, 8, 8), 5)
+    for grid in (2, 4):  # both ways to the moments of cells that do not overlap
+        one = _moments.grid_moments(whole, grid)
+        cells = torch.stack([c.flatten(2) for c in _moments._cells(whole, grid)], 2)
+        torch.testing.assert_close(one[0].flatten(2), cells.mean(3))
+        torch.testing.assert_close(one[1].flatten(2), (cells.var(3) + 1e-5).sqrt())
 
 
 def test_the_schedule():
@@ -198,3 +205,33 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
 def test_settings_without_meaning_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         build(*words)
+
+
+# What the authors state: temperature, weight of W, of F, ratio, grid, last epoch of full weights
+STATED = {
+    "cifar100/wkd_l/res32x4_res8x4": ("cka", 8, 600, 0, None, None, 150),
+    "cifar100/wkd_f/res32x4_res8x4": (None, None, 0, 0.006, 4, 1, 150),
+    "cifar100/wkd_lf/res32x4_res8x4": ("cka", 8, 200, 0.08, 8, 1, 150),
+    "cifar100/wkd_l/wrn40_2_shuv1": ("cka_feats", 6, 200, 0, None, None, 150),
+    "cifar100/wkd_f/wrn40_2_shuv1": (None, None, 0, 0.3, 3, 4, 150),
+    "cifar100/wkd_lf/wrn40_2_shuv1": ("cka_feats", 4, 60, 0.5, 3, 4, 150),
+    "imagenet/r34_r18/wkd_l": ("cka", 2, 30, 0, None, None, 0),
+    "imagenet/r34_r18/wkd_f": (None, None, 0, 0.02, 2, 4, 0),
+    "imagenet/r34_r18/wkd_lf": ("cka", 2, 10, 1.0, 2, 4, 0),
+    "imagenet/r50_mv1/wkd_l": ("cka", 2, 25, 0, None, None, 0),
+    "imagenet/r50_mv1/wkd_f": (None, None, 0, 0.005, 2, 4, 30),
+    "imagenet/r50_mv1/wkd_lf": ("cka", 2, 25, 0.005, 2, 4, 30),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_shipped_configs_hold_what_the_authors_state(name):
+    node = load_config(REPO / "configs" / f"{name}.yaml").WKD
+    found = (
+        *(node.COST, node.TEMPERATURE, node.LOSS.WKD_LOGIT_WEIGHT, node.LOSS.WKD_FEAT_WEIGHT),
+        *(node.RATIO, node.GRID, node.LOSS.COSINE_DECAY_EPOCH),
+    )
+    for value, stated in zip(found, STATED[name], strict=True):
+        assert stated in (None, value)
+    assert (2.0 if "r50_mv1/wkd_l" in name else 1.0) == node.SHARPEN
+    assert (node.LAMBDA, node.ITERATIONS) == (0.05, 10)

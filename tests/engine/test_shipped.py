@@ -23,8 +23,8 @@ CONFIGS = [
         zoo,
         path,
         id=path.relative_to(REPO / "configs").as_posix(),
-        marks=[pytest.mark.slow]
-        * (path.parent.name == "r50_mv1" and path.stem not in OWN_SETTINGS),
+        marks=[pytest.mark.slow] * (path.stem in ("wkd_l", "wkd_f"))  # wkd_lf has both
+        + [pytest.mark.slow] * (path.parent.name == "r50_mv1" and path.stem not in OWN_SETTINGS),
     )
     for zoo in ("tiny_imagenet", "imagenet")
     for path in sorted((REPO / "configs" / zoo).rglob("*.yaml"))
@@ -62,6 +62,8 @@ def overrides(zoo, path, root, folder, teacher):
     words += f" DEVICE cpu LOG.PREFIX {folder} EXPERIMENT.NAME run DISTILLER.TEACHER_CKPT {teacher}"
     if zoo == "imagenet" and path.stem != "reviewkd":  # its SHAPES are those of 224 pixels
         words += " DATASET.IMAGE_SIZE 64"
+    if path.stem.startswith("wkd"):  # else the only epoch is the last of a decay to 0
+        words += " WKD.LOSS.COSINE_DECAY_EPOCH 1"
     return words.split()
 
 

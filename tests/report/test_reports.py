@@ -481,6 +481,11 @@ def test_a_run_finds_what_is_published_for_it():
     assert found("NONE", student="vgg8", teacher="vgg13") == [("student", 70.36)]
     assert found("DKD", "DATASET.TYPE", "cifar10") == []
     assert found("DKD", "SOLVER.TRAINER", "dot") == []
+    assert found("DKD", "DKD.DIVERGENCE", "reverse_kl") == []
+    weights = [f"WKD.LOSS.WKD_{part}_WEIGHT" for part in ("LOGIT", "FEAT")]
+    assert found("WKD") == [("WKD-L", 76.53)]
+    assert found("WKD", weights[1], 0.1) == [("WKD-F", 76.77)]
+    assert found("WKD", weights[0], 1.0, weights[1], 0.1) == [("WKD-LF", 77.28)]
     assert found("KD", "SOLVER.TRAINER", "crd") == [("KD", 73.33)]
     assert found("DKD", teacher="resnet8x4", student="resnet32x4") == []
 
