@@ -114,11 +114,14 @@ def starts_as_image(path: str) -> bool:
 
 
 def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
-    """Sorted names of the folders in `folder`, without hidden ones and those in `ignore`."""
+    """Sorted names of the folders in `folder`, without hidden ones and those in `ignore`.
+
+    Nor is `__MACOSX` a class, which unpacked archives of macOS have.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; it should hold one folder of images for each class")
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    return [name for name in names if name not in ignore]
+    return [name for name in names if name not in ignore and name != "__MACOSX"]
 
 
 def list_class_folders(

@@ -112,12 +112,21 @@ def import_webdataset() -> Any:
 
 
 def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
-    """The samples of a shard in order; of files with the suffix `only`, if that is given."""
+    """The samples of a shard in order; of files with the suffix `only`, if that is given.
+
+    What macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) is left out: webdataset
+    takes `folder/._1.png` for the sample `folder/`, which parts the files of sample 1.
+    """
     wds = import_webdataset()
-    select = (lambda name: name.lower().endswith(f".{only}")) if only else None
+
+    def wanted(name: str) -> bool:
+        *folders, file = name.split("/")
+        added = file.startswith("._") or "__MACOSX" in folders
+        return not added and (not only or file.lower().endswith(f".{only}"))
+
     try:
         yield from wds.DataPipeline(
-            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=select)
+            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=wanted)
         )
     except Exception as error:  # tarfile's, the system's, those of a command in a pipe
         texts = [arg for arg in error.args if isinstance(arg, str)]  # webdataset adds objects

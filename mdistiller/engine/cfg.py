@@ -19,7 +19,7 @@ from mdistiller.distillers._compose import part_names
 from mdistiller.engine.cfg_checks import check_values
 from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
 from mdistiller.engine.cfg_files import read_yaml
-from mdistiller.engine.cfg_values import DEEPEST, coerce, flatten, is_plain, literal
+from mdistiller.engine.cfg_values import DEEPEST, as_read, coerce, flatten, is_plain, literal
 from mdistiller.engine.forks import UserCode, sections_read
 from mdistiller.engine.imports import import_user_modules, resolve_fork, resolve_imports
 from mdistiller.engine.safe_yaml import shown
@@ -115,7 +115,7 @@ def as_new(value: Any, name: str) -> Any:
         node = Config(new_allowed=True)
         merge(node, value, (name,), node)
         return node
-    value = literal(value, name)
+    value = literal(as_read(value, None, name), name)
     if isinstance(value, Mapping) and name.count(".") < DEEPEST:  # spelled on the command line
         return as_new(value, name)
     if is_plain(value):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.imports import is_file, resolve_fork, resolve_imports
-from mdistiller.engine.safe_yaml import LIMIT, parse_yaml, shown
+from mdistiller.engine.safe_yaml import LIMIT, as_text, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -32,7 +32,10 @@ def find_config(name: str | Path) -> Path:
 
 
 def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The nested mapping of a YAML file, over that of its `_BASE_` file or files."""
+    """The nested mapping of a YAML file, over that of its `_BASE_` file or files.
+
+    Numbers and truth values in it are still :class:`Written`; `coerce` makes values of them.
+    """
     return _read_yaml(path, chain, count(1))
 
 
@@ -46,7 +49,7 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     try:
         if path.stat().st_size > 4 * LIMIT:  # bytes of a character
             raise ValueError(f"it has {path.stat().st_size} bytes")
-        table = parse_yaml(path.read_text(encoding="utf-8"))
+        table = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -69,6 +72,7 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
 
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Make the files that a config names relative to itself absolute, in place."""
+    table.update({key: as_text(table[key]) for key in ("IMPORTS", "FORK") if key in table})
     if table.get("IMPORTS"):
         table["IMPORTS"] = resolve_imports(table["IMPORTS"], folder)
     fork = table.pop("FORK", None)

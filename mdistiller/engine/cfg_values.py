@@ -10,7 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from mdistiller.engine.safe_yaml import shown
+from mdistiller.engine.safe_yaml import Written, shown
 from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
@@ -45,6 +45,7 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
         fractions: take 2.5 where the default is a whole number, and keep 2.0 a float: the default
             is a user's, who may have written 4 and meant 4.0.
     """
+    value = as_read(value, default, name)
     if name in NORMS:
         return check_norm(literal(value, name), name)
     if name in LISTS_OR_TEXT:
@@ -79,6 +80,26 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
         fits = True
     if not fits:
         raise UserError(f"{name} wants {_describe(default)}, got {shown(value)}")
+    return value
+
+
+def as_read(value: Any, default: Any, name: str, depth: int = 0) -> Any:
+    """What a file spells for a key: the written text where `default` is text, else the value.
+
+    Raises:
+        UserError: a number is spelled in a way that YAML and people read differently.
+    """
+    if isinstance(value, Written):
+        is_text = isinstance(default, str) and name not in (*NORMS, *SWITCHES_OR_TEXT)
+        return value.text if is_text else value.number(name)
+    if depth > DEEPEST:  # refused later
+        return value
+    if isinstance(value, (list, tuple)):
+        texts = isinstance(default, (list, tuple)) and {type(item) for item in default} == {str}
+        items = [as_read(item, "" if texts else None, name, depth + 1) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, Mapping):
+        return {k: as_read(v, None, f"{name}.{k}", depth + 1) for k, v in value.items()}
     return value
 
 
@@ -141,6 +162,8 @@ def _describe(default: Any) -> str:
 def literal(value: Any, name: str = "") -> Any:
     """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged.
 
+    What has 1_000 or 0o17 in it stays text, as in a file: 2024_11_29 is no number.
+
     Raises:
         UserError: a text too long, or nested too deep, to be looked at.
     """
@@ -151,9 +174,23 @@ def literal(value: Any, name: str = "") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about strange escapes in what is meant as text
-            return ast.literal_eval(value)
+            text = value.lstrip(" \t")
+            tree = ast.parse(text, mode="eval")
+            return value if _has_odd_number(tree, text) else ast.literal_eval(tree)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return value
+
+
+def _has_odd_number(tree: ast.AST, text: str) -> bool:
+    """Whether a number in `text` is octal or has underscores."""
+    if "_" not in text and "0o" not in text.lower():
+        return False
+    numbers = [
+        ast.get_source_segment(text, node) or ""
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex))
+    ]
+    return any("_" in number or "0o" in number.lower() for number in numbers)
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg_files import overlay
-from mdistiller.engine.cfg_values import coerce, flatten, literal, lookup
+from mdistiller.engine.cfg_values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
 
 # In a run's summary; with held-out images the first two are measured on those.
@@ -105,6 +105,7 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) 
 
 
 def _seeds(value: Any) -> list[int]:
+    value = as_read(value, None, "SEEDS")
     seeds = list(range(value)) if type(value) is int else value
     if not isinstance(seeds, list) or not seeds or {type(seed) for seed in seeds} != {int}:
         raise UserError(f"SEEDS wants their number or a list of whole numbers, got {value!r}")
@@ -128,6 +129,35 @@ def words(sections: Mapping[str, Any]) -> list[Any]:
     return [word for key in flatten(sections) for word in (key, lookup(sections, key))]
 
 
+def as_settled(pairs: Sequence[Any], cfg: Config) -> list[Any]:
+    """`[key, value, ...]` of a file with the values that `cfg`, or one like it, takes from it."""
+    kinds = {key: lookup(cfg, key) for key in flatten(cfg)}
+    settled = []
+    for key, value in zip(pairs[0::2], pairs[1::2], strict=True):
+        settled += [key, as_read(value, kinds.get(key), key)]
+    return settled
+
+
+def _choices(where: str, key: str, given: Sequence[Any], cfg: Config) -> list[Any]:
+    """Values of an axis that is a list.
+
+    Raises:
+        UserError: two are equal, however they are written.
+    """
+    kind = lookup(cfg, key) if key in flatten(cfg) else None
+    values: list[Any] = []
+    for item in given:
+        value = as_read(item, kind, key)
+        value = value if isinstance(kind, str) else literal(value)
+        for other, before in zip(given, values, strict=False):
+            if value == before and isinstance(value, bool) == isinstance(before, bool):
+                raise UserError(
+                    f"{where}: {key}: {other} and {item} are the same value; leave one out"
+                )
+        values.append(value)
+    return values
+
+
 def refuse_own(overrides: Sequence[Any], axes: Mapping[str, Any], where: str) -> None:
     """Refuse overrides of what differs between the trials."""
     for key in overrides[0::2]:
@@ -137,15 +167,19 @@ def refuse_own(overrides: Sequence[Any], axes: Mapping[str, Any], where: str) ->
             raise UserError(f"{where} {key}: that is an axis of the sweep")
 
 
-def grid_axes(grid: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The axes of a grid, each a list; `DISTILLER.TYPE: all` becomes every registered method."""
+def grid_axes(grid: Mapping[str, Any], cfg: Config) -> dict[str, list[Any]]:
+    """The axes of a grid, each a list; `DISTILLER.TYPE: all` becomes every registered method.
+
+    Args:
+        cfg: a config of the grid; text is kept as it is written for the keys that hold text in it.
+    """
     axes = {}
     for key, values in grid.items():
         if key == "DISTILLER.TYPE" and values == "all":
             values = sorted(distiller_dict, key=str.casefold)
         if not isinstance(values, list) or not values:
             raise UserError(f"GRID: {key} wants a list of values, got {values!r}")
-        axes[key] = [literal(value) for value in values]
+        axes[key] = _choices("GRID", key, values, cfg)
     return axes
 
 
@@ -162,7 +196,7 @@ def label(chosen: Mapping[str, Any]) -> list[str]:
 def space_axis(key: str, given: Any, cfg: Config) -> Axis:
     """An axis of a search; whole numbers where the config key `key` holds one."""
     if isinstance(given, list) and given:
-        values = [literal(value) for value in given]
+        values = _choices("SPACE", key, given, cfg)
         return tuple(v if isinstance(v, (str, int, float, bool)) else str(v) for v in values)
     if not isinstance(given, Mapping) or not {"LOW", "HIGH"} <= set(given):
         raise UserError(f"SPACE: {key} wants a list of values or LOW and HIGH, got {given!r}")

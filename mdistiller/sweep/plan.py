@@ -110,8 +110,9 @@ class _Reader:
         for variant in self.table["VARIANTS"]:
             config = variant["CONFIG"] or self.table["CONFIG"]
             fixed = self.fixed(variant["OVERRIDES"])
-            self.load(variant["NAME"], config, fixed, whole=False)  # may register methods
-            axes = fields.grid_axes({**self.table["GRID"], **variant["GRID"]})
+            base = self.load(variant["NAME"], config, fixed, whole=False)  # may register methods
+            axes = fields.grid_axes({**self.table["GRID"], **variant["GRID"]}, base)
+            own = fields.as_settled(fields.words(fields.nested(variant["OVERRIDES"])), base)
             fields.refuse_own(self.overrides, axes, "command line:")
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
@@ -119,7 +120,7 @@ class _Reader:
                 cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
                 pairs = [word for pair in chosen.items() for word in pair]
                 cfg = self.load(cell, config, [*fixed, *pairs])
-                changes = [*fields.words(fields.nested(variant["OVERRIDES"])), *pairs]
+                changes = [*own, *pairs]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
                     yield Trial(cell, name, changes, (self.placed(cfg, name, seed),))

@@ -40,6 +40,7 @@ def test_other_modes_become_rgb_and_hidden_files_are_skipped(tmp_path):
     (root / "train" / "cat" / "._5.png").write_bytes(b"not an image")
     (root / "train" / "cat" / "notes.txt").write_text("not an image")
     (root / "train" / ".cache").mkdir()
+    (root / "train" / "__MACOSX").mkdir()
     images = load_data(config("imagefolder", ROOT=root)).train.dataset
     assert images.targets.tolist() == [0] * 5 + [1] * 3
     assert (images.images[3] == 77).all()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -242,6 +243,26 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 def set_key(cfg, **keys):
     cfg.DATASET.SHARDS.update(keys)
     return cfg
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_what_macos_adds_to_a_shard_is_left_out(tmp_path, skip_corrupt):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-0000.tar", "w") as tar:
+            for k in range(6):
+                for suffix, data in {"png": png(k), "cls": str(k % 2).encode()}.items():
+                    name = f"./{split}/{k:05d}.{suffix}"
+                    added = [f"./{split}/._{k:05d}.{suffix}", f"__MACOSX/{split}/{k:05d}.{suffix}"]
+                    for place in (added[0], name, added[1]):
+                        info = tarfile.TarInfo(place)
+                        content = data if place == name else b"\0\5\x16\7macOS"
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    data = shards(tmp_path, SKIP_CORRUPT=skip_corrupt)
+    images, labels, _ = collect(data.train)
+    assert sorted(zip(levels(images), labels.tolist(), strict=True)) == [
+        (k, k % 2) for k in range(6)
+    ]
 
 
 def test_patterns_name_the_shards(root):

@@ -149,7 +149,7 @@ BAD_FILES |= {
     "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR wants a finite number",
     "DATASET: {MEAN: [a, b, c]}\n": "DATASET.MEAN wants numbers",
     "DATASET: {MEAN: [.nan, .1, .1]}\n": "DATASET.MEAN wants a list",
-    "DISTILLER: {STUDENT_ARGS: {a: 2001-01-01}}\n": "DISTILLER.STUDENT_ARGS.a wants a number, text",
+    "DISTILLER: {STUDENT_ARGS: {a: !!timestamp 2001-01-01}}\n": "STUDENT_ARGS.a wants a number",
     "_BASE_: " + "x" * 300 + ".yaml\n": "not found",
 }
 

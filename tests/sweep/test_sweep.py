@@ -87,6 +87,24 @@ def test_a_grid_is_variants_times_axes_times_seeds(sweep):
     assert str(sweep.out) == last.LOG.PREFIX
 
 
+def test_text_of_a_sweep_is_kept_as_it_is_written(sweep):
+    path = sweep(
+        "VARIANTS: [{NAME: 010, OVERRIDES: {LOGGED.GATE: 1.10, SOLVER.EPOCHS: 3}}]\n"
+        "GRID: {EXPERIMENT.TAG: [2024_11_29, 1e-3, no], SOLVER.LR: [1, 1e-3]}\nSEEDS: [1]\n"
+    )
+    trials = read_plan(path).trials
+    tags = ["2024_11_29", "1e-3", "no"]
+    assert [trial.name for trial in trials] == [
+        f"010,{tag},LR={lr},seed:1" for tag in tags for lr in (1, 0.001)
+    ]
+    fixed = ["LOGGED.GATE", "1.10", "SOLVER.EPOCHS", 3]
+    assert trials[0].changes == [*fixed, "EXPERIMENT.TAG", "2024_11_29", "SOLVER.LR", 1]
+    assert type(trials[0].changes[3]) is int
+    assert [trial.configs[0].EXPERIMENT.TAG for trial in trials[::2]] == tags
+    axes = "TRIALS: 2\nSPACE: {EXPERIMENT.TAG: [0.1, 1e-1, 010], SOLVER.LR: {LOW: 1, HIGH: 2}}\n"
+    assert read_plan(sweep(axes)).space["EXPERIMENT.TAG"] == ("0.1", "1e-1", "010")
+
+
 def test_all_methods_are_those_registered_now(sweep, monkeypatch):
     path = sweep("GRID: {DISTILLER.TYPE: all}\n", TEACHER="Dot", TEACHER_CFG="toy.yaml")
     monkeypatch.setitem(distiller_dict, "BRANDNEW", distiller_dict["KD"])
@@ -130,7 +148,14 @@ BAD = {
     "GRID: {SOLVER.LRR: [1]}": "LRR=1: unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
     "GRID: {SOLVER.LR: 1}": "GRID: SOLVER.LR wants a list of values, got 1",
     "GRID: {SOLVER.LR: [0.1, a]}": "a: SOLVER.LR wants a finite number, got 'a'",
-    "GRID: {SOLVER.LR: [0.1, 0.1]}": "2 trials are called LR=0.1,seed:0",
+    "GRID: {SOLVER.LR: [0.1, 1e-1]}": "GRID: SOLVER.LR: 0.1 and 1e-1 are the same value",
+    "GRID: {SOLVER.EPOCHS: [4, 4.0]}": "GRID: SOLVER.EPOCHS: 4 and 4.0 are the same value",
+    "GRID: {SOLVER.EPOCHS: [4, 010]}": "s.yaml, line 3: SOLVER.EPOCHS: YAML reads 010 as 8",
+    "TRIALS: 010": "s.yaml, line 3: TRIALS: YAML reads 010 as 8",
+    "SEEDS: [1, 1_0]": "s.yaml, line 3: SEEDS: YAML reads 1_0 as 10",
+    "TRIALS: 2\nSPACE: {SOLVER.LR: [.1, 1e-1]}": "SPACE: SOLVER.LR: .1 and 1e-1 are the same value",
+    "TRIALS: 2\nSPACE: {SOLVER.LR: [4, 4.0]}": "SPACE: SOLVER.LR: 4 and 4.0 are the same value",
+    "TRIALS: 2\nSPACE: {SOLVER.LR: {LOW: 010, HIGH: 11}}": "s.yaml, line 4: SOLVER.LR: YAML reads",
     "GRID: {DISTILLER.TYPE: [KDD]}": "KDD: unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean",
     "GRID: {DISTILLER.TYPE: [KD]}": "KD: no weights for the teacher ResNet50",
     "OVERRIDES: {SOLVER: {TYPE: Adan}}": "unknown optimizer (SOLVER.TYPE) 'Adan'; did you mean",
