@@ -27,9 +27,6 @@ NETS = {
     "timm/vit_tiny_r_s16_p8_224": (64, {"depth": 4}, [2] * 5, True),
     "timm/xcit_nano_12_p16_224": (64, {}, [4] * 5, True),  # its first layer gives the size as well
     "timm/twins_pcpvt_small": (64, {"depths": (1, 1, 1, 1)}, [16, 16, 8, 4, 2], False),
-    "timm/efficientvit_m0": (64, {}, [4, 4, 2, 1], False),  # its head begins with a batch norm
-    "timm/shvit_s1": (64, {}, [4, 4, 2, 1], False),  # and this one's
-    "timm/pit_ti_224": (64, {}, [7, 7, 4, 2], False),  # ends with class tokens alone
     "timm/qwen3_vit_88m": (64, SMALL_ENCODER, [4] * 5, True),  # its stages are an encoder's
     "torchvision/resnet18": (32, {}, [16, 8, 4, 2, 1], False),
     "torchvision/shufflenet_v2_x0_5": (64, {}, [32, 16, 8, 4, 2], False),
@@ -115,6 +112,30 @@ def test_the_head_is_the_classifier_of_the_pooled_feature(net, output):
 def test_building_leaves_the_norms_as_they_were(name, net):
     for key, value in library_net(name).state_dict().items():
         assert torch.equal(net.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/efficientvit_m0",  # batch norm before the classifier
+        "timm/shvit_s1",
+        "timm/pit_ti_224",  # its last output is the class token alone
+    ],
+)
+@torch.no_grad()
+def test_heads_of_other_forms_give_the_logits_of_timm(name):
+    net = build(name, 64, {}).eval()
+    generator = torch.Generator().manual_seed(2)
+    for key, value in net.net.state_dict().items():
+        if "running_" in key:
+            assert torch.equal(value, torch.full_like(value, "var" in key)), "building changed it"
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    image = torch.randn(2, 3, 64, 64, generator=generator)
+    logits, features = net(image)
+    torch.testing.assert_close(logits, net.net(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(net.classifier()(features["pooled_feat"]), logits)
+    assert features["final_map"].shape == features["feats"][-1].shape
+    assert not net.globally_pooled
 
 
 def test_gradients_reach_all_parameters_and_come_from_all_stages(net, image):
