@@ -19,8 +19,8 @@ class BatchPlan:
     """Which positions of an epoch's order form each step's batch on each process.
 
     A global batch is `world_size * batch_size` consecutive positions, split evenly. The last one is
-    smaller; were it smaller than the number of processes, it is joined to the one before. So
-    every position is taken exactly once and every process has at least one in each step.
+    smaller; were it less than `least` for each process, it is joined to the one before. So
+    every position is taken exactly once and every process has at least `least` in each step.
     """
 
     num_data: int
@@ -28,6 +28,7 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -40,7 +41,13 @@ class BatchPlan:
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_data, self.batch_size * self.world_size)
-        return full + (rest >= self.world_size and not self.drop_last)
+        return full + (rest >= self.least * self.world_size and not self.drop_last)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest images that any process has in a step."""
+        start, stop = self.batch(len(self) - 1)
+        return min(self.batch_size, (stop - start) // self.world_size)
 
     def batch(self, step: int) -> tuple[int, int]:
         """Start and stop of the global batch of `step` (from 0)."""

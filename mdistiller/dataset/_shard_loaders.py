@@ -22,6 +22,7 @@ class ShardTrainLoader(WorkerTrainLoader):
     Indices number the samples in the order of the shards' names.
     """
 
+    joins_last = False
     _reading = 0  # iterations begun
 
     def _reader(self) -> Reader:

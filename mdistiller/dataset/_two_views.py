@@ -36,6 +36,14 @@ class TwoViewLoader(TrainLoader):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.strong = StrongView(self.augment)
+        self._share_blocks()
+
+    def join_last(self) -> None:
+        super().join_last()
+        self._share_blocks()
+
+    def _share_blocks(self) -> None:
+        """Which steps have their strong views made together."""
         batch_bytes = self.batch_size * self.dataset.images[0].numel()
         steps, size = len(self.plan), max(1, _BLOCK_BYTES // batch_bytes)
         self._blocks = [range(k, min(k + size, steps)) for k in range(0, steps, size)]

@@ -77,9 +77,11 @@ class TrainLoader:
 
     Class attributes:
         makes_images: whether :meth:`images` can make any image of an epoch at any time.
+        joins_last: whether there is :meth:`join_last`.
     """
 
     makes_images = True
+    joins_last = True
 
     def __init__(
         self,
@@ -123,6 +125,11 @@ class TrainLoader:
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def join_last(self) -> None:
+        """From now on, an epoch's last batch joins the one before if a process had one image."""
+        self.plan = replace(self.plan, least=2)
+        self._drawn, self.epoch, self._start, self._begun = None, 0, 0, True
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Draw `epoch` (from 1), to be iterated next, its first `start` batches left out.

@@ -24,6 +24,7 @@ from mdistiller.distillers import Vanilla
 from mdistiller.engine import run as engine
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.distributed import wrap
+from mdistiller.engine.lone_image import refuse_lone_picture
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
@@ -71,6 +72,7 @@ def prepare(
     )
     wrapped = wrap(distiller, solver.FIND_UNUSED_PARAMETERS)
     trainer = trainer_class(name, wrapped, rounds, val, cfg)
+    refuse_lone_picture(stream, trainer, distiller, cfg)
     facts = {"num_classes": data.num_classes, "classes": data.class_names}
     return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc)
 

@@ -96,6 +96,7 @@ def as_read(value: Any, default: Any, name: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         texts = isinstance(default, (list, tuple)) and {type(item) for item in default} == {str}
+        texts |= name in LISTS_OR_TEXT
         items = [as_read(item, "" if texts else None, name, depth + 1) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):

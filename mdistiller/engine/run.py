@@ -29,6 +29,7 @@ from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.forks import check_trainer
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
+from mdistiller.engine.lone_image import keep_none_alone
 from mdistiller.engine.preemption import listening
 from mdistiller.engine.record import (
     RunRecord,
@@ -191,6 +192,8 @@ def prepare_classifier(
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+    if keep_none_alone(loader, trainer, distiller, cfg):
+        trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ MOST_WITHOUT_STEM = 4
 
 
 _FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError)
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class Collected(NamedTuple):
@@ -60,7 +63,7 @@ class ExternalNet(StagedNet):
         super().__init__(stem_channels=0)
         self.name = name
         image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
+        with torch.no_grad(), uneven_norms(net):
             try:
                 logits = net.eval()(image)
             except _FAILURES as error:
@@ -113,6 +116,30 @@ class ExternalNet(StagedNet):
     def unsupported(self, reason: str) -> UnsupportedError:
         """The error for a network that does not fit the contract."""
         return UnsupportedError(f"{self.name} cannot be used here: {reason}; choose another one")
+
+
+@contextlib.contextmanager
+def uneven_norms(net: nn.Module) -> Iterator[None]:
+    """For a while, no norm of `net` is the identity: one that is left out shows in the logits.
+
+    Afterwards weights, biases and running statistics are as they were.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for module in net.modules():
+        if not isinstance(module, _NORMS):
+            continue
+        for name, spread in (("weight", 1), ("running_var", 1), ("bias", 0), ("running_mean", 0)):
+            value = getattr(module, name, None)
+            if value is not None:
+                kept.append((value.data, value.data.clone()))
+                drawn = torch.rand(value.shape, generator=generator)
+                value.data.copy_(drawn * 0.5 + 0.75 * spread)
+    try:
+        yield
+    finally:
+        for value, before in kept:
+            value.copy_(before)
 
 
 def stage_indices(heights: Sequence[int]) -> list[int]:

@@ -96,6 +96,11 @@ class Timm:
     ) -> ExternalNet:
         from mdistiller.models._timm import TimmNet
 
+        if settings.get("patch_drop_rate"):
+            raise UserError(
+                f"{self.__name__}: patch_drop_rate {settings['patch_drop_rate']} leaves out "
+                "patches in training, so the rest form no map; leave it out, or set it to 0"
+            )
         make = partial(self.library.create_model, self.name)
         settings["num_classes"] = num_classes
         if pretrained:

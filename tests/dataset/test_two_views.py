@@ -121,3 +121,12 @@ def test_cuda_gives_the_batches_of_the_cpu_without_waiting():
     for (pair, *rest), (want, *others) in zip(batches, two_views(), strict=True):
         for a, b in zip([*pair, *rest], [*want, *others], strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=2.5e-7, atol=1e-6)
+
+
+def test_a_lone_image_joins_the_batch_before(small_blocks):
+    loader = two_views(batch_size=7)  # 50 images
+    assert len(loader) == 8
+    loader.join_last()
+    sizes = [(len(weak), len(strong)) for (weak, strong), _, _ in loader]
+    assert sizes == [(7, 7)] * 6 + [(8, 8)]
+    assert sorted(collect_pairs(loader)[3].tolist()) == list(range(50))

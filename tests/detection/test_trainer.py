@@ -350,3 +350,10 @@ def test_a_config_with_epochs_that_fit_is_taken():
     assert load_config("", ["SOLVER.EPOCHS", "18"]).SOLVER.EPOCHS == 18
     with pytest.raises(UserError, match="counts iterations"):
         load_config("", ["SOLVER.EPOCHS", "17"])
+
+
+def test_one_small_picture_a_batch_ends_before_the_first_step(words, tmp_path, capsys):
+    train = make_coco(tmp_path, 2, size=(64, 64))
+    more = {"DETECTION.DATA.MIN_SIZES": [64], "SOLVER.BATCH_SIZE": 1, "LOG.PREFIX": tmp_path}
+    assert train_detection.main([*words, *train.keys(), *spell(more)]) == 2
+    assert "SOLVER.BATCH_SIZE 1: Expected more than 1 value" in capsys.readouterr().err

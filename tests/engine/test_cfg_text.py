@@ -110,3 +110,9 @@ def test_nothing_but_plain_values_leaves_a_config(tmp_path):
 def test_a_key_that_is_no_text_is_shown_as_written(tmp_path):
     with pytest.raises(UserError, match="line 2: 010 is no config key"):
         load_config(write(tmp_path, "SOLVER:\n  010: 1\n"))
+
+
+def test_class_names_keep_the_written_text(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("DATASET: {CLASSES: [010, no, 1.10]}\n")
+    assert load_config(path).DATASET.CLASSES == ["010", "no", "1.10"]

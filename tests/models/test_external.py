@@ -15,6 +15,7 @@ from mdistiller.weights import load_network
 
 SMALL_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 8, "num_heads": 3}
 SMALL_SWIN = {"embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+SMALL_ENCODER = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 # name: (side of the images, arguments, heights of stem and stages, made of tokens)
 NETS = {
     "timm/resnet10t": (64, {}, [32, 16, 8, 4, 2], False),
@@ -26,6 +27,7 @@ NETS = {
     "timm/vit_tiny_r_s16_p8_224": (64, {"depth": 4}, [2] * 5, True),
     "timm/xcit_nano_12_p16_224": (64, {}, [4] * 5, True),  # its first layer gives the size as well
     "timm/twins_pcpvt_small": (64, {"depths": (1, 1, 1, 1)}, [16, 16, 8, 4, 2], False),
+    "timm/qwen3_vit_88m": (64, SMALL_ENCODER, [4] * 5, True),  # its stages are an encoder's
     "torchvision/resnet18": (32, {}, [16, 8, 4, 2, 1], False),
     "torchvision/shufflenet_v2_x0_5": (64, {}, [32, 16, 8, 4, 2], False),
     "torchvision/swin_t": (64, {}, [16, 16, 8, 4, 2], True),
@@ -86,8 +88,8 @@ def test_logits_and_names_are_those_of_the_library(name, net, image, output, tmp
     own = library_net(name).eval()
     torch.testing.assert_close(output[0], own(image))
     assert net.state_dict().keys() == own.state_dict().keys()
-    for value in own.parameters():
-        value.data += 0.01
+    for key, value in own.state_dict().items():
+        value += 0.5 if "running_" in key else 0.01 if value.is_floating_point() else 0
     torch.save(own.state_dict(), tmp_path / "own.pth")
     twin = copy.deepcopy(net)
     load_network(twin, tmp_path / "own.pth", name, 7)
@@ -105,6 +107,35 @@ def test_the_head_is_the_classifier_of_the_pooled_feature(net, output):
         assert mean.shape != features["pooled_feat"].shape or not torch.allclose(
             mean, features["pooled_feat"], rtol=1e-2, atol=1e-2
         )
+
+
+def test_building_leaves_the_norms_as_they_were(name, net):
+    for key, value in library_net(name).state_dict().items():
+        assert torch.equal(net.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/efficientvit_m0",  # batch norm before the classifier
+        "timm/shvit_s1",
+        "timm/pit_ti_224",  # its last output is the class token alone
+    ],
+)
+@torch.no_grad()
+def test_heads_of_other_forms_give_the_logits_of_timm(name):
+    net = build(name, 64, {}).eval()
+    generator = torch.Generator().manual_seed(2)
+    for key, value in net.net.state_dict().items():
+        if "running_" in key:
+            assert torch.equal(value, torch.full_like(value, "var" in key)), "building changed it"
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    image = torch.randn(2, 3, 64, 64, generator=generator)
+    logits, features = net(image)
+    torch.testing.assert_close(logits, net.net(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(net.classifier()(features["pooled_feat"]), logits)
+    assert features["final_map"].shape == features["feats"][-1].shape
+    assert not net.globally_pooled
 
 
 def test_gradients_reach_all_parameters_and_come_from_all_stages(net, image):
@@ -178,6 +209,9 @@ def test_the_size_of_the_images_is_passed_on_where_it_is_fixed():
         ("timm/deit_tiny_distilled_patch16_224", 32, {}, "head is not one linear layer"),
         ("torchvision/squeezenet1_1", 64, {}, "its head is no linear layer"),
         ("timm/coat_tiny", 64, {}, "coat_tiny cannot be used here: its features cannot be read"),
+        ("timm/vit_tiny_patch16_224", 32, {"patch_drop_rate": 0.5}, "patch_drop_rate 0.5 leaves"),
+        ("timm/qwen3_vit_88m_enc", 32, SMALL_ENCODER, "cannot be used here: it has no classifier"),
+        ("timm/qwen3_vit_88m_merge", 64, SMALL_ENCODER, "its last tokens are merged"),
         ("torchvision/googlenet", 64, {"init_weights": False}, "it has auxiliary logits"),
     ],
 )

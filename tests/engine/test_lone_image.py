@@ -1,0 +1,75 @@
+"""Epochs whose last batch has one image: joined to the one before where a network needs two."""
+
+import copy
+
+import pytest
+import torch
+from support import same_state, write_config
+from torch import nn
+
+from mdistiller.cli import train as train_command
+from mdistiller.dataset._plan import BatchPlan
+from mdistiller.engine.lone_image import try_step
+
+
+def train(folder, capsys, student, size, *words):
+    """Run an epoch of 160 digits; returns the exit status and all that was printed."""
+    path = write_config(folder, "", "NONE", student, epochs=1)
+    status = train_command.main(["--cfg", str(path), "SOLVER.BATCH_SIZE", str(size), *words])
+    return status, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("count", "steps"), [(32, 2), (33, 2), (34, 3), (35, 3)])
+def test_a_plan_joins_only_a_lone_image(count, steps):
+    plan = BatchPlan(count, 16, least=2)
+    assert len(plan) == steps
+    assert plan.smallest >= 2
+    spans = [plan.local_batch(step) for step in range(steps)]
+    assert [index for span in spans for index in range(*span)] == list(range(count))
+
+
+def test_each_process_of_several_has_two():
+    assert BatchPlan(18, 8, 0, 2).smallest == 1
+    plans = [BatchPlan(18, 8, rank, 2, least=2) for rank in range(2)]
+    assert [plan.local_batch(0) for plan in plans] == [(0, 9), (9, 18)]
+    assert [(len(plan), plan.loss_weight(0)) for plan in plans] == [(1, 1), (1, 1)]
+
+
+def test_a_network_that_needs_two_images_trains(tmp_path, capsys):
+    status, text = train(tmp_path, capsys, "torchvision/resnet18", 53)
+    assert status == 0, text
+    assert "it joins the one before" in text
+
+
+def test_one_that_needs_one_keeps_its_batches(tmp_path, capsys):
+    status, text = train(tmp_path, capsys, "resnet8", 53)
+    assert status == 0
+    assert "joins" not in text
+
+
+def test_batches_of_one_end_before_the_first_step_with_the_key(tmp_path, capsys):
+    status, text = train(tmp_path, capsys, "torchvision/resnet18", 1)
+    assert status != 0
+    assert "SOLVER.BATCH_SIZE 1: Expected more than 1 value" in text
+    assert "Traceback" not in text
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(4), []
+
+    def forward(self, image):
+        self.calls.append(torch.rand(1))
+        return None, {"loss": self.norm(image).std(0).sum()}
+
+
+def test_a_trial_leaves_no_trace():
+    net = Norm()
+    before, drawn = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    assert "more than 1 value" in try_step(net, {"image": torch.ones(1, 4)})
+    image = torch.ones(3, 4)
+    assert try_step(net, {"image": image}) is None
+    assert same_state(before, net.state_dict())
+    assert net.calls == []
+    assert torch.equal(torch.get_rng_state(), drawn)
