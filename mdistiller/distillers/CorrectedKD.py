@@ -1,5 +1,5 @@
-"""KD from a teacher whose predictions the label corrects, in four ways that papers after 2021
-compare with one another.
+"""CorrectedKD. KD from a teacher whose predictions the label corrects, in four ways that papers of
+2021 to 2026 compare with one another.
 
 With v, z the logits of teacher and student, y the label, KD(v, z) = T^2 KL(softmax(v / T) ||
 softmax(z / T)), MODE chooses the loss of a sample; it is averaged over the labelled ones:
