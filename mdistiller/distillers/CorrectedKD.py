@@ -1,12 +1,12 @@
-"""KD from a teacher whose predictions the label corrects, in four ways that papers after 2021
-compare with one another.
+"""CorrectedKD. KD from a teacher whose predictions the label corrects, in four ways that papers of
+2021 to 2026 compare with one another.
 
 With v, z the logits of teacher and student, y the label, KD(v, z) = T^2 KL(softmax(v / T) ||
 softmax(z / T)), MODE chooses the loss of a sample; it is averaged over the labelled ones:
 
     swap       KD(v', z): v' is v with v_y and the largest logit exchanged
     soft_swap  KD(v', z): with w the best wrong class and d = max(0, v_w - v_y + MARGIN), v' is v
-               with v_y + d/2 and v_w - d/2, so that the label leads by MARGIN at least
+               with v_y + d/2 and v_w - d/2, so that the label leads w by MARGIN at least
     rc         KD(v, z) + RC_WEIGHT KD(z', z): z' is z with max z added to z_y, without gradient
     revision   where the teacher is right, cross-entropy + MSE_WEIGHT / C sum_c (z_c - v_c)^2; else
                1 / C sum_c (p_c(z) - u_c)^2 at temperature 1, where u = b p(v) + (1 - b) onehot(y)
@@ -52,7 +52,7 @@ def swap(logits: Tensor, column: Tensor) -> Tensor:
 
 
 def soft_swap(logits: Tensor, column: Tensor, margin: float = 0.05) -> Tensor:
-    """Logits [N, C]; where the class `column` [N, 1] leads by less than `margin`, it then does."""
+    """Logits [N, C] where class `column` [N, 1] leads the best other one by `margin` or more."""
     logits = soften(logits, 1.0)
     own = logits.gather(1, column)
     wrong, rival = logits.scatter(1, column, float("-inf")).max(dim=1, keepdim=True)

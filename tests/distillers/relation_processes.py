@@ -32,6 +32,9 @@ METHODS = {
     "CTKD": ("CTKD", []),
     "CTKD instance": ("CTKD", ["CTKD.MODE", "instance", "CTKD.BASE", "dkd"]),
     "MLKD as coded": ("MLKD", []),
+    "RLD": ("RLD", []),
+    "CRLD": ("CRLD", ["CRLD.TAU_W", 0.3]),
+    "CORRECTEDKD revision": ("CORRECTEDKD", ["CORRECTEDKD.MODE", "revision"]),
     "MLKD per item": ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
 }
 GLOBAL_BATCH = 9

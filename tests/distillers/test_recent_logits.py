@@ -54,7 +54,8 @@ def rld_row(z, v, y):
 
 
 def gdkd_row(z, v, y, sizes=(3,), weights=(0.5, 2.0, 8.0)):
-    order, groups = sorted(range(len(v)), key=lambda c: -v[c]), []
+    order, groups = v.topk(sum(sizes)).indices.tolist(), []  # of equal logits any may be first
+    order += [c for c in range(len(v)) if c not in order]
     for size in (*sizes, len(v) - sum(sizes)):
         groups.append(order[:size])
         order = order[size:]
@@ -274,12 +275,15 @@ def test_normkd_sees_nothing_in_constant_logits():
     assert normkd_loss(STUDENT.float(), torch.full((8, 10), 7.7), 2.0) == 0
 
 
-def test_corrected_teachers_have_the_label_first():
+def test_a_swap_puts_the_label_first_and_a_soft_one_above_the_best_wrong_class():
     column = TARGET.clamp(min=0)[:, None]
-    for corrected_logits in (swap(TEACHER, column), soft_swap(TEACHER, column)):
-        assert torch.equal(corrected_logits.argmax(dim=1, keepdim=True), column)
+    assert torch.equal(swap(TEACHER, column).argmax(dim=1, keepdim=True), column)
+    rival = TEACHER.scatter(1, column, -math.inf).argmax(dim=1, keepdim=True)
+    changed = soft_swap(TEACHER, column)
+    assert (changed.gather(1, column) - changed.gather(1, rival)).min() > 0.05 - 1e-12
     right = TEACHER.argmax(dim=1, keepdim=True)
-    assert torch.equal(swap(TEACHER, right), TEACHER)
+    for unchanged in (swap(TEACHER, right), soft_swap(TEACHER, right, margin=0.0)):
+        assert torch.equal(unchanged, TEACHER)
 
 
 def test_rld_without_a_class_below_the_label_has_no_second_term():
@@ -356,22 +360,41 @@ def test_settings_that_cannot_work_are_refused(name, overrides, message):
         build(name, *overrides)
 
 
-DIGITS = ["rld", "gdkd", "gdkd3", "crld", "normkd", "swap", "soft_swap", "rc", "revision"]
+def test_shipped_configs_hold_the_stated_weights():
+    """Of 13 pairs, and digits: of at most 12 lines, two epochs."""
+    folders = ("rld", "gdkd", "gdkd3", "crld", "normkd", "swap", "soft_swap", "rc", "revision")
+    for name in folders:
+        digits = REPO / "configs" / "digits" / f"{name}.yaml"
+        assert len(digits.read_text().splitlines()) <= 12
+        assert load_config(digits).SOLVER.EPOCHS == 2
+        assert len(list((REPO / "configs" / "cifar100" / name).glob("*.yaml"))) == 13
+        cfg = load_config(f"configs/cifar100/{name}/vgg13_mv2.yaml")
+        assert (cfg.SOLVER.LR, cfg.SOLVER.EPOCHS, cfg.SOLVER.WEIGHT_DECAY) == (0.01, 240, 5e-4)
+        if cfg.DISTILLER.TYPE == "CORRECTEDKD":
+            assert numbers(cfg.CORRECTEDKD, "MODE") == [name]
+    for pair, stated in GDKD_WEIGHTS.items():
+        for node in ("GDKD", "GDKD3"):
+            own = load_config(f"configs/cifar100/{node.lower()}/{pair}.yaml")[node]
+            assert numbers(own, "W0 W1 W2 T WARMUP") == [1, *stated, 4, 20]
+    for pair, beta, low in (("r34_r18", 0.5, 1), ("r50_mv1", 2.0, 2)):
+        own = load_config(f"configs/imagenet/{pair}/rld.yaml").RLD
+        assert numbers(own, "ALPHA BETA ALPHA_T T WARMUP") == [1, beta, 1, 1, 1]
+        own = load_config(f"configs/imagenet/{pair}/gdkd.yaml").GDKD
+        assert numbers(own, "W0 W1 W2 T WARMUP") == [0.5, low, low, 1, 1]
+    own = load_config("configs/cifar100/rld/vgg13_vgg8.yaml").RLD
+    assert numbers(own, "ALPHA BETA ALPHA_T T") == [1, 8, 4, 4]
 
 
-@pytest.mark.parametrize("name", DIGITS)
-def test_a_short_config_on_digits_trains(name, tmp_path):
-    """Here two small networks and toy images take the place of the digits."""
-    path = REPO / "configs" / "digits" / f"{name}.yaml"
-    assert len(path.read_text().splitlines()) <= 12
-    shipped = load_config(path)
-    assert shipped.SOLVER.EPOCHS == 2
-    method = shipped.DISTILLER.TYPE
-    extra = f"CORRECTEDKD: {{MODE: {shipped.CORRECTEDKD.MODE}}}\n"
+def numbers(node, names):
+    return [node[name] for name in names.split()]
+
+
+@pytest.mark.parametrize("name", ["rld", "crld"])
+def test_one_command_trains(name, tmp_path):
     config = write_config(
         tmp_path,
-        extra,
-        method=method,
+        "CRLD: {TAU_W: 0.0, TAU_S: 0.0}",  # an untrained teacher is sure of nothing
+        method=name.upper(),
         student="BabyStudent",
         TEACHER="BabyTeacher",
         TEACHER_CKPT=str(saved_teacher(tmp_path, "BabyTeacher")),
@@ -380,3 +403,12 @@ def test_a_short_config_on_digits_trains(name, tmp_path):
     state = torch.load(tmp_path / "out" / "toy" / "run" / "latest", weights_only=True)
     assert state["epoch"] == 2
     assert all(0 < epoch["train_loss_kd"] < math.inf for epoch in state["history"])
+
+
+GDKD_WEIGHTS = {  # W1, W2; in all pairs that the authors state
+    **dict.fromkeys(("res56_res20", "res110_res32"), (1, 1)),
+    **dict.fromkeys(("res32x4_shuv1", "res32x4_shuv2", "res50_mv2"), (1, 8)),
+    **dict.fromkeys(("vgg13_vgg8", "vgg13_mv2"), (1, 6)),
+    **dict.fromkeys(("wrn40_2_wrn16_2", "wrn40_2_wrn40_1", "wrn40_2_shuv1"), (2, 6)),
+    "res32x4_res8x4": (2, 8),
+}
