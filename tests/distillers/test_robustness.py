@@ -69,6 +69,7 @@ NOT_AT_REST = {
     "CRLD": "the two views teach each other",
     "CORRECTEDKD": "the label corrects the teacher",
     "TTM": "the student at temperature 1 is to match a softened teacher",
+    "WKD": "the target's term is a cross-entropy with weight p_t",
     "WTTM": "the student at temperature 1 is to match a softened teacher",
 }
 

@@ -57,7 +57,8 @@ def test_it_gives_the_same_outputs(name):
     left = sum(isinstance(module, _BatchNorm) for module in frozen.net.modules())
     assert frozen.folded == norms - left
     # those before a sum's readers (wide nets), and behind pooling or ReLU (baby), stay
-    stays = {"wrn": 7 if "16" in name else 19, "Baby": norms}
+    depth = {"wrn_16": 7, "wrn_28": 13, "wrn_40": 19}
+    stays = {**depth, "Baby": norms}
     assert left == next((count for key, count in stays.items() if key in name), 0)
     assert same_state(net.state_dict(), before)
 
