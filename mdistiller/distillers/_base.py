@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
 from mdistiller.distillers._facts import TeacherFact
 from mdistiller.distillers._init_stage import InitPlan
+from mdistiller.distillers._returned import loss_of
 from mdistiller.distillers._split import Split
 from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
@@ -253,7 +254,7 @@ class Distiller(nn.Module):
                 return student.logits, losses
             outputs = self.standardized(student), self.standardized(teacher)
             if self.split is None:
-                losses["loss_kd"] = self.distill(*outputs, target, **batch)
+                losses["loss_kd"] = loss_of(self, self.distill(*outputs, target, **batch))
             else:
                 terms = self.distill_split(*outputs, target, self.split, **batch)
                 losses["loss_tckd"], losses["loss_nckd"] = terms

@@ -43,6 +43,7 @@ from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
+from mdistiller.models._plain import as_staged
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network, recorded_norm, split_key
@@ -152,30 +153,38 @@ def make_network(
     """
     facts = constructor_facts(entry, num_classes, image_size)
     try:
-        return entry(**facts, **settings)
+        net = entry(**facts, **settings)
     except TypeError as error:
         if not settings:
             raise
         raise UserError(f"{key} {dict(settings)}: {error}") from error
+    return as_staged(net, getattr(entry.constructor, "__name__", "of your own"), image_size)
 
 
 def constructor_facts(
     entry: ModelEntry, num_classes: int, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     """What an entry's constructor is told of the data."""
+    wanted = inspect.signature(entry.constructor).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
     facts: dict[str, Any] = {"num_classes": num_classes}
-    if "image_size" in inspect.signature(entry.constructor).parameters:
+    if "num_classes" not in wanted and not takes_any:
+        facts.clear()
+    if "image_size" in wanted:
         facts["image_size"] = image_size
     return facts
 
 
 @torch.no_grad()
 def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
-    """Refuse a network that cannot take images of the data's size; leaves it as it was."""
+    """Refuse a network that cannot take the data's images, or gives other classes than it has.
+
+    It stays as it was.
+    """
     was_training = net.training
     net.eval()
     try:
-        net(torch.zeros(1, 3, *data.image_size))
+        logits = net(torch.zeros(1, 3, *data.image_size))[0]
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -184,6 +193,12 @@ def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
         raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
     finally:
         net.train(was_training)
+    if logits.shape[1:] != (data.num_classes,):
+        raise UserError(
+            f"network {name} gives logits {list(logits.shape)} for an image, but the data has "
+            f"{data.num_classes} classes; let its constructor take num_classes "
+            "(docs/own_backbone.md)"
+        )
 
 
 def check_names(cfg: Any) -> None:

@@ -8,7 +8,7 @@ from mdistiller.engine.disk import warn_of_low_disk
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.ema import AverageStudent
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.logs import MetricsFile, TensorBoard, Wandb, WorkLog
+from mdistiller.engine.logs import MetricsFile, TensorBoard, Wandb, WorkLog, plain
 from mdistiller.engine.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.utils import log_msg
 
@@ -24,6 +24,7 @@ class Log(Hook):
     """Hands each epoch's numbers to `trainer.log` and prints a line."""
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        record = plain(record)
         numbers = dict(record)
         trainer.log(numbers.pop("lr"), epoch, numbers)
         if is_main_process():

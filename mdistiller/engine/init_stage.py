@@ -12,7 +12,7 @@ from mdistiller.distillers import Distiller
 from mdistiller.engine.callbacks import saved_state
 from mdistiller.engine.distributed import is_main_process, wrap
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.logs import AppendedFile, TensorBoard
+from mdistiller.engine.logs import AppendedFile, TensorBoard, plain
 from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.resume import (
     restore_position,
@@ -144,7 +144,7 @@ class LogInit(Hook):
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         # Accuracy says nothing here: the classifier is not trained, or did not run.
         numbers = {key: record[key] for key in record if key not in ("train_acc", "train_top5")}
-        trainer.log(numbers.pop("lr"), epoch, numbers)
+        trainer.log(numbers.pop("lr"), epoch, plain(numbers))
         if is_main_process():
             line = (
                 f"{trainer.stage} epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  "

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
+from torch import Tensor
 
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.utils import log_msg
@@ -22,6 +24,26 @@ EPOCH_KEYS = (
     *("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"),
     *("test_bbox/AP", "test_bbox/AP50", "test_segm/AP"),
 )
+
+
+def plain(value: Any) -> Any:
+    """A value that a hook put into a record, as JSON holds it: tensors as numbers or lists."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        count = value.numel() if isinstance(value, Tensor) else value.size
+        return plain(value.item() if count == 1 else value.tolist())
+    return str(value)
+
+
+def numbers_of(record: Record) -> dict[str, float]:
+    """The entries of a record that are one number each; text, lists and such are left out."""
+    entries: dict[str, Any] = plain(record)
+    return {key: value for key, value in entries.items() if isinstance(value, (int, float))}
 
 
 class AppendedFile(Hook):
@@ -62,7 +84,8 @@ class WorkLog(AppendedFile):
     name = "worklog.txt"
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        numbers = [f"{key}: {record[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in record]
+        found = numbers_of(record)
+        numbers = [f"{key}: {found[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in found]
         rule = "-" * 25
         title = f"{trainer.stage} epoch: {epoch}".strip()
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
@@ -72,7 +95,7 @@ class WorkLog(AppendedFile):
 
 
 class MetricsFile(AppendedFile):
-    """`metrics.jsonl`: one JSON object an epoch, with every number and the time of day (UTC).
+    """`metrics.jsonl`: one JSON object an epoch, with the whole record and the time of day (UTC).
 
     Those of an initialisation stage have `stage` and `stage_epoch` in place of `epoch`.
     """
@@ -83,7 +106,7 @@ class MetricsFile(AppendedFile):
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         stage = {"stage": trainer.stage, "stage_epoch": epoch}
         head = stage if trainer.stage else {"epoch": epoch}
-        self.append(trainer, json.dumps({**head, **record, "time": now}) + "\n")
+        self.append(trainer, json.dumps({**head, **plain(record), "time": now}) + "\n")
 
 
 class _Events:
@@ -137,7 +160,7 @@ class TensorBoard(Hook):
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         if self.epochs is not None:
-            for name, value in record.items():
+            for name, value in numbers_of(record).items():
                 self.epochs.add(name, value, epoch)
             self.epochs.flush()
 
@@ -179,7 +202,8 @@ class Wandb(Hook):
         if self.run is None:
             return
         try:
-            named = {"current lr" if key == "lr" else key: value for key, value in record.items()}
+            found = numbers_of(record)
+            named = {"current lr" if key == "lr" else key: value for key, value in found.items()}
             self.run.log(named, step=epoch)
             self.run.summary["best_acc"] = trainer.best_acc
         except Exception as error:

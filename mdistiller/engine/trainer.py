@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mdistiller.distillers._returned import step_of
 from mdistiller.engine.cacheable import is_wanted
 from mdistiller.engine.callbacks import default_hooks
 from mdistiller.engine.distributed import (
@@ -274,7 +275,7 @@ class BaseTrainer:
         self.guard.begin(self, inputs)
         with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
             with autocast(self.device, self.cfg.SOLVER.AMP):
-                output, losses = self.distiller(**inputs)
+                output, losses = step_of(self.model, self.distiller(**inputs))
             self.guard.see(losses)
             numbers, samples = self.measure(output, inputs)
             train_meters.add(

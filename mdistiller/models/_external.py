@@ -65,7 +65,9 @@ class ExternalNet(StagedNet):
         image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad(), uneven_norms(net):
             try:
-                logits = net.eval()(image)
+                logits = self.logits_of(net.eval(), image)
+            except UserError:
+                raise
             except _FAILURES as error:
                 size, reason = f"{image_size[1]}x{image_size[0]}", first_line(error)
                 raise UserError(f"{name} does not run on {size} images: {reason}") from error
@@ -79,6 +81,11 @@ class ExternalNet(StagedNet):
                 raise self.unsupported(reason) from error
         self.register_state_dict_post_hook(_unwrap_keys)
         self.register_load_state_dict_pre_hook(_wrap_keys)
+
+    def logits_of(self, net: nn.Module, image: Tensor) -> Tensor:
+        """What the network, as it was given, says of an image: [N, classes]."""
+        logits: Tensor = net(image)
+        return logits
 
     def prepare(self, net: nn.Module, image: Tensor) -> nn.Module:
         """The network as :meth:`collect` runs it; finds out what that needs.
@@ -104,10 +111,11 @@ class ExternalNet(StagedNet):
     def _declare(self, image: Tensor, own: Tensor) -> None:
         """Find the stages' channels, and hold the network to the contract; `own`: its logits."""
         logits, features = self.eval()(image)
-        again = self.classifier()(features["pooled_feat"])
+        pooled = features["pooled_feat"]
+        again = self.classifier()(pooled).flatten(1)
         if not (_close(logits, own) and _close(again, own)):
             raise self.unsupported("its logits are not the classifier of its pooled features")
-        self.globally_pooled = _close(features["final_map"].mean((2, 3)), features["pooled_feat"])
+        self.globally_pooled = _close(features["final_map"].mean((2, 3)), pooled.flatten(1))
         self.stem_channels, *widths = (feat.shape[1] for feat in features["feats"])
         for width in widths:
             self.declare_stage(channels=width)

@@ -1,12 +1,18 @@
+import json
 import struct
 import sys
 import types
 
+import numpy as np
 import pytest
+import torch
 from support import write_config
 from tensorboardX.proto import event_pb2
 
 from mdistiller.cli import train as train_command
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.run import train
 
 
 def scalars(folder):
@@ -61,3 +67,19 @@ def test_wandb_gets_the_originals_names(tmp_path, monkeypatch):
     assert [step for step, _ in logged] == [1, 2]
     assert {"current lr", "train_acc", "test_acc", "test_loss"} <= set(logged[0][1])
     assert run.summary["best_acc"] == max(values["test_acc"] for _, values in logged)
+
+
+def test_text_and_tensors_that_a_hook_records_end_no_run(tmp_path):
+    class Notes(Hook):
+        def after_epoch(self, trainer, epoch, record):
+            record |= {"note": "fine", "test_loss": torch.tensor(0.5)}
+            record |= {"hits": torch.tensor([1, 2]), "parts": [1, "a"], "half": np.float32(0.5)}
+
+    train(load_config(write_config(tmp_path)), hooks=[Notes()])
+    folder = tmp_path / "out" / "toy" / "run"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    right = {"note": "fine", "hits": [1, 2], "parts": [1, "a"], "half": 0.5}
+    assert {key: last[key] for key in right} == right
+    tags = {name for name, _ in scalars(folder / "train.events")}
+    assert "half" in tags
+    assert not tags & {"note", "hits", "parts"}

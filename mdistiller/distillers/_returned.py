@@ -1,0 +1,56 @@
+"""What a user's method gives back is looked at before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mdistiller.registry import UserError
+
+
+def loss_of(method: object, loss: Any) -> Tensor:
+    """What `distill` of a method returned.
+
+    Raises:
+        UserError: it is no tensor of floating-point numbers.
+    """
+    if isinstance(loss, Tensor) and loss.is_floating_point():
+        return loss
+    raise UserError(
+        f"{type(method).__name__}.distill returned {_described(loss)}; "
+        "it must return the loss, a scalar tensor"
+    )
+
+
+def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
+    """What a training step of a method returned: its output (logits) and its loss terms.
+
+    Raises:
+        UserError: it is no such pair, or a term is no tensor of floating-point numbers.
+    """
+    where = f"{type(method).__name__}.forward_train"
+    wanted = "it must return (logits, losses), losses a dict from names to scalar tensors"
+    if not (isinstance(result, (tuple, list)) and len(result) == 2):
+        raise UserError(f"{where} returned {_described(result)}; {wanted}")
+    output, losses = result
+    if output is None or not isinstance(losses, Mapping) or not losses:
+        pair = f"({_described(output)}, {_described(losses)})"
+        raise UserError(f"{where} returned {pair}; {wanted}")
+    for name, loss in losses.items():
+        if not (isinstance(loss, Tensor) and loss.is_floating_point()):
+            raise UserError(f"{where} returned {_described(loss)} as {name!r}; {wanted}")
+    return output, dict(losses)
+
+
+def _described(value: Any) -> str:
+    """A value in a few words, without its contents."""
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (tuple, list, dict)):
+        size = f"{len(value)} item" + "s" * (len(value) != 1)
+        return f"a {type(value).__name__} of {size}"
+    return f"a value of type {type(value).__name__}"
