@@ -29,6 +29,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_fold[nearest[0]]!r}?" if nearest else ""
 
 
+def _described(item: Any) -> str:
+    """Where an entry comes from, without the address that `repr` may print."""
+    item = getattr(item, "constructor", item)
+    if not hasattr(item, "__qualname__"):
+        return f"an object of {type(item).__name__}"
+    return f"{item.__qualname__} of {item.__module__}"
+
+
 def is_builtin(item: Any) -> bool:
     """Whether a class or function is of this package, not of a user's file or fork."""
     module = getattr(item, "__module__", None) or ""
@@ -69,7 +77,9 @@ class Registry(dict[str, Any]):
         taken = self.get(name, item)
         if taken is not item:
             if is_builtin(item) or not is_builtin(taken):
-                raise UserError(f"{self.kind} {name!r} is taken by {taken!r}; choose another name")
+                raise UserError(
+                    f"{self.kind} {name!r} is taken by {_described(taken)}; choose another name"
+                )
             if not (isinstance(item, type) and issubclass(item, taken)):
                 self.config.pop(name, None)
         self[name] = item

@@ -33,3 +33,11 @@ def test_unknown_name_gets_the_nearest_and_the_known_ones():
     with pytest.raises(KeyError):  # mappings promise this type
         table["zzz"]
     assert table.get("zzz") is None
+
+
+def test_a_taken_name_prints_no_address():
+    table = Registry("thing")
+    table.add("one", lambda: 1)
+    with pytest.raises(UserError, match=r"taken by .*lambda") as raised:
+        table.add("one", lambda: 2)
+    assert "0x" not in str(raised.value)

@@ -152,6 +152,9 @@ def make_network(
         settings: further keyword arguments; `key` is what the config calls them.
     """
     facts = constructor_facts(entry, num_classes, image_size)
+    clash = sorted(facts.keys() & settings.keys())
+    if clash:
+        raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
     try:
         net = entry(**facts, **settings)
     except TypeError as error:

@@ -143,3 +143,9 @@ def test_a_network_that_keeps_the_contract_stays_as_it_is():
             return super().forward(x), {"feats": self.maps(x)}
 
     assert isinstance(build(Contract), Contract)
+
+
+def test_arguments_that_clash_are_named_without_an_address():
+    with pytest.raises(UserError, match="STUDENT_ARGS gives num_classes, which") as raised:
+        make_network(ModelEntry(Net), 5, (8, 8), {"num_classes": 3}, "DISTILLER.STUDENT_ARGS")
+    assert "0x" not in str(raised.value)
