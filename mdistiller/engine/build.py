@@ -155,13 +155,28 @@ def make_network(
     clash = sorted(facts.keys() & settings.keys())
     if clash:
         raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
+    name = getattr(entry.constructor, "__name__", "of your own")
+    missing = [
+        parameter.name
+        for parameter in inspect.signature(entry.constructor).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in {*facts, *settings}
+    ]
+    if missing:
+        raise UserError(f"network {name} needs {', '.join(missing)}: give it in {key}")
     try:
         net = entry(**facts, **settings)
     except TypeError as error:
         if not settings:
             raise
         raise UserError(f"{key} {dict(settings)}: {error}") from error
-    return as_staged(net, getattr(entry.constructor, "__name__", "of your own"), image_size)
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"the constructor of network {name} returns a {type(net).__name__}, not a module "
+            "(docs/own_backbone.md)"
+        )
+    return as_staged(net, name, image_size)
 
 
 def constructor_facts(

@@ -27,7 +27,7 @@ REFUSED = {
     ("BabyTeacher", "resnet8"): {
         "FSP": "equal widths",
         "KDSVD": "only one",
-        **dict.fromkeys(("SDD", "CATKD", "SIMKD"), "the teacher (BabyNet)"),
+        **dict.fromkeys(("SDD", "CATKD", "SIMKD", "WKD"), "the teacher (BabyNet)"),
     },
 }
 

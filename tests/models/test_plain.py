@@ -149,3 +149,13 @@ def test_arguments_that_clash_are_named_without_an_address():
     with pytest.raises(UserError, match="STUDENT_ARGS gives num_classes, which") as raised:
         make_network(ModelEntry(Net), 5, (8, 8), {"num_classes": 3}, "DISTILLER.STUDENT_ARGS")
     assert "0x" not in str(raised.value)
+
+
+def test_a_constructor_that_cannot_be_called_is_named_with_what_it_lacks():
+    with pytest.raises(UserError, match="needs depth: give it in"):
+        build(lambda num_classes, depth: Net(num_classes))
+
+
+def test_a_constructor_that_gives_no_module_is_refused():
+    with pytest.raises(UserError, match=r"returns a dict, not a module.*docs/own_backbone\.md"):
+        build(lambda num_classes: {"net": Net(num_classes)})
