@@ -25,7 +25,9 @@ def loss_of(method: object, loss: Any) -> Tensor:
 
 
 def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
-    """What a training step of a method returned: its output (logits) and its loss terms.
+    """What a training step of a method returned: its output and its loss terms.
+
+    The output is what the trainer's `measure` reads: logits, or nothing of a detector.
 
     Raises:
         UserError: it is no such pair, or a term is no tensor of floating-point numbers.
@@ -35,7 +37,7 @@ def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
     if not (isinstance(result, (tuple, list)) and len(result) == 2):
         raise UserError(f"{where} returned {_described(result)}; {wanted}")
     output, losses = result
-    if output is None or not isinstance(losses, Mapping) or not losses:
+    if not isinstance(losses, Mapping) or not losses:
         pair = f"({_described(output)}, {_described(losses)})"
         raise UserError(f"{where} returned {pair}; {wanted}")
     for name, loss in losses.items():

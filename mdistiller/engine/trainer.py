@@ -295,6 +295,11 @@ class BaseTrainer:
             inputs: what it was given.
         """
         target = inputs["target"]
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"{type(self.model).__name__}.forward_train returned no logits before its losses: "
+                "it must return (logits, losses)"
+            )
         hits = correct_counts(output, target) * (100.0 / len(target))
         return {"top1": hits[0], "top5": hits[1]}, len(target)
 

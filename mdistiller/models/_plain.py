@@ -117,15 +117,27 @@ def as_staged(net: nn.Module, name: str, image_size: Sequence[int]) -> nn.Module
     except Exception:  # which the wrapper reports
         output = None
     net.train(training)
-    return net if keeps_contract(output) else PlainNet(net, name, image_size)
+    if keeps_contract(output):
+        return net
+    try:
+        return PlainNet(net, name, image_size)
+    except UnsupportedError:
+        if not is_logits_and_mapping(output):
+            raise
+        net.train(training)
+        return net  # its logits serve the methods that read these alone
 
 
 def keeps_contract(output: Any) -> bool:
     """Whether a network's output is `(logits, features)` as methods read them."""
+    return is_logits_and_mapping(output) and "feats" in output[1]
+
+
+def is_logits_and_mapping(output: Any) -> bool:
+    """Whether a network's output is logits, and a mapping of further things, perhaps empty."""
     if not (isinstance(output, (tuple, list)) and len(output) == 2):
         return False
-    logits, features = output
-    return isinstance(logits, Tensor) and isinstance(features, Mapping) and "feats" in features
+    return isinstance(output[0], Tensor) and isinstance(output[1], Mapping)
 
 
 def logits_in(output: Any) -> Tensor | None:

@@ -159,3 +159,15 @@ def test_a_constructor_that_cannot_be_called_is_named_with_what_it_lacks():
 def test_a_constructor_that_gives_no_module_is_refused():
     with pytest.raises(UserError, match=r"returns a dict, not a module.*docs/own_backbone\.md"):
         build(lambda num_classes: {"net": Net(num_classes)})
+
+
+def test_logits_beside_an_empty_mapping_serve_as_they_are():
+    class Dot(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.fc = nn.Linear(3 * 8 * 8, num_classes)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1)), {}
+
+    assert isinstance(build(Dot), Dot)
