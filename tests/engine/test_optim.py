@@ -34,8 +34,10 @@ def test_norms_and_biases_decay_unless_told_otherwise(kind, norms):
     cfg = load_config("", words)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     own = {"params": list(net.parameters()), "weight_decay": 0.5}
-    trainer = SimpleNamespace(model=SimpleNamespace(param_groups=lambda: [own]))
-    optimizer = trainer_dict[cfg.SOLVER.TRAINER].init_optimizer(trainer, cfg)
+    trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model = SimpleNamespace(param_groups=lambda: [own])
+    optimizer = trainer.init_optimizer(cfg)
     before = [param.detach().clone() for param in net.parameters()]
     for param in net.parameters():
         param.grad = torch.zeros_like(param)

@@ -43,9 +43,12 @@ SEEN = []
 class Recorded(BaseTrainer):
     """Keeps which samples came, and settles CRD's negatives by the sample, not by the process."""
 
+    def measure(self, output, inputs):
+        SEEN.extend(inputs["index"].tolist())
+        return super().measure(output, inputs)
+
     def batch_inputs(self, data, epoch):
         inputs = super().batch_inputs(data, epoch)
-        SEEN.extend(inputs["index"].tolist())
         rows = []
         for index in inputs["index"].tolist():
             generator = torch.Generator().manual_seed(1000 * epoch + index)
