@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size
+from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size, require_maps
 from mdistiller.distillers.map_losses import fitnet_loss
 from mdistiller.registry import UserError
 
@@ -65,6 +65,7 @@ class FitNet(Distiller):
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
         size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         own, other = get_feat_shapes(student, teacher, size)
+        require_maps("feats", [*own, *other])
         layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
         self.hint_layer = layer
         self.conv_reg = ConvReg(own[layer], other[layer])

@@ -26,6 +26,7 @@ from mdistiller.distillers._common import (
     get_feat_shapes,
     pool_to,
     probe_size,
+    require_maps,
     require_positive,
 )
 from mdistiller.distillers._stages import pair_stages
@@ -94,6 +95,7 @@ class VID(Distiller):
         start = excess + math.log(-math.expm1(-excess))  # softplus(start) = excess
         size = probe_size("VID", cfg, DEFAULTS["INPUT_SIZE"], image_size)
         s_maps, t_maps = (maps[1:] for maps in get_feat_shapes(student, teacher, size))
+        require_maps("feats", [*s_maps, *t_maps])
         heights = ([shape[2] for shape in maps] for maps in (s_maps, t_maps))
         self.pairs = pair_stages(*heights)
         widths = [(s_maps[i][1], t_maps[j][1]) for i, j in self.pairs]

@@ -145,15 +145,34 @@ def missing_feature(name: str, known: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""
     return UserError(
         f"this method needs {name!r}, which the network does not return "
-        f"(it returns {', '.join(known) or 'no features'})"
+        f"(it returns {', '.join(known) or 'no features'}; docs/own_backbone.md)"
     )
 
 
 class FeatureShapes(dict[str, Any]):
-    """Name of a feature -> its shape, or the list of its shapes; what is absent is named."""
+    """Name of a feature -> its shape, or the list of its shapes; what is absent is named.
+
+    Flat features [N, D] among the stages' are refused: methods that ask for them need maps.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        shapes = super().__getitem__(name)
+        if name in ("feats", "preact_feats"):
+            require_maps(name, shapes)
+        return shapes
 
     def __missing__(self, name: str) -> Any:
         raise missing_feature(name, self)
+
+
+def require_maps(name: str, shapes: Iterable[Sequence[int]]) -> None:
+    """Refuse flat features where a method compares maps."""
+    flat = next((shape for shape in shapes if len(shape) < 3), None)
+    if flat is not None:
+        raise UserError(
+            f"this method needs maps [N, C, H, W], but the network returns {name!r} of shape "
+            f"{list(flat)} (docs/own_backbone.md)"
+        )
 
 
 @contextlib.contextmanager
@@ -204,7 +223,9 @@ def get_feat_shapes(
     student: nn.Module, teacher: nn.Module, input_size: Sequence[int]
 ) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of the `feats` of both networks for one image of `input_size` (height, width)."""
-    return probe(student, input_size)["feats"], probe(teacher, input_size)["feats"]
+    shapes = [probe(net, input_size) for net in (student, teacher)]
+    first, second = (found.get("feats") or found["feats"] for found in shapes)
+    return first, second
 
 
 def settle(key: str, value: Any, default: Any, found: Any) -> Any:

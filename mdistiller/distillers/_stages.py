@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers._base import Output
-from mdistiller.distillers._common import require_one_of
+from mdistiller.distillers._common import require_maps, require_one_of
 from mdistiller.registry import UserError
 
 FORMS = ("sum", "mean")
@@ -70,6 +70,7 @@ def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[
         Two equally long lists of maps [N, C, H, W] in full precision, stem excluded.
     """
     own, other = student["feats"][1:], teacher["feats"][1:]
+    require_maps("feats", [stage.shape for stage in (*own, *other)])
     pairs = pair_stages([f.shape[2] for f in own], [f.shape[2] for f in other])
     return [own[i] for i, _ in pairs], [other[j] for _, j in pairs]
 

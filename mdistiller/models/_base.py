@@ -235,7 +235,7 @@ class ModelEntry(NamedTuple):
             name = self.constructor.__name__
             if self.checkpoint is None:
                 raise UserError(f"{name} has no released weights; name a checkpoint of your own")
-            classes = kwargs.get("num_classes", net.classifier().weight.shape[0])
+            classes = kwargs.get("num_classes") or net.classifier().weight.shape[0]
             path = self.released(None if new_head else classes)
             if path is None:
                 raise UserError(
@@ -283,7 +283,14 @@ class ModelEntry(NamedTuple):
 
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""
-        return inspect.signature(self.constructor).parameters["num_classes"].default
+        known = inspect.signature(self.constructor).parameters.get("num_classes")
+        if known is None or known.default is known.empty:
+            name = getattr(self.constructor, "__name__", type(self.constructor).__name__)
+            raise UserError(
+                f"the checkpoint of {name} is for a number of classes that its constructor does "
+                "not state: give it num_classes=..., with a default (docs/own_backbone.md)"
+            )
+        return int(known.default)
 
     def released(self, num_classes: int | None = None, fetch: bool = True) -> Path | None:
         """The file of the released weights; None if it is not there.

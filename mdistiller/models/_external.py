@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ MOST_WITHOUT_STEM = 4
 """Of more stages than this the first counts as the stem."""
 
 
-_FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError)
+FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError)
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -68,7 +68,7 @@ class ExternalNet(StagedNet):
                 logits = self.logits_of(net.eval(), image)
             except UserError:
                 raise
-            except _FAILURES as error:
+            except FAILURES as error:
                 size, reason = f"{image_size[1]}x{image_size[0]}", first_line(error)
                 raise UserError(f"{name} does not run on {size} images: {reason}") from error
             try:
@@ -76,11 +76,10 @@ class ExternalNet(StagedNet):
                 self._declare(image, logits)
             except UserError:
                 raise
-            except _FAILURES as error:
+            except FAILURES as error:
                 reason = f"its features cannot be read ({first_line(error)})"
                 raise self.unsupported(reason) from error
-        self.register_state_dict_post_hook(_unwrap_keys)
-        self.register_load_state_dict_pre_hook(_wrap_keys)
+        share_state(self)
 
     def logits_of(self, net: nn.Module, image: Tensor) -> Tensor:
         """What the network, as it was given, says of an image: [N, classes]."""
@@ -120,6 +119,16 @@ class ExternalNet(StagedNet):
         for width in widths:
             self.declare_stage(channels=width)
         self.train()
+
+    def add_neck(self, hidden: int, outputs: int, size: tuple[int, int]) -> None:
+        """Refused: the wrapped network computes its logits itself."""
+        raise UnsupportedError(
+            f"{self.name} cannot get another head, as this method gives its student: choose a "
+            "network of the zoo, or one that derives from StagedNet (docs/own_backbone.md)"
+        )
+
+    def accept_neck(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing: no file of such a network has a neck."""
 
     def unsupported(self, reason: str) -> UnsupportedError:
         """The error for a network that does not fit the contract."""
@@ -201,6 +210,12 @@ def _keep_input(layer: Any, inputs: Any) -> None:
 def first_line(error: Exception) -> str:
     """An error's text, cut to a line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def share_state(wrapper: nn.Module) -> None:
+    """Give a wrapper the state dict of what it has as `net`."""
+    wrapper.register_state_dict_post_hook(_unwrap_keys)
+    wrapper.register_load_state_dict_pre_hook(_wrap_keys)
 
 
 def _unwrap_keys(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

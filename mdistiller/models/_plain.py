@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 from mdistiller.models._base import StagedNet, UnsupportedError
 from mdistiller.models._external import (
+    FAILURES,
     MOST_WITHOUT_STEM,
     Collected,
     ExternalNet,
+    first_line,
     keep_input,
     keep_output,
+    share_state,
     stage_indices,
     take,
 )
 from mdistiller.models._torchvision import try_maps
+from mdistiller.registry import UserError
 
 
 class PlainNet(ExternalNet):
@@ -102,8 +106,65 @@ class PlainNet(ExternalNet):
         )
 
 
+class LogitsNet(nn.Module):
+    """A network without maps, wrapped: `(logits, {})` for the methods that read logits alone.
+
+    The state dict is that of the wrapped network.
+
+    Raises:
+        UserError: it does not run on images of `image_size` (height, width), or gives no logits.
+    """
+
+    def __init__(self, net: nn.Module, name: str, image_size: Sequence[int]):
+        super().__init__()
+        self.net, self.name = net, name
+        training = net.training
+        with torch.no_grad():
+            try:
+                output = net.eval()(torch.zeros(1, 3, *image_size))
+            except FAILURES as error:
+                size, reason = f"{image_size[1]}x{image_size[0]}", first_line(error)
+                raise UserError(f"{name} does not run on {size} images: {reason}") from error
+        net.train(training)
+        logits = logits_in(output)
+        if logits is None or logits.ndim != 2:
+            raise UnsupportedError(
+                f"network {name} cannot be used: it returns no logits [N, classes]; "
+                "docs/own_backbone.md shows what a network has to return"
+            )
+        share_state(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+        """Logits [N, classes], and no features."""
+        return logits_in(self.net(x)), {}
+
+
+def has_maps(net: nn.Module, image_size: Sequence[int]) -> bool:
+    """Whether a layer of a network gives a map of more than one position; leaves it as it was.
+
+    True as well where that cannot be tried.
+    """
+    seen: list[bool] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(is_map(output)))
+        for name, layer in net.named_modules()
+        if name
+    ]
+    training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, *image_size))
+    except FAILURES:
+        return True
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+    return any(seen)
+
+
 def as_staged(net: nn.Module, name: str, image_size: Sequence[int]) -> nn.Module:
-    """`net` itself if it keeps the contract `(logits, {"feats": ...})`, else wrapped.
+    """`net` itself if it returns `(logits, {...})` by itself, else wrapped.
 
     Raises:
         UserError: it does not run on such images, or cannot be wrapped.
@@ -119,18 +180,14 @@ def as_staged(net: nn.Module, name: str, image_size: Sequence[int]) -> nn.Module
     net.train(training)
     if keeps_contract(output):
         return net
-    try:
+    if has_maps(net, image_size):
         return PlainNet(net, name, image_size)
-    except UnsupportedError:
-        if not is_logits_and_mapping(output):
-            raise
-        net.train(training)
-        return net  # its logits serve the methods that read these alone
+    return net if is_logits_and_mapping(output) else LogitsNet(net, name, image_size)
 
 
 def keeps_contract(output: Any) -> bool:
     """Whether a network's output is `(logits, features)` as methods read them."""
-    return is_logits_and_mapping(output) and "feats" in output[1]
+    return is_logits_and_mapping(output) and not {"feats", "pooled_feat"}.isdisjoint(output[1])
 
 
 def is_logits_and_mapping(output: Any) -> bool:

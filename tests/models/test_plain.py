@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.build import check_input, make_network
+from mdistiller.engine.cfg import default_config
 from mdistiller.models import ModelEntry
 from mdistiller.models._plain import PlainNet
 from mdistiller.registry import UserError
@@ -129,7 +131,7 @@ def test_a_network_of_other_classes_is_refused():
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Flat, "gives maps"), (Normed, "output of a linear"), (lambda: nn.Conv2d(3, 5, 3), "logits")],
+    [(Normed, "output of a linear"), (lambda: nn.Conv2d(3, 5, 3), "logits")],
 )
 def test_what_cannot_be_wrapped_is_one_line_that_names_the_page(kind, reason):
     with pytest.raises(UserError, match=rf"{reason}.*docs/own_backbone\.md") as raised:
@@ -161,13 +163,47 @@ def test_a_constructor_that_gives_no_module_is_refused():
         build(lambda num_classes: {"net": Net(num_classes)})
 
 
-def test_logits_beside_an_empty_mapping_serve_as_they_are():
-    class Dot(nn.Module):
-        def __init__(self, num_classes):
-            super().__init__()
-            self.fc = nn.Linear(3 * 8 * 8, num_classes)
+def test_a_network_without_maps_serves_methods_that_read_logits():
+    net = build(Flat)
+    logits, features = net(torch.rand(2, 3, 8, 8))
+    assert logits.shape == (2, 5)
+    assert features == {}
+    assert list(net.state_dict()) == ["1.weight", "1.bias", "3.weight", "3.bias"]
+    net.load_state_dict(Flat().state_dict())
 
+
+def test_logits_beside_an_empty_mapping_stay_as_they_are():
+    class Dot(Flat):
         def forward(self, x):
-            return self.fc(x.flatten(1)), {}
+            return super().forward(x), {}
 
     assert isinstance(build(Dot), Dot)
+
+
+class FlatFeatures(Flat):
+    """Its features are rows, not maps."""
+
+    def forward(self, x):
+        hidden = self[2](self[1](self[0](x)))
+        return self[3](hidden), {"feats": [hidden, hidden], "pooled_feat": hidden}
+
+
+def test_every_method_runs_on_networks_without_maps_or_says_in_a_line_what_they_lack():
+    refused, lines = set(), []
+    for make in (Flat, FlatFeatures):
+        for method in distiller_dict:
+            student, teacher = build(make), build(make)
+            batch = {"target": torch.tensor([0, 1, 2, 3]), "index": torch.arange(4), "epoch": 1}
+            image = torch.rand(4, 3, 8, 8)
+            try:
+                distiller = get_distiller(method).build(
+                    student, teacher, default_config(), 9, (8, 8), torch.arange(9) % 5
+                )
+                image = (image, image) if distiller.two_views else image
+                distiller.train()(image=image, **batch)
+            except UserError as error:
+                refused.add((make.__name__, method))
+                lines.append(str(error))
+    assert not any("\n" in line for line in lines)
+    assert {("Flat", "FITNET"), ("FlatFeatures", "AT"), ("FlatFeatures", "SIMKD")} <= refused
+    assert not {("Flat", name) for name in ("NONE", "KD", "DKD", "DIST", "RLD")} & refused
