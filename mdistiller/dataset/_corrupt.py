@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mdistiller.dataset._folder import FileSet
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, local_rank
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller.dataset._base import DataSource, ImageSet, Options, Split
-from mdistiller.dataset._folder import FileSet, FileSource, decoded_gigabytes
+from mdistiller.dataset._file_set import FileSet
+from mdistiller.dataset._folder import FileSource, decoded_gigabytes
 from mdistiller.dataset.augment import Identity
 from mdistiller.dataset.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.resized_crop import ResizedCropFlip

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mdistiller.dataset._base import DataSource, ImageSet, Options, Split
+from mdistiller.dataset._corrupt import drop_corrupt
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
@@ -31,52 +32,6 @@ _SIGNATURES = (
 _CHUNK = 64  # files that a thread decodes at a time
 
 
-@dataclass
-class FileSet:
-    """A split as files, read when they are needed.
-
-    Attributes:
-        folder: where they are.
-        names: their paths below it, as an array of bytes: worker processes share it.
-        targets: class indices, int64, [N].
-        classes: class names.
-        upright: turn images as their EXIF orientation says.
-        scale_16_bit: bring grey images of 16 bits to 8.
-    """
-
-    folder: Path
-    names: np.ndarray
-    targets: Tensor
-    classes: list[str]
-    upright: bool = True
-    scale_16_bit: bool = False
-
-    @classmethod
-    def of(
-        cls, folder: Path, names: Iterable[str], targets: Sequence[int], classes: Sequence[str]
-    ) -> FileSet:
-        """The set of the files `names` below `folder`."""
-        encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        return cls(folder, encoded, torch.tensor(targets), list(classes))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> Path:
-        """The file at a position."""
-        return self.folder / os.fsdecode(self.names[index])
-
-    def image(self, index: int) -> Tensor:
-        """The image at a position: uint8, [3, H, W], of any size."""
-        from mdistiller.dataset._images import read_image
-
-        return read_image(self.path(index), self.upright, self.scale_16_bit)
-
-    def select(self, indices: Tensor) -> FileSet:
-        """The files at `indices` (int64, [M]), as a set of their own."""
-        return replace(self, names=self.names[indices.numpy()], targets=self.targets[indices])
-
-
 class FileSource(DataSource):
     """Base of data sets that are files of images: `files` lists a split, without reading it."""
 
@@ -91,8 +46,6 @@ class FileSource(DataSource):
         )
         if not options.skip_corrupt:
             return files
-        from mdistiller.dataset._corrupt import drop_corrupt
-
         return drop_corrupt(files, options.workers)
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mdistiller.dataset._base import ImageSet
-from mdistiller.dataset._folder import FileSet
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.dataset._view import TestView, TrainView
 from mdistiller.dataset.loader import Epoch, EvalLoader, TrainLoader
 from mdistiller.registry import UserError

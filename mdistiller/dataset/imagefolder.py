@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 from mdistiller.dataset._base import DATASETS, Split, same_classes
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.dataset._folder import (
-    FileSet,
     FileSource,
     class_folders,
     list_class_folders,

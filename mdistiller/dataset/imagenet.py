@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdistiller.dataset._base import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Split, same_classes
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.dataset._folder import (
-    FileSet,
     FileSource,
     class_folders,
     is_image,

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mdistiller.dataset._base import DATASETS, Split, same_classes
-from mdistiller.dataset._folder import FileSet, FileSource, class_folders, list_class_folders
+from mdistiller.dataset._file_set import FileSet
+from mdistiller.dataset._folder import FileSource, class_folders, list_class_folders
 from mdistiller.files import Limits, move_in, unpacked
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine

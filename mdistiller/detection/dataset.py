@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset._corrupt import corrupt
-from mdistiller.dataset._folder import FileSet
+from mdistiller.dataset._file_set import FileSet
 from mdistiller.dataset._images import read_image, resize
 from mdistiller.detection.annotations import read_annotations
 from mdistiller.detection.labels import COCO91, label_of
