@@ -42,16 +42,15 @@ def roughen(net, change):
     return net.register_forward_hook(lambda module, args, output: everywhere(output))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("teacher_too", [True, False], ids=["both", "student"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_stays_finite(method, kind, teacher_too, dtype):
+def test_a_step_stays_finite(method, kind):
+    """Under bf16 autocast; losses alone are tried in float32, each in its method's file."""
     distiller = build(method).train()
     roughen(distiller.student, KINDS[kind])
-    if teacher_too and distiller.teacher is not None:
+    if distiller.teacher is not None:
         roughen(distiller.teacher, KINDS[kind])
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         _, losses = distiller(**items(distiller))
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
     sum(losses.values()).backward()
