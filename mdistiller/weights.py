@@ -40,7 +40,8 @@ GATHERING = (
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 )
 """The conversion of a sharded checkpoint."""
-_FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
+FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
+"""What the weights of a network for other classes are good for."""
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -366,12 +367,12 @@ def load_network(
     if num_classes and differ and set(differ) <= set(head):
         raise UserError(
             f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
-            f"but {num_classes} are wanted; {_FEATURES_ONLY}"
+            f"but {num_classes} are wanted; {FEATURES_ONLY}"
         )
     if differ and hasattr(net, "classifier") and set(differ) == set(head_state(net)):
         raise UserError(
             f"checkpoint {path} has no classifier of {name} ({', '.join(differ)} are missing); "
-            f"{_FEATURES_ONLY}"
+            f"{FEATURES_ONLY}"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
     return stated(contents, path)

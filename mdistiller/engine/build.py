@@ -133,7 +133,7 @@ def build_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
         if not getattr(net, "untrained_head", False):
-            match_classes(cfg, net, weights, stated, data)
+            match_classes(cfg, net, weights, stated, data, any_head)
     own = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
     if weights and own and states_nothing(entry, weights, stated) and rank() == 0:

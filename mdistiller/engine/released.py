@@ -150,8 +150,17 @@ def states_nothing(
 
 
 def in_run_folder(weights: str | Path) -> bool:
-    """Whether weights are a file that a run here has left."""
-    return weights != PRETRAINED and (Path(weights).parent / "config.yaml").is_file()
+    """Whether weights are a file that a run here has left: beside a config of this library.
+
+    Other trainers (with Hydra, say) leave a `config.yaml` as well.
+    """
+    if weights == PRETRAINED:
+        return False
+    try:
+        text = (Path(weights).parent / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.startswith("DISTILLER:") for line in text.splitlines())
 
 
 def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) -> str:

@@ -24,7 +24,7 @@ from mdistiller.engine.run_folder import (
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
-from mdistiller.weights import recorded_facts
+from mdistiller.weights import recorded_facts, split_key
 
 Overrides = Sequence[str]
 
@@ -114,7 +114,7 @@ def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
     """
     said = read_record(folder).get("teacher")
     weights: Any = said if said == PRETRAINED else None
-    if weights is None and isinstance(said, str) and (folder / said).is_file():
+    if weights is None and isinstance(said, str) and split_key(folder / said)[0].is_file():
         weights = (folder / said).resolve()
     if weights is None:
         weights = find_teacher(cfg, data)
