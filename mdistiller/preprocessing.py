@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 RESIZE = ("crop", "stretch", "pad")
@@ -70,7 +70,8 @@ NOTHING_STATED = Preprocessing()
 def read_preprocessing(entry: Any) -> Preprocessing | None:
     """What a checkpoint records of its images' size, resizing and interpolation; None if nothing.
 
-    Mean and std are left empty: the checkpoint's "norm" has them.
+    Mean and std are left empty: the checkpoint's "norm" has them. So is a bilinear interpolation:
+    the default is one, and pixels then are those of training to the bit.
 
     Args:
         entry: a mapping of the fields of :class:`Preprocessing`, or anything else.
@@ -95,4 +96,4 @@ def read_preprocessing(entry: Any) -> Preprocessing | None:
         or found.image_size < 0
     ):
         raise ValueError(found.describe())
-    return found
+    return replace(found, interpolation="") if found.interpolation == "bilinear" else found

@@ -72,8 +72,9 @@ def choose_preprocessing(
     if not isinstance(source, FileSource):  # arrays, which workers may enlarge
         return _kept_without_size(_over(keys, Preprocessing(resize="stretch")))
     whole = Preprocessing(resize="crop", crop_pct=1.0)
-    if keys.resize and keys.image_size and own is None:
-        return _over(keys, whole if keys.resize == "crop" else Preprocessing())
+    decided = keys.resize and keys.image_size and (keys.resize != "crop" or keys.crop_pct)
+    if decided and own is None:
+        return keys
     shapes = read_shapes(source, root, node["EXIF"])
     usual = whole if shapes.square else Preprocessing(resize="crop")
     if own is None or not _counts(own, shapes):

@@ -141,3 +141,33 @@ def test_a_record_that_cannot_be_meant_is_one_line(photographs, run, tmp_path, c
 
 def test_other_programs_entries_are_no_record():
     assert read_preprocessing(None) is read_preprocessing("crop") is None
+
+
+def test_a_run_of_an_earlier_version_is_looked_at_and_continued_as_it_was(
+    photographs, tmp_path, capsys
+):
+    """Before DATASET.RESIZE was a key photographs were stretched, by EXIF unturned."""
+    words = ["--cfg", str(write_config(tmp_path, epochs=1)), *data_of(photographs)]
+    words += ["DATASET.IMAGE_SIZE", "40"]
+    older = ["DATASET.RESIZE", "stretch", "DATASET.EXIF", "False"]
+    assert train_command.main([*words, *NAMED, *older]) == 0
+    run = tmp_path / "out" / "toy" / "older"
+    wanted = loss(tmp_path, run, "--checkpoint", "latest")
+    trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]
+    assert wanted == pytest.approx(trained, rel=1e-6)  # bilinear by torchvision, not by Pillow
+    config = (run / "config.yaml").read_text().splitlines()
+    kept = [line for line in config if line.split(":")[0].strip() not in ("RESIZE", "EXIF")]
+    (run / "config.yaml").write_text("\n".join([*kept, ""]))
+    for name in ("student_latest", "student_best"):
+        contents = load_checkpoint(run / name)
+        torch.save({key: contents[key] for key in ("model", "norm")}, run / name)
+    (run / "checkpoints.json").unlink()
+    assert loss(tmp_path, run, "--checkpoint", "latest") == pytest.approx(wanted, rel=1e-5)
+    capsys.readouterr()
+    more = [*words, *NAMED, "--resume"]
+    assert train_command.main(more) == 2
+    assert "set DATASET.RESIZE stretch and DATASET.EXIF False" in capsys.readouterr().err
+    assert train_command.main([*more, *older]) == 0
+
+
+NAMED = ["EXPERIMENT.NAME", "older"]
