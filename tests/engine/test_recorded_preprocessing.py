@@ -97,6 +97,23 @@ def test_a_teacher_sees_what_its_file_records(photographs, run, tmp_path):
     assert measure_teacher(distiller, data, loader) == pytest.approx(recorded, abs=1e-4)
 
 
+def test_a_runs_teacher_is_checked_unless_an_earlier_version_measured_it(
+    photographs, run, tmp_path, capsys
+):
+    file = shutil.copy(run / "student_latest", tmp_path / "teacher.pth")
+    words = write_config(tmp_path, method="KD", epochs=1, TEACHER="resnet8", TEACHER_CKPT=str(file))
+    words = ["--cfg", str(words), *data_of(photographs), *HOW[:2], "EXPERIMENT.NAME", "kd"]
+    assert train_command.main(words) == 0
+    kd = tmp_path / "out" / "toy" / "kd"
+    record = json.loads((kd / "run.json").read_text())
+    record["teacher_acc"] -= 50
+    for code in (2, 0):
+        (kd / "run.json").write_text(json.dumps(record))
+        assert eval_command.main([str(kd), "DEVICE", "cpu"]) == code
+        record["data"].pop("preprocessing", None)
+        assert ("when it taught" in capsys.readouterr().err) == bool(code)
+
+
 def test_an_export_without_the_data_takes_size_and_resizing_of_the_file(run, tmp_path):
     file = shutil.copy(run / "student_latest", tmp_path / "moved.pth")
     words = ["-m", "resnet8", "-c", str(file), "--num-classes", "2", "--out", str(tmp_path / "e")]
