@@ -44,6 +44,7 @@ from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
 from mdistiller.models._plain import as_staged
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import first_on_machine, project_root, rank
 from mdistiller.weights import load_network, recorded_facts, split_key
@@ -137,6 +138,8 @@ def build_network(
     own = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
     if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+        if data.preprocessing.resize == "keep":
+            own = Preprocessing(own.mean, own.std)
         print(log_msg(taken_line(name, role, own, weights)), flush=True)
     return net
 

@@ -168,9 +168,11 @@ def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) ->
 
     Args:
         name: of the network in its library.
+        own: what is taken; mean and std alone where images keep their size.
     """
+    keys = ", and for evaluation DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT"
     return (
         f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
-        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM, and for evaluation "
-        "DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT)"
+        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM"
+        f"{keys if own.resize else ''})"
     )

@@ -156,12 +156,15 @@ def test_a_teacher_has_its_librarys_accuracy_and_constants(photographs, files, t
     assert "of 128 pixels, but its library evaluates it at 160" in capsys.readouterr().out
 
 
-def test_small_square_sets_need_no_second_loader(files, tmp_path):
+def test_small_square_sets_need_no_second_loader(files, tmp_path, capsys):
     file = tmp_path / "ten.pth"
     torch.save(timm.create_model(NET, num_classes=10).state_dict(), file)
     cfg, data, distiller = teacher(tmp_path, file)
     assert input_norm(distiller.teacher) == [[0.5] * 3] * 2
     assert teacher_test_loader(cfg, data, CPU, file) is None
+    said = capsys.readouterr().out
+    assert f"for timm/{NET}: mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5] (to" in said
+    assert "160 pixels" not in said  # what is not taken is not named
 
 
 @pytest.mark.parametrize(
