@@ -122,6 +122,13 @@ def test_an_export_without_the_data_takes_size_and_resizing_of_the_file(run, tmp
     assert "both sides are resized to 40 pixels (nearest, antialiased)" in card
 
 
+def test_a_file_of_ours_needs_no_training_images_for_its_constants(photographs, run, tmp_path):
+    file = shutil.copy(run / "student_latest", tmp_path / "moved.pth")
+    shutil.copytree(photographs / "val", tmp_path / "data" / "val")
+    found = loss(tmp_path, "-m", "resnet8", "-c", file, *data_of(tmp_path / "data"))
+    assert found == pytest.approx(loss(tmp_path, run, "--checkpoint", "latest"), rel=1e-5)
+
+
 def test_small_images_are_enlarged_as_in_training(run, tmp_path):
     """A library's input size does not count for them; one that a file records does."""
     root = image_folder(tmp_path / "small", ("a", "b"))
