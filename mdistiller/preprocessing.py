@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 RESIZE = ("crop", "stretch", "pad")
 """Ways to bring an image of any shape to a square.
@@ -27,6 +29,8 @@ class Preprocessing:
         crop_pct: image_size as a part of the side that an image is resized to. 0 for crop is 7/8
             with the resized side rounded to the nearest pixel (256 for 224); 0 for others is 1.
         interpolation: one of INTERPOLATION, always antialiased.
+        recorded: whether a checkpoint states it. Then it also counts for square images that are
+            smaller than `image_size`.
     """
 
     mean: tuple[float, ...] = ()
@@ -35,6 +39,7 @@ class Preprocessing:
     resize: str = ""
     crop_pct: float = 0.0
     interpolation: str = ""
+    recorded: bool = False
 
     def resized_side(self, side: int) -> int:
         """The side in pixels before the middle `side` pixels are cut out; rounds as timm does."""
@@ -60,3 +65,35 @@ class Preprocessing:
 
 NOTHING_STATED = Preprocessing()
 """All is left to the data's."""
+
+
+def read_preprocessing(entry: Any) -> Preprocessing | None:
+    """What a checkpoint records of its images' size, resizing and interpolation; None if nothing.
+
+    Mean and std are left empty: the checkpoint's "norm" has them. So is a bilinear interpolation:
+    the default is one, and pixels then are those of training to the bit.
+
+    Args:
+        entry: a mapping of the fields of :class:`Preprocessing`, or anything else.
+
+    Raises:
+        ValueError: a field has a value that cannot be meant.
+    """
+    if not isinstance(entry, Mapping):
+        return None
+    names = ("image_size", "resize", "crop_pct", "interpolation")
+    given = {name: entry[name] for name in names if name in entry}
+    kinds = {field.name: type(field.default) for field in fields(Preprocessing)}
+    for name, value in given.items():
+        wanted = (int, float) if kinds[name] is float else kinds[name]
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{name} {value!r}")
+    found = Preprocessing(**given, recorded=True)
+    if (
+        found.resize not in ("", "keep", *RESIZE)
+        or found.interpolation not in ("", *INTERPOLATION)
+        or not (found.crop_pct == 0 or 0.1 <= found.crop_pct <= 2)
+        or found.image_size < 0
+    ):
+        raise ValueError(found.describe())
+    return replace(found, interpolation="") if found.interpolation == "bilinear" else found

@@ -40,7 +40,8 @@ GATHERING = (
     "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 )
 """The conversion of a sharded checkpoint."""
-_FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
+FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
+"""What the weights of a network for other classes are good for."""
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -56,7 +57,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
 
     Files of the original library, which hold numpy scalars, are read as well. A safetensors file
     gives `{"model": state}`, and with it "norm" if its metadata say `mean` and `std`, and "data" if
-    they say `classes`.
+    they say `classes` or `preprocessing`.
 
     Raises:
         UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
@@ -150,8 +151,9 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {"model": state}
     if {"mean", "std"} <= facts.keys():
         contents["norm"] = [_json_or_text(facts[key]) for key in ("mean", "std")]
-    if "classes" in facts:
-        contents["data"] = {"classes": _json_or_text(facts["classes"])}
+    data = {key: _json_or_text(facts[key]) for key in ("classes", "preprocessing") if key in facts}
+    if data:
+        contents["data"] = data
     return contents
 
 
@@ -365,22 +367,28 @@ def load_network(
     if num_classes and differ and set(differ) <= set(head):
         raise UserError(
             f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
-            f"but {num_classes} are wanted; {_FEATURES_ONLY}"
+            f"but {num_classes} are wanted; {FEATURES_ONLY}"
         )
     if differ and hasattr(net, "classifier") and set(differ) == set(head_state(net)):
         raise UserError(
             f"checkpoint {path} has no classifier of {name} ({', '.join(differ)} are missing); "
-            f"{_FEATURES_ONLY}"
+            f"{FEATURES_ONLY}"
         )
     load_state(net, state, f"checkpoint {path} and network {name}")
-    return _stated(contents)
+    return stated(contents, path)
 
 
-def recorded_norm(path: str | os.PathLike[str]) -> Any:
-    """What a checkpoint file records of its images' normalisation: [mean, std], or None."""
-    return _stated(load_checkpoint(path))["norm"]
+def recorded_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint file records beside weights, as :func:`load_network` returns it."""
+    return stated(load_checkpoint(path), path)
 
 
-def _stated(contents: Any) -> dict[str, Any]:
+def stated(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the contents of a file say beside weights, see :func:`load_network`.
+
+    They say it of "model", in a checkpoint of a run of its student: not of another network there
+    that FILE:KEY names.
+    """
     recorded = isinstance(contents, Mapping) and "model" in contents
+    recorded = recorded and split_key(path)[1].rpartition(".")[2] in ("", "model", "student")
     return {key: contents.get(key) if recorded else None for key in ("norm", "data")}

@@ -232,8 +232,12 @@ def converted(path, tmp_path):
             lambda path: torch.save({"state_dict": STATE, "log": SimpleNamespace(a=1)}, path),
             r"more than weights .*SimpleNamespace",
         ),
+        (
+            lambda path: torch.save({"params": {k: v.numpy() for k, v in STATE.items()}}, path),
+            r"more than weights .*multiarray\._reconstruct",
+        ),
     ],
-    ids=["TorchScript", "DTensors", "AveragedModel", "objects beside"],
+    ids=["TorchScript", "DTensors", "AveragedModel", "objects beside", "arrays"],
 )
 def test_what_is_refused_is_converted(tmp_path, write, line):
     write(str(tmp_path / "file"))

@@ -1,8 +1,8 @@
 """The part of convert_checkpoint that touches the file: a program of its own, `IN OUT shells|run`.
 
 With `shells`, every class or function that the file names, but for torch's own ways to make a
-tensor, is replaced by an empty shell: nothing of the file can run. With `run` it is unpickled as it
-is. Imports nothing of the package: it is started apart from it.
+tensor and numpy's to make an array, is replaced by an empty shell: nothing of the file can run.
+With `run` it is unpickled as it is. Imports nothing of the package: it is started apart from it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,25 @@ import numpy as np
 import torch
 
 _SCALAR = np.float64(0).__reduce__()[0]
+_ARRAY = np.zeros(1).__reduce__()[0]
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """How old pickle protocols keep bytes; other encodings are nothing that numpy writes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(encoding)
+    return text.encode(encoding)
+
+
 _REAL: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encoded,
     ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _ARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
     ("numpy.core.multiarray", "scalar"): _SCALAR,
     ("numpy._core.multiarray", "scalar"): _SCALAR,
     ("torch", "device"): torch.device,
@@ -177,6 +191,10 @@ def plain(value: Any, depth: int = 0) -> Any:
         return None
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "bif" or value.dtype.itemsize > 8:  # not all others are torch's
+            return None
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, numbers.Number, str)):

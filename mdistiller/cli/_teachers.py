@@ -43,8 +43,11 @@ def own_teachers(
     recorded: dict[Path, float] = {}
     try:
         for source, accuracies in run_teachers(runs, test):
-            teachers |= dict.fromkeys(accuracies, load_beside(source, cfg, test, device))
-            recorded |= {run: acc for run, acc in accuracies.items() if acc is not None}
+            teacher = load_beside(source, cfg, test, device)
+            teachers |= dict.fromkeys(accuracies, teacher)
+            # Runs of earlier versions measured it on images prepared for the student.
+            comparable = {run for run in accuracies if not teacher.loader or _states_it(run)}
+            recorded |= {r: a for r, a in accuracies.items() if a is not None and r in comparable}
     except UserError as error:
         if name:
             raise
@@ -53,6 +56,13 @@ def own_teachers(
     if len(distinct(teachers.values())) == 1:
         return [next(iter(teachers.values()))] * len(sources), recorded
     return [teachers.get(s.run) if s.run is not None else None for s in sources], recorded
+
+
+def _states_it(run: Path) -> bool:
+    """Whether a run records how its images were prepared."""
+    from mdistiller.engine.record import read_record
+
+    return "preprocessing" in (read_record(run).get("data") or {})
 
 
 def distinct(teachers: Iterable[Subject | None]) -> list[Subject]:

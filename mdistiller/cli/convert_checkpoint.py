@@ -49,13 +49,14 @@ def convert(args: argparse.Namespace) -> None:
     """Write the weights, and the plain values beside them, to a new file."""
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")
-    from mdistiller.weights import network_state, split_key
+    from mdistiller.weights import network_state, split_key, stated
 
     contents = _as_it_is(args.file)
     if contents is not None:
         state = network_state(contents, args.file)
         if split_key(args.file)[1]:
-            _write({"model": state}, args.out)
+            facts = {k: v for k, v in stated(contents, args.file).items() if v is not None}
+            _write({"model": state, **facts}, args.out)
             print(f"{args.out}: {len(state)} tensors of {args.file}")
             return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
@@ -131,7 +132,8 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
         return None
     state = network_state(contents, path)
     beside = contents if "model" in contents else {}
-    return {**{k: v for k, v in beside.items() if not isinstance(v, Mapping)}, "model": state}
+    kept = {k: v for k, v in beside.items() if k == "data" or not isinstance(v, Mapping)}
+    return {**kept, "model": state}
 
 
 def _write(found: dict[str, Any], out: Path) -> None:

@@ -49,7 +49,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-classes", type=int, help="with -m: spares reading the data set to learn it"
     )
-    parser.add_argument("--image-size", type=int, help="side in pixels (default: the zoo's)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="side in pixels (default: what the file records, else the zoo's)",
+    )
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
     parser.add_argument(
         "--formats", nargs="+", default=["safetensors", "onnx", "torch"], metavar="FORMAT"
@@ -78,7 +82,7 @@ def find_student(args: argparse.Namespace) -> Student:
     """The student of the run or file that the arguments name."""
     from mdistiller.dataset import known_data
     from mdistiller.engine.cfg import load_config
-    from mdistiller.export import from_checkpoint, from_run
+    from mdistiller.export import from_checkpoint, from_run, recorded_side
 
     if not args.model:
         if not args.opts:
@@ -96,8 +100,10 @@ def find_student(args: argparse.Namespace) -> Student:
     if args.num_classes is None and not named:
         raise UserError("-m needs -d, the data set it was trained on, or --num-classes")
     known = known_data(cfg)
-    side = known.side or SIZES[known.zoo] if args.image_size is None else args.image_size
-    return from_checkpoint(cfg, args.model, args.ckpt, args.num_classes, side, named)
+    side = args.image_size
+    if side is None and args.num_classes is not None:
+        side = known.side or recorded_side(cfg, args.model, args.ckpt) or SIZES[known.zoo]
+    return from_checkpoint(cfg, args.model, args.ckpt, args.num_classes, side or 0, named)
 
 
 _WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")

@@ -54,11 +54,12 @@ def choose_preprocessing(
 
     Args:
         node: `DATASET`.
-        own: that of the network to be evaluated. It does not count for square images that are
-            smaller than its input, CIFAR's for instance.
+        own: that of the network to be evaluated. A library's does not count for square images that
+            are smaller than its input, CIFAR's for instance.
     """
-    if own is not None and not own.resize:  # it has a mean and a std only
-        own = None
+    if own is not None and own.resize in ("", "keep"):  # of a size at most
+        side = own.image_size if own.recorded else 0
+        own = Preprocessing(image_size=side, recorded=True) if side else None
     keys = Preprocessing(
         image_size=node["IMAGE_SIZE"],
         resize="" if node["RESIZE"] == "auto" else node["RESIZE"],
@@ -71,13 +72,22 @@ def choose_preprocessing(
     if not isinstance(source, FileSource):  # arrays, which workers may enlarge
         return _kept_without_size(_over(keys, Preprocessing(resize="stretch")))
     whole = Preprocessing(resize="crop", crop_pct=1.0)
-    if keys.resize and keys.image_size and own is None:
-        return _over(keys, whole if keys.resize == "crop" else Preprocessing())
+    decided = keys.resize and keys.image_size and (keys.resize != "crop" or keys.crop_pct)
+    if decided and own is None:
+        return keys
     shapes = read_shapes(source, root, node["EXIF"])
-    if own is not None and not (shapes.square and shapes.shortest < own.image_size):
-        return _kept_without_size(_over(keys, own, Preprocessing(resize="crop")))
     usual = whole if shapes.square else Preprocessing(resize="crop")
-    return _kept_without_size(_over(keys, usual))
+    if own is None or not _counts(own, shapes):
+        return _kept_without_size(_over(keys, usual))
+    rest = Preprocessing(resize="crop") if own.resize else usual
+    return _kept_without_size(_over(keys, own, rest))
+
+
+def _counts(own: Preprocessing, shapes: Shapes) -> bool:
+    """Whether what a network states applies to images of these shapes."""
+    if not own.resize:  # nothing to do where they have its size
+        return not (shapes.square and shapes.same and shapes.shortest == own.image_size)
+    return own.recorded or not (shapes.square and shapes.shortest < own.image_size)
 
 
 def _over(*layers: Preprocessing) -> Preprocessing:

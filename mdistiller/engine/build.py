@@ -44,9 +44,10 @@ from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
 from mdistiller.models._plain import as_staged
+from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import first_on_machine, project_root, rank
-from mdistiller.weights import load_network, recorded_norm, split_key
+from mdistiller.weights import load_network, recorded_facts, split_key
 
 
 def build_distiller(
@@ -127,17 +128,18 @@ def build_network(
     if known is not None and known.classes != data.num_classes:
         net.untrained_head = True
     check_input(net, name, data)
-    given, norm = (data.mean, data.std), None
+    given, stated = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
         if not getattr(net, "untrained_head", False):
-            match_classes(cfg, net, weights, stated, data)
-        norm = stated["norm"]
-    own = own_preprocessing(cfg, role, entry, weights, norm)
+            match_classes(cfg, net, weights, stated, data, any_head)
+    own = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
-    if weights and own and states_nothing(entry, weights, norm) and rank() == 0:
+    if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+        if data.preprocessing.resize == "keep":
+            own = Preprocessing(own.mean, own.std)
         print(log_msg(taken_line(name, role, own, weights)), flush=True)
     return net
 
@@ -337,7 +339,7 @@ def teacher_test_loader(
     if not known_data(cfg).files or used.resize == "keep":
         return None
     entry = model_entry(cfg, "TEACHER", data)
-    stated = None if weights == PRETRAINED else recorded_norm(weights)
+    stated = None if weights == PRETRAINED else recorded_facts(weights)
     own = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
     if own is None:
         return None
@@ -348,9 +350,10 @@ def teacher_test_loader(
     if own_view(sized, own) == replace(used, mean=(), std=()):
         return None
     if own.image_size not in (0, used.image_size) and rank() == 0:
+        whose = "its checkpoint records" if own.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but its library evaluates it at "
-            f"{own.image_size} (DATASET.IMAGE_SIZE {own.image_size} gives it these)"
+            f"the teacher sees images of {used.image_size} pixels, but {whose} {own.image_size} "
+            f"(DATASET.IMAGE_SIZE {own.image_size} gives it these)"
         )
         print(log_msg(message), flush=True)
     return load_test_loader(sized, device, own).loader

@@ -21,6 +21,7 @@ from mdistiller.distillers._common import undisturbed
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
+from mdistiller.weights import FEATURES_ONLY, split_key
 
 MOST_CLASSES = 5000
 """Confusions among more are not counted: 100 MB."""
@@ -28,7 +29,12 @@ _ENOUGH = 10  # images of a class from which on they tell what it is taken for
 
 
 def match_classes(
-    cfg: Any, net: nn.Module, weights: str | Path, stated: Mapping[str, Any], data: Any
+    cfg: Any,
+    net: Any,
+    weights: str | Path,
+    stated: Mapping[str, Any],
+    data: Any,
+    any_head: bool = False,
 ) -> None:
     """Have a network that was loaded from a file number its classes as the data do.
 
@@ -37,6 +43,8 @@ def match_classes(
         weights: the file.
         stated: what `load_network` returned.
         data: with `classes` (names by number; empty: not known) and `image_size`.
+        any_head: the outputs will not be used: a network for other classes is marked by
+            `untrained_head`, not refused.
 
     Raises:
         UserError: the file is for other classes, or the network's outputs cannot be reordered.
@@ -52,13 +60,20 @@ def match_classes(
     if sorted(ours) != sorted(theirs):
         if are_numbers(ours) or are_numbers(theirs):  # one of the two has no names
             return
+        if any_head:
+            net.untrained_head = True
+            return
         raise UserError(
-            f"{weights} is of a network for other classes: {difference}; name another file, or, if "
-            "the classes are the same by other names, set DISTILLER.CHECK_CLASSES False"
+            f"{weights} is of a network for other classes: {difference}; {FEATURES_ONLY}; name "
+            "another file, or, if the classes are the same by other names, set "
+            "DISTILLER.CHECK_CLASSES False"
         )
     number = {name: k for k, name in enumerate(theirs)}
     order = torch.tensor([number[name] for name in ours])
     if not reorder_outputs(net, order, data.image_size):
+        if any_head:
+            net.untrained_head = True
+            return
         raise UserError(
             f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
             f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
@@ -72,9 +87,10 @@ def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] 
     A file that does not say, in the folder of the run that wrote it, has those of the run.
     """
     facts = stated.get("data")
-    if facts is None and re.fullmatch(r"(student_.+|latest|best|epoch_\d+)", Path(weights).name):
+    file, _ = split_key(weights)
+    if facts is None and re.fullmatch(r"(student_.+|latest|best|epoch_\d+)", file.name):
         try:
-            facts = json.loads(Path(weights).with_name("run.json").read_text())["data"]
+            facts = json.loads(file.with_name("run.json").read_text())["data"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
     names = facts.get("classes") if isinstance(facts, Mapping) else None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mdistiller.engine.cfg_values import read_statistics
 from mdistiller.models import ModelEntry
 from mdistiller.models._input import Statistics
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, read_preprocessing
 from mdistiller.registry import UserError
 
 PRETRAINED: Literal["pretrained"] = "pretrained"
@@ -45,15 +45,15 @@ def own_preprocessing(
     role: str,
     entry: ModelEntry,
     weights: str | Path | None,
-    stated: Any = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> Preprocessing | None:
     """How the network in a role has its images prepared, as far as that is not the data's.
 
     DISTILLER.{role}_NORM says mean and std: "data", those of the data; "own", those of its released
     weights; a list of the two; "auto", what the file of its weights says, else "own" for a network
     that is or was trained from released weights, or whose weights are a plain state dict for
-    another library's architecture. Size, crop and interpolation are the library's as well in the
-    last two cases, unless the network was trained here.
+    another library's architecture. Size, resizing, crop and interpolation are those that the file
+    records; else the library's in the last two cases, unless the network was trained here.
 
     Args:
         weights: what it is built with, see `build_network`.
@@ -62,9 +62,11 @@ def own_preprocessing(
     Raises:
         UserError: mean and std are asked for and not known, or the file states something else.
     """
+    data, recorded_norm = (stated or {}).get("data"), (stated or {}).get("norm")
+    recorded = recorded_preprocessing(data, weights)
     norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
     released = settings.get("pretrained") or weights == PRETRAINED
-    if weights and not released and stated is None:
+    if weights and not released and recorded_norm is None:
         released = entry.is_release(weights) or states_nothing(entry, weights, stated)
     known = None
     if released or norm == "own":
@@ -74,21 +76,21 @@ def own_preprocessing(
             f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
             "how their images were normalised; give [[mean], [std]], or data"
         )
-    trained_here = not weights or stated is not None or in_run_folder(weights)
-    rest = Preprocessing() if trained_here or known is None else known
+    trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
+    rest = recorded or (Preprocessing() if trained_here or known is None else known)
     if norm == "data":
         return replace(rest, mean=(), std=())
     statistics: Any = None if isinstance(norm, str) else norm
-    if norm == "auto" and stated is not None:
-        statistics = read_statistics(stated)
+    if norm == "auto" and recorded_norm is not None:
+        statistics = read_statistics(recorded_norm)
         if statistics is None:
             raise UserError(
-                f"checkpoint {weights} says that its images were normalised by {stated!r}, which "
-                f"is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
+                f"checkpoint {weights} says that its images were normalised by {recorded_norm!r}, "
+                f"which is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
             )
     if statistics is None:
         if known is None:
-            return None
+            return recorded
         statistics = known.mean, known.std
     mean, std = (tuple(part) for part in statistics)
     return replace(rest, mean=mean, std=std)
@@ -100,7 +102,7 @@ def own_statistics(
     entry: ModelEntry,
     weights: str | Path | None,
     given: Statistics,
-    stated: Any = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> Statistics:
     """Mean and std that the network in a role wants its images normalised with.
 
@@ -112,19 +114,53 @@ def own_statistics(
     return (own.mean, own.std) if own is not None and own.mean else given
 
 
-def states_nothing(entry: ModelEntry, weights: str | Path | None, stated: Any) -> bool:
+def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessing | None:
+    """How images are brought to their size, as what a checkpoint or a run says of its data has it.
+
+    Args:
+        weights: for errors.
+    """
+    entry = data.get("preprocessing") if isinstance(data, Mapping) else None
+    try:
+        return read_preprocessing(entry)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {weights} records a preprocessing that cannot be meant ({error})"
+        ) from None
+
+
+def _is_silent(stated: Mapping[str, Any] | None) -> bool:
+    """Whether a file records nothing of how its images are prepared."""
+    if stated is None or stated.get("norm") is None:
+        data = (stated or {}).get("data")
+        return not (isinstance(data, Mapping) and "preprocessing" in data)
+    return False
+
+
+def states_nothing(
+    entry: ModelEntry, weights: str | Path | None, stated: Mapping[str, Any] | None
+) -> bool:
     """Whether weights are a plain state dict for another library's architecture.
 
     A file in a run folder is of a network that was trained here, with the data's constants.
     """
-    if not weights or weights == PRETRAINED or stated is not None or not entry.of_library:
+    if not weights or weights == PRETRAINED or not _is_silent(stated) or not entry.of_library:
         return False
     return not in_run_folder(weights)
 
 
 def in_run_folder(weights: str | Path) -> bool:
-    """Whether weights are a file that a run here has left."""
-    return weights != PRETRAINED and (Path(weights).parent / "config.yaml").is_file()
+    """Whether weights are a file that a run here has left: beside a config of this library.
+
+    Other trainers (with Hydra, say) leave a `config.yaml` as well.
+    """
+    if weights == PRETRAINED:
+        return False
+    try:
+        text = (Path(weights).parent / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.startswith("DISTILLER:") for line in text.splitlines())
 
 
 def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) -> str:
@@ -132,9 +168,11 @@ def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) ->
 
     Args:
         name: of the network in its library.
+        own: what is taken; mean and std alone where images keep their size.
     """
+    keys = ", and for evaluation DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT"
     return (
         f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
-        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM, and for evaluation "
-        "DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT)"
+        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM"
+        f"{keys if own.resize else ''})"
     )

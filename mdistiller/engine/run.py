@@ -36,9 +36,11 @@ from mdistiller.engine.record import (
     changed_settings,
     data_facts,
     experiment_name,
+    recorded_settings,
     recorded_teacher_acc,
     side_settings,
 )
+from mdistiller.engine.run_folder import stretched
 from mdistiller.engine.store import LATEST, Store
 from mdistiller.engine.sync_bn import synchronize_batch_norm
 from mdistiller.engine.teacher import resolve_teacher
@@ -218,6 +220,13 @@ def _train_in(
     return summary
 
 
+_AS_BEFORE = (
+    "DATASET.RESIZE was auto, is now stretch",
+    "DATASET.EXIF was True, is now False",
+)
+"""What these keys add to the config of a run from before they were there changes nothing."""
+
+
 def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
     """Refuse to start a run over, and to resume one that is not there or was another.
 
@@ -249,6 +258,15 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
     if not (folder / "config.yaml").is_file():  # runs of the original recorded none
         return []
     changes = changed_settings(folder, cfg, goes_on=True)
+    recorded = recorded_settings(folder)
+    if "RESIZE" not in recorded.get("DATASET", {}):
+        changes = [change for change in changes if change not in _AS_BEFORE]
+        if not allow_changes and stretched(recorded, cfg):
+            raise UserError(
+                f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
+                "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
+                "--allow-changes"
+            )
     if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:

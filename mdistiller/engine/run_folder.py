@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdistiller.dataset import known_data, own_view
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.imports import is_imported
 from mdistiller.engine.record import recorded_settings
@@ -48,7 +49,27 @@ def recorded_config(
                 f"{shown(str(name))[1:-1]}"
             )
     known = [name for name in named if is_imported(str(name))]
-    return load(table, overrides, [*imports, *known])
+    cfg = load(table, overrides, [*imports, *known])
+    if load is load_config and "DATASET.RESIZE" not in overrides[0::2] and stretched(table, cfg):
+        cfg.defrost()
+        cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
+        cfg.freeze()
+    return cfg
+
+
+def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
+    """Whether a run's photographs were stretched, and are to be cut now.
+
+    So they were before DATASET.RESIZE was a key, and not turned as their EXIF orientation says.
+
+    Args:
+        recorded: its config.
+        cfg: the same with the keys that it lacks.
+    """
+    if "RESIZE" in recorded.get("DATASET", {}) or not known_data(cfg).files:
+        return False
+    view = own_view(cfg)
+    return not known_data(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
 
 
 def _own_name(imported: str) -> str:

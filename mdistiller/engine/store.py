@@ -84,7 +84,8 @@ class Store:
                 norm = map(json.dumps, contents["norm"])
                 metadata |= dict(zip(("mean", "std"), norm, strict=True))
             if "data" in contents:
-                metadata["classes"] = json.dumps(contents["data"]["classes"])
+                data, keys = contents["data"], ("classes", "preprocessing")
+                metadata |= {key: json.dumps(data[key]) for key in keys if key in data}
             state = {key: value.contiguous().clone() for key, value in contents["model"].items()}
             with self._replacing(f"{name}.safetensors", facts) as hashing:
                 hashing.write(_import_safetensors().save(state, metadata))

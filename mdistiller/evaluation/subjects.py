@@ -24,7 +24,7 @@ from mdistiller.engine.run_folder import (
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
-from mdistiller.weights import recorded_norm
+from mdistiller.weights import recorded_facts, split_key
 
 Overrides = Sequence[str]
 
@@ -114,7 +114,7 @@ def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
     """
     said = read_record(folder).get("teacher")
     weights: Any = said if said == PRETRAINED else None
-    if weights is None and isinstance(said, str) and (folder / said).is_file():
+    if weights is None and isinstance(said, str) and split_key(folder / said)[0].is_file():
         weights = (folder / said).resolve()
     if weights is None:
         weights = find_teacher(cfg, data)
@@ -209,7 +209,9 @@ def load_all(
         if one is not None and not all(o is not None and o.mean for o in own if views[o] == view):
             one = replace(one, mean=(), std=())  # one of them is normalised by the data's
         tests[view] = load_test_loader(cfg, device, one)
-        if i == first and runs and view.resize != "keep":
+        if i == first and runs and view.resize == "keep":
+            views = dict.fromkeys(views, view)
+        elif i == first and runs:
             cfg = _sized(cfg, tests[view].image_size[0])
             views = {one: view if views[one] == view else own_view(cfg, one) for one in views}
     main = tests[views[own[first]]]
@@ -238,7 +240,7 @@ def _own_preprocessing(source: Source, facts: KnownData) -> Preprocessing | None
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None
-    stated = None if source.weights == PRETRAINED else recorded_norm(source.weights)
+    stated = None if source.weights == PRETRAINED else recorded_facts(source.weights)
     try:
         entry = get_model_entry(source.name, facts.zoo)
     except UserError:

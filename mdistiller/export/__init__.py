@@ -2,7 +2,7 @@
 
 from mdistiller.export.card import Latency, model_card, write_card
 from mdistiller.export.files import FORMATS, Exported
-from mdistiller.export.source import from_checkpoint, from_run
+from mdistiller.export.source import from_checkpoint, from_run, recorded_side
 from mdistiller.export.student import Student
 from mdistiller.export.write import export_student
 
@@ -15,5 +15,6 @@ __all__ = [
     "from_checkpoint",
     "from_run",
     "model_card",
+    "recorded_side",
     "write_card",
 ]

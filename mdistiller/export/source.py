@@ -20,6 +20,7 @@ from mdistiller.engine.released import (
     arguments,
     own_preprocessing,
     own_statistics,
+    recorded_preprocessing,
     require_classes,
     states_nothing,
     taken_line,
@@ -37,7 +38,7 @@ from mdistiller.models import get_model_entry
 from mdistiller.models._input import Statistics
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
-from mdistiller.weights import load_network, recorded_norm
+from mdistiller.weights import load_network, recorded_facts
 
 
 def from_run(
@@ -108,10 +109,16 @@ def from_checkpoint(
     return _load(cfg, name, path, data, named, None)
 
 
+def recorded_side(cfg: Config, name: str, checkpoint: str) -> int:
+    """The side in pixels of a network's images that its file records; 0 if it does not."""
+    own = _own(cfg, name, checkpoint)
+    return own.image_size if own is not None and own.recorded else 0
+
+
 def _own(cfg: Config, name: str, checkpoint: str) -> Preprocessing | None:
     """How the images of a network in a file are prepared, as far as that is not the data's."""
     released = checkpoint == "pretrain"
-    stated = None if released else recorded_norm(checkpoint)
+    stated = None if released else recorded_facts(checkpoint)
     entry = get_model_entry(name, known_data(cfg).zoo)
     weights = PRETRAINED if released else checkpoint
     return own_preprocessing(cfg, "STUDENT", entry, weights, stated)
@@ -145,7 +152,7 @@ def _load(
         cfg,
         run,
     )
-    norm = None
+    stated = None
     if path is None:
         wanted = {**settings, "pretrained": released or True}
         require_classes(entry, wanted, student.num_classes)
@@ -153,16 +160,16 @@ def _load(
     else:
         student.net = student.build()
         stated = load_network(student.net, path, name, student.num_classes)
-        norm, student.classes = stated["norm"], stated_classes(path, stated) or student.classes
+        student.classes = stated_classes(path, stated) or student.classes
     # What the network itself wants: a run may have normalised for the teacher, and this one anew.
     weights = path or PRETRAINED
-    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, norm)
+    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, stated)
     student.mean, student.std = map(tuple, statistics)
-    own = own_preprocessing(cfg, "STUDENT", entry, weights, norm)
-    if own is not None and states_nothing(entry, weights, norm):
+    own = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
+    if own is not None and states_nothing(entry, weights, stated):
         print(log_msg(taken_line(name, "STUDENT", own, weights)), flush=True)
     if "preprocessing" in data:
-        student.preprocessing = Preprocessing(**data["preprocessing"])
+        student.preprocessing = recorded_preprocessing(data, name)
     elif own is not None and own.resize:
         student.preprocessing = own
     student.net.eval().requires_grad_(False)

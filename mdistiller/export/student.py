@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ class Student:
             "classes": self.classes,
             "arguments": self.settings,
         }
+        if self.preprocessing is not None:
+            facts["preprocessing"] = asdict(self.preprocessing)
         texts = {key: json.dumps(value) for key, value in facts.items() if value not in ([], ())}
         return {"model": self.name, "zoo": self.zoo, "dataset": self.dataset, **texts}
 

@@ -265,7 +265,7 @@ class ModelEntry(NamedTuple):
         """
         known = getattr(self.constructor, "preprocessing", None)
         if known:
-            return known(settings, Path(weights).name)  # type: ignore[no-any-return]
+            return known(settings, split_key(weights)[0].name)  # type: ignore[no-any-return]
         found = self.pretrained_on(settings)
         return found.preprocessing if found else None
 

@@ -79,6 +79,22 @@ def test_code_beside_the_weights_does_not_run(tmp_path, net):
     assert not marker.exists()
 
 
+def test_what_a_checkpoint_of_ours_records_is_kept(tmp_path, net, monkeypatch):
+    """Its classes and preprocessing were dropped, being a mapping."""
+
+    def in_this_process(words, **_):
+        _convert_worker.main(*words[-3:])
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(convert_checkpoint.subprocess, "run", in_this_process)
+    facts = {"norm": [[0.5] * 3, [0.2] * 3], "data": {"classes": ["cat", "dog"]}}
+    beside = {"log": types.SimpleNamespace(a=1)}
+    torch.save({"model": net.state_dict(), **facts, **beside}, tmp_path / "old")
+    assert convert(tmp_path / "old", tmp_path / "new") == 0
+    found = load_checkpoint(tmp_path / "new")
+    assert {key: found[key] for key in facts} == facts
+
+
 def test_weights_that_only_code_gives_want_trust(tmp_path, capsys, monkeypatch):
     """Given, it runs in an environment without the user's secrets."""
     marker = tmp_path / "marker"

@@ -80,6 +80,20 @@ def test_a_teacher_trained_by_its_config_is_found_again_where_the_folders_were_m
     assert found["teacher"] == "toy/teacher latest"
 
 
+def test_one_of_several_networks_in_a_file_is_found_again_where_all_was_moved(tmp_path):
+    kept = {
+        k: torch.load(saved_teacher(tmp_path, seed=s))["model"] for k, s in (("a", 1), ("b", 2))
+    }
+    torch.save(kept, tmp_path / "two.pth")
+    kd = train(tmp_path, "kd", TEACHER="resnet8", TEACHER_CKPT=f"{tmp_path}/two.pth:b")
+    recorded = json.loads((kd / "summary.json").read_text())["teacher_acc"]
+    (tmp_path / "moved").mkdir()
+    for name in ("out", "two.pth"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    found = evaluated(tmp_path, tmp_path / "moved/out/toy/kd", "--import", TOY)
+    assert found["networks"][1]["top1"] == pytest.approx(recorded, abs=1e-4)
+
+
 def test_a_teacher_that_changed_since_is_refused(runs, tmp_path, capsys):
     kd = runs / "out/toy/kd"
     torch.save(torch.load(saved_teacher(tmp_path, seed=3)), runs / "teacher.pth")

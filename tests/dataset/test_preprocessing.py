@@ -60,6 +60,14 @@ def test_photographs_are_cut_and_not_stretched(tmp_path, loader):
         assert (image - to_tensor(cut(original))).abs().max() <= 1.01 / 255
 
 
+def test_crop_as_a_key_is_the_crop_that_auto_means(tmp_path):
+    """For photographs 7/8; it was the whole shorter side."""
+    root = photographs(tmp_path)
+    auto = evaluated(root, IMAGE_SIZE=32)
+    assert torch.equal(evaluated(root, IMAGE_SIZE=32, RESIZE="crop"), auto)
+    assert not torch.equal(evaluated(root, IMAGE_SIZE=32, RESIZE="crop", CROP_PCT=1.0), auto)
+
+
 @LOADERS
 def test_square_images_stay_whole(tmp_path, loader):
     """Also for a network whose library would cut its own, larger images."""

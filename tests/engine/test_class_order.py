@@ -157,6 +157,20 @@ def test_a_teacher_of_other_classes_is_refused_unless_the_names_are_not_compared
     assert (code, "teacher accuracy: 100.00 %" in capsys.readouterr().out) == (0, True)
 
 
+@pytest.mark.parametrize("method", ["AT", "KD"])
+def test_a_teacher_of_as_many_other_classes_serves_methods_of_features(tmp_path, capsys, method):
+    root = image_folder(tmp_path / "data", ("cat", "dog"))
+    facts = {"data": {"classes": ["car", "van"]}}
+    file = perfect(root, ("cat", "dog"), tmp_path / "teacher.pth", **facts)
+    distiller = {"TEACHER": "resnet8", "TEACHER_CKPT": str(file)}
+    config = write_config(tmp_path, method=method, epochs=1, **distiller)
+    code = train_command.main(["--cfg", str(config), *data_of(root)])
+    shown = capsys.readouterr()
+    assert code == (0 if method == "AT" else 2)
+    assert ("AT reads its features alone" in shown.out) == (method == "AT")
+    assert ("serves as a teacher of methods that read features" in shown.err) == (method == "KD")
+
+
 def test_numbers_are_no_names_of_other_classes(tmp_path):
     """A file from shards, whose classes have numbers only, fits data with names."""
     root = image_folder(tmp_path / "data", ("cat", "dog"))

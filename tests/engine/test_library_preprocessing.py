@@ -156,27 +156,39 @@ def test_a_teacher_has_its_librarys_accuracy_and_constants(photographs, files, t
     assert "of 128 pixels, but its library evaluates it at 160" in capsys.readouterr().out
 
 
-def test_small_square_sets_need_no_second_loader(files, tmp_path):
+def test_small_square_sets_need_no_second_loader(files, tmp_path, capsys):
     file = tmp_path / "ten.pth"
     torch.save(timm.create_model(NET, num_classes=10).state_dict(), file)
     cfg, data, distiller = teacher(tmp_path, file)
     assert input_norm(distiller.teacher) == [[0.5] * 3] * 2
     assert teacher_test_loader(cfg, data, CPU, file) is None
+    said = capsys.readouterr().out
+    assert f"for timm/{NET}: mean [0.5, 0.5, 0.5] and std [0.5, 0.5, 0.5] (to" in said
+    assert "160 pixels" not in said  # what is not taken is not named
 
 
-def test_a_file_in_a_run_folder_keeps_the_datas_constants(tmp_path, capsys):
-    """Runs of earlier versions recorded none."""
-    (tmp_path / "config.yaml").write_text("{}\n")
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [("DATASET: {}\nDISTILLER: {}\n", True), ("model: {name: test_resnet}\n", False)],
+)
+def test_a_file_in_a_run_folder_keeps_the_datas_constants(tmp_path, capsys, config, ours):
+    """Runs of earlier versions recorded none. Other trainers leave a config.yaml as well."""
+    (tmp_path / "config.yaml").write_text(config)
     file = tmp_path / "student_latest"
     torch.save({"model": timm.create_model(NET, num_classes=10).state_dict()}, file)
     _, data, distiller = teacher(tmp_path, file)
-    assert input_norm(distiller.teacher) == [list(data.mean), list(data.std)]
-    assert "taken from" not in capsys.readouterr().out
+    kept = [list(data.mean), list(data.std)] if ours else [[0.5] * 3] * 2
+    assert input_norm(distiller.teacher) == kept
+    assert ("taken from" in capsys.readouterr().out) != ours
 
 
-def test_torchvision_says_it_by_the_name_of_the_file():
+def test_torchvision_says_it_by_the_name_of_the_file(tmp_path):
     entry = get_model_entry("torchvision/resnet50", "imagenet")
     for file, ratio in (("resnet50-0676ba61.pth", 224 / 256), ("other.pth", 224 / 232)):
+        assert entry.preprocessing({}, file).crop_pct == ratio
+    path = tmp_path / "resnet50-0676ba61.pth"
+    path.touch()
+    for file, ratio in ((path, 224 / 256), (f"{path}:state_dict", 224 / 256)):
         assert entry.preprocessing({}, file).crop_pct == ratio
     assert get_model_entry("resnet8", "cifar").preprocessing({}, "resnet8.pth") is None
 
