@@ -113,6 +113,30 @@ def test_areas_that_cannot_be_are_refused_or_computed(synth, found, capsys):
         assert "areas recomputed" not in mended(synth, capsys)[1]
 
 
+HUGE = 10**400  # JSON has whole numbers of any length; a float cannot hold this one
+UNUSABLE = {
+    "area": ({"area": HUGE}, "is not a number from 0"),
+    "bbox": ({"bbox": [0, 0, HUGE, 3]}, "is not .x, y, width, height"),
+    "polygon": ({"segmentation": [[1, 2, HUGE, 3, 4, 5]]}, "neither polygons"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_numbers_beyond_any_float_are_refused_or_mended(synth, found, capsys, case):
+    change, message = UNUSABLE[case]
+    synth.contents["annotations"][0] |= change
+    with pytest.raises(UserError, match=message):
+        coco_set(synth.save(), masks=True)
+    data, _ = mended(synth, capsys, masks=True)
+    assert evaluator_of(data, found, masks=True).summarize()["bbox/AP"] > 5
+
+
+def test_a_file_name_that_is_no_text_of_a_file_system_is_refused(synth):
+    synth.contents["images"][0]["file_name"] = "\ud800.png"
+    with pytest.raises(UserError, match="image 101 has no usable file_name"):
+        coco_set(synth.save(), mend=True)
+
+
 def test_an_area_is_that_of_the_mask_where_masks_are_measured(synth, found, capsys):
     whole = evaluator_of(coco_set(synth, masks=True), found, masks=True).summarize()
     synth.contents["annotations"][0]["area"] = -1

@@ -224,6 +224,14 @@ STATED = {
 }
 
 
+def test_the_cost_goes_by_the_teacher():
+    """Features of wrn_40_2, logits of others."""
+    for path in sorted((REPO / "configs" / "cifar100").glob("wkd_l*/*.yaml")):
+        cfg = load_config(path)
+        features = cfg.DISTILLER.TEACHER == "wrn_40_2"
+        assert ("cka_feats" if features else "cka") == cfg.WKD.COST, path
+
+
 @pytest.mark.parametrize("name", STATED)
 def test_shipped_configs_hold_what_the_authors_state(name):
     node = load_config(REPO / "configs" / f"{name}.yaml").WKD
