@@ -9,7 +9,6 @@ DETECTION.DATA.BAD_ANNOTATIONS says.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mdistiller.detection.masks import polygon_parts, rle_counts
+from mdistiller.detection.masks import finite_number, polygon_parts, rle_counts
 from mdistiller.detection.mending import LARGEST_SIDE, SLACK, Pictures, area_fault, number_ids
 from mdistiller.engine.safe_yaml import shown
 from mdistiller.registry import UserError
@@ -261,8 +260,10 @@ class _Reading:
     def _check_image(self, record: dict[str, Any]) -> None:
         """Refuse an image without a name or a size, or mend it in place."""
         name, number = record.get("file_name"), shown(record["id"], 60)
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise UserError(f"{self.path}: image {number} has no file_name")
+        if not isinstance(name, str) or not name or "\0" in name or not _encodable(name):
+            raise UserError(
+                f"{self.path}: image {number} has no usable file_name ({shown(name, 60)})"
+            )
         if self.mend and "\\" in name:
             record["file_name"] = self.pictures.file_name(name)
             self.counts["file names with \\ for /"] += record["file_name"] != name
@@ -342,13 +343,14 @@ class _Reading:
             (self.left_out if missing == "box" else self.maskless).add(position)
 
 
+def _encodable(name: str) -> bool:
+    """Whether a text is UTF-8; JSON's escapes can spell halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:
     """x1, y1, x2, y2 of a box inside the image, None if nothing is left; and what is wrong."""
-    if (
-        not isinstance(bbox, Sequence)
-        or len(bbox) != 4
-        or not all(type(v) in (int, float) and math.isfinite(v) for v in bbox)
-    ):
+    if not isinstance(bbox, Sequence) or len(bbox) != 4 or not all(map(finite_number, bbox)):
         return None, f"bbox {shown(bbox, 80)} is not [x, y, width, height]"
     x, y, w, h = map(float, bbox)
     if w < LEAST_SIDE or h < LEAST_SIDE:

@@ -2,7 +2,8 @@
 
 The truth is the annotation file as it is, with its crowd regions, in which COCO's protocol ignores
 what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too: objects
-without a box, and of the masks those without a mask.
+without a box, and of the masks those without a mask. Objects of more than 1e10 pixels, which the
+backends ignore, count as large.
 Results are kept as COCO's result files have them: in pixels of the original image, category ids,
 masks as run lengths.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ from mdistiller.detection.masks import coco_masks, encode_mask, polygon_parts
 from mdistiller.detection.mending import area_fault
 from mdistiller.engine.utils import log_msg, progress
 from mdistiller.registry import UserError
+
+_COCOS_LARGEST = 1e10
+"""Pixels of an object above which COCO's ranges "all" and "large" end, and missing it is free."""
 
 
 class CocoEvaluator:
@@ -226,6 +231,10 @@ class CocoEvaluator:
         )
         run = self.api[1](truth, detected, kind)
         run.params.imgIds = [place(image) + 1 for image in images]
+        run.params.areaRng = [list(span) for span in run.params.areaRng]
+        for span in run.params.areaRng:
+            if span[1] == _COCOS_LARGEST:
+                span[1] = math.inf
         run.evaluate()
         run.accumulate()
         run.summarize()

@@ -7,6 +7,7 @@ where it is needed.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,13 @@ def polygon_parts(segmentation: Any) -> list[list[float]]:
         if isinstance(part, list)
         and len(part) >= 6
         and len(part) % 2 == 0
-        and all(type(v) in (int, float) and math.isfinite(v) for v in part)
+        and all(map(finite_number, part))
     ]
+
+
+def finite_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold; NaN and Infinity are not."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def rle_counts(rle: Mapping[str, Any]) -> list[int] | None:

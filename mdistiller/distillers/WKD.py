@@ -26,7 +26,8 @@ division,
 
 A term of weight 0 is left out, `target` with W. g = 1 up to epoch COSINE_DECAY_EPOCH, then half a
 cosine down to 0 in the last one. The authors' code decays from the first epoch where the key is not
-set; so do the defaults here, which are those of ResNet34 -> ResNet18 on ImageNet.
+set; so do the defaults here, which are those of ResNet34 -> ResNet18 on ImageNet (but for COST,
+there cka: the default needs no pass over images).
 
 Paper and code: the paper has full covariances in F and transports all classes together; the code,
 followed here, has diagonal ones and keeps the target apart. The authors ship their cost matrices;

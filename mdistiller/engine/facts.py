@@ -141,7 +141,7 @@ def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
         "network": digest([cfg.DISTILLER.TEACHER, str(cfg.DISTILLER.TEACHER_ARGS)]),
         "weights": teacher_digest(teacher),
         "images": image_set_digest(data.train.dataset),
-        "normalisation": [list(data.mean), list(data.std), list(data.image_size)],
+        "preprocessing": f"{data.mean} {data.std} {data.image_size} {data.preprocessing}",
         "output": fact.output,
         "per_class": fact.per_class,
         "recipe": fact.recipe,

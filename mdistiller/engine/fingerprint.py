@@ -49,9 +49,10 @@ def image_set_digest(images: Any) -> str:
     """Of a set of training images and their classes.
 
     Of a set in memory: the bytes. Of files: names and sizes, since reading all takes as long as an
-    epoch; of shards their names and counts.
+    epoch; of shards their names and counts; of both, how files are decoded.
     """
-    parts: list[Tensor | str] = [type(images).__qualname__, images.targets.cpu()]
+    decoding = [str(getattr(images, name, "")) for name in ("upright", "scale_16_bit")]
+    parts: list[Tensor | str] = [type(images).__qualname__, images.targets.cpu(), *decoding]
     if hasattr(images, "images"):
         parts += images.images.split(_BLOCK)
     elif hasattr(images, "names"):

@@ -45,7 +45,7 @@ class Written:
         if _AMBIGUOUS.fullmatch(self.text):
             raise UserError(
                 f"{self.where}: {name}: YAML reads {self.text} as {shown(self.value)}; write the "
-                "number in decimal digits only, or quotes around it if it is text"
+                "number without leading zeros, _ and :, or quotes around it if it is text"
             )
         return self.value
 

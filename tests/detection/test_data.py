@@ -218,7 +218,10 @@ BROKEN = {
         lambda c: first(c, "annotations", category_id=4),
         "annotation 1 has category_id 4, which is not among the file's 3 category ids",
     ),
-    "no file name": (lambda c: first(c, "images", file_name=None), "image 101 has no file_name"),
+    "no file name": (
+        lambda c: first(c, "images", file_name=None),
+        "image 101 has no usable file_name",
+    ),
     "iscrowd": (lambda c: first(c, "annotations", iscrowd=3), "annotation 1 has iscrowd 3"),
     "record": (lambda c: c["images"].append(7), "image number 4 of the list has no"),
 }

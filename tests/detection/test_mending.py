@@ -113,6 +113,47 @@ def test_areas_that_cannot_be_are_refused_or_computed(synth, found, capsys):
         assert "areas recomputed" not in mended(synth, capsys)[1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_objects_of_gigapixel_images_count(synth, found, backend):
+    """COCO's largest area is 1e10 pixels; the backends take no notice if larger ones are missed."""
+    data = coco_set(synth)
+    whole = evaluator_of(data, found, backend).summarize()
+    for record in synth.contents["images"]:
+        record |= {"height": 150_000, "width": 150_000}
+    number = len(synth.contents["annotations"]) + 1
+    for k, image in enumerate(synth.contents["images"]):
+        box = [2000, 2000, 120_000, 100_000]
+        one = {"id": number + k, "image_id": image["id"], "category_id": 3, "iscrowd": 0}
+        synth.contents["annotations"].append(one | {"bbox": box, "area": box[2] * box[3]})
+    data = coco_set(synth.save())
+    numbers = evaluator_of(data, found, backend).summarize()
+    assert numbers["bbox/AR100"] < whole["bbox/AR100"] - 5
+
+
+HUGE = 10**400  # JSON has whole numbers of any length; a float cannot hold this one
+UNUSABLE = {
+    "area": ({"area": HUGE}, "is not a number from 0"),
+    "bbox": ({"bbox": [0, 0, HUGE, 3]}, "is not .x, y, width, height"),
+    "polygon": ({"segmentation": [[1, 2, HUGE, 3, 4, 5]]}, "neither polygons"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_numbers_beyond_any_float_are_refused_or_mended(synth, found, capsys, case):
+    change, message = UNUSABLE[case]
+    synth.contents["annotations"][0] |= change
+    with pytest.raises(UserError, match=message):
+        coco_set(synth.save(), masks=True)
+    data, _ = mended(synth, capsys, masks=True)
+    assert evaluator_of(data, found, masks=True).summarize()["bbox/AP"] > 5
+
+
+def test_a_file_name_that_is_no_text_of_a_file_system_is_refused(synth):
+    synth.contents["images"][0]["file_name"] = "\ud800.png"
+    with pytest.raises(UserError, match="image 101 has no usable file_name"):
+        coco_set(synth.save(), mend=True)
+
+
 def test_an_area_is_that_of_the_mask_where_masks_are_measured(synth, found, capsys):
     whole = evaluator_of(coco_set(synth, masks=True), found, masks=True).summarize()
     synth.contents["annotations"][0]["area"] = -1

@@ -29,7 +29,7 @@ from mdistiller.distillers.ReviewKD import hcl_loss, review
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import vid_loss
-from mdistiller.engine.cfg import load_config
+from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.cfg_values import lookup
 from mdistiller.engine.init_stage import running
 
@@ -195,3 +195,29 @@ def test_shipped_configs_hold_the_published_numbers(name):
         pair = {"DISTILLER.TEACHER": "resnet32x4", "DISTILLER.STUDENT": "resnet8x4"}
         want = want | pair | {"DISTILLER.TYPE": name.upper()}
     assert {key: lookup(cfg, key) for key in want} == want
+
+
+DEFAULTS = {  # of the methods of 2023 to 2026, as their authors' code has them
+    "RLD": {"CE_WEIGHT": 1, "ALPHA": 1, "BETA": 8, "ALPHA_T": 1, "T": 4, "WARMUP": 20},
+    "GDKD": {"CE_WEIGHT": 1, "W0": 1, "W1": 1, "W2": 8, "TOPK": 5, "T": 4, "WARMUP": 20},
+    "GDKD3": {"CE_WEIGHT": 1, "W0": 1, "W1": 1, "W2": 8, "TOPK": 4, "T": 4, "WARMUP": 20},
+    "CRLD": {"CE_WEIGHT": 1, "WV_WEIGHT": 2, "CV_WEIGHT": 0.5, "T": 4, "TAU_W": 0.9, "TAU_S": 0.2},
+    "LDRLD": {"R": 1, "ALPHA": 10.5, "BETA": 7, "T": 4},
+    "NORMKD": {"TEMPERATURE": 2, "LOSS.CE_WEIGHT": 0.1, "LOSS.KD_WEIGHT": 0.9},
+    "CORRECTEDKD": {
+        **{"MARGIN": 0.05, "RC_WEIGHT": 0.1, "MSE_WEIGHT": 4, "SHARE": 0.8},
+        "LOSS.CE_WEIGHT": 0,
+    },
+    "WKD": {
+        **{"TEMPERATURE": 2, "SHARPEN": 1, "LAMBDA": 0.05, "ITERATIONS": 10, "HINT_LAYER": -1},
+        **{"PROJECTOR": "bottleneck", "WIDTH": 256, "GRID": 4, "RATIO": 2},
+        **{"LOSS.CE_WEIGHT": 1, "LOSS.COSINE_DECAY_EPOCH": 0},
+    },
+    "SOLVER.DEEPKD": {"DELTA_TOG": 0.075, "DELTA_TCG": -0.075, "DELTA_NCG": 0.075, "TOPK": 0},
+}
+
+
+def test_defaults_of_recent_methods_are_those_of_their_authors():
+    cfg = default_config()
+    for node, stated in DEFAULTS.items():
+        assert {key: lookup(cfg, f"{node}.{key}") for key in stated} == stated, node

@@ -24,6 +24,7 @@ from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError
 
 STUDENT, TEACHER = 4 * golden_values((8, 10), 1), 6 * golden_values((8, 10), 2)
+STUDENT[0] -= 20  # its largest logit is negative
 VIEWS = [4 * golden_values((8, 10), seed) for seed in (3, 4)]
 TARGET = torch.tensor([*TEACHER[:4].argmax(dim=1).tolist(), 4, 5, -100, 7])  # 4 right, 1 unlabelled
 SETTINGS = {"W0": 0.5, "W1": 2.0, "W2": 8.0}
@@ -324,17 +325,48 @@ def _pairs(node):
     return [word for key, value in SETTINGS.items() for word in (f"{node}.{key}", value)]
 
 
-def test_crld_weighs_its_terms_and_the_cross_entropy_of_both_views():
+@pytest.mark.parametrize("lskd", [False, True])
+def test_crld_compares_both_views_and_has_the_cross_entropy_of_both(lskd):
     items = batch()
-    items["image"] = items["image"], items["image"].flip(3)
-    _, losses = build("CRLD")(**items)
-    _, same = build("CRLD", "CRLD.WV_WEIGHT", 0, "CRLD.CV_WEIGHT", 0)(**items)
-    assert same["loss_kd"] == 0
-    distiller = build("CRLD", "CRLD.TAU_W", 0.0)
-    kd = distiller(**items)[1]["loss_kd"].item()
-    metrics = distiller.metrics
-    assert kd == pytest.approx((2 * metrics["within"] + 0.5 * metrics["cross"]).item())
-    assert losses["loss_ce"].item() == same["loss_ce"].item() > 0
+    views = items["image"], items["image"].flip(3) + 0.3
+    with torch.no_grad():
+        v_w, v_s = (build("CRLD").run_teacher(view).logits for view in views)
+        taus = [
+            v.softmax(1).amax(1).quantile(share).item() for v, share in ((v_w, 0.3), (v_s, 0.7))
+        ]
+        on = ["CRLD.TAU_W", taus[0], "CRLD.TAU_S", taus[1], "CRLD.CE_WEIGHT", 0.7]
+        distiller = build("CRLD", *on, "LSKD.ENABLE", lskd)
+        z_w, z_s = (distiller.run_student(view).logits for view in views)
+        _, losses = distiller(**items | {"image": views})
+    change = standardize if lskd else lambda x: x
+    rows = []
+    for n in range(len(z_w)):
+        a, b, c, d = (change(x[n : n + 1])[0].double() for x in (z_w, z_s, v_w, v_s))
+        in_w, in_s = (v[n].softmax(0).max() >= tau for v, tau in zip((v_w, v_s), taus, strict=True))
+        rows.append(in_w * 2 * (kl(c, a, 4.0) + kl(d, b, 4.0)))
+        rows.append(in_s * 0.5 * (kl(c, b, 4.0) + kl(d, a, 4.0)))
+    assert [sum(row > 0 for row in rows[k::2]) for k in (0, 1)] == [4, 2]  # of 6, the others masked
+    want = sum(rows).item() / len(z_w)
+    assert losses["loss_kd"].item() == pytest.approx(want, rel=1e-4)
+    plain = sum(torch.nn.functional.cross_entropy(z, items["target"]).item() for z in (z_w, z_s))
+    assert losses["loss_ce"].item() == pytest.approx(0.7 * plain, rel=1e-5)
+
+
+CE_KEYS = {
+    **dict.fromkeys(("RLD", "GDKD", "GDKD3"), "CE_WEIGHT"),
+    **dict.fromkeys(("NORMKD", "CORRECTEDKD", "WKD"), "LOSS.CE_WEIGHT"),
+}
+
+
+@pytest.mark.parametrize("name", CE_KEYS)
+def test_the_cross_entropy_has_the_weight_of_the_config(name):
+    items = batch()
+    losses = [
+        build(name, f"{name}.{CE_KEYS[name]}", weight)(**items)[1]["loss_ce"].item()
+        for weight in (1.0, 0.3)
+    ]
+    assert losses[1] == pytest.approx(0.3 * losses[0], rel=1e-5)
+    assert losses[0] > 0
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ def test_the_switch_gives_the_method_standardised_logits_and_cross_entropy_raw_o
 
 def test_methods_that_take_the_switch():
     takers = {name for name, cls in DISTILLERS.items() if cls.takes_standardized_logits}
-    wanted = {"KD", "DKD", "LOGITS", "DIST", "CTKD", "NKD", "TTM", "WTTM", "DGKD"}
+    wanted = {"KD", "DKD", "LOGITS", "DIST", "CTKD", "NKD", "TTM", "WTTM", "DGKD", "MLKD"}
+    wanted |= {"RLD", "GDKD", "GDKD3", "CRLD", "LDRLD", "NORMKD", "CORRECTEDKD"}
     assert wanted <= takers
     assert takers.isdisjoint({"NONE", "USKD", "AT", "SP", "CRD", "REVIEWKD"})
 

@@ -1,5 +1,6 @@
 """WKD: transport, class costs and moments of maps against their formulas."""
 
+import itertools
 import math
 
 import numpy as np
@@ -134,6 +135,13 @@ def test_cells_of_a_side_that_is_no_multiple_are_those_of_adaptive_pooling():
     gap = wkd_feature_loss(student, teacher, 4, 1.0) - wkd_feature_loss(student, teacher, 4, 0.0)
     want = (means[0] - means[1]).square().sum() / (2 * 16)
     torch.testing.assert_close(gap, want)
+    rows, columns = [(0, 2), (1, 4), (3, 6), (5, 7)], [(0, 2), (1, 3), (2, 4), (3, 5)]
+    want = 0
+    for (top, bottom), (left, right) in itertools.product(rows, columns):
+        cells = (x[:, :, top:bottom, left:right].flatten(2) for x in (student, teacher))
+        one, two = ((cell.var(2, unbiased=True) + 1e-5).sqrt() for cell in cells)
+        want = want + (one - two).square().sum() / (2 * 16)
+    torch.testing.assert_close(wkd_feature_loss(student, teacher, 4, 0.0), want)
     assert torch.isfinite(wkd_feature_loss(student, golden_values((2, 3, 8, 4), 3), 4, 1.0))
     whole = golden_values((2, 3, 8, 8), 5)
     for grid in (2, 4):  # both ways to the moments of cells that do not overlap
@@ -173,6 +181,28 @@ def test_weights_choose_the_terms_and_the_schedule_spares_the_targets():
         assert set(distiller.metrics) == names
     assert not only_l.extra_parameters()
     assert only_l.logit_weight == 30.0
+
+
+def test_the_hint_layer_is_that_of_the_config():
+    for layer in (1, 2):
+        distiller = build(f"{LOSS}.WKD_FEAT_WEIGHT", 0.5, "WKD.HINT_LAYER", layer)
+        items = batch()
+        with torch.no_grad():
+            own = distiller.run_student(items["image"])["feats"][layer]
+            other = distiller.run_teacher(items["image"])["feats"][layer]
+            distiller(**items)
+            want = textbook.wkd_maps(distiller.projector(own), other, 4, 2.0)
+        assert distiller.metrics["wkd_feat"].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_projectors_are_convolutions_with_norm_and_relu():
+    for kind, sides in (("conv1x1", [1]), ("bottleneck", [1, 3, 1])):
+        layers = list(_moments.make_projector(kind, 4, 6, 5))
+        assert [layer.kernel_size[0] for layer in layers[::3]] == sides
+        assert {type(layer) for layer in layers[1::3]} == {torch.nn.BatchNorm2d}
+        assert {type(layer) for layer in layers[2::3]} == {torch.nn.ReLU}
+        assert len(layers) == 3 * len(sides)
+        assert torch.nn.Sequential(*layers)(torch.ones(2, 4, 7, 7)).shape == (2, 6, 7, 7)
 
 
 def test_the_cost_of_a_classifier_is_one_minus_cosines():
@@ -222,6 +252,14 @@ STATED = {
     "imagenet/r50_mv1/wkd_f": (None, None, 0, 0.005, 2, 4, 30),
     "imagenet/r50_mv1/wkd_lf": ("cka", 2, 25, 0.005, 2, 4, 30),
 }
+
+
+def test_the_cost_goes_by_the_teacher():
+    """Features of wrn_40_2, logits of others."""
+    for path in sorted((REPO / "configs" / "cifar100").glob("wkd_l*/*.yaml")):
+        cfg = load_config(path)
+        features = cfg.DISTILLER.TEACHER == "wrn_40_2"
+        assert ("cka_feats" if features else "cka") == cfg.WKD.COST, path
 
 
 @pytest.mark.parametrize("name", STATED)

@@ -6,12 +6,17 @@ import pytest
 import textbook_relations as textbook
 import torch
 from support import command, golden_values, saved_teacher, write_config
+from test_distillers import batch, networks
 
 from mdistiller.cli import train as train_command
+from mdistiller.dataset import load_data
 from mdistiller.distillers import DISTILLERS, get_distiller
 from mdistiller.distillers._split import Split, split_terms
 from mdistiller.distillers.DKD import dkd_terms
 from mdistiller.distillers.KD import KD, kd_loss
+from mdistiller.engine import trainer_dict
+from mdistiller.engine.build import build_distiller
+from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.deepkd import ThreeMomenta
 from mdistiller.registry import is_builtin
 
@@ -65,6 +70,21 @@ def test_finite_where_the_teacher_has_nothing_but_the_target_in_front():
         (slope,) = torch.autograd.grad(value, logits)
         assert torch.isfinite(value)
         assert torch.isfinite(slope).all()
+
+
+def test_dkds_terms_keep_their_weights_and_its_warm_up():
+    cfg = default_config()
+    cfg.merge_from_list(["DKD.ALPHA", 3.0, "DKD.BETA", 0.5, "DKD.CE_WEIGHT", 0.7])
+    distiller = get_distiller("DKD").build(*networks(), cfg, 50).train()
+    distiller.split, items = Split(topk=4), batch()  # epoch 2 of 20
+    logits, losses = distiller(**items)
+    teacher = distiller.teacher(items["image"])[0]
+    tckd, nckd, _ = textbook.split(logits.double(), teacher.double(), items["target"], 4.0, 4)
+    want = {"loss_tckd": 0.1 * 3 * tckd.mean(), "loss_nckd": 0.1 * 0.5 * nckd.mean()}
+    want["loss_ce"] = 0.7 * torch.nn.functional.cross_entropy(logits, items["target"])
+    assert set(losses) == set(want)
+    for name, value in want.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
 
 MOMENTA, DECAY = (0.975, 0.825, 0.95), 0.01
@@ -140,6 +160,19 @@ def train(path, *words, code=0):
     return rows(path.parent) if not code else []
 
 
+@pytest.mark.parametrize("form", ["coded", "written"])
+def test_the_settings_reach_the_optimizer_and_the_loss(tmp_path, form):
+    deltas = ", TOPK: 4, DELTA_TOG: 0.05, DELTA_TCG: -0.2, DELTA_NCG: 0.01"
+    cfg = load_config(config(tmp_path, deltas, epochs=5, form=form, solver="  MOMENTUM: 0.8"))
+    data = load_data(cfg, torch.device("cpu"))
+    distiller = build_distiller(cfg, data, torch.device("cpu"))
+    optimizer = trainer_dict["deepkd"]("x", distiller, data.train, data.val, cfg).optimizer
+    assert optimizer.momenta == pytest.approx((0.85, 0.6, 0.81))  # task, target class, others
+    assert (optimizer.decay_momentum, optimizer.coded) == (0.8, form == "coded")
+    as_coded = form == "coded"
+    assert distiller.split == Split(4, grows=not as_coded, batch_weight=as_coded, epochs=5)
+
+
 def test_without_differences_of_momenta_it_is_sgd_on_the_sum(tmp_path):
     """With per-sample weights the terms add up to KD; decay has SGD's momentum."""
     deltas = ", DELTA_TOG: 0.0, DELTA_TCG: 0.0, DELTA_NCG: 0.0"
@@ -180,8 +213,8 @@ def test_a_run_in_two_parts_is_the_whole_run(tmp_path, form):
 
 @pytest.mark.parametrize("form", ["coded", "written"])
 def test_two_processes_follow_one(tmp_path, form):
-    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
-        solver = f"  BATCH_SIZE: {batch}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0"
+    for name, size, processes in (("one", 48, 0), ("two", 24, 2)):
+        solver = f"  BATCH_SIZE: {size}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0"
         path = config(tmp_path / name, ", TOPK: 4", "KD", "BabyStudent", 2, form, solver)
         with (path.parent / "toy.yaml").open("a") as file:
             file.write("DATASET:\n  VAL_SPLIT: 7\n")

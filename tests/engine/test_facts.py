@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from support import command, saved_teacher, write_config
+from support import command, image_folder, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
@@ -91,6 +91,22 @@ def test_it_is_made_once_and_kept_by_what_it_depends_on(tmp_path, capsys):
     other = built(path)[0].class_cost
     assert not torch.equal(first, other)
     assert len(kept(tmp_path)) == 4
+
+
+def test_images_that_are_resized_or_decoded_otherwise_give_other_costs(tmp_path):
+    """Files are not hashed pixel by pixel, so the key names what is done to them."""
+    image_folder(tmp_path / "images", classes=[str(k) for k in range(10)], size=48)
+    text = "DATASET: {TYPE: imagefolder, ROOT: %s, IMAGE_SIZE: 32, LOADER: workers, " % (
+        tmp_path / "images"
+    )
+    text += "NUM_WORKERS: 0, MEAN: [0.5, 0.5, 0.5], STD: [0.2, 0.2, 0.2]}\n"
+    path = config(tmp_path, WKD + text)
+    changes = ((), ("RESIZE", "stretch"), ("RESIZE", "crop", "CROP_PCT", 0.5))
+    changes += (("INTERPOLATION", "nearest"), ("EXIF", False), ("SCALE_16_BIT", True))
+    for count, change in enumerate(changes, start=1):
+        words = [f"DATASET.{x}" if k % 2 == 0 else x for k, x in enumerate(change)]
+        built(path, "SOLVER.BATCH_SIZE", 4, *words)
+        assert len(kept(tmp_path)) == count, change
 
 
 @pytest.mark.parametrize("damage", ["cut off", "changed", "of another key", "empty"])

@@ -9,7 +9,7 @@ import torch
 from torchvision import models as torchvision_models
 
 from mdistiller.models import StagedNet, get_model_entry
-from mdistiller.models._external import stage_indices
+from mdistiller.models._external import stage_indices, uneven_norms
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 
@@ -112,6 +112,20 @@ def test_the_head_is_the_classifier_of_the_pooled_feature(net, output):
 def test_building_leaves_the_norms_as_they_were(name, net):
     for key, value in library_net(name).state_dict().items():
         assert torch.equal(net.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [torch.nn.LayerNorm, torch.nn.BatchNorm1d, torch.nn.RMSNorm, timm.layers.RmsNorm],
+    ids=str,
+)
+def test_the_check_at_building_sees_norms_of_any_kind(norm):
+    layer = norm(6).eval()
+    images = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    plain = layer(images)
+    with torch.no_grad(), uneven_norms(torch.nn.Sequential(layer)):
+        assert (layer(images) - plain).abs().max() > 0.1
+    assert torch.equal(layer(images), plain)
 
 
 @pytest.mark.parametrize(
