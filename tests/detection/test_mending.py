@@ -194,6 +194,16 @@ def test_ids_that_are_text_are_read_or_numbered(synth, found, capsys, tmp_path, 
         assert {record[key] for record in saved if record[key] in known} == known
 
 
+def test_text_ids_of_two_files_get_the_same_numbers_in_any_order(synth, capsys):
+    """Else the labels of a training and a validation file would differ."""
+    change_ids(synth.contents, categories="c{:02d}".format)
+    first, _ = mended(synth, capsys)
+    synth.contents["categories"].reverse()
+    second, _ = mended(synth, capsys)
+    assert second.class_names == first.class_names
+    assert second.category_ids == first.category_ids
+
+
 def test_references_may_be_text_where_the_ids_are_numbers(synth, found, capsys):
     whole = evaluator_of(coco_set(synth), found).summarize()
     for record in synth.contents["annotations"]:
