@@ -1,8 +1,9 @@
-"""What a user's method gives back is looked at before it is used."""
+"""How a user's method is called, and what it returns, are checked before they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +11,25 @@ from torch import Tensor
 from mdistiller.registry import UserError
 
 
-def loss_of(method: object, loss: Any) -> Tensor:
-    """What `distill` of a method returned.
+def require_call(method: type, arguments: Sequence[Any], facts: Mapping[str, Any]) -> None:
+    """Refuse a method whose constructor cannot be called.
+
+    Args:
+        arguments: what all get, student, teacher and config; without a teacher the student alone.
+        facts: what this one asks for by name.
+    """
+    try:
+        inspect.signature(method).bind(*arguments, **facts)
+    except TypeError as error:
+        names = ", ".join(("student", "teacher", "cfg")[: len(arguments)])
+        raise UserError(
+            f"{method.__name__}.__init__ cannot be called: {error}; it must take (self, {names}), "
+            "and may ask for num_data, image_size and targets by name (docs/method.md)"
+        ) from None
+
+
+def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:
+    """What `distill` of a method, or the named function, returned.
 
     Raises:
         UserError: it is no tensor of floating-point numbers.
@@ -19,7 +37,7 @@ def loss_of(method: object, loss: Any) -> Tensor:
     if isinstance(loss, Tensor) and loss.is_floating_point():
         return loss
     raise UserError(
-        f"{type(method).__name__}.distill returned {_described(loss)}; "
+        f"{type(method).__name__}.{function} returned {_described(loss)}; "
         "it must return the loss, a scalar tensor"
     )
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.distillers._returned import step_of
 from mdistiller.engine.cacheable import is_wanted
-from mdistiller.engine.callbacks import default_hooks
+from mdistiller.engine.callbacks import complete_record, default_hooks
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
@@ -247,8 +247,7 @@ class BaseTrainer:
         self.end_epoch(record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
-        for hook in self.hooks:
-            hook.after_epoch(self, epoch, record)
+        complete_record(self, epoch, record)
 
     def _take_steps(self, progress: Progress) -> None:
         """The batches that are left of an epoch."""

@@ -1,9 +1,12 @@
 """What a method of a user's returns is looked at."""
 
+import types
+
 import pytest
 import torch
 
-from mdistiller.distillers import Distiller
+from mdistiller.distillers import Distiller, Output, Vanilla
+from mdistiller.distillers._compose import Composed
 from mdistiller.distillers._returned import loss_of, step_of
 from mdistiller.registry import UserError
 
@@ -42,6 +45,46 @@ def test_distill_returns_a_loss(value, words):
 def test_forward_train_returns_logits_and_losses(value, words):
     with pytest.raises(UserError, match=rf"Mine\.forward_train returned .*{words}.*must return"):
         step_of(Mine(), value)
+
+
+class Odd(Distiller):
+    def __init__(self, student, teacher, settings, depth):
+        raise NotImplementedError
+
+
+class Short(Distiller):
+    def __init__(self, student, teacher):
+        raise NotImplementedError
+
+
+class Bare(Vanilla):
+    def __init__(self, student, cfg):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [(Odd, "missing.* 'depth'"), (Short, "too many"), (Bare, "missing.* 'cfg'")],
+)
+def test_a_constructor_of_other_arguments_is_named_with_what_it_must_take(method, words):
+    with pytest.raises(UserError, match=rf"{method.__name__}\.__init__ .*{words}.*must take") as e:
+        method.build(None, None, {}, 9)
+    assert "\n" not in str(e.value)
+
+
+def test_a_part_of_a_sum_returns_a_loss_too():
+    net = torch.nn.Linear(1, 1)
+    part = Distiller(net, net)
+    part.distill = lambda *outputs, **batch: None
+    whole = Composed(
+        net,
+        net,
+        types.SimpleNamespace(DISTILLER=types.SimpleNamespace(CE_WEIGHT=1)),
+        {"MINE": part},
+    )
+    output = Output(LOGITS, {})
+    with pytest.raises(UserError, match=r"Distiller\.distill returned None"):
+        whole.distill(output, output, torch.zeros(2, dtype=torch.long))
 
 
 def test_the_right_pair_passes():
