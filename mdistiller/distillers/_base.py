@@ -219,7 +219,7 @@ class Distiller(nn.Module):
             target: [N] class indices; with `soft_labels` perhaps probabilities, [N, C].
             batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
-        raise TypeError(
+        raise UserError(
             f"{type(self).__name__} must override distill(student, teacher, target, **batch) "
             "or forward_train(image, target, **batch)"
         )

@@ -7,10 +7,10 @@ import torch
 
 from mdistiller.distillers import Distiller, Output, Vanilla
 from mdistiller.distillers._compose import Composed
-from mdistiller.distillers._returned import loss_of, step_of
+from mdistiller.distillers._returned import logits_of, loss_of, metrics_of, step_of
 from mdistiller.registry import UserError
 
-LOGITS, LOSS = torch.zeros(2, 3), torch.zeros(())
+LOGITS, LOSS = torch.zeros(2, 3), torch.zeros((), requires_grad=True)
 
 
 class Mine(Distiller):
@@ -40,10 +40,11 @@ def test_distill_returns_a_loss(value, words):
         ((LOGITS, {}), "a dict of 0 items"),
         ((LOGITS, {"loss_kd": 0.5}), "float as 'loss_kd'"),
         ((LOGITS, {"loss_kd": None}), "None as 'loss_kd'"),
+        ((LOGITS, {"loss_kd": LOSS.detach()}), "losses without gradient"),
     ],
 )
 def test_forward_train_returns_logits_and_losses(value, words):
-    with pytest.raises(UserError, match=rf"Mine\.forward_train returned .*{words}.*must return"):
+    with pytest.raises(UserError, match=rf"Mine\.forward_train returned .*{words}"):
         step_of(Mine(), value)
 
 
@@ -89,3 +90,27 @@ def test_a_part_of_a_sum_returns_a_loss_too():
 
 def test_the_right_pair_passes():
     assert step_of(Mine(), (LOGITS, {"loss": LOSS})) == (LOGITS, {"loss": LOSS})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "None"), (LOGITS[0], r"a tensor \[3\]"), (LOGITS.repeat(2, 1), "4, 3")],
+)
+def test_logits_are_a_row_for_each_image(value, words):
+    with pytest.raises(UserError, match=rf"Mine\.forward_train returned .*{words}.*the 2 images"):
+        logits_of(Mine(), value, 2)
+    assert logits_of(Mine(), LOGITS, 2) is LOGITS
+
+
+def test_metrics_are_numbers():
+    method, device = Mine(), torch.device("cpu")
+    method.metrics = {"half": 0.5, "rows": LOGITS}
+    assert torch.stack([v.mean() for v in metrics_of(method, device).values()]).tolist() == [0.5, 0]
+    method.metrics = {"note": "fine"}
+    with pytest.raises(UserError, match=r"Mine\.metrics\['note'\] is a value of type str"):
+        metrics_of(method, device)
+
+
+def test_a_method_without_a_loss_is_told_what_to_override():
+    with pytest.raises(UserError, match=r"Mine must override distill"):
+        Mine().distill(None, None, None)
