@@ -33,9 +33,10 @@ class Distiller(nn.Module):
     def __init__(self, student, teacher):
         super(Distiller, self).__init__()
         self.student, self.teacher = student, teacher
+        self.first = 1.0
 
     def count_down(self, epoch):  # of this fork alone
-        return 1.0 / epoch
+        return self.first / epoch
 
     def forward_train(self, **kwargs):
         raise NotImplementedError()
@@ -232,6 +233,25 @@ def test_a_plain_step_of_its_base_trainer_is_the_librarys(fork):
     load_config("", imports=[f"{path}/"])
     assert issubclass(trainer_dict["base"], BaseTrainer)
     assert "train_iter" in vars(trainer_dict["base"])
+
+
+INIT = """
+        self.cfg = cfg
+        self.epoch, self.stage = 7, "of the fork"  # the library has these
+        folder = "a local name"
+        self.tf_writer = open(folder)
+        self.place = folder
+        self.decay = cfg.SOLVER.MY_DECAY
+"""
+
+
+def test_attributes_that_only_the_fork_sets_are_there(fork, tmp_path):
+    file = fork / "mdistiller" / "engine" / "trainer.py"
+    text = file.read_text().replace("        raise NotImplementedError\n", INIT)
+    noted = 'note("set", [self.decay, self.stage, hasattr(self, "place")])'
+    file.write_text(text.replace('note("first"', f'{noted}\n        note("first"'))
+    train(tmp_path, fork, "KD_ours", "SOLVER.TRAINER", "ours", "CRD.NCE.K", "5")
+    assert notes(fork)["set"] == [1, "", False]
 
 
 def test_fork_in_a_config_lies_under_its_values(fork, tmp_path):
