@@ -186,9 +186,10 @@ def report(
 ) -> None:
     """Print in a line what user code has registered since `before`, and what it replaced."""
     parts = []
-    for (kind, table), (earlier, _) in zip(_TABLES, before, strict=True):
+    for k, ((kind, table), (earlier, _)) in enumerate(zip(_TABLES, before, strict=True)):
+        library = earlier | {name: old for (t, name), (old, _) in _BEFORE.items() if t == k}
         taken = [name for name in table if table[name] is not earlier.get(name)]
-        replaced = [name for name in taken if name in earlier and is_builtin(earlier[name])]
+        replaced = [name for name in taken if is_builtin(library.get(name, _ABSENT))]
         if taken and not only_replaced:
             parts.append(f"{kind} {', '.join(taken)}")
         if replaced:

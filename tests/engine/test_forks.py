@@ -265,7 +265,7 @@ def test_fork_in_a_config_lies_under_its_values(fork, tmp_path):
         load_config(path, ["FORK", str(fork), "KD.TEMPRATURE", "3"])
 
 
-def test_each_config_of_a_process_gets_the_classes_that_it_names(fork, tmp_path):
+def test_each_config_of_a_process_gets_the_classes_that_it_names(fork, tmp_path, capsys):
     """A sweep loads all its configs before it trains the first one."""
     other = tmp_path / "other"
     for path in sorted(fork.rglob("*.py")):
@@ -274,6 +274,7 @@ def test_each_config_of_a_process_gets_the_classes_that_it_names(fork, tmp_path)
         copy.write_text(path.read_text().replace("KD_ours", "KD_theirs"))
     file = fork / "mdistiller" / "distillers" / "Views.py"
     configs = [load_config("", imports=names) for names in ([f"{fork}/"], [f"{other}/"], [])]
+    assert capsys.readouterr().out.count("in place of the library's methods: KD;") == 2
     configs.append(load_config("", imports=[str(file)]))
     found = []
     for cfg in [*configs, *configs]:
