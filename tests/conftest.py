@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -6,6 +8,15 @@ import torch
 def _one_thread():
     """Small tensors run best on one thread, and sums then never depend on how many there are."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_code_of_another_test():
+    """What a test's forks and files have put in place of the library's is taken back."""
+    yield
+    forks = sys.modules.get("mdistiller.engine.forks")
+    if forks is not None:
+        forks.activate(())
 
 
 def pytest_collection_modifyitems(items):

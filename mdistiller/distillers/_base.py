@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
 from mdistiller.distillers._facts import TeacherFact
 from mdistiller.distillers._init_stage import InitPlan
-from mdistiller.distillers._returned import loss_of
+from mdistiller.distillers._returned import loss_of, require_call
 from mdistiller.distillers._split import Split
 from mdistiller.distillers._standardize import lskd_settings, standardize
 from mdistiller.registry import Registry, UserError
@@ -151,6 +151,7 @@ class Distiller(nn.Module):
         facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
         wanted = inspect.signature(cls.__init__).parameters
         extra = {name: fact for name, fact in facts.items() if name in wanted}
+        require_call(cls, (student, teacher, cfg), extra)
         try:
             return cls(student, teacher, cfg, **extra)
         except AttributeError as error:
@@ -218,7 +219,7 @@ class Distiller(nn.Module):
             target: [N] class indices; with `soft_labels` perhaps probabilities, [N, C].
             batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
-        raise TypeError(
+        raise UserError(
             f"{type(self).__name__} must override distill(student, teacher, target, **batch) "
             "or forward_train(image, target, **batch)"
         )
@@ -292,7 +293,8 @@ class Distiller(nn.Module):
         """Logits and loss terms of a step of the initialisation stage."""
         student, teacher = self.run_student(image), self.run_teacher(image)
         with torch.autocast(image.device.type, enabled=False):
-            return student.logits, {"loss_init": self.init_loss(student, teacher, target, **batch)}
+            loss = self.init_loss(student, teacher, target, **batch)
+            return student.logits, {"loss_init": loss_of(self, loss, "init_loss")}
 
     def run_student(self, image: Tensor) -> Output:
         """The student's output, with gradient."""
@@ -329,6 +331,12 @@ class Distiller(nn.Module):
             return self.init_stages()[self.init_stage].forward_init(**kwargs)
         if self._accepted is not None:
             kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
+        if not self._required <= kwargs.keys():
+            raise UserError(
+                f"{type(self).__name__}.forward_train needs "
+                f"{', '.join(sorted(self._required - kwargs.keys()))}, but the trainer gives it "
+                f"{', '.join(kwargs)}: set SOLVER.TRAINER to one that belongs to this method"
+            )
         return self.forward_train(**kwargs)
 
     @functools.cached_property
@@ -338,6 +346,13 @@ class Distiller(nn.Module):
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return None
         return set(parameters)
+
+    @functools.cached_property
+    def _required(self) -> set[str]:
+        """Names of the arguments of `forward_train` that have no default."""
+        parameters = inspect.signature(self.forward_train).parameters.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
 
 
 def view_names(forward_train: Callable[..., Any]) -> tuple[str, str] | None:
@@ -371,6 +386,7 @@ class Vanilla(Distiller):
     def build(
         cls, student: nn.Module, teacher: nn.Module | None, cfg: Any, *facts: Any, **more: Any
     ) -> Distiller:
+        require_call(cls, (student,), {})
         return cls(student)
 
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers._returned import loss_of
 from mdistiller.registry import UserError
 
 
@@ -148,7 +149,7 @@ class Composed(Distiller):
             if not part.distills:
                 continue
             outputs = part.standardized(student), part.standardized(teacher)
-            terms[name] = part.distill(*outputs, target, **batch)
+            terms[name] = loss_of(part, part.distill(*outputs, target, **batch)).mean()
             self.metrics |= part.metrics
         self.metrics |= {f"loss_{name}": term.detach() for name, term in terms.items()}
         return torch.stack(list(terms.values())).sum()

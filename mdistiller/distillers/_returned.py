@@ -1,17 +1,36 @@
-"""What a user's method gives back is looked at before it is used."""
+"""How a user's method is called, and what it returns, are checked before they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mdistiller.registry import UserError
 
 
-def loss_of(method: object, loss: Any) -> Tensor:
-    """What `distill` of a method returned.
+def require_call(method: type, arguments: Sequence[Any], facts: Mapping[str, Any]) -> None:
+    """Refuse a method whose constructor cannot be called.
+
+    Args:
+        arguments: what all get, student, teacher and config; without a teacher the student alone.
+        facts: what this one asks for by name.
+    """
+    try:
+        inspect.signature(method).bind(*arguments, **facts)
+    except TypeError as error:
+        names = ", ".join(("student", "teacher", "cfg")[: len(arguments)])
+        raise UserError(
+            f"{method.__name__}.__init__ cannot be called: {error}; it must take (self, {names}), "
+            "and may ask for num_data, image_size and targets by name (docs/method.md)"
+        ) from None
+
+
+def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:
+    """What `distill` of a method, or the named function, returned.
 
     Raises:
         UserError: it is no tensor of floating-point numbers.
@@ -19,7 +38,7 @@ def loss_of(method: object, loss: Any) -> Tensor:
     if isinstance(loss, Tensor) and loss.is_floating_point():
         return loss
     raise UserError(
-        f"{type(method).__name__}.distill returned {_described(loss)}; "
+        f"{type(method).__name__}.{function} returned {_described(loss)}; "
         "it must return the loss, a scalar tensor"
     )
 
@@ -43,7 +62,46 @@ def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
     for name, loss in losses.items():
         if not (isinstance(loss, Tensor) and loss.is_floating_point()):
             raise UserError(f"{where} returned {_described(loss)} as {name!r}; {wanted}")
+    if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+        raise UserError(
+            f"{where} returned losses without gradient ({', '.join(map(str, losses))}): compute "
+            "them from the student's output outside torch.no_grad() and detach()"
+        )
     return output, dict(losses)
+
+
+def logits_of(method: object, output: Any, samples: int) -> Tensor:
+    """The logits that a training step of a classification method returned.
+
+    Raises:
+        UserError: they are no tensor [samples, classes].
+    """
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == samples:
+        return output
+    raise UserError(
+        f"{type(method).__name__}.forward_train returned {_described(output)} before its losses; "
+        f"it must return (logits, losses), logits [N, classes] of the {samples} images"
+    )
+
+
+def metrics_of(method: object, device: torch.device) -> dict[str, Tensor]:
+    """The diagnostics of a method's last step, `metrics`, as tensors.
+
+    Raises:
+        UserError: one is no number.
+    """
+    metrics: Any = getattr(method, "metrics", {})
+    tensors = {}
+    for name, value in metrics.items():
+        if isinstance(value, (int, float)):
+            value = torch.full((), float(value), device=device)
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{type(method).__name__}.metrics[{name!r}] is {_described(value)}; it must be a "
+                "number or a detached tensor"
+            )
+        tensors[name] = value
+    return tensors
 
 
 def _described(value: Any) -> str:

@@ -8,9 +8,35 @@ from mdistiller.engine.disk import warn_of_low_disk
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.ema import AverageStudent
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.logs import MetricsFile, TensorBoard, Wandb, WorkLog, plain
+from mdistiller.engine.logs import (
+    MetricsFile,
+    TensorBoard,
+    Wandb,
+    WorkLog,
+    numbers_of,
+    plain,
+)
 from mdistiller.engine.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.utils import log_msg
+
+
+def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
+    """Call the hooks after an epoch, each of which may add to its record.
+
+    What is a number in it stays one: what a hook removes, or replaces by text or the like, is put
+    back, and a line is printed.
+    """
+    numbers = numbers_of(record)
+    for hook in trainer.hooks:
+        hook.after_epoch(trainer, epoch, record)
+        now = numbers_of(record)
+        for key in numbers.keys() - now.keys():
+            name, value = type(hook).__name__, numbers[key]
+            if is_main_process():
+                text = f"the hook {name} made {key!r} of the record no number: it stays {value:.4g}"
+                print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
+            record[key] = now[key] = value
+        numbers = now
 
 
 class Evaluate(Hook):

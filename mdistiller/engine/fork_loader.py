@@ -7,8 +7,8 @@ file, the library's module is taken. Nothing of the library is changed.
 
 Two classes are the library's whatever the fork's files say, since its commands rest on them:
 `Distiller` (with `Vanilla`) and `BaseTrainer`. A class of that name in the fork becomes a subclass
-with what the fork adds to it; a `train_iter` of its BaseTrainer counts if it does more than add up
-the terms of the loss.
+with what the fork adds to it: methods, and attributes that its `__init__` sets. A `train_iter` of
+its BaseTrainer counts if it does more than add up the terms of the loss.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import inspect
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -174,7 +176,7 @@ def _rebased(node: ast.stmt, module: str) -> ast.stmt:
     if not isinstance(node, ast.ClassDef) or where.get(node.name) != package:
         return node
     ours = _OURS[node.name]
-    body = [part for part in node.body if _is_added(part, ours)]
+    body = [part for part in node.body if _is_added(part, ours)] + _constructor(node, ours)
     base = ast.Name(f"_our_{node.name}", ast.Load())
     if not body or node.name == "Vanilla":
         return ast.Assign([ast.Name(node.name, ast.Store())], base)
@@ -190,6 +192,48 @@ def _is_added(part: ast.stmt, ours: type) -> bool:
     if isinstance(part, ast.Assign):
         return not any(isinstance(t, ast.Name) and hasattr(ours, t.id) for t in part.targets)
     return False
+
+
+def _constructor(node: ast.ClassDef, ours: type) -> list[ast.stmt]:
+    """An `__init__` that calls ours, then sets the attributes that only the fork's sets, if any.
+
+    They are set from the arguments and what the module has; what needs a local name is left out.
+    """
+    for part in node.body:
+        if not isinstance(part, ast.FunctionDef) or part.name != "__init__":
+            continue
+        known = {*_set_in(ast.parse(textwrap.dedent(inspect.getsource(ours)))), "tf_writer"}
+        stored = {n.id for n in ast.walk(part) if _is_name(n, ast.Store)}
+        added = [
+            line
+            for line in part.body
+            if isinstance(line, ast.Assign)
+            and _set_in(line)
+            and not any(name in known or hasattr(ours, name) for name in _set_in(line))
+            and not any(_is_name(n, ast.Load) and n.id in stored for n in ast.walk(line))
+        ]
+        if not added:
+            return []
+        names = [a.arg for a in part.args.args if a.arg in inspect.signature(ours).parameters]
+        words = ", ".join(["self", *(f"{name}={name}" for name in names)])
+        call = ast.parse(f"_our_{node.name}.__init__({words})").body
+        return [ast.FunctionDef("__init__", part.args, [*call, *added], [])]
+    return []
+
+
+def _is_name(node: ast.AST, context: type) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, context)
+
+
+def _set_in(tree: ast.AST) -> list[str]:
+    """The attributes of `self` that code sets."""
+    return [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and getattr(node.value, "id", "") == "self"
+    ]
 
 
 def _is_plain(train_iter: ast.FunctionDef) -> bool:

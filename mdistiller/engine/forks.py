@@ -13,11 +13,12 @@ code that runs, like a file under IMPORTS, where it is recorded with a slash beh
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import Registry, UserError, is_builtin
 
 _TABLES = (("methods", DISTILLERS), ("trainers", trainer_dict))
+Snapshot = tuple[dict[str, Any], dict[str, Any]]
+"""Entries and defaults of a table."""
 
 
 @dataclass
@@ -41,14 +44,20 @@ class UserCode:
         name: the entry: a fork's folder with a slash behind it, a file or a module.
         defaults: nodes and values that count in place of the library's.
         methods: names whose whole nodes are replaced.
+        entries: what it has entered into the tables: (table, name) -> (class, node's defaults).
     """
 
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
+    entries: dict[tuple[int, str], tuple[Any, Any]] = field(default_factory=dict)
 
 
-_FORKS: dict[str, UserCode] = {}
+LOADED: dict[str, UserCode] = {}
+"""What has been imported in this process, by entry of IMPORTS."""
+_ACTIVE: list[str] = []
+_BEFORE: dict[tuple[int, str], tuple[Any, Any]] = {}
+_ABSENT = object()
 
 
 def fork_folder(folder: Path) -> Path | None:
@@ -65,7 +74,7 @@ def load_fork(name: str) -> UserCode:
     Raises:
         UserError: the folder holds no fork, or a file of it fails when imported.
     """
-    if name not in _FORKS:
+    if name not in LOADED:
         place = fork_folder(Path(name))
         if place is None:
             raise UserError(
@@ -74,16 +83,71 @@ def load_fork(name: str) -> UserCode:
             )
         fork = UserCode(name)
         package = fork_package(place.resolve())
-        before = [dict(table) for _, table in _TABLES]
+        before = snapshot()
         trainers, reason = _trainers(package, place)
         fork.defaults = _defaults(package, place)
         methods = _methods(_import(f"{package}.distillers", place))
         _register(DISTILLERS, methods, fork.defaults)
         _register(trainer_dict, trainers, {})
         fork.methods = tuple(methods)
-        _FORKS[name] = fork
         report(f"fork {Path(name)}", before, _rest(fork) + reason)
-    return _FORKS[name]
+        keep(fork, before)
+    return put_in_force(name)
+
+
+def keep(code: UserCode, before: Sequence[Snapshot], only_replaced: bool = False) -> None:
+    """Remember what user code has registered since `before`, so that it can be taken back."""
+    for k, (entries, config) in enumerate(before):
+        table = _TABLES[k][1]
+        for name in table:
+            if table[name] is entries.get(name) or (only_replaced and name not in entries):
+                continue
+            code.entries[k, name] = (table[name], table.config.get(name, _ABSENT))
+            earlier = (entries.get(name, _ABSENT), config.get(name, _ABSENT))
+            _BEFORE.setdefault((k, name), earlier)
+    LOADED[code.name] = code
+
+
+def put_in_force(name: str) -> UserCode:
+    """Have what an entry of IMPORTS has registered count before that of all others."""
+    code = LOADED[name]
+    _enter(code.entries)
+    _ACTIVE[:] = [*(other for other in _ACTIVE if other != name), name]
+    return code
+
+
+def activate(names: Sequence[str]) -> None:
+    """Have the tables hold what these entries of IMPORTS replace or, forks, add, and no others."""
+    _enter(_BEFORE)
+    _ACTIVE.clear()
+    for name in names:
+        if name in LOADED:
+            put_in_force(name)
+
+
+@contextlib.contextmanager
+def active(names: Sequence[str] | None = None) -> Iterator[None]:
+    """Of several configs in a process, that with these IMPORTS; afterwards what was before.
+
+    None: what is in force now, whatever is imported within.
+    """
+    before = list(_ACTIVE)
+    try:
+        if names is not None:
+            activate(names)
+        yield
+    finally:
+        activate(before)
+
+
+def _enter(entries: Mapping[tuple[int, str], tuple[Any, Any]]) -> None:
+    for (k, name), (item, config) in entries.items():
+        table = _TABLES[k][1]
+        for part, value in ((table, item), (table.config, config)):
+            if value is _ABSENT:
+                part.pop(name, None)
+            else:
+                part[name] = value
 
 
 def around(file: Path) -> Path | None:
@@ -109,22 +173,23 @@ def fork_module(folder: Path, name: str) -> ModuleType:
 
 def is_loaded(name: str) -> bool:
     """Whether a fork has been imported in this process already."""
-    return name in _FORKS
+    return name in LOADED
 
 
-def snapshot() -> list[dict[str, Any]]:
-    """What is registered now, for :func:`report`."""
-    return [dict(table) for _, table in _TABLES]
+def snapshot() -> list[Snapshot]:
+    """What is registered now, for :func:`report` and :func:`keep`."""
+    return [(dict(table), dict(table.config)) for _, table in _TABLES]
 
 
 def report(
-    what: str, before: list[dict[str, Any]], rest: str = "", only_replaced: bool = False
+    what: str, before: Sequence[Snapshot], rest: str = "", only_replaced: bool = False
 ) -> None:
     """Print in a line what user code has registered since `before`, and what it replaced."""
     parts = []
-    for (kind, table), earlier in zip(_TABLES, before, strict=True):
+    for k, ((kind, table), (earlier, _)) in enumerate(zip(_TABLES, before, strict=True)):
+        library = earlier | {name: old for (t, name), (old, _) in _BEFORE.items() if t == k}
         taken = [name for name in table if table[name] is not earlier.get(name)]
-        replaced = [name for name in taken if name in earlier and is_builtin(earlier[name])]
+        replaced = [name for name in taken if is_builtin(library.get(name, _ABSENT))]
         if taken and not only_replaced:
             parts.append(f"{kind} {', '.join(taken)}")
         if replaced:

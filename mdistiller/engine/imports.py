@@ -16,11 +16,14 @@ from typing import Any
 
 from mdistiller.distillers import DISTILLERS, adopt
 from mdistiller.engine.forks import (
+    LOADED,
     UserCode,
     around,
     import_method,
     is_loaded,
+    keep,
     load_fork,
+    put_in_force,
     report,
     snapshot,
 )
@@ -96,13 +99,10 @@ def import_user_modules(names: list[str]) -> list[UserCode]:
     return given
 
 
-_LOADED: dict[str, UserCode] = {}
-
-
 def _load(name: str) -> UserCode:
     """Import a file or module once, and register what it holds."""
-    if name in _LOADED:
-        return _LOADED[name]
+    if name in LOADED:
+        return put_in_force(name)
     before = snapshot()
     defaults: Mapping[str, Any] = {}
     place = around(Path(name)) if name.endswith(".py") else None
@@ -111,15 +111,16 @@ def _load(name: str) -> UserCode:
     else:
         module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
     adopt(module)
-    taken = [method for method in DISTILLERS if method not in before[0]]
-    replaced = [m for m in before[0] if DISTILLERS[m] is not before[0][m]]
+    earlier = before[0][0]
+    taken = [method for method in DISTILLERS if method not in earlier]
+    replaced = [m for m in earlier if DISTILLERS[m] is not earlier[m]]
     for method in (*taken, *replaced):
         if method in defaults and method not in DISTILLERS.config:
             DISTILLERS.config[method] = defaults[method]
     report(name, before, only_replaced=place is None)
     own = {m: DISTILLERS.config[m] for m in replaced if m in DISTILLERS.config}
-    _LOADED[name] = UserCode(name, own, tuple(replaced))
-    return _LOADED[name]
+    keep(UserCode(name, own, tuple(replaced)), before, only_replaced=True)
+    return put_in_force(name)
 
 
 def is_imported(name: str) -> bool:
@@ -127,7 +128,7 @@ def is_imported(name: str) -> bool:
     if name.endswith("/"):
         return is_loaded(name)
     return (
-        name in _LOADED
+        name in LOADED
         or (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
     )
 

@@ -65,16 +65,41 @@ def _failure(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> str |
     item = next(batches)
     getattr(batches, "close", lambda: None)()
     loader.set_epoch(loader.epoch)
+    if len(item) > 3 and item[1].ndim == 4:  # two views that a trainer takes as two items
+        item = (list(item[:2]), *item[2:])
     batch = trainer.batch_inputs(item, 1)
     one = _first(batch, 1)
     two = _twice(one) if len(batch["target"]) == 1 else _first(batch, 2)
-    return _only_alone(distiller, one, two, cfg.SOLVER.AMP)
+    amp = cfg.SOLVER.AMP
+    if try_step(distiller, two, amp) is None:
+        return _only_alone(distiller, one, two, amp)
+    alone = _StudentStep(distiller.student)  # the trainer hands the method something else
+    return _only_alone(alone, one, two, amp)
+
+
+class _StudentStep(nn.Module):
+    """A step of the student alone, for methods whose step cannot be tried."""
+
+    def __init__(self, student: Any):
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Any, **batch: Any) -> tuple[None, dict[str, Tensor]]:
+        weak = image if isinstance(image, Tensor) else image[0]
+        return None, {"logits": self.student(weak)[0]}
 
 
 def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | None:
-    """Why a step with one image fails where one with two does not; None otherwise."""
-    reason = try_step(distiller, one, amp)
-    return None if reason is None or try_step(distiller, two, amp) else reason
+    """Why a step with one image fails where one with two does not; None otherwise.
+
+    The method's initialisation stages are tried as well.
+    """
+    stages: Any = getattr(distiller, "init_stages", dict)
+    for stage in ("", *stages()):
+        reason = try_step(distiller, one, amp, stage)
+        if reason is not None and try_step(distiller, two, amp, stage) is None:
+            return reason
+    return None
 
 
 def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
@@ -100,13 +125,21 @@ def one_is_too_few(reason: str) -> UserError:
     return UserError(f"SOLVER.BATCH_SIZE 1: {reason}; set it to 2 or more")
 
 
-def try_step(distiller: nn.Module, inputs: Mapping[str, Any], amp: str = "none") -> str | None:
-    """Why a copy of a distiller cannot learn from a batch, in a line; None if it can."""
+def try_step(
+    distiller: nn.Module, inputs: Mapping[str, Any], amp: str = "none", stage: str = ""
+) -> str | None:
+    """Why a copy of a distiller cannot learn from a batch, in a line; None if it can.
+
+    Args:
+        stage: name of the initialisation stage that the step is of; "" for the main one.
+    """
     with undisturbed(distiller):
         try:
             trial = copy.deepcopy(distiller)
         except (RuntimeError, TypeError):  # holds what cannot be copied: the first step will tell
             return None
+        if stage:
+            trial.init_stage = stage  # type: ignore[assignment]
         trial.train()
         device = next(distiller.parameters()).device
         try:

@@ -26,7 +26,7 @@ from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoint import file_entries, load_checkpoint, replacing
 from mdistiller.engine.compiling import compile_networks
 from mdistiller.engine.distributed import meet, process_group, wrap
-from mdistiller.engine.forks import check_trainer
+from mdistiller.engine.forks import active, check_trainer
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.lock import locked
 from mdistiller.engine.lone_image import keep_none_alone
@@ -114,7 +114,8 @@ def train_or_continue(
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):  # not there, or cut off while it was written
         return train(cfg, overrides, resume="auto", hooks=hooks)
-    changes = changed_settings(folder, cfg)
+    with active(cfg.IMPORTS):
+        changes = changed_settings(folder, cfg)
     if changes:
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(changes)})")
     return summary
@@ -128,7 +129,13 @@ def set_determinism(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _train(
+def _train(cfg: Config, *settings: Any, **more: Any) -> dict[str, Any]:
+    """:func:`_train_with`, with what the config's IMPORTS have registered in force."""
+    with active(cfg.IMPORTS):
+        return _train_with(cfg, *settings, **more)
+
+
+def _train_with(
     cfg: Config,
     name: str,
     resume: bool,

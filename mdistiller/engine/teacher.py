@@ -15,6 +15,7 @@ from mdistiller.engine.build import check_pair, find_teacher, no_teacher
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.cfg_files import find_config
 from mdistiller.engine.distributed import from_main_process, wait_for_all
+from mdistiller.engine.forks import active
 from mdistiller.engine.lock import is_locked, locked
 from mdistiller.engine.record import changed_settings, experiment_name
 from mdistiller.engine.run_folder import read_json
@@ -88,7 +89,8 @@ def teacher_config(cfg: Config) -> Config:
     It sees the student's data, device and output folder; the rest is its own config.
     """
     settings = cfg.DISTILLER
-    own = load_config(find_config(settings.TEACHER_CFG)).clone()
+    with active():  # what it imports counts when it is trained
+        own = load_config(find_config(settings.TEACHER_CFG)).clone()
     own.defrost()
     own.DATASET, own.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
     own.LOG.PREFIX, own.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB

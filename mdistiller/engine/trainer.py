@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.distillers._returned import step_of
+from mdistiller.distillers._returned import logits_of, metrics_of, step_of
 from mdistiller.engine.cacheable import is_wanted
-from mdistiller.engine.callbacks import default_hooks
+from mdistiller.engine.callbacks import complete_record, default_hooks
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
@@ -24,6 +24,7 @@ from mdistiller.engine.distributed import (
 )
 from mdistiller.engine.guards import Guard
 from mdistiller.engine.hooks import Hook
+from mdistiller.engine.logs import plain
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import (
     autocast,
@@ -247,8 +248,7 @@ class BaseTrainer:
         self.end_epoch(record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
-        for hook in self.hooks:
-            hook.after_epoch(self, epoch, record)
+        complete_record(self, epoch, record)
 
     def _take_steps(self, progress: Progress) -> None:
         """The batches that are left of an epoch."""
@@ -281,7 +281,7 @@ class BaseTrainer:
             train_meters.add(
                 f"{self.stage} epoch {epoch}, step {self.step}".strip(),
                 losses,
-                {**numbers, **getattr(self.model, "metrics", {})},
+                {**numbers, **metrics_of(self.model, self.device)},
                 samples,
             )
             self.optimize(losses)
@@ -295,12 +295,8 @@ class BaseTrainer:
             inputs: what it was given.
         """
         target = inputs["target"]
-        if not isinstance(output, Tensor):
-            raise UserError(
-                f"{type(self.model).__name__}.forward_train returned no logits before its losses: "
-                "it must return (logits, losses)"
-            )
-        hits = correct_counts(output, target) * (100.0 / len(target))
+        logits = logits_of(self.model, output, len(target))
+        hits = correct_counts(logits, target) * (100.0 / len(target))
         return {"top1": hits[0], "top5": hits[1]}, len(target)
 
     def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
@@ -392,6 +388,7 @@ class BaseTrainer:
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
         """Keep an epoch's numbers, and write them to every log; override to add your own."""
+        log_dict = plain(log_dict)  # a user's trainer may give tensors
         accuracy = float(log_dict.get(self.selects, -1.0))
         if accuracy >= self.best_acc:  # ties: the later one, as the files have it
             self.best_acc, self.best_epoch = accuracy, epoch

@@ -33,9 +33,10 @@ class Distiller(nn.Module):
     def __init__(self, student, teacher):
         super(Distiller, self).__init__()
         self.student, self.teacher = student, teacher
+        self.first = 1.0
 
     def count_down(self, epoch):  # of this fork alone
-        return 1.0 / epoch
+        return self.first / epoch
 
     def forward_train(self, **kwargs):
         raise NotImplementedError()
@@ -114,9 +115,9 @@ CFG.AUG = CN()
 CFG.AUG.DEPTH = 3
 """,
     "engine/__init__.py": """
-from .trainer import BaseTrainer, Alone, Ours
+from .trainer import BaseTrainer, Alone, Ours, Pairs
 
-trainer_dict = {"base": BaseTrainer, "ours": Ours, "alone": Alone}
+trainer_dict = {"base": BaseTrainer, "ours": Ours, "alone": Alone, "pairs": Pairs}
 """,
     "engine/trainer.py": """
 import time
@@ -157,6 +158,12 @@ class Ours(BaseTrainer):
         return "loss"
 
 
+class Pairs(BaseTrainer):
+    def train_iter(self, data, epoch, train_meters):
+        (weak, strong), target, index = data
+        preds, losses = self.distiller(a=weak, b=strong, target=target)
+
+
 class Alone(object):
     pass
 """,
@@ -165,18 +172,12 @@ class Alone(object):
 
 @pytest.fixture
 def fork(tmp_path):
-    """The fork's folder; what it registers is taken back."""
-    tables = (DISTILLERS, trainer_dict)
-    before = [(dict(table), dict(table.config)) for table in tables]
+    """The fork's folder."""
     for name, text in FORK.items():
         path = tmp_path / "forked" / "mdistiller" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    yield tmp_path / "forked"
-    for table, (entries, config) in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
-        table.config = config
+    return tmp_path / "forked"
 
 
 def train(folder, fork, method, *words):
@@ -200,7 +201,7 @@ def test_a_fork_trains_its_own_methods_by_its_own_defaults(fork, tmp_path, capsy
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fork ")]
     assert "methods KD, KD_ours, VIEWS" in line
     assert "in place of the library's methods: KD;" in line
-    assert "trainers ours, alone;" in line
+    assert "trainers ours, alone, pairs;" in line
     assert recorded["KD"] == {"TEMPERATURE": 2, "LOSS": {"CE_WEIGHT": 0.1, "KD_WEIGHT": 9}}
     assert (recorded["SOLVER"]["MY_DECAY"], recorded["AUG"]["DEPTH"]) == (1, 3)
     assert recorded["LOG"]["WANDB"] is False
@@ -234,6 +235,25 @@ def test_a_plain_step_of_its_base_trainer_is_the_librarys(fork):
     assert "train_iter" in vars(trainer_dict["base"])
 
 
+INIT = """
+        self.cfg = cfg
+        self.epoch, self.stage = 7, "of the fork"  # the library has these
+        folder = "a local name"
+        self.tf_writer = open(folder)
+        self.place = folder
+        self.decay = cfg.SOLVER.MY_DECAY
+"""
+
+
+def test_attributes_that_only_the_fork_sets_are_there(fork, tmp_path):
+    file = fork / "mdistiller" / "engine" / "trainer.py"
+    text = file.read_text().replace("        raise NotImplementedError\n", INIT)
+    noted = 'note("set", [self.decay, self.stage, hasattr(self, "place")])'
+    file.write_text(text.replace('note("first"', f'{noted}\n        note("first"'))
+    train(tmp_path, fork, "KD_ours", "SOLVER.TRAINER", "ours", "CRD.NCE.K", "5")
+    assert notes(fork)["set"] == [1, "", False]
+
+
 def test_fork_in_a_config_lies_under_its_values(fork, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("FORK: forked\nDISTILLER: {TYPE: KD}\nKD: {LOSS: {KD_WEIGHT: 7.5}}\n")
@@ -243,6 +263,53 @@ def test_fork_in_a_config_lies_under_its_values(fork, tmp_path):
     assert load_config(path, ["FORK", str(fork)]).KD.LOSS.KD_WEIGHT == 7
     with pytest.raises(UserError, match=r"KD\.TEMPRATURE; did you mean 'KD\.TEMPERATURE'"):
         load_config(path, ["FORK", str(fork), "KD.TEMPRATURE", "3"])
+
+
+def test_each_config_of_a_process_gets_the_classes_that_it_names(fork, tmp_path, capsys):
+    """A sweep loads all its configs before it trains the first one."""
+    other = tmp_path / "other"
+    for path in sorted(fork.rglob("*.py")):
+        copy = other / path.relative_to(fork)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text().replace("KD_ours", "KD_theirs"))
+    file = fork / "mdistiller" / "distillers" / "Views.py"
+    configs = [load_config("", imports=names) for names in ([f"{fork}/"], [f"{other}/"], [])]
+    assert capsys.readouterr().out.count("in place of the library's methods: KD;") == 2
+    configs.append(load_config("", imports=[str(file)]))
+    found = []
+    for cfg in [*configs, *configs]:
+        with forks.active(cfg.IMPORTS):
+            found.append((DISTILLERS["KD"], *(f"KD_{x}" in DISTILLERS for x in ("ours", "theirs"))))
+    first, second, library, single = found[:4]
+    assert found[4:] == found[:4]
+    assert first[1:] == (True, False)
+    assert second[1:] == (False, True)
+    assert first[0] is not second[0]
+    assert library == single == (KD, False, False)
+    forks.activate(())
+    assert DISTILLERS.config["KD"]["TEMPERATURE"] == 4.0
+    assert trainer_dict["base"] is BaseTrainer
+
+
+def test_a_trainer_of_another_method_ends_in_a_line(fork, tmp_path, capsys):
+    config = write_config(tmp_path, method="NONE", epochs=1)
+    assert (
+        train_command.main(
+            [
+                "--cfg",
+                str(config),
+                "--fork",
+                str(fork),
+                "DISTILLER.TYPE",
+                "NONE",
+                "SOLVER.TRAINER",
+                "pairs",
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert "Vanilla.forward_train needs image, but the trainer gives it a, b, target" in error
 
 
 BROKEN = {

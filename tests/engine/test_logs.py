@@ -83,3 +83,25 @@ def test_text_and_tensors_that_a_hook_records_end_no_run(tmp_path):
     tags = {name for name, _ in scalars(folder / "train.events")}
     assert "half" in tags
     assert not tags & {"note", "hits", "parts"}
+
+
+def test_numbers_that_a_hook_replaces_by_text_stay(tmp_path, capsys):
+    class Labels(Hook):
+        def after_epoch(self, trainer, epoch, record):
+            record |= {"lr": "warm", "train_loss": None, "test_acc": "good"}
+            record.pop("seconds", None)
+
+    class Last(Labels):
+        def before_train(self, trainer):  # behind the one that evaluates
+            trainer.hooks.insert(3, Labels())
+
+    summary = train(load_config(write_config(tmp_path)), hooks=[Last()])
+    rows = (tmp_path / "out" / "toy" / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(row) for row in rows]
+    for record in records:
+        numbers = [record[key] for key in ("lr", "train_loss", "test_acc", "seconds")]
+        assert all(isinstance(number, float) for number in numbers)
+    assert summary["last_acc"] == records[-1]["test_acc"]
+    text = capsys.readouterr().out
+    assert "the hook Last made 'lr' of the record no number: it stays 0.05" in text
+    assert "the hook Labels made 'test_acc' of the record no number" in text

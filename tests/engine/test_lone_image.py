@@ -10,6 +10,7 @@ from torch import nn
 from mdistiller.cli import train as train_command
 from mdistiller.dataset._plan import BatchPlan
 from mdistiller.engine.lone_image import try_step
+from mdistiller.models import get_model_entry
 
 
 def train(folder, capsys, student, size, *words):
@@ -52,6 +53,52 @@ def test_batches_of_one_end_before_the_first_step_with_the_key(tmp_path, capsys)
     assert status != 0
     assert "SOLVER.BATCH_SIZE 1: Expected more than 1 value" in text
     assert "Traceback" not in text
+
+
+def test_an_initialisation_stage_that_needs_two_images_is_tried_as_well(tmp_path, capsys):
+    """FT's paraphraser, whose batch norms see the teacher's last maps of one pixel."""
+    teacher = ("DISTILLER.TEACHER", "torchvision/resnet18", "DISTILLER.TEACHER_CKPT")
+    torch.manual_seed(0)
+    torch.save(get_model_entry(teacher[1], "cifar")(num_classes=10).state_dict(), tmp_path / "t")
+    words = (*teacher, str(tmp_path / "t"), "FT.INIT.EPOCHS", "1", "FT.BATCH_NORM", "both")
+    status, text = train(tmp_path, capsys, "resnet8", 53, "DISTILLER.TYPE", "FT", *words)
+    assert status == 0, text
+    assert "it joins the one before" in text
+
+
+OWN = """
+from mdistiller.distillers import DISTILLERS, Vanilla
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+
+@DISTILLERS.register("{name}")
+class Asks(Vanilla):
+    def forward_train(self, image, target, extra):
+        return super().forward_train(image, target)
+
+@trainer_dict.register("{name}")
+class Trainer(BaseTrainer):
+    def train_iter(self, data, epoch, meters):
+        {line} = data
+        _, losses = self.distiller(image=image, target=target, extra=None)
+        self.optimizer.zero_grad()
+        losses["loss_ce"].backward()
+        self.optimizer.step()
+        meters["losses"].update(losses["loss_ce"].item(), len(target))
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "method"), [("image, image_s, target, index", "NONE"), ("image, target, index", "")]
+)
+def test_a_trainer_that_takes_batches_apart_itself(tmp_path, capsys, line, method):
+    """Where its method wants what it alone gives, the student alone is tried."""
+    name = f"OWN{len(line)}{method}"
+    (tmp_path / "own.py").write_text(OWN.format(name=name, line=line))
+    words = ("--import", str(tmp_path / "own.py"), "SOLVER.TRAINER", name)
+    words += ("DISTILLER.TYPE", method or name)
+    status, text = train(tmp_path, capsys, "torchvision/resnet18", 53, *words)
+    assert status == 0, text
+    assert "it joins the one before" in text
 
 
 class Norm(nn.Module):

@@ -488,6 +488,7 @@ def test_a_distiller_of_the_original_trains_unchanged(tmp_path, place, monkeypat
 
 
 OLD_TRAINER = """
+import torch
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import (
@@ -523,6 +524,7 @@ class OlderTrainer(OldTrainer):
         for idx, data in enumerate(self.train_loader):
             msg = self.train_iter(data, epoch, train_meters)
         test_acc, test_acc_top5, test_loss = validate(self.val_loader, self.distiller)
+        test_acc = torch.tensor([test_acc], dtype=torch.float64)  # as the original's validate
         log_dict = {
             "train_acc": train_meters["top1"].avg,
             "train_loss": train_meters["losses"].avg,
