@@ -117,8 +117,12 @@ def put_in_force(name: str) -> UserCode:
 
 
 def activate(names: Sequence[str]) -> None:
-    """Have the tables hold what these entries of IMPORTS replace or, forks, add, and no others."""
-    _enter(_BEFORE)
+    """Have the tables hold what these entries of IMPORTS replace or, forks, add, and no others.
+
+    What a program has put into the tables by itself stays.
+    """
+    imported = {id(item) for code in LOADED.values() for item, _ in code.entries.values()}
+    _enter({at: entry for at, entry in _BEFORE.items() if id(_entered(*at)) in imported})
     _ACTIVE.clear()
     for name in names:
         if name in LOADED:
@@ -138,6 +142,10 @@ def active(names: Sequence[str] | None = None) -> Iterator[None]:
         yield
     finally:
         activate(before)
+
+
+def _entered(table: int, name: str) -> Any:
+    return _TABLES[table][1].get(name)
 
 
 def _enter(entries: Mapping[tuple[int, str], tuple[Any, Any]]) -> None:

@@ -436,3 +436,18 @@ def test_items_that_no_loader_gives_are_refused_and_a_method_may_ask_too(tmp_pat
 
     assert wanted_items(BaseTrainer, Asks) == BatchItems(contrast=True)
     assert not wanted_items(BaseTrainer, DISTILLERS["CRD"]).contrast  # draws its own
+
+
+def test_what_a_program_puts_into_the_tables_itself_stays(fork, monkeypatch):
+    """As a test does that replaces a class, in a process that has loaded a fork before."""
+
+    class Mine(KD):
+        pass
+
+    load_config("", ["FORK", str(fork)])
+    forks.activate(())
+    assert DISTILLERS["KD"] is KD
+    monkeypatch.setitem(DISTILLERS, "KD", Mine)
+    with forks.active(()):
+        assert DISTILLERS["KD"] is Mine
+    assert DISTILLERS["KD"] is Mine
