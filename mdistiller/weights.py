@@ -316,6 +316,25 @@ def head_state(net: Any) -> dict[str, Tensor]:
     return {k: v for k, v in net.state_dict(keep_vars=True).items() if id(v) in layer}
 
 
+def _refuse_other_head(
+    net: Any, state: State, path: str | os.PathLike[str], name: str, num_classes: int | None
+) -> None:
+    """Refuse weights that differ in the classifier alone, as such; arguments of load_network."""
+    own = net.state_dict()
+    differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
+    if num_classes and differ and set(differ) <= set(head):
+        raise UserError(
+            f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
+            f"but {num_classes} are wanted; {FEATURES_ONLY}"
+        )
+    if differ and hasattr(net, "classifier") and set(differ) == set(head_state(net)):
+        raise UserError(
+            f"checkpoint {path} has no classifier of {name} ({', '.join(differ)} are missing); "
+            f"{FEATURES_ONLY}"
+        )
+
+
 def load_network(
     net: Any,
     path: str | os.PathLike[str],
@@ -362,18 +381,7 @@ def load_network(
     adapt = getattr(net, "adapt_state", None)
     if adapt is not None and any(k not in state or state[k].shape != own[k].shape for k in own):
         state = adapt(state)
-    differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
-    if num_classes and differ and set(differ) <= set(head):
-        raise UserError(
-            f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
-            f"but {num_classes} are wanted; {FEATURES_ONLY}"
-        )
-    if differ and hasattr(net, "classifier") and set(differ) == set(head_state(net)):
-        raise UserError(
-            f"checkpoint {path} has no classifier of {name} ({', '.join(differ)} are missing); "
-            f"{FEATURES_ONLY}"
-        )
+    _refuse_other_head(net, state, path, name, num_classes)
     load_state(net, state, f"checkpoint {path} and network {name}")
     return stated(contents, path)
 

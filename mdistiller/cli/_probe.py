@@ -30,8 +30,8 @@ def untrained(
     import torch
 
     from mdistiller.distillers import get_distiller
-    from mdistiller.engine.build import make_network
     from mdistiller.engine.cfg import default_config
+    from mdistiller.engine.networks import make_network
     from mdistiller.models import get_model_entry
 
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mdistiller.distillers._base import DISTILLERS, Losses
-from mdistiller.distillers._groups import GroupedKD, group_terms, weighted
+from mdistiller.distillers._groups import CONFIG, GroupedKD, group_terms, weighted
 
 
 def gdkd_terms(
@@ -50,20 +50,7 @@ def gdkd_loss(
     return weighted(gdkd_terms(logits_student, logits_teacher, topk, temperature, kl_type), weights)
 
 
-@DISTILLERS.register(
-    "GDKD",
-    config={
-        "CE_WEIGHT": 1.0,
-        "W0": 1.0,
-        "W1": 1.0,
-        "W2": 8.0,
-        "TOPK": 5,
-        "STRATEGY": "best",  # the largest teacher logits
-        "KL_TYPE": "forward",  # or reverse, both
-        "T": 4.0,
-        "WARMUP": 20,
-    },
-)
+@DISTILLERS.register("GDKD", config=CONFIG)
 class GDKD(GroupedKD):
     """The teacher's TOPK classes, the others, and the shares of the two, with a weight each."""
 

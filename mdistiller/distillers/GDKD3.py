@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mdistiller.distillers._base import DISTILLERS, Losses
-from mdistiller.distillers._groups import GroupedKD, group_terms, weighted
+from mdistiller.distillers._groups import CONFIG, GroupedKD, group_terms, weighted
 
 
 def gdkd3_terms(
@@ -46,20 +46,7 @@ def gdkd3_loss(
     return weighted(terms, weights)
 
 
-@DISTILLERS.register(
-    "GDKD3",
-    config={
-        "CE_WEIGHT": 1.0,
-        "W0": 1.0,
-        "W1": 1.0,
-        "W2": 8.0,
-        "TOPK": 4,
-        "STRATEGY": "best",
-        "KL_TYPE": "forward",
-        "T": 4.0,
-        "WARMUP": 20,
-    },
-)
+@DISTILLERS.register("GDKD3", config={**CONFIG, "TOPK": 4})
 class GDKD3(GroupedKD):
     """GDKD whose first class is a group of its own."""
 

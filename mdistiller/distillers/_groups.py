@@ -21,6 +21,18 @@ from mdistiller.distillers._decoupled import group_log_probs
 from mdistiller.registry import UserError
 
 KL_TYPES = ("forward", "reverse", "both")
+CONFIG = {
+    "CE_WEIGHT": 1.0,
+    "W0": 1.0,
+    "W1": 1.0,
+    "W2": 8.0,
+    "TOPK": 5,
+    "STRATEGY": "best",  # the largest teacher logits
+    "KL_TYPE": "forward",  # or reverse, both
+    "T": 4.0,
+    "WARMUP": 20,
+}
+"""Defaults of a method's node."""
 
 
 def top_columns(logits_teacher: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from mdistiller.engine.facts import supply_facts
 from mdistiller.engine.forks import check_trainer, sections_read
 from mdistiller.engine.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.memory_format import use_channels_last
+from mdistiller.engine.networks import check_input, make_network
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.released import (
     PRETRAINED,
@@ -43,7 +43,6 @@ from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models._input import renormalize_input
-from mdistiller.models._plain import as_staged
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import first_on_machine, project_root, rank
@@ -142,83 +141,6 @@ def build_network(
             own = Preprocessing(own.mean, own.std)
         print(log_msg(taken_line(name, role, own, weights)), flush=True)
     return net
-
-
-def make_network(
-    entry: ModelEntry, num_classes: int, image_size: tuple[int, int], settings: Any, key: str
-) -> nn.Module:
-    """Call an entry's constructor.
-
-    Args:
-        image_size: (height, width), for constructors that ask.
-        settings: further keyword arguments; `key` is what the config calls them.
-    """
-    facts = constructor_facts(entry, num_classes, image_size)
-    clash = sorted(facts.keys() & settings.keys())
-    if clash:
-        raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
-    name = getattr(entry.constructor, "__name__", "of your own")
-    missing = [
-        parameter.name
-        for parameter in inspect.signature(entry.constructor).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in {*facts, *settings}
-    ]
-    if missing:
-        raise UserError(f"network {name} needs {', '.join(missing)}: give it in {key}")
-    try:
-        net = entry(**facts, **settings)
-    except TypeError as error:
-        if not settings:
-            raise
-        raise UserError(f"{key} {dict(settings)}: {error}") from error
-    if not isinstance(net, nn.Module):
-        raise UserError(
-            f"the constructor of network {name} returns a {type(net).__name__}, not a module "
-            "(docs/own_backbone.md)"
-        )
-    return as_staged(net, name, image_size)
-
-
-def constructor_facts(
-    entry: ModelEntry, num_classes: int, image_size: tuple[int, int]
-) -> dict[str, Any]:
-    """What an entry's constructor is told of the data."""
-    wanted = inspect.signature(entry.constructor).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-    facts: dict[str, Any] = {"num_classes": num_classes}
-    if "num_classes" not in wanted and not takes_any:
-        facts.clear()
-    if "image_size" in wanted:
-        facts["image_size"] = image_size
-    return facts
-
-
-@torch.no_grad()
-def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
-    """Refuse a network that cannot take the data's images, or gives other classes than it has.
-
-    It stays as it was.
-    """
-    was_training = net.training
-    net.eval()
-    try:
-        logits = net(torch.zeros(1, 3, *data.image_size))[0]
-    except UserError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        height, width = data.image_size
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
-    finally:
-        net.train(was_training)
-    if logits.shape[1:] != (data.num_classes,):
-        raise UserError(
-            f"network {name} gives logits {list(logits.shape)} for an image, but the data has "
-            f"{data.num_classes} classes; let its constructor take num_classes "
-            "(docs/own_backbone.md)"
-        )
 
 
 def check_names(cfg: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.engine.build import make_network
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.networks import make_network
 from mdistiller.models import StagedNet, get_model_entry
 from mdistiller.models._input import Statistics
 from mdistiller.preprocessing import Preprocessing

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from mdistiller.dataset import known_data
-from mdistiller.engine.build import constructor_facts
+from mdistiller.engine.networks import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
 from mdistiller.models import ModelEntry, get_model_entry

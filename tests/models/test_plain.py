@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import distiller_dict, get_distiller
-from mdistiller.engine.build import check_input, make_network
 from mdistiller.engine.cfg import default_config
+from mdistiller.engine.networks import check_input, make_network
 from mdistiller.models import ModelEntry
 from mdistiller.models._plain import PlainNet
 from mdistiller.registry import UserError
