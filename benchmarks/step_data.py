@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mdistiller.dataset import DATASETS, Data, DataSource, ImageSet, load_data
-from mdistiller.dataset._base import Options
+from mdistiller.dataset.data_source import Options
 from mdistiller.distillers import Distiller, get_distiller
-from mdistiller.engine.build import build_distiller, build_network
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.networks.build import build_distiller, build_network
 from mdistiller.registry import UserError
 
 GENERATED = "generated_images"

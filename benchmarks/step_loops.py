@@ -15,7 +15,7 @@ from benchmarks.textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.memory_format import undo_channels_last
+from mdistiller.engine.networks.memory_format import undo_channels_last
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy

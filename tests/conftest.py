@@ -14,7 +14,7 @@ def _one_thread():
 def _no_code_of_another_test():
     """What a test's forks and files have put in place of the library's is taken back."""
     yield
-    forks = sys.modules.get("mdistiller.engine.forks")
+    forks = sys.modules.get("mdistiller.engine.user_code.forks")
     if forks is not None:
         forks.activate(())
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from mdistiller.engine.callbacks.logs import MetricsFile
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.logs import MetricsFile
-from mdistiller.engine.record import write_record
-from mdistiller.engine.run import summarize
+from mdistiller.engine.run.record import write_record
+from mdistiller.engine.run.train import summarize
 
 
 def config(*pairs):

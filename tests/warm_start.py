@@ -31,7 +31,7 @@ IMPORTED = (
     "torch._dynamo",  # by the first optimizer
     "mdistiller.cli.train",
     "mdistiller.detection.run",
-    "mdistiller.engine.run",
+    "mdistiller.engine.run.train",
 )
 TIMEOUT = float(os.environ.get("WARM_START_TIMEOUT", 300))
 

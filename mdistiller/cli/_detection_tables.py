@@ -36,7 +36,7 @@ class Subject:
 
 def tables(subjects: Sequence[Subject]) -> str:
     """COCO's numbers in percent, a row a network; below, the AP of classes, a column a network."""
-    from mdistiller.detection.coco import STATISTICS
+    from mdistiller.detection.coco.packages import STATISTICS
 
     parts = []
     for kind, title in (("bbox", "boxes"), ("segm", "masks")):

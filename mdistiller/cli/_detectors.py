@@ -24,8 +24,8 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     from mdistiller.cli._detection_tables import Subject
     from mdistiller.cli.eval_detection import name_subjects
     from mdistiller.detection.data import build_set
-    from mdistiller.detection.models import build_detector
-    from mdistiller.detection.pictures import detections_picture
+    from mdistiller.detection.networks.models import build_detector
+    from mdistiller.detection.visualize import detections_picture
     from mdistiller.evaluation.samples import choose_classes
     from mdistiller.runtime import resolve_device
 

@@ -31,7 +31,7 @@ def untrained(
 
     from mdistiller.distillers import get_distiller
     from mdistiller.engine.cfg import default_config
-    from mdistiller.engine.networks import make_network
+    from mdistiller.engine.networks.make import make_network
     from mdistiller.models import get_model_entry
 
     torch.manual_seed(0)

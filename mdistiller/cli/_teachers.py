@@ -60,7 +60,7 @@ def own_teachers(
 
 def _states_it(run: Path) -> bool:
     """Whether a run records how its images were prepared."""
-    from mdistiller.engine.record import read_record
+    from mdistiller.engine.run.record import read_record
 
     return "preprocessing" in (read_record(run).get("data") or {})
 

@@ -58,7 +58,7 @@ def guarded(command: Callable[[], object]) -> int:
 
 
 def _end(text: str, code: int) -> int:
-    from mdistiller.engine.failure import first_to_fail, leave
+    from mdistiller.engine.run.failure import first_to_fail, leave
 
     told = first_to_fail()
     if told:

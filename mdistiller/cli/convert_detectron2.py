@@ -33,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_file(args: argparse.Namespace) -> None:
     """Write the converted weights to a new file, and say how a config uses it."""
-    from mdistiller.detection.caffe2 import convert_backbone, is_backbone
-    from mdistiller.detection.convert import convert, read
-    from mdistiller.detection.weights import FACTS
-    from mdistiller.engine.checkpoint import save_checkpoint
+    from mdistiller.detection.convert.caffe2 import convert_backbone, is_backbone
+    from mdistiller.detection.convert.detectron2 import convert, read
+    from mdistiller.detection.convert.weights import FACTS
+    from mdistiller.engine.checkpoints.write import save_checkpoint
 
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from mdistiller.detection.batches import ValBatches
-    from mdistiller.detection.detector import Detector
+    from mdistiller.detection.networks.detector import Detector
     from mdistiller.engine.cfg import Config
 
 
@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
     """The config of the data, and the networks that the arguments name."""
     from mdistiller.detection.config import load_config
-    from mdistiller.engine.run_folder import checkpoint_file, recorded_config
+    from mdistiller.engine.run.folder import checkpoint_file, recorded_config
 
     given = load_config(args.cfg, args.opts, args.imports) if args.cfg else None
     subjects = []
@@ -143,8 +143,8 @@ def _measure(
     subject: Subject, loader: ValBatches, device: torch.device, cfg: Config, results: Path | None
 ) -> Detector:
     """Fill in what is found of a network, which is returned."""
-    from mdistiller.detection.evaluate import CocoEvaluator, detect_all, makes_masks
-    from mdistiller.detection.models import build_detector
+    from mdistiller.detection.coco.evaluate import CocoEvaluator, detect_all, makes_masks
+    from mdistiller.detection.networks.models import build_detector
     from mdistiller.engine.utils import is_main_process, log_msg
 
     data = loader.dataset
@@ -177,7 +177,7 @@ def _measure(
 def _draw(
     nets: Sequence[tuple[Subject, Detector]], loader: ValBatches, device: torch.device, path: Path
 ) -> None:
-    from mdistiller.detection.pictures import detections_picture
+    from mdistiller.detection.visualize import detections_picture
     from mdistiller.evaluation.draw import save
 
     titled = [(subject.label, net) for subject, net in nets]

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         from mdistiller.engine.cfg import load_config, method_nodes
-        from mdistiller.engine.run import train
+        from mdistiller.engine.run.train import train
 
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
             cfg = load_config(args.cfg, args.opts, args.imports)

@@ -1,14 +1,12 @@
 """Data sets and the loaders that feed them: from memory, or through worker processes.
 
-Importing this package imports every module in it whose name has no leading underscore, so a new
-data set is one new file (see :class:`DataSource` for what to write in it).
+A new data set is one new file in `sources/`, or one file anywhere that a config names in IMPORTS
+(see :class:`DataSource` for what to write in it).
 """
 
 import importlib
-import pkgutil
 
-from mdistiller.dataset._base import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
-from mdistiller.dataset._build import (
+from mdistiller.dataset.build import (
     Data,
     KnownData,
     TestData,
@@ -19,11 +17,11 @@ from mdistiller.dataset._build import (
     mixes_labels,
     own_view,
 )
-from mdistiller.dataset._classes import are_numbers, first_difference, natural_key
+from mdistiller.dataset.classes import are_numbers, first_difference, natural_key
+from mdistiller.dataset.data_source import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
 
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_module.name}")
+for _name in ("sources", "memory.augment", "files.resized_crop"):  # they fill registries
+    importlib.import_module(f"{__name__}.{_name}")
 
 __all__ = [
     "DATASETS",

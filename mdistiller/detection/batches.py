@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mdistiller import runtime
-from mdistiller.dataset._plan import share
-from mdistiller.dataset._workers import Workers
-from mdistiller.detection.dataset import CocoDetectionSet, View
-from mdistiller.detection.draws import Draws, Tasks
+from mdistiller.dataset.files.loader import Workers
+from mdistiller.dataset.sampler import share
+from mdistiller.detection.coco.dataset import CocoDetectionSet, View
+from mdistiller.detection.sampler import Draws, Tasks
 from mdistiller.registry import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]

@@ -14,12 +14,12 @@ from typing import Any
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.detection.data import DATA
 from mdistiller.detection.methods import METHODS
-from mdistiller.detection.models import NETWORK
+from mdistiller.detection.networks.models import NETWORK
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import load_config as load_any
-from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
-from mdistiller.engine.cfg_values import lookup
-from mdistiller.engine.imports import import_user_modules, resolve_imports
+from mdistiller.engine.config.defaults import ENGINE_CONFIG
+from mdistiller.engine.config.values import lookup
+from mdistiller.engine.user_code.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError
 
 ITERATIONS: dict[str, Any] = {

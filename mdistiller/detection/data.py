@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mdistiller.detection.batches import TrainBatches, ValBatches
-from mdistiller.detection.coco import coco_api
-from mdistiller.detection.dataset import CocoDetectionSet
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.packages import coco_api
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 

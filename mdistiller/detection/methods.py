@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdistiller.detection.detector import Detector
-from mdistiller.detection.roi import RoISamples
+from mdistiller.detection.networks.detector import Detector
+from mdistiller.detection.networks.roi import RoISamples
 from mdistiller.distillers._base import Losses
 from mdistiller.distillers._common import require_positive
 from mdistiller.distillers._compose import part_names

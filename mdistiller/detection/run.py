@@ -11,21 +11,21 @@ from typing import Any
 import torch
 
 from mdistiller.detection.batches import TrainBatches, ValBatches
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.evaluate import evaluate_detector
+from mdistiller.detection.convert.weights import FACTS
 from mdistiller.detection.data import check_same_classes, train_batches, val_loader
-from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.detector import Detector
 from mdistiller.detection.distillers import DetectionDistiller
-from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.methods import METHODS, method_names
-from mdistiller.detection.models import build_detector, located
+from mdistiller.detection.networks.detector import Detector
+from mdistiller.detection.networks.models import build_detector, located
 from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
-from mdistiller.detection.weights import FACTS
 from mdistiller.distillers import Vanilla
-from mdistiller.engine import run as engine
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.distributed import wrap
-from mdistiller.engine.lone_image import refuse_lone_picture
-from mdistiller.engine.sync_bn import synchronize_batch_norm
+from mdistiller.engine.networks.lone_image import refuse_lone_picture
+from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.run import train as engine
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from mdistiller.detection.batches import Batch, TrainBatches
-from mdistiller.detection.evaluate import evaluate_detector
+from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError

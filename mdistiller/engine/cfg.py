@@ -16,14 +16,14 @@ from yacs.config import CfgNode
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS
 from mdistiller.distillers._compose import part_names
-from mdistiller.engine.cfg_checks import check_values
-from mdistiller.engine.cfg_defaults import ENGINE_CONFIG
-from mdistiller.engine.cfg_files import read_yaml
-from mdistiller.engine.cfg_values import DEEPEST, as_read, coerce, flatten, is_plain, literal
-from mdistiller.engine.forks import UserCode, sections_read
-from mdistiller.engine.imports import import_user_modules, resolve_fork, resolve_imports
-from mdistiller.engine.safe_yaml import shown
+from mdistiller.engine.config.checks import check_values
+from mdistiller.engine.config.defaults import ENGINE_CONFIG
+from mdistiller.engine.config.files import read_yaml
+from mdistiller.engine.config.safe_yaml import shown
+from mdistiller.engine.config.values import DEEPEST, as_read, coerce, flatten, is_plain, literal
 from mdistiller.engine.trainer import trainer_dict
+from mdistiller.engine.user_code.forks import UserCode, sections_read
+from mdistiller.engine.user_code.imports import import_user_modules, resolve_fork, resolve_imports
 from mdistiller.registry import UserError, is_builtin, suggest
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mdistiller.engine.failure import first_to_fail, watching
+from mdistiller.engine.run.failure import first_to_fail, watching
 from mdistiller.runtime import distributed, rank, side_group, wait_for_all, world_size
 
 T = TypeVar("T")

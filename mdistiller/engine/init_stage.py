@@ -9,18 +9,18 @@ from typing import Any
 from torch.optim import Optimizer
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine.callbacks import saved_state
-from mdistiller.engine.distributed import is_main_process, wrap
-from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.logs import AppendedFile, TensorBoard, plain
-from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.resume import (
+from mdistiller.engine.callbacks.default import saved_state
+from mdistiller.engine.callbacks.logs import AppendedFile, TensorBoard, plain
+from mdistiller.engine.checkpoints.resume import (
     restore_position,
     restore_schedule,
     schedule_state,
     seed_everything,
 )
-from mdistiller.engine.store import LATEST, Store
+from mdistiller.engine.checkpoints.store import LATEST, Store
+from mdistiller.engine.distributed import is_main_process, wrap
+from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError

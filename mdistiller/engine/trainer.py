@@ -14,17 +14,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.distillers._returned import logits_of, metrics_of, step_of
-from mdistiller.engine.cacheable import is_wanted
-from mdistiller.engine.callbacks import complete_record, default_hooks
+from mdistiller.engine.callbacks.default import complete_record, default_hooks
+from mdistiller.engine.callbacks.guards import Guard
+from mdistiller.engine.callbacks.logs import plain
+from mdistiller.engine.callbacks.preemption import Pauses, shielded
+from mdistiller.engine.checkpoints.resume import (
+    Progress,
+    begin_epoch,
+    capture,
+    restore,
+    seed_everything,
+)
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
     unsynchronized,
     unwrap,
 )
-from mdistiller.engine.guards import Guard
+from mdistiller.engine.frozen_teacher.cache import TeacherCache
+from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.logs import plain
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import (
     autocast,
@@ -33,9 +42,6 @@ from mdistiller.engine.optim import (
     step_scheduler,
     step_settings,
 )
-from mdistiller.engine.preemption import Pauses, shielded
-from mdistiller.engine.resume import Progress, begin_epoch, capture, restore, seed_everything
-from mdistiller.engine.teacher_cache import TeacherCache
 from mdistiller.engine.utils import correct_counts, validate
 from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError

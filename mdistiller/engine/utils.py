@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.checkpoints.write import load_checkpoint, save_checkpoint
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks, unwrap
 
 __all__ = [

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import KnownData, TestData, known_data, load_test_loader, own_view
-from mdistiller.engine.build import build_network, find_teacher
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.record import read_record, recorded_teacher_acc
-from mdistiller.engine.released import PRETRAINED, own_preprocessing
-from mdistiller.engine.run_folder import (
+from mdistiller.engine.networks.build import build_network, find_teacher
+from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
+from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
     recorded_config,
     refuse_commands,
 )
+from mdistiller.engine.run.record import read_record, recorded_teacher_acc
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError

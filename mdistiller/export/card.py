@@ -11,8 +11,8 @@ import yaml
 
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
-from mdistiller.engine.checkpoint import replacing
-from mdistiller.engine.record import git_revision, versions
+from mdistiller.engine.checkpoints.write import replacing
+from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.student import Student
 from mdistiller.export.usage import interface, snippet

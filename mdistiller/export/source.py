@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import known_data, load_test_loader
-from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.class_order import stated_classes
-from mdistiller.engine.record import data_facts
-from mdistiller.engine.released import (
+from mdistiller.engine.networks.build import build_network
+from mdistiller.engine.networks.class_order import stated_classes
+from mdistiller.engine.networks.released import (
     PRETRAINED,
     arguments,
     own_preprocessing,
@@ -25,17 +24,18 @@ from mdistiller.engine.released import (
     states_nothing,
     taken_line,
 )
-from mdistiller.engine.run_folder import (
+from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
     read_lines,
     recorded_config,
     refuse_commands,
 )
+from mdistiller.engine.run.record import data_facts
 from mdistiller.engine.utils import log_msg
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
-from mdistiller.models._input import Statistics
+from mdistiller.models.normalize import Statistics
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network, recorded_facts

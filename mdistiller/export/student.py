@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks import make_network
+from mdistiller.engine.networks.make import make_network
 from mdistiller.models import StagedNet, get_model_entry
-from mdistiller.models._input import Statistics
+from mdistiller.models.normalize import Statistics
 from mdistiller.preprocessing import Preprocessing
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from mdistiller.dataset import known_data
-from mdistiller.engine.networks import constructor_facts
+from mdistiller.engine.networks.make import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
 from mdistiller.models import ModelEntry, get_model_entry
@@ -112,7 +112,9 @@ def snippet(student: Student, file: Exported) -> str:
     if user:
         user = f"\nimport_user_modules(['{user}'])  # where {student.name} is registered"
     return _SAFETENSORS.format(
-        imports="from mdistiller.engine.imports import import_user_modules\n" if user else "",
+        imports="from mdistiller.engine.user_code.imports import import_user_modules\n"
+        if user
+        else "",
         user=user,
         name=student.name,
         zoo=student.zoo,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mdistiller.dataset.loader import Normalize
-from mdistiller.engine.checkpoint import replacing
+from mdistiller.dataset.memory.loader import Normalize
+from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.export.files import FORMATS, Exported, Runner, check_packages, quiet
 from mdistiller.export.student import Deployed, Student
 from mdistiller.registry import UserError

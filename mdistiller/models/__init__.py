@@ -23,7 +23,7 @@ from mdistiller.models._base import (
     tiny_imagenet_model_dict,
     zoo_names,
 )
-from mdistiller.models._cost import count_cost
+from mdistiller.models.cost import count_cost
 
 __all__ = [
     "ModelEntry",

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.cfg_values import flatten, lookup
+from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
 

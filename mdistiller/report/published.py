@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cfg_files import read_yaml
-from mdistiller.engine.cfg_values import flatten, lookup
-from mdistiller.engine.record import WITHOUT_EFFECT
+from mdistiller.engine.config.files import read_yaml
+from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.run.record import WITHOUT_EFFECT
 from mdistiller.runtime import config_root, results_root
 
 ALONE = ("NONE", "USKD")

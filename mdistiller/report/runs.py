@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.cfg_values import flatten, lookup
-from mdistiller.engine.record import experiment_name, read_record
-from mdistiller.engine.safe_yaml import parse_yaml
+from mdistiller.engine.config.safe_yaml import parse_yaml
+from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.run.record import experiment_name, read_record
 from mdistiller.registry import UserError
 
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"

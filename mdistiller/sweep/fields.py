@@ -8,8 +8,8 @@ from typing import Any
 
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.cfg_files import overlay
-from mdistiller.engine.cfg_values import as_read, coerce, flatten, literal, lookup
+from mdistiller.engine.config.files import overlay
+from mdistiller.engine.config.values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
 
 # In a run's summary; with held-out images the first two are measured on those.

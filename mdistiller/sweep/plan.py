@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.distillers import get_distiller
-from mdistiller.engine.build import check_names
 from mdistiller.engine.cfg import Config, load_config
-from mdistiller.engine.cfg_files import find_config, overlay, read_yaml, resolve_paths
-from mdistiller.engine.record import experiment_name
-from mdistiller.engine.teacher import teacher_config
+from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
+from mdistiller.engine.networks.build import check_names
+from mdistiller.engine.run.record import experiment_name
+from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.registry import UserError
 from mdistiller.sweep import fields
 

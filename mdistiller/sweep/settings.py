@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg
-from mdistiller.engine.record import differences
-from mdistiller.engine.safe_yaml import parse_yaml
-from mdistiller.engine.teacher import teacher_config
+from mdistiller.engine.config.safe_yaml import parse_yaml
+from mdistiller.engine.run.record import differences
+from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.files import file_hash
 from mdistiller.sweep.plan import Plan, Trial
 

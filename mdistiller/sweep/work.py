@@ -19,12 +19,12 @@ import torch
 from optuna.trial import TrialState
 
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.cfg_checks import check_values
+from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.imports import import_user_modules
-from mdistiller.engine.record import experiment_name, one_line
-from mdistiller.engine.run import train_or_continue
-from mdistiller.engine.teacher import being_trained
+from mdistiller.engine.run.record import experiment_name, one_line
+from mdistiller.engine.run.teacher import being_trained
+from mdistiller.engine.run.train import train_or_continue
+from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
 from mdistiller.runtime import resolve_device
 from mdistiller.sweep.plan import Plan

@@ -13,7 +13,7 @@ from mdistiller.cli import eval as eval_command
 from mdistiller.cli import main as mdistiller
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import DISTILLERS, Vanilla
-from mdistiller.engine.cfg_values import lookup
+from mdistiller.engine.config.values import lookup
 from mdistiller.engine.utils import validate
 from mdistiller.models import get_model_entry
 
@@ -279,7 +279,7 @@ DISTILLERS.add("RLDLIKE", type("RLDLIKE", (KD,), {}), config={"ALPHA_T": 1.0, "T
 def test_options_of_forks_are_their_overrides(words, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "mdistiller.engine.run.train", lambda cfg, *args, **kwargs: seen.append(cfg)
+        "mdistiller.engine.run.train.train", lambda cfg, *args, **kwargs: seen.append(cfg)
     )
     method, *words_ = words.split()
     (tmp_path / "like.py").write_text(RLD_LIKE)

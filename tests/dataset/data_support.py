@@ -6,8 +6,8 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG, ImageSet
-from mdistiller.dataset.augment import AUGMENTS
-from mdistiller.dataset.loader import EvalLoader, TrainLoader
+from mdistiller.dataset.memory.augment import AUGMENTS
+from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -7,8 +7,8 @@ from data_support import CPU, MEAN, STD, random_images
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from mdistiller.dataset.augment import AUGMENTS
-from mdistiller.dataset.loader import Normalize
+from mdistiller.dataset.memory.augment import AUGMENTS
+from mdistiller.dataset.memory.loader import Normalize
 from mdistiller.registry import UserError
 
 

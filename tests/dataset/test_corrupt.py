@@ -11,8 +11,10 @@ from data_support import collect, config, one_line, write_folders
 from PIL import Image
 from test_shards import png, write_shards
 
-from mdistiller.dataset import _corrupt, _images, load_data
-from mdistiller.dataset._images import UnreadableError, decode
+from mdistiller.dataset import load_data
+from mdistiller.dataset.files import corrupt as _corrupt
+from mdistiller.dataset.files import images as _images
+from mdistiller.dataset.files.images import UnreadableError, decode
 from mdistiller.registry import UserError
 
 

@@ -6,8 +6,8 @@ from data_support import collect, config, one_line, write_folders, write_image
 from worker_support import WNIDS, imagenet, photo
 
 from mdistiller.dataset import load_data, load_test_loader
-from mdistiller.dataset._workers import WorkerTrainLoader
-from mdistiller.dataset.loader import TrainLoader
+from mdistiller.dataset.files.loader import WorkerTrainLoader
+from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.registry import UserError
 
 

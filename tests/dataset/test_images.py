@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from worker_support import imagenet, photo
 
-from mdistiller.dataset import _images
-from mdistiller.dataset._images import decode, fit_square
-from mdistiller.dataset._view import seeded
+from mdistiller.dataset.files import images as _images
+from mdistiller.dataset.files.images import decode, fit_square
+from mdistiller.dataset.files.transforms import seeded
 from mdistiller.preprocessing import Preprocessing
 
 

@@ -12,7 +12,7 @@ from mdistiller.dataset import (
     load_data,
     load_test_loader,
 )
-from mdistiller.dataset._split import hold_out
+from mdistiller.dataset.split import hold_out
 from mdistiller.registry import UserError
 
 

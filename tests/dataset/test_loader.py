@@ -4,7 +4,7 @@ import pytest
 import torch
 from data_support import MEAN, STD, collect, eval_loader, image_set, train_loader
 
-from mdistiller.dataset._plan import BatchPlan, share
+from mdistiller.dataset.sampler import BatchPlan, share
 from mdistiller.registry import UserError
 
 WORLDS = [(num, batch, world) for world in (1, 2, 3) for num, batch in [(50, 8), (49, 8), (48, 8)]]
@@ -168,8 +168,8 @@ def test_changing_a_batch_in_place_does_not_change_the_data():
 @pytest.mark.gpu
 @pytest.mark.parametrize("augment", ["none", "crop", "crop_flip", "rotate_flip"])
 def test_cuda_gives_the_batches_of_the_cpu(augment):
-    from mdistiller.dataset.augment import AUGMENTS
-    from mdistiller.dataset.loader import TrainLoader
+    from mdistiller.dataset.memory.augment import AUGMENTS
+    from mdistiller.dataset.memory.loader import TrainLoader
 
     cuda = TrainLoader(
         image_set(50), 8, AUGMENTS[augment]((32, 32)), MEAN, STD, torch.device("cuda")

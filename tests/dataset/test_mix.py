@@ -8,7 +8,7 @@ from data_support import collect, config, train_loader
 from torchvision.transforms import v2
 
 from mdistiller.dataset import load_data
-from mdistiller.dataset._mix import BatchAugment, cutmix, erase, mixup
+from mdistiller.dataset.mixup import BatchAugment, cutmix, erase, mixup
 
 SIZE = (32, 32)
 
@@ -178,8 +178,8 @@ def test_config_keys_make_soft_labels(keys):
 def test_no_step_waits_for_cuda():
     from data_support import image_set
 
-    from mdistiller.dataset.augment import AUGMENTS
-    from mdistiller.dataset.loader import TrainLoader
+    from mdistiller.dataset.memory.augment import AUGMENTS
+    from mdistiller.dataset.memory.loader import TrainLoader
 
     mix = BatchAugment(SIZE, 4, erasing=0.5, mixup=0.8, cutmix=1.0)
     stats = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)

@@ -12,8 +12,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 from worker_support import photo
 
-from mdistiller.dataset import _corrupt, load_data, load_test_loader, own_view
-from mdistiller.dataset._images import read_image
+from mdistiller.dataset import load_data, load_test_loader, own_view
+from mdistiller.dataset.files import corrupt as _corrupt
+from mdistiller.dataset.files.images import read_image
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 

@@ -13,7 +13,7 @@ from data_support import collect, config, one_line
 from PIL import Image
 
 from mdistiller.dataset import load_data, load_test_loader
-from mdistiller.dataset._lanes import LANES, Lanes
+from mdistiller.dataset.files.shard_sampler import LANES, Lanes
 from mdistiller.registry import UserError
 
 wds = pytest.importorskip("webdataset")
@@ -162,7 +162,7 @@ def test_the_window_comes_from_the_config(root):
 
 
 def test_samples_are_counted_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
-    import mdistiller.dataset._shard_index as module
+    import mdistiller.dataset.files.shard_index as module
 
     write_shards(tmp_path, num=14)
     write_shards(tmp_path, "val", 7)
@@ -229,7 +229,7 @@ def test_an_index_by_names_alone_is_counted_again(tmp_path, whole):
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    import mdistiller.dataset._shard_index as module
+    import mdistiller.dataset.files.shard_index as module
 
     write_shards(tmp_path / "data", num=14)
     write_shards(tmp_path / "data", "val", 7)

@@ -7,8 +7,8 @@ from test_shards import shards, wds, write_shards
 from worker_support import imagenet, write_imagenet
 
 from mdistiller.dataset import load_data
-from mdistiller.dataset._two_views import TwoViewLoader
-from mdistiller.dataset.augment import AUGMENTS
+from mdistiller.dataset.memory.augment import AUGMENTS
+from mdistiller.dataset.memory.two_views import TwoViewLoader
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def flat(batch):
 
 @pytest.mark.parametrize("make", [mixed, two_views, files, tars])
 def test_the_rest_of_an_epoch_is_the_same(tmp_path, make, monkeypatch):
-    monkeypatch.setattr("mdistiller.dataset._two_views._BLOCK_BYTES", 10**5)  # several blocks
+    monkeypatch.setattr("mdistiller.dataset.memory.two_views._BLOCK_BYTES", 10**5)  # several blocks
     loader = make(tmp_path)
     loader.set_epoch(3)
     whole = [flat(batch) for batch in loader]

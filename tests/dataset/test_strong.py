@@ -8,9 +8,9 @@ from data_support import random_images
 from PIL import Image
 from torchvision.transforms.v2 import functional as reference
 
-from mdistiller.dataset._operations import OPERATIONS
-from mdistiller.dataset._strong import StrongView, cut_out
-from mdistiller.dataset.augment import AUGMENTS
+from mdistiller.dataset.memory.augment import AUGMENTS
+from mdistiller.dataset.memory.operations import OPERATIONS
+from mdistiller.dataset.memory.randaugment import StrongView, cut_out
 
 NAMES = list(OPERATIONS)
 

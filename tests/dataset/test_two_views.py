@@ -4,8 +4,9 @@ import pytest
 import torch
 from data_support import MEAN, STD, collect, config, image_set, train_loader
 
-from mdistiller.dataset import _two_views, load_data
-from mdistiller.dataset._two_views import TwoViewLoader
+from mdistiller.dataset import load_data
+from mdistiller.dataset.memory import two_views as _two_views
+from mdistiller.dataset.memory.two_views import TwoViewLoader
 
 
 def two_views(**options):
@@ -108,7 +109,7 @@ def test_load_data_gives_pairs_if_asked():
 
 @pytest.mark.gpu
 def test_cuda_gives_the_batches_of_the_cpu_without_waiting():
-    from mdistiller.dataset.augment import AUGMENTS
+    from mdistiller.dataset.memory.augment import AUGMENTS
 
     augment = AUGMENTS["crop_flip"]((32, 32))
     cuda = TwoViewLoader(image_set(50), 8, augment, MEAN, STD, torch.device("cuda"))

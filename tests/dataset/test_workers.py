@@ -13,9 +13,9 @@ from data_support import collect, config, image_set, one_line, write_folders, wr
 from worker_support import STATISTICS, WNIDS, imagenet, photo
 
 from mdistiller.dataset import DATASETS, DataSource, load_data
-from mdistiller.dataset._view import TrainView
-from mdistiller.dataset._workers import BatchMaker, Task, Workers, WorkerTrainLoader
-from mdistiller.dataset.loader import TrainLoader
+from mdistiller.dataset.files.loader import BatchMaker, Task, Workers, WorkerTrainLoader
+from mdistiller.dataset.files.transforms import TrainView
+from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.registry import UserError
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mdistiller.detection.dataset import View
+from mdistiller.detection.coco.dataset import View
 
 
 def nothing(size=(96, 128)):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from detections import noisy
 
 from mdistiller.detection.batches import ValBatches
-from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.evaluate import CocoEvaluator
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.evaluate import CocoEvaluator
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, world_size
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from yacs.config import CfgNode
 
-from mdistiller.detection.models import NETWORK, build_detector
+from mdistiller.detection.networks.models import NETWORK, build_detector
 
 SMALL = {
     "ARCH": "mobilenet_v2",

@@ -13,9 +13,9 @@ from synth import make_coco
 from yacs.config import CfgNode
 
 from mdistiller.detection.batches import TrainBatches, ValBatches
+from mdistiller.detection.coco.dataset import CocoDetectionSet
 from mdistiller.detection.data import DATA, train_batches, val_loader
-from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.draws import Draws
+from mdistiller.detection.sampler import Draws
 from mdistiller.registry import UserError
 
 

@@ -7,7 +7,7 @@ from support import REPO
 from mdistiller.detection.config import load_config
 from mdistiller.detection.distillers import DetectionDistiller
 from mdistiller.detection.methods import method_names
-from mdistiller.detection.models import build_detector
+from mdistiller.detection.networks.models import build_detector
 
 FILES = {
     path.relative_to(REPO / "configs" / "coco").as_posix(): path

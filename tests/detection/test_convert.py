@@ -14,9 +14,9 @@ from torchvision.models.resnet import Bottleneck, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
 from mdistiller.cli import convert_detectron2
-from mdistiller.detection.caffe2 import convert_backbone
-from mdistiller.detection.convert import convert, read, rename
-from mdistiller.detection.models import assemble, build_detector
+from mdistiller.detection.convert.caffe2 import convert_backbone
+from mdistiller.detection.convert.detectron2 import convert, read, rename
+from mdistiller.detection.networks.models import assemble, build_detector
 from mdistiller.registry import UserError
 
 

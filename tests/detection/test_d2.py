@@ -11,9 +11,9 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
-from mdistiller.detection import d2
-from mdistiller.detection.backbones import build_backbone, with_frozen_norms
-from mdistiller.detection.models import assemble
+from mdistiller.detection.networks import detectron2 as d2
+from mdistiller.detection.networks.backbones import build_backbone, with_frozen_norms
+from mdistiller.detection.networks.models import assemble
 
 SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 STRIDES = (4, 8, 16, 32, 64)

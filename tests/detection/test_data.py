@@ -10,14 +10,14 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from synth import make_coco
 
-from mdistiller.detection.annotations import Packed
-from mdistiller.detection.data import check_same_classes
-from mdistiller.detection.dataset import (
+from mdistiller.detection.coco.annotations import Packed
+from mdistiller.detection.coco.dataset import (
     CocoDetectionSet,
     View,
     resized_shape,
 )
-from mdistiller.detection.labels import class_advice
+from mdistiller.detection.coco.labels import class_advice
+from mdistiller.detection.data import check_same_classes
 from mdistiller.registry import UserError
 
 

@@ -8,10 +8,10 @@ import torch
 from nets import detector, images, node, targets
 from support import same_state
 
-from mdistiller.detection.backbones import with_frozen_norms
 from mdistiller.detection.config import load_config
 from mdistiller.detection.distillers import DetectionDistiller
 from mdistiller.detection.methods import METHODS
+from mdistiller.detection.networks.backbones import with_frozen_norms
 from mdistiller.detection.run import build_distiller
 from mdistiller.registry import UserError
 

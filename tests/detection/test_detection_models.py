@@ -12,10 +12,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 
-import mdistiller.detection.weights as files
-from mdistiller.detection import models
-from mdistiller.detection.models import build_detector
-from mdistiller.detection.roi import box_loss
+import mdistiller.detection.convert.weights as files
+from mdistiller.detection.networks import models
+from mdistiller.detection.networks.models import build_detector
+from mdistiller.detection.networks.roi import box_loss
 from mdistiller.registry import UserError
 
 

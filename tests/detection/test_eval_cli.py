@@ -9,10 +9,10 @@ from support import command
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
-from mdistiller.detection.coco import STATISTICS
+from mdistiller.detection.coco.evaluate import evaluate_detector
+from mdistiller.detection.coco.packages import STATISTICS
 from mdistiller.detection.config import load_config
 from mdistiller.detection.data import val_loader
-from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.engine.cfg import dump_cfg
 
 

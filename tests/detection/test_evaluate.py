@@ -17,9 +17,9 @@ from support import run_script
 from synth import make_coco
 
 from mdistiller.detection.batches import ValBatches
-from mdistiller.detection.coco import BACKENDS, STATISTICS, coco_api
-from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.evaluate import CocoEvaluator, evaluate_detector
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.evaluate import CocoEvaluator, evaluate_detector
+from mdistiller.detection.coco.packages import BACKENDS, STATISTICS, coco_api
 from mdistiller.registry import UserError
 
 NAMES = {3: "disc", 7: "box", 42: "triangle"}
@@ -136,7 +136,7 @@ def test_nothing_found_is_zero(data, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_truth_itself_is_all_right(data, backend):
-    from mdistiller.detection.dataset import View
+    from mdistiller.detection.coco.dataset import View
 
     def truth(data, number):
         index = [data.image_id(i) for i in range(len(data))].index(number)

@@ -8,7 +8,7 @@ from support import golden_values
 
 from mdistiller.detection.config import default_config
 from mdistiller.detection.methods import LEVELS, METHODS, Views
-from mdistiller.detection.roi import RoISamples
+from mdistiller.detection.networks.roi import RoISamples
 from mdistiller.registry import UserError
 
 SIZES = {"0": (24, 40), "1": (12, 20), "2": (6, 10), "3": (3, 5), "pool": (2, 3)}
@@ -159,7 +159,7 @@ def test_review_has_the_originals_size():
 def detector_of(channels):
     from nets import node
 
-    from mdistiller.detection.models import build_detector
+    from mdistiller.detection.networks.models import build_detector
 
     return build_detector(node(CHANNELS=channels), 81)
 

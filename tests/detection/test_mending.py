@@ -7,9 +7,9 @@ from detections import noisy
 from PIL import Image
 from synth import make_coco
 
-from mdistiller.detection.coco import BACKENDS
-from mdistiller.detection.dataset import CocoDetectionSet
-from mdistiller.detection.evaluate import CocoEvaluator
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.evaluate import CocoEvaluator
+from mdistiller.detection.coco.packages import BACKENDS
 from mdistiller.registry import UserError
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from synth import make_coco
 
 from mdistiller.cli import visualize
-from mdistiller.detection import pictures
+from mdistiller.detection import visualize as pictures
 from mdistiller.detection.config import load_config
 
 SIZE = ["DETECTION.DATA.TEST_MIN_SIZE", "64", "DETECTION.DATA.MAX_SIZE", "120"]

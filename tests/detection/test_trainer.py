@@ -11,8 +11,8 @@ from support import command, same_state
 from synth import make_coco
 
 from mdistiller.cli import report, train_detection
+from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.detection.config import load_config
-from mdistiller.detection.evaluate import evaluate_detector
 from mdistiller.detection.trainer import DetectionTrainer, Rounds, build_schedule
 from mdistiller.registry import UserError
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from support import golden_values
 from torch import nn
 
-from mdistiller.dataset._plan import BatchPlan
+from mdistiller.dataset.sampler import BatchPlan
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap

@@ -7,7 +7,7 @@ import pytest
 from support import REPO
 
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cfg_values import lookup
+from mdistiller.engine.config.values import lookup
 
 CIFAR100 = REPO / "configs" / "cifar100"
 

@@ -30,7 +30,7 @@ from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.engine.cfg import default_config, load_config
-from mdistiller.engine.cfg_values import lookup
+from mdistiller.engine.config.values import lookup
 from mdistiller.engine.init_stage import running
 
 

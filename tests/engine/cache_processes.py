@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mdistiller.cli import sweep
 from mdistiller.dataset import DATASETS
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run import train
+from mdistiller.engine.run.train import train
 
 FORK = multiprocessing.get_context("fork")
 

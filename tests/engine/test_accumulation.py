@@ -7,7 +7,7 @@ import torch
 from support import saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
-from mdistiller.dataset._plan import BatchPlan
+from mdistiller.dataset.sampler import BatchPlan
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 
 

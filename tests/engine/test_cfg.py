@@ -3,7 +3,7 @@ from faults.bad_configs import bad_configs
 from support import REPO
 
 from mdistiller.engine.cfg import CFG, default_config, load_config, show_cfg
-from mdistiller.engine.cfg_files import find_config
+from mdistiller.engine.config.files import find_config
 from mdistiller.registry import UserError
 
 FILES = [

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from mdistiller.engine.cfg import dump_cfg, load_config
-from mdistiller.engine.cfg_values import flatten, lookup
-from mdistiller.engine.record import recorded_settings
+from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.run.record import recorded_settings
 from mdistiller.registry import UserError
 
 WORDS = [

@@ -7,7 +7,7 @@ from torch import nn
 
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.run import train
+from mdistiller.engine.run.train import train
 
 ROLES = ("student", "teacher")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from support import same_state, saved_teacher
 
-from mdistiller.engine import checkpoint
-from mdistiller.engine.checkpoint import load_checkpoint, save_checkpoint
+from mdistiller.engine.checkpoints import write as checkpoint
+from mdistiller.engine.checkpoints.write import load_checkpoint, save_checkpoint
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network

@@ -11,7 +11,7 @@ from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data, load_test_loader, natural_key
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.class_order import reorder_outputs, swapped_classes
+from mdistiller.engine.networks.class_order import reorder_outputs, swapped_classes
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 

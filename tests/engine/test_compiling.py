@@ -6,7 +6,7 @@ from support import same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import Vanilla
-from mdistiller.engine import compiling
+from mdistiller.engine.networks import compiling
 from mdistiller.models import get_model_entry
 
 RAN = []

@@ -15,9 +15,9 @@ from mdistiller.distillers._split import Split, split_terms
 from mdistiller.distillers.DKD import dkd_terms
 from mdistiller.distillers.KD import KD, kd_loss
 from mdistiller.engine import trainer_dict
-from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.deepkd import ThreeMomenta
+from mdistiller.engine.networks.build import build_distiller
 from mdistiller.registry import is_builtin
 
 STUDENT, TEACHER = 4 * golden_values((8, 10), 1), 6 * golden_values((8, 10), 2)

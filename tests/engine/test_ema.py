@@ -11,7 +11,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.distillers import DISTILLERS
 from mdistiller.distillers.KD import KD
 from mdistiller.engine import trainer_dict
-from mdistiller.engine.ema import AverageStudent
+from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.hooks import Hook
 
 TIMES = ("time", "seconds", "images_per_second")

@@ -11,9 +11,9 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers._facts import class_similarity
 from mdistiller.distillers.WKD import class_costs
-from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.facts import choose_images, class_outputs
+from mdistiller.engine.frozen_teacher.facts import choose_images, class_outputs
+from mdistiller.engine.networks.build import build_distiller
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 from support import command, torchrun, write_config
 
 from mdistiller.cli.command import guarded
-from mdistiller.engine import failure
+from mdistiller.engine.run import failure
 
 FAILS = """
 import os, signal

@@ -11,10 +11,10 @@ from support import saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import DISTILLERS, KD, Distiller
-from mdistiller.engine import forks
 from mdistiller.engine.batch_items import BatchItems, wanted_items, with_items
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.user_code import forks
 from mdistiller.registry import UserError
 
 

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import DISTILLERS, KD, get_distiller
-from mdistiller.engine.folding import foldable
-from mdistiller.engine.frozen import FrozenTeacher
+from mdistiller.engine.frozen_teacher.folding import foldable
+from mdistiller.engine.frozen_teacher.frozen import FrozenTeacher
 from mdistiller.models import cifar_model_dict, get_model_entry
 from mdistiller.registry import UserError
 
@@ -140,8 +140,8 @@ def test_changed_weights_are_followed_at_once(how):
 def built(tmp_path, method="KD", **settings):
     """The distiller of a config, as a run builds it, and a batch."""
     from mdistiller.dataset import load_data
-    from mdistiller.engine.build import build_distiller
     from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.networks.build import build_distiller
 
     teacher = saved_teacher(tmp_path, "resnet14")
     path = write_config(tmp_path, method=method, TEACHER="resnet14", TEACHER_CKPT=str(teacher))

@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mdistiller.engine import frozen as frozen_module
-from mdistiller.engine import fusing
-from mdistiller.engine.frozen import FrozenTeacher
-from mdistiller.engine.fusing import can_fuse, fuse
+from mdistiller.engine.frozen_teacher import frozen as frozen_module
+from mdistiller.engine.frozen_teacher import fusing
+from mdistiller.engine.frozen_teacher.frozen import FrozenTeacher
+from mdistiller.engine.frozen_teacher.fusing import can_fuse, fuse
 from mdistiller.models import cifar_model_dict, get_model_entry
 
 IMAGE = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from support import saved_teacher, write_config
 from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine.guards import Guard
+from mdistiller.engine.callbacks.guards import Guard
 from mdistiller.engine.metrics import NonFiniteLossError
 
 BAD = """

@@ -12,9 +12,9 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.FSP import fsp_loss
-from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.init_stage import STRIDE, InitTrainer
+from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.trainer import BaseTrainer, seed_everything
 from mdistiller.registry import UserError
 

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from mdistiller.engine.logit_store import HEADER, FileStore, MemoryStore
+from mdistiller.engine.frozen_teacher.logit_store import HEADER, FileStore, MemoryStore
 
 KEY = {"weights": "a"}
 COUNT, WIDTH = 64, 5

@@ -12,7 +12,7 @@ from tensorboardX.proto import event_pb2
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.run import train
+from mdistiller.engine.run.train import train
 
 
 def scalars(folder):

@@ -8,8 +8,8 @@ from support import same_state, write_config
 from torch import nn
 
 from mdistiller.cli import train as train_command
-from mdistiller.dataset._plan import BatchPlan
-from mdistiller.engine.lone_image import try_step
+from mdistiller.dataset.sampler import BatchPlan
+from mdistiller.engine.networks.lone_image import try_step
 from mdistiller.models import get_model_entry
 
 

@@ -12,9 +12,9 @@ from support import REPO, same_state, saved_teacher, write_config
 from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine import preemption
-from mdistiller.engine.callbacks import Checkpoint
-from mdistiller.engine.guards import Guard
+from mdistiller.engine.callbacks import preemption
+from mdistiller.engine.callbacks.default import Checkpoint
+from mdistiller.engine.callbacks.guards import Guard
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError

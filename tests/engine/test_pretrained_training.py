@@ -15,9 +15,9 @@ from torchvision.models import mnasnet0_5
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.engine.build import build_network
 from mdistiller.engine.cfg import load_config
-from mdistiller.models._input import input_norm
+from mdistiller.engine.networks.build import build_network
+from mdistiller.models.normalize import input_norm
 
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}
 NAME = "timm/vit_tiny_patch16_224"  # its images are normalised by 0.5 and 0.5

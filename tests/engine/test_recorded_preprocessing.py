@@ -14,8 +14,8 @@ from mdistiller.cli import eval as eval_command
 from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.engine.build import build_distiller, measure_teacher, teacher_test_loader
 from mdistiller.engine.cfg import load_config
+from mdistiller.engine.networks.build import build_distiller, measure_teacher, teacher_test_loader
 from mdistiller.preprocessing import read_preprocessing
 from mdistiller.weights import load_checkpoint
 

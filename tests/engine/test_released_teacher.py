@@ -7,9 +7,9 @@ import torch
 from support import saved_teacher
 from torchvision.transforms import InterpolationMode
 
-from mdistiller.engine.build import build_network, find_teacher
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.released import PRETRAINED
+from mdistiller.engine.networks.build import build_network, find_teacher
+from mdistiller.engine.networks.released import PRETRAINED
 from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.registry import UserError
 

@@ -13,10 +13,10 @@ from support import same_state, write_config
 from test_training import load
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine import lock
-from mdistiller.engine.callbacks import Evaluate
-from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.store import Store
+from mdistiller.engine.callbacks.default import Evaluate
+from mdistiller.engine.checkpoints.store import Store
+from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.run import lock
 from mdistiller.manifest import sha256
 from mdistiller.registry import UserError
 
@@ -186,7 +186,7 @@ def test_a_best_that_was_not_written_is_when_the_run_goes_on(tmp_path, monkeypat
 def test_what_cannot_be_read_back_replaces_nothing(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.save(state(1), "latest")
-    monkeypatch.setattr("mdistiller.engine.store.sha256", lambda path: "other")
+    monkeypatch.setattr("mdistiller.engine.checkpoints.store.sha256", lambda path: "other")
     with pytest.raises(UserError, match="what is read back differs from what was written"):
         store.save(state(2), "latest")
     monkeypatch.undo()
@@ -239,7 +239,7 @@ def test_another_machine_is_believed_while_it_shows_life(tmp_path, monkeypatch, 
 
 def test_low_disk_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr("mdistiller.engine.disk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("mdistiller.engine.checkpoints.disk.shutil.disk_usage", lambda path: usage)
     run = train(tmp_path, epochs=1)
     out = capsys.readouterr().out
     assert "low disk" in out

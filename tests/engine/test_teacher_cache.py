@@ -11,15 +11,15 @@ from support import run_script, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import DATASETS, ImageSet, load_data
-from mdistiller.dataset.augment import Crop
+from mdistiller.dataset.memory.augment import Crop
 from mdistiller.distillers import DISTILLERS, KD
-from mdistiller.engine import compiling
-from mdistiller.engine.build import build_distiller
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.frozen import FrozenTeacher
-from mdistiller.engine.logit_store import HEADER, FileStore
-from mdistiller.engine.record import differences, experiment_name
-from mdistiller.engine.teacher_cache import TeacherCache
+from mdistiller.engine.frozen_teacher.cache import TeacherCache
+from mdistiller.engine.frozen_teacher.frozen import FrozenTeacher
+from mdistiller.engine.frozen_teacher.logit_store import HEADER, FileStore
+from mdistiller.engine.networks import compiling
+from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.run.record import differences, experiment_name
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 
@@ -486,7 +486,7 @@ def test_a_method_without_a_teacher_is_not_bothered(tmp_path):
 
 
 def test_a_teacher_that_looks_at_its_batch_is_refused(tmp_path, monkeypatch):
-    from mdistiller.engine import frozen
+    from mdistiller.engine.frozen_teacher import frozen
 
     def by_batch(self, image):
         return self.net(image - image.mean(dim=0, keepdim=True))

@@ -11,11 +11,11 @@ import torch
 from support import REPO, command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine import run as run_module
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.record import changed_settings
-from mdistiller.engine.run import experiment_name
+from mdistiller.engine.run import train as run_module
+from mdistiller.engine.run.record import changed_settings
+from mdistiller.engine.run.train import experiment_name
 from mdistiller.models import get_model_entry
 
 
@@ -257,7 +257,7 @@ def test_a_run_goes_on_with_as_many_images_a_step(tmp_path, monkeypatch, split, 
     folder = train(tmp_path, epochs=1)
     solver = "".join(f"  {key}: {value}\n" for key, value in split.items())
     cfg = load_config(write_config(tmp_path, f"SOLVER:\n{solver}" if split else "", epochs=1))
-    monkeypatch.setattr("mdistiller.engine.record.world_size", lambda: processes)
+    monkeypatch.setattr("mdistiller.engine.run.record.world_size", lambda: processes)
     changes = changed_settings(folder, cfg, goes_on=True)
     if refusal is None:
         assert changes == []
@@ -362,7 +362,7 @@ def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monke
     # Released for 100 classes, it is none for this data: the config is what counts then.
     monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(entry.constructor, path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdistiller.engine.teacher.train_teacher", lambda *_: path)
+        patch.setattr("mdistiller.engine.run.teacher.train_teacher", lambda *_: path)
         train(tmp_path, "EXPERIMENT.NAME", "second", **settings)
 
 

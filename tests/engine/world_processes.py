@@ -17,12 +17,12 @@ from support import golden_values, write_config
 from torch import nn
 
 from mdistiller.dataset import DATASETS, load_data
-from mdistiller.dataset._plan import share
+from mdistiller.dataset.sampler import share
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.distributed import sum_over_ranks
-from mdistiller.engine.run import train
-from mdistiller.engine.sync_bn import synchronize_batch_norm
+from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.run.train import train
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.runtime import rank, world_size
 

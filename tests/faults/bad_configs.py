@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from mdistiller.engine.cfg import CFG, load_config
-from mdistiller.engine.cfg_values import flatten, lookup
+from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.registry import UserError
 
 Case = tuple[bytes, list[str]]  # a file's content, and overrides

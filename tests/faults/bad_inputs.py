@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mdistiller.dataset._images import decode
+from mdistiller.dataset.files.images import decode
 from mdistiller.files import Limits, unpacked
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, network_state

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mdistiller.engine.checkpoint import load_checkpoint
-from mdistiller.engine.store import Store
+from mdistiller.engine.checkpoints.store import Store
+from mdistiller.engine.checkpoints.write import load_checkpoint
 
 UNTIMED = ("time", "seconds", "images_per_second", "teacher_hits")
 """What may differ: a cache's hits tell what a start found, see docs/reliability.md."""

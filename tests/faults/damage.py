@@ -16,7 +16,7 @@ from typing import Any
 from faults.kills import die_in_operation
 from faults.mount import can_mount, small_disk, take_out
 from faults.work import Before, Outcome, Work
-from mdistiller.engine.store import PREVIOUS, Store
+from mdistiller.engine.checkpoints.store import PREVIOUS, Store
 from mdistiller.registry import UserError
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.work import Outcome, Work, free_port
-from mdistiller.engine.preemption import EXIT_CODE
+from mdistiller.engine.callbacks.preemption import EXIT_CODE
 
 # Of each; epochs enough to strike before the last one, in which a signal comes too late.
 _PAIR = {"SOLVER__BATCH_SIZE": 8, "SOLVER__EPOCHS": 8}

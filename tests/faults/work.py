@@ -23,9 +23,9 @@ import torch
 from faults.compare import differences
 from mdistiller.cli.command import guarded
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
-from mdistiller.dataset._base import Options, Split
+from mdistiller.dataset.data_source import Options, Split
 from mdistiller.engine.cfg import Config, load_config
-from mdistiller.engine.run import train
+from mdistiller.engine.run.train import train
 from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.models.cifar.baby import BabyNet
 

@@ -8,10 +8,10 @@ from support import saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.engine.build import build_distiller
+from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.ema import AverageStudent
 from mdistiller.engine.metrics import Meters
+from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.trainer import BaseTrainer
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from torchvision import models as torchvision_models
 
 from mdistiller.models import StagedNet, get_model_entry
-from mdistiller.models._external import stage_indices, uneven_norms
+from mdistiller.models.external._wrapper import stage_indices, uneven_norms
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 

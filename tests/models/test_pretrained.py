@@ -7,7 +7,7 @@ from torchvision import models as torchvision_models
 from torchvision.models.vision_transformer import VisionTransformer
 
 from mdistiller.models import get_model_entry
-from mdistiller.models._torchvision import TorchvisionNet, load_released
+from mdistiller.models.external._torchvision import TorchvisionNet, load_released
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 

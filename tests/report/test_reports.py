@@ -17,9 +17,9 @@ from support import REPO, write_config
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine.callbacks import Evaluate
+from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.cfg_values import flatten, lookup
+from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page
 from mdistiller.report.build import build_report

@@ -22,8 +22,8 @@ from support import REPO, write_config
 
 from mdistiller.cli import sweep as command
 from mdistiller.distillers import distiller_dict
-from mdistiller.engine import teacher
 from mdistiller.engine.cfg import default_config, load_config
+from mdistiller.engine.run import teacher
 from mdistiller.registry import UserError
 from mdistiller.sweep import judge, table, work
 from mdistiller.sweep.plan import read_plan

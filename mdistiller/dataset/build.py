@@ -1,0 +1,338 @@
+"""From a config to loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mdistiller.dataset.classes import numbered, say_absent
+from mdistiller.dataset.data_source import (
+    DATASET_CONFIG,
+    DATASETS,
+    DataSource,
+    Options,
+    Split,
+    same_classes,
+)
+from mdistiller.dataset.files.folder import FileSource
+from mdistiller.dataset.files.sizing import check_keys, choose_preprocessing, keeps_shape
+from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
+from mdistiller.dataset.mixup import BatchAugment
+from mdistiller.dataset.pipelines import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset.sources.shards import Shards
+from mdistiller.dataset.split import hold_out
+from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
+from mdistiller.registry import UserError
+from mdistiller.runtime import project_root, resolve_device
+
+
+@dataclass
+class Data:
+    """The loaders of a run and what they hold.
+
+    Attributes:
+        train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
+        val: what the best epoch is selected on. With `DATASET.VAL_SPLIT` 0 the test set, else the
+            held-out training images, without augmentation; items (image, target).
+        test: the test set if images are held out, else None.
+        num_data: number of images in `train`.
+        num_classes: number of classes.
+        classes: their names, by target.
+        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
+        image_size: (height, width) in pixels.
+        mean, std: what images are normalised with, per channel, for images in [0, 1].
+        preprocessing: all that is done to an image for evaluation.
+        plain: makes a loader of the images in `train` without augmentation, in their order; items
+            (image, target).
+    """
+
+    train: TrainLoader
+    val: EvalLoader
+    test: EvalLoader | None
+    num_data: int
+    num_classes: int
+    classes: list[str]
+    zoo: str
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preprocessing: Preprocessing = NOTHING_STATED
+    plain: Callable[[], EvalLoader] | None = None
+
+    def close(self) -> None:
+        """End the processes that read images, if there are any."""
+        for loader in (self.train, self.val, self.test):
+            close = getattr(loader, "close", None)
+            if close is not None:
+                close()
+
+
+def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
+    """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""
+    data = load_data(cfg)
+    return data.train, data.val, data.num_data, data.num_classes
+
+
+def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
+    """Read the data set that `cfg.DATASET` names and put it on the device.
+
+    Args:
+        cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
+        device: in place of what DEVICE says.
+        two_views: training items are ((weak, strong), target, index), see `_two_views.py`.
+
+    Raises:
+        UserError: a key cannot be satisfied, or the data are missing or broken.
+    """
+    node = _node(cfg)
+    feed = _feed(node, "train", _device(cfg, device))
+    train, test = feed.read("train"), feed.read("test")
+    same_classes(train.classes, test.classes, feed.root)
+    train, test = (numbered(images, node["CLASSES"]) for images in (train, test))
+    if node["CLASSES"]:
+        say_absent(train, feed.root)
+    if len(train.classes) < 2:
+        raise UserError(f"{feed.root} has one class only ({train.classes[0]}); two are needed")
+    size = feed.size(train, test)
+    statistics = _statistics(node, feed.source) or feed.statistics(train)
+    val, test_loader = feed.eval_loader(test, size, statistics), None
+    if node["VAL_SPLIT"]:
+        train, held = _hold_out(train, node)
+        val, test_loader = feed.eval_loader(held, size, statistics), val
+    train_loader = feed.train_loader(
+        train,
+        cfg.SOLVER.BATCH_SIZE,
+        size,
+        statistics,
+        seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
+        drop_last=node["DROP_LAST"],
+        mix=_mix(node, size, len(train.classes)),
+        two_views=two_views,
+    )
+    return Data(
+        train=train_loader,
+        val=val,
+        test=test_loader,
+        num_data=len(train),
+        num_classes=len(train.classes),
+        classes=train.classes,
+        zoo=node["ZOO"] or feed.source.zoo,
+        image_size=size,
+        mean=statistics[0],
+        std=statistics[1],
+        preprocessing=_whole(feed, size, statistics),
+        plain=lambda: feed.eval_loader(train, size, statistics),
+    )
+
+
+def _whole(feed: MemoryFeed, size: tuple[int, int], statistics: Statistics) -> Preprocessing:
+    """What is done to an image for evaluation; image_size 0 if images are not square."""
+    how, side = feed.preprocessing, size[0] if size[0] == size[1] else 0
+    interpolation = how.interpolation or "bilinear"
+    mean, std = statistics
+    return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
+
+
+def mixes_labels(cfg: Any) -> bool:
+    """Whether training targets are class probabilities: mixup or CutMix is on."""
+    node = _node(cfg)
+    return bool(node["MIXUP"] or node["CUTMIX"])
+
+
+def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+    chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
+    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
+
+
+class TestData(NamedTuple):
+    """The test set alone: its loader, and facts as in :class:`Data`."""
+
+    loader: EvalLoader
+    num_classes: int
+    zoo: str
+    classes: list[str]
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preprocessing: Preprocessing = NOTHING_STATED
+
+
+def load_test_loader(
+    cfg: Any, device: torch.device | None = None, own: Preprocessing | None = None
+) -> TestData:
+    """The test set alone, for evaluation.
+
+    The training images are not read, with one exception: an image folder without DATASET.MEAN and
+    STD is normalised with statistics of its training images, so these must be there, unless `own`
+    has a mean and a std.
+
+    Args:
+        own: how the network that will be evaluated has its images prepared, for what the config
+            leaves open; see :func:`choose_preprocessing`.
+    """
+    node = _node(cfg)
+    feed = _feed(node, "test", _device(cfg, device), own)
+    statistics = _statistics(node, feed.source)
+    if statistics is None and own is not None and own.mean:
+        statistics = own.mean, own.std
+    if statistics is None:
+        statistics = _training_statistics(feed)
+    test = numbered(feed.read("test"), node["CLASSES"])
+    size = feed.size(test)
+    loader = feed.eval_loader(test, size, statistics)
+    zoo = node["ZOO"] or feed.source.zoo
+    return TestData(
+        loader,
+        len(test.classes),
+        zoo,
+        test.classes,
+        size,
+        *statistics,
+        preprocessing=_whole(feed, size, statistics),
+    )
+
+
+class KnownData(NamedTuple):
+    """What the config and a registered data set say of images before any is read.
+
+    Attributes:
+        zoo: as of :class:`Data`.
+        statistics: mean and std of each channel; None if they are to be computed.
+        side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
+        keeps_shape: whether evaluation cuts the middle out of an image of any shape.
+        files: whether images are files, of any size.
+    """
+
+    zoo: str
+    statistics: Statistics | None
+    side: int
+    keeps_shape: bool
+    files: bool
+
+
+def known_data(cfg: Any) -> KnownData:
+    """The facts of `cfg.DATASET` that need no data."""
+    node = _node(cfg)
+    source = _source(node)
+    return KnownData(
+        node["ZOO"] or source.zoo,
+        _statistics(node, source),
+        node["IMAGE_SIZE"],
+        keeps_shape(source, _augment(node, source)),
+        isinstance(source, (FileSource, Shards)),
+    )
+
+
+def own_view(cfg: Any, own: Preprocessing | None = None) -> Preprocessing:
+    """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
+    node = _node(cfg)
+    source = _source(node)
+    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), own)
+    return replace(how, interpolation=how.interpolation or "bilinear")
+
+
+def _node(cfg: Any) -> dict[str, Any]:
+    """cfg.DATASET over the defaults, so that a node written for the original will do."""
+    node = {**DATASET_CONFIG, **cfg.DATASET}
+    for key in (
+        *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
+        *("MIXUP", "CUTMIX", "ERASING"),
+    ):
+        if node[key] < 0:
+            raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    if node["ERASING"] > 1:
+        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability, at most 1")
+    _check_randaugment(node["RANDAUGMENT"])
+    check_keys(node)
+    return node
+
+
+def _check_randaugment(value: Sequence[Any]) -> None:
+    numbers = all(type(item) is int for item in value)
+    if value and not (numbers and len(value) == 2 and value[0] >= 1 and 0 <= value[1] <= 30):
+        raise UserError(
+            f"DATASET.RANDAUGMENT {list(value)} must be the number of operations and their "
+            "magnitude of 0 to 30, such as [2, 9], or empty"
+        )
+
+
+def _device(cfg: Any, device: torch.device | None) -> torch.device:
+    return resolve_device(cfg.get("DEVICE", "auto")) if device is None else device
+
+
+def _feed(
+    node: dict[str, Any], split: Split, device: torch.device, own: Preprocessing | None = None
+) -> MemoryFeed:
+    """The registered data set, its folder, and how it is read."""
+    source = _source(node)
+    root = _root(node, source)
+    augment = _augment(node, source)
+    how = choose_preprocessing(node, source, root, augment, own)
+    options = Options(
+        how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
+        max(1, node["NUM_WORKERS"]),
+        node["MAX_MEMORY_GB"],
+        node["SHARDS"],
+        node["SKIP_CORRUPT"],
+        how,
+        node["EXIF"],
+        node["SCALE_16_BIT"],
+    )
+    return choose_feed(node, split, source, root, options, augment, device)
+
+
+def _root(node: dict[str, Any], source: DataSource) -> Path:
+    """The folder of the data."""
+    if node["ROOT"]:
+        root = Path(node["ROOT"]).expanduser()
+        return root if root.exists() else project_root() / root
+    if source.root is None:
+        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
+    return project_root() / source.root
+
+
+def _source(node: dict[str, Any]) -> DataSource:
+    entry = DATASETS[node["TYPE"]]
+    source: DataSource = entry() if isinstance(entry, type) else entry
+    return source
+
+
+def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
+    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
+
+
+def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
+    """Mean and std of the config, else of the data set; None if they must be computed."""
+    mean, std = tuple(node["MEAN"]), tuple(node["STD"])
+    if not mean and not std:
+        return (source.mean, source.std) if source.mean else None
+    if len(mean) != 3 or len(std) != 3 or max(*mean, *std) > 1 or min(std) <= 0:
+        raise UserError(
+            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values up "
+            "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
+        )
+    return mean, std
+
+
+def _training_statistics(feed: MemoryFeed) -> Statistics:
+    """Mean and std of training images that are read for nothing else."""
+    try:
+        return feed.statistics(feed.read("train"))
+    except UserError as error:
+        raise UserError(f"{error}; or set DATASET.MEAN and DATASET.STD as in training") from error
+
+
+def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
+    """(training images that remain, images held out for selection)."""
+    try:
+        kept, held = hold_out(train.targets, node["VAL_SPLIT"], node["VAL_SEED"])
+    except ValueError as error:
+        raise UserError(
+            f"DATASET.VAL_SPLIT {node['VAL_SPLIT']} of {len(train)} training images: {error}"
+        ) from None
+    return train.select(kept), train.select(held)

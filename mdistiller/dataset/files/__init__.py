@@ -1,0 +1,1 @@
+"""Images read from files or shards by worker processes: loaders and transforms."""

@@ -1,0 +1,58 @@
+"""A split of a data set as a list of image files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FileSet:
+    """A split as files, read when they are needed.
+
+    Attributes:
+        folder: where they are.
+        names: their paths below it, as an array of bytes: worker processes share it.
+        targets: class indices, int64, [N].
+        classes: class names.
+        upright: turn images as their EXIF orientation says.
+        scale_16_bit: bring grey images of 16 bits to 8.
+    """
+
+    folder: Path
+    names: np.ndarray
+    targets: Tensor
+    classes: list[str]
+    upright: bool = True
+    scale_16_bit: bool = False
+
+    @classmethod
+    def of(
+        cls, folder: Path, names: Iterable[str], targets: Sequence[int], classes: Sequence[str]
+    ) -> FileSet:
+        """The set of the files `names` below `folder`."""
+        encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        return cls(folder, encoded, torch.tensor(targets), list(classes))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """The file at a position."""
+        return self.folder / os.fsdecode(self.names[index])
+
+    def image(self, index: int) -> Tensor:
+        """The image at a position: uint8, [3, H, W], of any size."""
+        from mdistiller.dataset.files.images import read_image
+
+        return read_image(self.path(index), self.upright, self.scale_16_bit)
+
+    def select(self, indices: Tensor) -> FileSet:
+        """The files at `indices` (int64, [M]), as a set of their own."""
+        return replace(self, names=self.names[indices.numpy()], targets=self.targets[indices])

@@ -1,0 +1,44 @@
+"""The augmentation of ImageNet, for images of any size as they are read from files."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+
+
+@AUGMENTS.register("resized_crop_flip")
+class ResizedCropFlip(Identity):
+    """A random part of the image, resized to a square, then a mirror, p = .5.
+
+    torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, 3/4 to 4/3 of the
+    shape) and ``RandomHorizontalFlip``. For evaluation images are cut to the square about their
+    middle.
+    """
+
+    num_views = None
+
+    def views(self, parameters: Tensor) -> Tensor:
+        return parameters.new_full((len(parameters),), -1)
+
+    @cached_property
+    def _crop(self) -> Any:
+        from torchvision.transforms import v2  # a slow import that data in memory does not need
+
+        return v2.RandomResizedCrop((self.height, self.width), antialias=True)
+
+    @cached_property
+    def _flip(self) -> Any:
+        from torchvision.transforms import v2
+
+        return v2.RandomHorizontalFlip()
+
+    def view(self, image: Tensor, interpolation: str = "") -> Tensor:
+        """A view of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
+        if interpolation:
+            self._crop.interpolation = type(self._crop.interpolation)(interpolation)
+        view: Tensor = self._flip(self._crop(image))
+        return view

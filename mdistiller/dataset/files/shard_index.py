@@ -1,0 +1,113 @@
+"""The number and the classes of the samples in shards: counted once, then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mdistiller.dataset.files.shard_reader import INDEX, as_tensor, read_shard
+from mdistiller.registry import UserError
+
+
+def index_shards(
+    urls: Sequence[str],
+    target: str,
+    threads: int,
+    readable: Sequence[str] = (),
+    scale_16_bit: bool = False,
+) -> list[list[int | None]]:
+    """Classes of the samples of every shard; shards are read once, then remembered.
+
+    With `readable`, suffixes of images, a sample whose image cannot be decoded has the class None;
+    so has one of 16 bits unless `scale_16_bit`.
+
+    The index is a JSON file: by path of the shard, relative to the folder of the first one, what
+    tells whether it has changed (suffix of the class, bytes, time of the last change; the suffix
+    alone for a URL) and its classes.
+    """
+    files = [Path(url) if os.path.isfile(url) else None for url in urls]
+    stamps = [_stamp(target, file, readable, scale_16_bit) for file in files]
+    folder = files[0].parent if files[0] else Path()
+    names = [
+        Path(os.path.relpath(file, folder)).as_posix() if file else url
+        for file, url in zip(files, urls, strict=True)
+    ]
+    place = _index_file(files[0], urls[0])
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        # Older indices have names without a folder, at the top level: those are counted again.
+        known = dict(json.loads(place.read_text())["shards"])
+    missing = [k for k, name in enumerate(names) if known.get(name, [None])[0] != stamps[k]]
+    if missing:
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda k: _classes(urls[k], target, readable, scale_16_bit), missing)
+            bar = tqdm(found, "counting shards", len(missing), leave=False, disable=None)
+            for k, classes in zip(missing, bar, strict=True):
+                known[names[k]] = [stamps[k], classes]
+        _remember(place, known)
+    return [known[name][1] for name in names]
+
+
+def _stamp(
+    target: str, file: Path | None, readable: Sequence[str], scale_16_bit: bool
+) -> list[Any]:
+    kind = "readable or 16 bits" if scale_16_bit else "readable, 8 bits"
+    checked = [f"{kind} {';'.join(readable)}"] if readable else []
+    if file is None:
+        return [target, *checked]
+    facts = file.stat()
+    return [target, facts.st_size, facts.st_mtime_ns, *checked]
+
+
+def _classes(
+    url: str, target: str, readable: Sequence[str], scale_16_bit: bool
+) -> list[int | None]:
+    classes: list[int | None] = []
+    for sample in read_shard(url, only="" if readable else target):
+        if target in sample:
+            try:
+                label = int(sample[target])
+                classes.append(label if _is_readable(sample, readable, scale_16_bit) else None)
+            except ValueError:
+                raise UserError(
+                    f"{url}: {sample['__key__']}.{target} holds {bytes(sample[target][:20])!r}, "
+                    "not a class in digits (DATASET.SHARDS.TARGET)"
+                ) from None
+    return classes
+
+
+def _is_readable(sample: dict[str, Any], readable: Sequence[str], scale_16_bit: bool) -> bool:
+    data = next((sample[key] for key in readable if key in sample), None)
+    if data is None:  # not asked for, or missing, which is said when it is read
+        return True
+    from mdistiller.dataset.files.images import UnreadableError, decode
+
+    try:
+        decode(as_tensor(data), "", scale_16_bit=scale_16_bit)
+    except UnreadableError:
+        return False
+    return True
+
+
+def _index_file(first: Path | None, url: str) -> Path:
+    if first is not None and os.access(first.parent, os.W_OK):
+        return first.parent / INDEX
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "mdistiller" / f"{digest}-{INDEX}"
+
+
+def _remember(place: Path, known: dict[str, Any]) -> None:
+    """Write the index, if that is possible: without it the shards are counted in every run."""
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"shards": known}))
+        temporary.replace(place)

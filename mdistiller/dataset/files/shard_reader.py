@@ -1,0 +1,187 @@
+"""Sets of images in tar files, read from front to back by the package webdataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.dataset.files.shard_sampler import LaneTask, Run
+from mdistiller.registry import UserError
+
+INDEX = "mdistiller-index.json"  # where the samples of shards are remembered
+
+
+@dataclass
+class ShardSet:
+    """A split as shards, whose samples can only be read in order.
+
+    Attributes:
+        urls: files, or what webdataset opens.
+        counts: samples of each, int64, [S].
+        targets: classes of all samples, in the order of the shards, int64, [N].
+        classes: class names.
+        image_keys: suffixes of the image in a sample, the first that is there.
+        target_key: suffix of its class; samples without one do not count.
+        window: places by which a sample may move within its stream.
+        upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
+        skipped: by shard, places of samples that do not count either, as their images are broken.
+    """
+
+    urls: list[str]
+    counts: Tensor
+    targets: Tensor
+    classes: list[str]
+    image_keys: Sequence[str] = ("jpg",)
+    target_key: str = "cls"
+    window: int = 0
+    skipped: dict[int, set[int]] = field(default_factory=dict)
+    upright: bool = True
+    scale_16_bit: bool = False
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def select(self, indices: Tensor) -> ShardSet:
+        """Refused: shards are read whole."""
+        raise UserError(
+            "DATASET.VAL_SPLIT cannot be taken out of shards; leave some out of "
+            "DATASET.SHARDS.TRAIN and name them in DATASET.SHARDS.VAL"
+        )
+
+    def read(self, shard: int, first: int, last: int) -> Iterator[tuple[bytes, str]]:
+        """Samples of a shard from `first` to `last`: the image's file, and a name for errors."""
+        url = self.urls[shard]
+        samples = (sample for sample in read_shard(url) if self.target_key in sample)
+        skipped = self.skipped.get(shard, ())
+        samples = (sample for place, sample in enumerate(samples) if place not in skipped)
+        found = 0
+        for sample in islice(samples, first, last):
+            yield self._file(sample), f"{url}: {sample['__key__']}"
+            found += 1
+        if found < last - first:
+            raise UserError(
+                f"shard {url} holds fewer samples than were counted; remove {INDEX} beside it to "
+                "count again"
+            )
+
+    def _file(self, sample: dict[str, Any]) -> bytes:
+        """The image's file in a sample."""
+        for key in self.image_keys:
+            if key in sample:
+                data: bytes = sample[key]
+                return data
+        found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
+        raise UserError(
+            f"{sample['__url__']}: {sample['__key__']} has {found}, but no "
+            f"{';'.join(self.image_keys)} (DATASET.SHARDS.IMAGE)"
+        )
+
+    def image(self, index: int) -> Tensor:
+        """The image at a position, for which its shard is read up to there: uint8, [3, H, W]."""
+        shard = int((self.counts.cumsum(0) <= index).sum())
+        place = index - int(self.counts[:shard].sum())
+        data, name = next(self.read(shard, place, place + 1))
+        return self.decode(data, name)
+
+    def decode(self, data: bytes, name: str) -> Tensor:
+        """The image in the bytes of a file: uint8, [3, H, W]."""
+        from mdistiller.dataset.files.images import decode
+
+        return decode(as_tensor(data), name, self.upright, self.scale_16_bit)
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """The bytes of a file, uint8."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0).byte()
+
+
+def import_webdataset() -> Any:
+    """The package, which only this data set needs."""
+    try:
+        import webdataset
+    except ImportError:
+        raise UserError(
+            "DATASET.TYPE webdataset needs the package webdataset: pip install mdistiller[shards]"
+        ) from None
+    return webdataset
+
+
+def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
+    """The samples of a shard in order; of files with the suffix `only`, if that is given.
+
+    What macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) is left out: webdataset
+    takes `folder/._1.png` for the sample `folder/`, which parts the files of sample 1.
+    """
+    wds = import_webdataset()
+
+    def wanted(name: str) -> bool:
+        *folders, file = name.split("/")
+        added = file.startswith("._") or "__MACOSX" in folders
+        return not added and (not only or file.lower().endswith(f".{only}"))
+
+    try:
+        yield from wds.DataPipeline(
+            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=wanted)
+        )
+    except Exception as error:  # tarfile's, the system's, those of a command in a pipe
+        texts = [arg for arg in error.args if isinstance(arg, str)]  # webdataset adds objects
+        reason = (texts[0] if texts else "") or type(error).__name__
+        raise UserError(f"shard {url} cannot be read ({reason.split(' @ ')[0]})") from error
+
+
+@dataclass
+class StreamReader:
+    """Reads the images of :class:`LaneTask`; each lane goes on where the last batch ended."""
+
+    shards: ShardSet
+    _lanes: dict[int, tuple[int, _Lane]] = field(default_factory=dict)
+
+    def __call__(self, task: LaneTask) -> Iterator[tuple[Tensor, str]]:
+        reading, lane = self._lanes.get(task.lane, (0, None))
+        if lane is None or reading != task.reading:
+            lane = _Lane(self.shards, task.runs, min(task.floor, *task.offsets))
+            self._lanes[task.lane] = task.reading, lane
+        for offset in task.offsets:
+            data, name = lane.take(offset)
+            yield self.shards.decode(data, name), name
+        lane.forget(task.floor)
+
+
+class _Lane:
+    """A stream of samples, some held back until they are wanted.
+
+    Args:
+        start: the lowest offset that will be; what lies before it is left out.
+    """
+
+    def __init__(self, shards: ShardSet, runs: Sequence[Run], start: int = 0):
+        self._samples = self._read(shards, runs, start)
+        self._held: dict[int, tuple[bytes, str]] = {}
+
+    @staticmethod
+    def _read(
+        shards: ShardSet, runs: Sequence[Run], start: int
+    ) -> Iterator[tuple[int, tuple[bytes, str]]]:
+        offset = 0
+        for shard, first, last in runs:
+            left_out = min(max(start - offset, 0), last - first)
+            if left_out < last - first:
+                samples = shards.read(shard, first + left_out, last)
+                yield from enumerate(samples, offset + left_out)
+            offset += last - first
+
+    def take(self, offset: int) -> tuple[bytes, str]:
+        while offset not in self._held:
+            number, sample = next(self._samples)
+            self._held[number] = sample
+        return self._held.pop(offset)
+
+    def forget(self, floor: int) -> None:
+        """Drop what another process serves."""
+        for offset in [offset for offset in self._held if offset < floor]:
+            del self._held[offset]

@@ -1,0 +1,146 @@
+"""How images of any shape are brought to one size: what the config says, else what fits them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mdistiller.dataset.data_source import DataSource
+from mdistiller.dataset.files.folder import FileSource
+from mdistiller.dataset.files.resized_crop import ResizedCropFlip
+from mdistiller.dataset.memory.augment import Identity
+from mdistiller.preprocessing import INTERPOLATION, RESIZE, Preprocessing
+from mdistiller.registry import UserError
+
+DEFAULT_SIDE = 224  # of images that are cut to a square, where DATASET.IMAGE_SIZE says nothing
+_SAMPLE = 1024  # files of a split whose headers are read
+
+
+class Shapes(NamedTuple):
+    """What the headers of files say.
+
+    Attributes:
+        square, same: whether all images are square, and whether all have one size.
+        shortest: the shortest side in pixels.
+    """
+
+    square: bool
+    same: bool
+    shortest: int
+
+
+def keeps_shape(source: DataSource, augment: type[Identity]) -> bool:
+    """Whether all images are cut to a square, whatever shapes they have."""
+    return source.keep_shape or issubclass(augment, ResizedCropFlip)
+
+
+def choose_preprocessing(
+    node: Mapping[str, Any],
+    source: DataSource,
+    root: Path,
+    augment: type[Identity],
+    own: Preprocessing | None = None,
+) -> Preprocessing:
+    """How images of a data set are brought to `image_size` pixels square for evaluation.
+
+    Keys of the config come first, then `own`, then what fits the data: a set of square images is
+    resized as a whole, other files are resized by the shorter side and cut. Images that all have
+    one size keep it where nothing names another (`resize` is then "keep").
+
+    Args:
+        node: `DATASET`.
+        own: that of the network to be evaluated. A library's does not count for square images that
+            are smaller than its input, CIFAR's for instance.
+    """
+    if own is not None and own.resize in ("", "keep"):  # of a size at most
+        side = own.image_size if own.recorded else 0
+        own = Preprocessing(image_size=side, recorded=True) if side else None
+    keys = Preprocessing(
+        image_size=node["IMAGE_SIZE"],
+        resize="" if node["RESIZE"] == "auto" else node["RESIZE"],
+        crop_pct=node["CROP_PCT"],
+        interpolation="" if node["INTERPOLATION"] == "auto" else node["INTERPOLATION"],
+    )
+    if keeps_shape(source, augment):
+        base = own or Preprocessing()
+        return _over(keys, base, Preprocessing(image_size=DEFAULT_SIDE, resize="crop"))
+    if not isinstance(source, FileSource):  # arrays, which workers may enlarge
+        return _kept_without_size(_over(keys, Preprocessing(resize="stretch")))
+    whole = Preprocessing(resize="crop", crop_pct=1.0)
+    decided = keys.resize and keys.image_size and (keys.resize != "crop" or keys.crop_pct)
+    if decided and own is None:
+        return keys
+    shapes = read_shapes(source, root, node["EXIF"])
+    usual = whole if shapes.square else Preprocessing(resize="crop")
+    if own is None or not _counts(own, shapes):
+        return _kept_without_size(_over(keys, usual))
+    rest = Preprocessing(resize="crop") if own.resize else usual
+    return _kept_without_size(_over(keys, own, rest))
+
+
+def _counts(own: Preprocessing, shapes: Shapes) -> bool:
+    """Whether what a network states applies to images of these shapes."""
+    if not own.resize:  # nothing to do where they have its size
+        return not (shapes.square and shapes.same and shapes.shortest == own.image_size)
+    return own.recorded or not (shapes.square and shapes.shortest < own.image_size)
+
+
+def _over(*layers: Preprocessing) -> Preprocessing:
+    """Each field from the first layer that has it; a ratio only from a layer of the same resize."""
+    found = layers[0]
+    for layer in layers[1:]:
+        same = not (found.resize and layer.resize) or found.resize == layer.resize
+        found = Preprocessing(
+            image_size=found.image_size or layer.image_size,
+            resize=found.resize or layer.resize,
+            crop_pct=found.crop_pct or (layer.crop_pct if same else 0.0),
+            interpolation=found.interpolation or layer.interpolation,
+        )
+    return found
+
+
+def _kept_without_size(how: Preprocessing) -> Preprocessing:
+    return how if how.image_size else replace(how, resize="keep", crop_pct=0.0)
+
+
+def read_shapes(source: FileSource, root: Path, upright: bool) -> Shapes:
+    """The shapes of the images of both splits, as far as they are there.
+
+    Read are the headers of up to 1,024 files of each, evenly spaced, until they differ.
+    """
+    sizes: set[tuple[int, int]] = set()
+    for size in _header_sizes(source, root, upright):
+        sizes.add(size)
+        if len(sizes) > 1 and any(height != width for height, width in sizes):
+            break
+    square = all(height == width for height, width in sizes)
+    return Shapes(square, len(sizes) < 2, min((min(size) for size in sizes), default=0))
+
+
+def _header_sizes(source: FileSource, root: Path, upright: bool) -> Iterator[tuple[int, int]]:
+    from mdistiller.dataset.files.images import header_size  # brings torchvision: a slow import
+
+    for split in ("test", "train"):
+        with contextlib.suppress(UserError):  # a split that is missing is reported when it is read
+            files = source.files(root, split)
+            for i in torch.linspace(0, len(files) - 1, min(_SAMPLE, len(files))).long().tolist():
+                size = header_size(files.path(i), upright)
+                if size is not None:
+                    yield size
+
+
+def check_keys(node: Mapping[str, Any]) -> None:
+    """Refuse values of RESIZE, CROP_PCT and INTERPOLATION that cannot be meant."""
+    for key, choices in (("RESIZE", RESIZE), ("INTERPOLATION", INTERPOLATION)):
+        if node[key] not in ("auto", *choices):
+            raise UserError(f"DATASET.{key} must be auto, {', '.join(choices)}, got {node[key]!r}")
+    if node["CROP_PCT"] and not 0.1 <= node["CROP_PCT"] <= 2:
+        raise UserError(
+            f"DATASET.CROP_PCT {node['CROP_PCT']:g} must be from 0.1 to 2 (0.875 cuts 224 pixels "
+            "out of 256), or 0 for the usual one"
+        )

@@ -1,0 +1,99 @@
+"""What a worker process makes of one image."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.dataset.files.folder import check_size
+from mdistiller.dataset.files.images import fit_square
+from mdistiller.dataset.files.resized_crop import ResizedCropFlip
+from mdistiller.dataset.memory.augment import Identity
+from mdistiller.preprocessing import Preprocessing
+
+_FIRST = torch.zeros(1, dtype=torch.int64)
+
+
+@dataclass
+class TestView:
+    """An image of any size at the size of the set: uint8, [3, height, width].
+
+    Attributes:
+        size: (height, width) in pixels.
+        how: how it gets there; `keep`: an image of another size is refused.
+        first: the file that has this size, for the refusal.
+    """
+
+    size: tuple[int, int]
+    how: Preprocessing
+    first: str = ""
+
+    def __call__(self, image: Tensor, name: str) -> Tensor:
+        if self.how.resize == "keep":
+            check_size(image, *self.size, name, self.first)
+            return image
+        return fit_square(image, self.size[0], self.how)
+
+
+@dataclass
+class TrainView:
+    """A random view of an image, uint8, [3, height, width], that its parameters decide.
+
+    Attributes:
+        augment: of an image at the size of the set, or, of ResizedCropFlip, of any size.
+        fit: gives an image the size of the set.
+        randaugment: operations and magnitude of RandAugment behind it; empty for none.
+    """
+
+    augment: Identity
+    fit: TestView
+    randaugment: Sequence[int] = ()
+
+    def draw(self, num: int, generator: torch.Generator) -> Tensor:
+        """Parameters of `num` images: what the augmentation draws, then a seed. int64, [num, P]."""
+        drawn = self.augment.draw(num, generator)
+        seeds = torch.randint(2**62, (num, 1), generator=generator)
+        return torch.cat([drawn, seeds], dim=1)
+
+    def __call__(self, image: Tensor, name: str, parameters: Tensor) -> Tensor:
+        with seeded(int(parameters[-1])):
+            if isinstance(self.augment, ResizedCropFlip):
+                view = self.augment.view(image, self.fit.how.interpolation)
+            else:
+                store = self.augment.store(self.fit(image, name)[None])
+                view = self.augment.apply(store, parameters[None, :-1], _FIRST)[0]
+            return self._randaugment(view) if self.randaugment else view
+
+    @property
+    def num_views(self) -> int | None:
+        """See :class:`Identity`."""
+        return None if self.randaugment else self.augment.num_views
+
+    def views(self, parameters: Tensor) -> Tensor:
+        """See :meth:`Identity.views`."""
+        return self.augment.views(parameters[:, :-1])
+
+    @cached_property
+    def _randaugment(self) -> Any:
+        from torchvision.transforms import v2
+
+        operations, magnitude = self.randaugment
+        return v2.RandAugment(operations, magnitude)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, which torchvision draws from; it is afterwards as it was."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,77 @@
+"""The loader of two views of every image, for methods that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.dataset.memory.loader import Epoch, TrainLoader
+from mdistiller.dataset.memory.randaugment import Groups, StrongView
+
+_BLOCK_BYTES = 2**24
+"""Strong views are made for so many bytes of images at a time, not to do small work often."""
+
+
+@dataclass(frozen=True)
+class _TwoViewEpoch(Epoch):
+    """Also the strong view's parameters, [N, P], and its groups, one for each block."""
+
+    strong: Tensor
+    groups: list[Groups]
+
+
+class TwoViewLoader(TrainLoader):
+    """Shuffled batches `((weak, strong), target, index)`: two views, drawn independently.
+
+    The weak views are those that :class:`TrainLoader` gives with the same arguments, in the same
+    order; `views` and `num_views` speak of them. The strong ones add to a crop and mirror of their
+    own what :class:`StrongView` describes. Both are float32 [B, 3, H, W], normalised.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.strong = StrongView(self.augment)
+        self._share_blocks()
+
+    def join_last(self) -> None:
+        super().join_last()
+        self._share_blocks()
+
+    def _share_blocks(self) -> None:
+        """Which steps have their strong views made together."""
+        batch_bytes = self.batch_size * self.dataset.images[0].numel()
+        steps, size = len(self.plan), max(1, _BLOCK_BYTES // batch_bytes)
+        self._blocks = [range(k, min(k + size, steps)) for k in range(0, steps, size)]
+
+    def _draw(self, generator: torch.Generator) -> _TwoViewEpoch:
+        drawn, device = super()._draw(generator), self._store.device
+        strong = self.strong.draw(self.num_data, generator)
+        order = drawn.order.cpu()
+        groups = [
+            self.strong.group(strong[self._block_index(order, block)]).to(device)
+            for block in self._blocks
+        ]
+        return _TwoViewEpoch(drawn.order, drawn.parameters, drawn.views, strong.to(device), groups)
+
+    def _block_index(self, order: Tensor, block: range) -> Tensor:
+        """The images of this process in several steps."""
+        return torch.cat([order[slice(*self.plan.local_batch(step))] for step in block])
+
+    def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        assert isinstance(drawn, _TwoViewEpoch)
+        weak_batches = super()._batches(drawn, start)
+        for block, groups in zip(self._blocks, drawn.groups, strict=True):
+            rest = range(max(block.start, start), block.stop)
+            if not rest:
+                continue
+            index = self._block_index(drawn.order, block)
+            views = self.strong.apply(self._store, drawn.strong, index, groups)
+            views = views[len(views) - len(self._block_index(drawn.order, rest)) :]
+            for weak, target, batch in islice(weak_batches, len(rest)):
+                strong, views = views[: len(batch)], views[len(batch) :]
+                yield (weak, self.normalize(strong)), target, batch

@@ -1,0 +1,51 @@
+"""Your own images: one folder for each class.
+
+::
+
+    ROOT/train/CLASS/*.jpg
+    ROOT/val/CLASS/*.jpg        or ROOT/test/CLASS/*.jpg
+
+``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. Images that fit in memory are
+decoded once, larger sets by worker processes when they are needed; either way they must have one
+size or get it from ``DATASET.IMAGE_SIZE``, by a resize and a cut that stretch nothing unless
+``DATASET.RESIZE`` asks for that. Unless ``DATASET.MEAN`` and ``DATASET.STD`` are given, both are
+computed from images in train/.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from mdistiller.dataset.data_source import DATASETS, Split, same_classes
+from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.dataset.files.folder import (
+    FileSource,
+    class_folders,
+    list_class_folders,
+    report_left_out,
+)
+from mdistiller.registry import UserError
+
+
+@DATASETS.register("imagefolder")
+class ImageFolder(FileSource):
+    """Classes are the sorted folder names, which must be the same in both splits."""
+
+    root = None
+    augment = "crop_flip"
+
+    def files(self, root: Path, split: Split) -> FileSet:
+        train = root / "train"
+        test = root / "val" if (root / "val").is_dir() else root / "test"
+        if split == "test" and not test.is_dir():
+            raise UserError(f"{root} (DATASET.ROOT) has neither val/ nor test/; make one of them")
+        if split == "train" and not train.is_dir():
+            raise UserError(f"{root} (DATASET.ROOT) has no folder train/; put class folders in it")
+        if train.is_dir() and test.is_dir():
+            same_classes(class_folders(train), class_folders(test), root)
+        folder = train if split == "train" else test
+        left_out: Counter[str] = Counter()
+        found = list_class_folders(folder, class_folders(folder), left_out)
+        report_left_out(folder, left_out)
+        return found

@@ -1,0 +1,287 @@
+"""Average precision of detectors by COCO's protocol: pycocotools, or faster-coco-eval's equal.
+
+The truth is the annotation file as it is, with its crowd regions, in which COCO's protocol ignores
+what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too: objects
+without a box, and of the masks those without a mask. Objects of more than 1e10 pixels, which the
+backends ignore, count as large.
+Results are kept as COCO's result files have them: in pixels of the original image, category ids,
+masks as run lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mdistiller import runtime
+from mdistiller.detection.batches import Batch
+from mdistiller.detection.coco.annotations import read_contents
+from mdistiller.detection.coco.dataset import CocoDetectionSet
+from mdistiller.detection.coco.masks import coco_masks, encode_mask, polygon_parts
+from mdistiller.detection.coco.packages import STATISTICS, coco_api, curves
+from mdistiller.detection.coco.repairs import area_fault
+from mdistiller.detection.networks.detector import Detector
+from mdistiller.engine.utils import log_msg, progress
+from mdistiller.registry import UserError
+
+_COCOS_LARGEST = 1e10
+"""Pixels of an object above which COCO's ranges "all" and "large" end, and missing it is free."""
+
+
+class CocoEvaluator:
+    """Collects detections of all processes and measures them on the first.
+
+    Args:
+        dataset: what is detected in.
+        masks: measure masks, too; the annotation file needs them.
+        backend: "pycocotools" or "faster".
+
+    Attributes:
+        results: of this process: COCO result records by image id; images without any count.
+        curves: after :meth:`summarize`, on the first process; see :func:`curves`.
+    """
+
+    def __init__(
+        self, dataset: CocoDetectionSet, masks: bool = False, backend: str = "pycocotools"
+    ):
+        if not len(dataset.labels):
+            what = "object with a mask" if dataset.masks else "object"
+            raise UserError(
+                f"{dataset.annotations.path} has no {what} that is no crowd, so there is no "
+                "average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
+            )
+        self.dataset, self.kinds = dataset, ("bbox", "segm") if masks else ("bbox",)
+        self.labels = {number: label for label, number in dataset.category_ids.items()}
+        self.api = coco_api(backend)
+        self.results: dict[int, list[dict[str, Any]]] = {}
+        self.curves: dict[str, dict[str, Any]] = {}
+
+    def add(
+        self, targets: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Add what was found in images.
+
+        Args:
+            targets: of which `image_id` is read.
+            detections: for each image `boxes` [n, 4] (x1, y1, x2, y2), `labels` [n], `scores` [n]
+                and, where masks are measured, `masks` [n, H, W] of 0 and 1; all in pixels of the
+                original image. Labels that no category has are left out.
+        """
+        for target, found in zip(targets, detections, strict=True):
+            self.results[int(target["image_id"])] = self._records(target, found)
+
+    def _records(
+        self, target: Mapping[str, Any], found: Mapping[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        corners = found["boxes"].detach().double().cpu()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+        labels, scores = found["labels"].tolist(), found["scores"].detach().double().tolist()
+        records = [
+            {
+                "image_id": int(target["image_id"]),
+                "category_id": self.dataset.category_ids.get(label),
+                "bbox": box,
+                "score": score,
+            }
+            for label, box, score in zip(labels, boxes.tolist(), scores, strict=True)
+        ]
+        if "segm" in self.kinds:
+            masks = found["masks"].to("cpu", torch.uint8).numpy()
+            for record, mask in zip(records, masks, strict=True):
+                record["segmentation"] = encode_mask(mask)
+        return [record for record in records if record["category_id"] is not None]
+
+    def summarize(self) -> dict[str, float]:
+        """Average precision and recall in percent, the same in all processes.
+
+        Returns:
+            "bbox/AP", "bbox/AP50", ... (:data:`STATISTICS`), "bbox/AP/NAME" of each class; "segm/"
+            likewise. A number that does not exist (of small objects, where there are none) is left
+            out.
+        """
+        results = self.gather()
+        if not runtime.distributed():
+            return self._measure(results)
+        found: list[Any] = [None]
+        if runtime.rank() == 0:
+            try:
+                found = [self._measure(results)]
+            except Exception as error:  # the others wait for a word
+                found = [error]
+        dist.broadcast_object_list(found, src=0, group=runtime.side_group())
+        if isinstance(found[0], Exception):
+            raise found[0]
+        numbers: dict[str, float] = found[0]
+        return numbers
+
+    def gather(self) -> dict[int, list[dict[str, Any]]]:
+        """On the first process the results of all, by image, each image once; elsewhere nothing."""
+        if not runtime.distributed():
+            return self.results
+        first = runtime.rank() == 0
+        parts: list[Any] | None = [None] * runtime.world_size() if first else None
+        dist.gather_object(self.results, parts, dst=0, group=runtime.side_group())
+        merged: dict[int, list[dict[str, Any]]] = {}
+        for part in parts or ():
+            for image, records in part.items():
+                merged.setdefault(image, records)
+        return merged
+
+    def _measure(self, results: Mapping[int, list[dict[str, Any]]]) -> dict[str, float]:
+        images = sorted(results)
+        if len(images) < len(self.dataset):
+            text = f"WARNING: measured on {len(images)} of the {len(self.dataset)} images"
+            print(log_msg(text, "EVAL"))
+        records = [record for image in images for record in results[image]]
+        names = {label: self.dataset.class_names[label] for label in self.dataset.category_ids}
+        numbers: dict[str, float] = {}
+        with contextlib.redirect_stdout(io.StringIO()):  # both backends report to the terminal
+            for kind in self.kinds:
+                run = self._run(self._truth(kind), records, kind, images)
+                pairs = zip(STATISTICS, run.stats, strict=False)
+                known = {name: float(value) for name, value in pairs if value > -1}
+                self.curves[kind] = curves(run, names)
+                classes = self.curves[kind]["classes"].items()
+                known.update({f"AP/{name}": one["AP"] for name, one in classes})
+                numbers.update({f"{kind}/{name}": 100 * value for name, value in known.items()})
+        return numbers
+
+    def _truth(self, kind: str) -> Any:
+        """The annotation file as the backend's COCO; what it lacks is filled in.
+
+        Images and objects are numbered from 1, in the order of the ids and of the file, categories
+        by label: the backends lose objects with ids up to 0 and mix up ids of 2**53 and more, and
+        not the same ones.
+        """
+        said = self.dataset.annotations
+        contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
+        if len(contents["annotations"]) != len(said.links):
+            raise UserError(f"{said.path} has changed since it was read; start again")
+        useless = said.left_out | said.maskless if kind == "segm" else said.left_out
+        sizes = said.sizes.tolist()
+        images = [{"id": k, "height": h, "width": w} for k, (h, w) in enumerate(sizes, 1)]
+        pairs = zip(contents["annotations"], said.links.tolist(), strict=True)
+        usable = [
+            self._object(record, position, image + 1, self.labels[category])
+            for position, (record, (image, category)) in enumerate(pairs)
+            if position not in useless
+        ]
+        categories = [{"id": label} for label in self.dataset.category_ids]
+        truth = self._coco(
+            {"info": {}, "images": images, "categories": categories, "annotations": usable}
+        )
+        for record in usable:
+            if area_fault(record.get("area"), *sizes[record["image_id"] - 1]):
+                record["area"] = self._area(truth, record)
+        return truth
+
+    def _object(
+        self, record: Mapping[str, Any], position: int, image: int, label: int
+    ) -> dict[str, Any]:
+        """An annotation at a position of the file, under the backend's ids."""
+        ids = {"id": position + 1, "image_id": image, "category_id": label}
+        one = {"iscrowd": 0, **record, **ids}
+        if self._has_mask(position) and isinstance(one["segmentation"], list):
+            one["segmentation"] = polygon_parts(one["segmentation"])
+        return one
+
+    def _area(self, truth: Any, record: Mapping[str, Any]) -> float:
+        """An object's area: of its mask where masks are measured, or of its box."""
+        if self._has_mask(record["id"] - 1):
+            return float(coco_masks().area(truth.annToRLE(record)))
+        image = truth.imgs[record["image_id"]]
+        area: float = record["bbox"][2] * record["bbox"][3]
+        return min(area, image["height"] * image["width"])
+
+    def _has_mask(self, position: int) -> bool:
+        return "segm" in self.kinds and position not in self.dataset.annotations.maskless
+
+    def _coco(self, contents: Mapping[str, Any]) -> Any:
+        coco = self.api[0]()
+        coco.dataset = dict(contents)
+        coco.createIndex()
+        return coco
+
+    def _run(
+        self, truth: Any, records: Sequence[Mapping[str, Any]], kind: str, images: list[int]
+    ) -> Any:
+        """COCOeval after it ran."""
+        # With boxes there, masks would be sorted into small, medium and large by the boxes' area.
+        left_out = "bbox" if kind == "segm" else "segmentation"
+        place = self.dataset.annotations.position
+        found = [
+            {
+                **{key: value for key, value in record.items() if key != left_out},
+                "image_id": place(record["image_id"]) + 1,
+                "category_id": self.labels[record["category_id"]],
+            }
+            for record in records
+        ]
+        detected = (
+            truth.loadRes(found) if found else self._coco({**truth.dataset, "annotations": []})
+        )
+        run = self.api[1](truth, detected, kind)
+        run.params.imgIds = [place(image) + 1 for image in images]
+        run.params.areaRng = [list(span) for span in run.params.areaRng]
+        for span in run.params.areaRng:
+            if span[1] == _COCOS_LARGEST:
+                span[1] = math.inf
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+        return run
+
+    def save(self, path: Path, results: Mapping[int, list[dict[str, Any]]]) -> None:
+        """Write what :meth:`gather` gave as a COCO result file, with the annotation file's ids."""
+        said = self.dataset.annotations
+        records = [
+            {
+                **record,
+                "image_id": said.written_image(record["image_id"]),
+                "category_id": said.written_category(record["category_id"]),
+            }
+            for image in results.values()
+            for record in image
+        ]
+        path.write_text(json.dumps(records))
+
+
+@torch.no_grad()
+def detect_all(
+    detector: Detector, loader: Iterable[Batch], device: torch.device, evaluator: CocoEvaluator
+) -> None:
+    """Add what a detector, which is put into eval mode, finds in this process's images."""
+    detector.eval()
+    for images, targets in progress(loader, "eval"):
+        inputs = [image.to(device, non_blocking=True) for image in images]
+        evaluator.add(targets, detector.detect(inputs, [target["size"] for target in targets]))
+
+
+def evaluate_detector(
+    detector: Any, loader: Any, device: torch.device, backend: str = "pycocotools"
+) -> dict[str, float]:
+    """Average precision of a detector in percent; see :meth:`CocoEvaluator.summarize`.
+
+    Masks are measured if the detector makes them and the data set has them.
+
+    Args:
+        detector: of :func:`models.build_detector`; in eval mode afterwards.
+        loader: of :func:`data.val_loader`; its `dataset` is what is measured on.
+    """
+    evaluator = CocoEvaluator(loader.dataset, makes_masks(detector, loader.dataset), backend)
+    detect_all(detector, loader, device, evaluator)
+    return evaluator.summarize()
+
+
+def makes_masks(detector: Detector, dataset: CocoDetectionSet) -> bool:
+    """Whether masks can be measured: the detector has them, and so has the data set."""
+    return dataset.masks and bool(detector.roi_heads.has_mask())

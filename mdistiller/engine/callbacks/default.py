@@ -1,0 +1,136 @@
+"""The hooks of every run: evaluate, print and log, save; and which hooks a config asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mdistiller.engine.callbacks.ema import AverageStudent
+from mdistiller.engine.callbacks.logs import (
+    MetricsFile,
+    TensorBoard,
+    Wandb,
+    WorkLog,
+    numbers_of,
+    plain,
+)
+from mdistiller.engine.checkpoints.disk import warn_of_low_disk
+from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
+from mdistiller.engine.distributed import is_main_process
+from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.utils import log_msg
+
+
+def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
+    """Call the hooks after an epoch, each of which may add to its record.
+
+    What is a number in it stays one: what a hook removes, or replaces by text or the like, is put
+    back, and a line is printed.
+    """
+    numbers = numbers_of(record)
+    for hook in trainer.hooks:
+        hook.after_epoch(trainer, epoch, record)
+        now = numbers_of(record)
+        for key in numbers.keys() - now.keys():
+            name, value = type(hook).__name__, numbers[key]
+            if is_main_process():
+                text = f"the hook {name} made {key!r} of the record no number: it stays {value:.4g}"
+                print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
+            record[key] = now[key] = value
+        numbers = now
+
+
+class Evaluate(Hook):
+    """Adds to the epoch's record how the student does on the validation set."""
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        record.update(trainer.evaluate())
+
+
+class Log(Hook):
+    """Hands each epoch's numbers to `trainer.log` and prints a line."""
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        record = plain(record)
+        numbers = dict(record)
+        trainer.log(numbers.pop("lr"), epoch, numbers)
+        if is_main_process():
+            print(
+                log_msg(
+                    f"epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  lr {record['lr']:.3g}  "
+                    f"{trainer.progress_line(record)}{record['images_per_second']:.0f} images/s",
+                    "TRAIN",
+                ),
+                flush=True,
+            )
+
+
+class Checkpoint(Hook):
+    """Saves `latest`, then what else an epoch leaves: `best`, `epoch_N`, and networks alone.
+
+    So no file is of an epoch that a run which dies here would do again; it writes those that are
+    lacking when it goes on. Within an epoch only `latest` is saved.
+    """
+
+    def __init__(self, cfg: Any):
+        self.log = cfg.LOG
+
+    def before_train(self, trainer: Trainer) -> None:
+        warn_of_low_disk(trainer)
+        if trainer.epoch and trainer.position is None:
+            self._write_beside(trainer, trainer.epoch)
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        store = self._store(trainer)
+        store.save(saved_state(trainer), LATEST, epoch=epoch)
+        self._write_beside(trainer, epoch)
+        store.prune(self.log.KEEP_CHECKPOINTS, epoch)
+
+    def _write_beside(self, trainer: Trainer, epoch: int) -> None:
+        """Write what `latest` of an epoch has beside it, as far as it is not there."""
+        store, student = self._store(trainer), trainer.model.student
+        wholes, networks = [], {"student_latest": student}
+        if trainer.best_epoch == epoch:
+            wholes.append("best")
+            networks["student_best"] = student
+        if epoch % self.log.SAVE_CHECKPOINT_FREQ == 0:
+            wholes.append(f"epoch_{epoch}")
+            networks[f"student_{epoch}"] = student
+        for hook in trainer.hooks:
+            networks |= hook.networks(trainer, epoch)
+        this = (store.entry(LATEST) or store.entry(PREVIOUS) or {}).get("sha256", "")
+        if not this:  # a run of the original, whose files stay as they are
+            return
+        found = {name: store.entry(name) or {} for name in (*wholes, *networks)}
+        done = [name for name in found if found[name].get("of") == this]
+        for name in wholes:
+            if name not in done:
+                store.save(saved_state(trainer), name, epoch=epoch, of=this)
+        for name, network in networks.items():
+            if name not in done:
+                store.save_network(network, name, epoch=epoch, of=this)
+
+    def save(self, trainer: Trainer) -> None:
+        state = saved_state(trainer)
+        self._store(trainer).save(state, LATEST, epoch=trainer.epoch, step=trainer.step)
+
+    def _store(self, trainer: Trainer) -> Store:
+        return Store(trainer.log_path, self.log.SAFETENSORS)
+
+
+def saved_state(trainer: Trainer) -> dict[str, Any]:
+    """The state of a run whose logs, up to here, are durable, and whose weights are numbers."""
+    trainer.guard.check_weights(trainer)
+    for hook in trainer.hooks:
+        hook.before_save(trainer)
+    return trainer.state()
+
+
+def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
+    """The hooks of a run; only one of its processes `writes` files."""
+    common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
+    if not writes:
+        return common
+    writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]
+    if cfg.LOG.WANDB:
+        writers.append(Wandb())
+    return [*common, *writers, Checkpoint(cfg)]

@@ -1,0 +1,177 @@
+"""Signals that end a run between two steps, its state saved; and saving by the clock.
+
+SIGTERM, SIGINT and SIGUSR1 set a flag while steps are taken. Of several processes each looks at its
+own; now and then, at a step that all know, they tell one another, and stop at the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mdistiller.engine.checkpoints.resume import Progress, current_position
+from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
+from mdistiller.engine.hooks import Trainer
+from mdistiller.engine.metrics import NonFiniteLossError
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import side_group
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+EXIT_CODE = 75
+"""Of a run that a signal ended: EX_TEMPFAIL, "try again later"."""
+LOOK = 1.0
+"""Seconds between two exchanges of several processes, roughly."""
+FARTHEST = 100
+"""Steps between them at most."""
+TOGETHER = 5.0
+"""Under a launcher, seconds in which signals count as one: the sender may reach the processes
+directly, and the launcher hands it on to them as well."""
+
+
+class Preempted(KeyboardInterrupt):
+    """A signal ended the run; the text says what was saved."""
+
+    code = EXIT_CODE
+
+
+class _Asked:
+    """The signal that came first, and how often steps are being protected from it."""
+
+    def __init__(self) -> None:
+        self.signal, self.at, self.shields, self.listens = 0, 0.0, 0, False
+        self.begun = False  # whether steps have been taken
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    def note(self, number: int, frame: Any) -> None:
+        """The handler."""
+        now = time.monotonic()
+        if self.signal:
+            if now - self.at >= (TOGETHER if "LOCAL_RANK" in os.environ else 0.0):
+                os._exit(128 + number)  # files are replaced in one move: none is harmed
+            return
+        self.signal, self.at = number, now
+        if not self.shields:
+            when = "when no step is taken, all is saved" if self.begun else "before the first step"
+            raise Preempted(f"stopped by {self.name} {when}: start again with --resume auto")
+        if os.environ.get("RANK", "0") == "0":
+            text = f"{self.name}: stopping after this step; a second signal stops at once\n"
+            os.write(2, text.encode())  # print may be what was interrupted
+
+
+_asked = _Asked()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Take the signals, in here; in a thread, or where that is done already, nothing changes."""
+    if _asked.listens or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _asked.note) for number in wanted}
+    _asked.listens = True
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.__init__()  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Signals wait for the end of a step, in here; elsewhere they end the process at once."""
+    _asked.shields, _asked.begun = _asked.shields + 1, True
+    try:
+        yield
+    finally:
+        _asked.shields -= 1
+
+
+class Pauses:
+    """Decides between two steps, or epochs, whether to save and whether to stop.
+
+    Args:
+        minutes: from one save to the next within epochs; 0: none.
+        patience: minutes to wait for the other processes.
+    """
+
+    def __init__(self, minutes: float, patience: float):
+        self.every, self.patience = minutes * 60, patience * 60
+        self._saved = self._looked = time.monotonic()
+        self._interval = self._left = 1  # steps from one exchange to the next, and to the next one
+
+    def after_step(self, trainer: Trainer, progress: Progress) -> None:
+        """Save or stop, if it is time to.
+
+        Raises:
+            Preempted: the state is saved.
+            UserError: it should have been, and could not.
+            NonFiniteLossError: there is nothing to save: the weights are none.
+        """
+        stop, save = self._agree()
+        if not (stop or save):
+            return
+        trainer.position = current_position(trainer, progress)
+        try:
+            trainer.save()
+        except UserError as error:
+            if stop or isinstance(error, NonFiniteLossError):
+                raise
+            print(log_msg(f"{error}; training goes on"), flush=True)
+        trainer.position = None
+        self._saved = time.monotonic()
+        if stop:
+            wait_for_all()  # a launcher ends all when one has ended
+            where = f"{trainer.stage} epoch {progress.epoch}, step {trainer.step}".strip()
+            raise Preempted(f"stopped by {_asked_name()} in {where}: continue with --resume")
+
+    def after_epoch(self, trainer: Trainer, epoch: int) -> None:
+        """Stop, if it is time to; the epoch's hooks have saved."""
+        self._saved, self._left = time.monotonic(), 1
+        if self._agree()[0]:
+            wait_for_all()
+            where = f"{trainer.stage} epoch {epoch}".strip()
+            raise Preempted(f"stopped by {_asked_name()} after {where}: continue with --resume")
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, in all processes alike."""
+        now = time.monotonic()
+        stop, save = bool(_asked.signal), bool(self.every) and now - self._saved >= self.every
+        if world_size() == 1:
+            return stop, save
+        self._left -= 1
+        if self._left > 0:
+            return False, False
+        own = [stop, save and is_main_process(), (now - self._looked) / self._interval]
+        shared = torch.tensor(own, dtype=torch.float64)
+        wait_with_patience(shared, self.patience)
+        stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
+        self._looked = time.monotonic()
+        self._interval = self._left = int(min(max(LOOK / max(seconds, 1e-6), 1), FARTHEST))
+        return stop, save
+
+
+def wait_with_patience(values: torch.Tensor, seconds: float) -> None:
+    """The largest of each value over all processes, in place; an error if one does not come."""
+    import datetime
+
+    work = dist.all_reduce(values, dist.ReduceOp.MAX, group=side_group(), async_op=True)
+    work.wait(datetime.timedelta(seconds=seconds))
+
+
+def _asked_name() -> str:
+    return _asked.name if _asked.signal else "a signal to another process"

@@ -1,0 +1,1 @@
+"""Checkpoint files: writing, the files of a run, resuming."""

@@ -1,0 +1,255 @@
+"""What a checkpoint holds, and going on from one: after an epoch, or between two of its steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mdistiller.dataset import first_difference
+from mdistiller.dataset.memory.loader import TrainLoader
+from mdistiller.engine.checkpoints.store import Store
+from mdistiller.engine.checkpoints.write import file_entries, load_state, strip_prefix
+from mdistiller.engine.distributed import (
+    from_main_process,
+    of_all_processes,
+    rank,
+    wait_for_all,
+    world_size,
+)
+from mdistiller.engine.hooks import Trainer
+from mdistiller.engine.metrics import Meters
+from mdistiller.engine.utils import log_msg
+from mdistiller.models.normalize import input_norm
+from mdistiller.registry import UserError
+
+Position = dict[str, Any]
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, numpy and torch from a tuple of whole numbers."""
+    words = np.random.SeedSequence(parts).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Of the global generators of Python, numpy, torch and the device, as plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Take up what :func:`random_state` gave; of another kind of device only what is there."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+
+@dataclass
+class Progress:
+    """An epoch under way.
+
+    Attributes:
+        epoch: which.
+        meters: its means so far.
+        started: when it would have begun, had it not been interrupted (of `time.perf_counter`).
+        batches: those that are left.
+        known: to the teacher cache, of the images behind.
+    """
+
+    epoch: int
+    meters: Meters
+    started: float
+    batches: Iterable[Any] = field(default_factory=tuple)
+    known: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken so far."""
+        return time.perf_counter() - self.started
+
+
+def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
+    """Seed an epoch and begin it, or go on in it where the checkpoint says so."""
+    trainer.seed_epoch(epoch)
+    meters = Meters(
+        interval=1 if trainer.device.type == "cpu" else 50,
+        tolerant=trainer.cfg.SOLVER.SKIP_NONFINITE > 0,
+    )
+    progress = Progress(epoch, meters, time.perf_counter(), trainer.train_loader)
+    position, trainer.position = trainer.position, None
+    trainer.distiller.train()
+    if position is None or position["epoch"] != epoch:
+        trainer.step = 0
+        return progress
+    loader, start = trainer.train_loader, trainer.step
+    if isinstance(loader, TrainLoader):
+        loader.set_epoch(loader.epoch, start)
+        progress.batches = iter(loader)
+    elif hasattr(loader, "load_state_dict"):  # knows where it is
+        progress.batches = iter(loader)
+    else:  # of someone else: the batches are made, and left out
+        progress.batches = iter(loader)
+        for _ in islice(progress.batches, start):
+            pass
+    progress.started -= position["seconds"]
+    processes = position["processes"]
+    if len(processes) == world_size():
+        own = processes[rank()]
+        meters.restore([own["meters"]])
+        progress.known = own.get("known", 0)
+        set_random_state(own["random"], trainer.device)
+    else:  # other processes draw other numbers
+        seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), start)
+        sums = [process["meters"] for process in processes]
+        meters.restore(sums if rank() == 0 else [dict.fromkeys(sums[0], (0.0, 0.0, 0.0))])
+    return progress
+
+
+def current_position(trainer: Trainer, progress: Progress) -> Position:
+    """Where all processes are in an epoch, between two optimizer steps; all have to call this.
+
+    Raises:
+        NonFiniteLossError: a step behind had a loss that is none.
+    """
+    progress.meters.flush()
+    trainer.guard.read()
+    own: dict[str, Any] = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
+    if trainer.teacher_cache is not None:
+        trainer.teacher_cache.keep(trainer.step)
+        own["known"] = trainer.teacher_cache.known(trainer.step)
+    return {
+        "epoch": progress.epoch,
+        "updates": -(-trainer.step // trainer.accumulate),
+        "seconds": progress.seconds,
+        "processes": of_all_processes(own),
+    }
+
+
+def capture(trainer: Trainer) -> dict[str, Any]:
+    """All that a resumed run needs, as plain values and tensors."""
+    return {
+        "epoch": trainer.epoch,
+        "position": trainer.position,
+        "model": trainer.model.state_dict(),
+        "norm": input_norm(trainer.model.student),
+        **{k: v for k, v in file_entries(trainer.model.student).items() if k == "data"},
+        **schedule_state(trainer),
+        "best_acc": trainer.best_acc,
+        "best_epoch": trainer.best_epoch,
+        "history": trainer.history,
+        "skipped": trainer.guard.skipped,
+        "log_sizes": {
+            name: size for hook in trainer.hooks for name, size in hook.sizes(trainer).items()
+        },
+        **{key: value for hook in trainer.hooks for key, value in hook.state(trainer).items()},
+    }
+
+
+def schedule_state(trainer: Trainer) -> dict[str, Any]:
+    """Of what moves the weights, and the settings that it is of."""
+    names = ("optimizer", "scheduler", "scaler")
+    own = {name: getattr(trainer, name).state_dict() for name in names}
+    return {**own, "settings": _settings(trainer)}
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    return {"optimizer": type(trainer.optimizer).__name__, **trainer.step_settings()}
+
+
+def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> None:
+    """Take up what :func:`schedule_state` gave, as far as the config has not changed it since.
+
+    Decay, momentum and the like are the config's; so is the schedule, as it would stand by now had
+    it always been this one. Another kind of optimizer starts without memory.
+    """
+    optimizer, now = trainer.optimizer, _settings(trainer)
+    before = saved.get("settings", now)  # older files do not say
+    own = [dict(group) for group in optimizer.param_groups]
+    if before["optimizer"] == now["optimizer"]:
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
+    elif rank() == 0:
+        print(log_msg("another optimizer: it starts without memory"), flush=True)
+    trainer.scaler.load_state_dict(saved.get("scaler", {}) or trainer.scaler.state_dict())
+    if "scheduler" in saved and before == now:
+        trainer.scheduler.load_state_dict(saved["scheduler"])
+        return
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: settings[key] for key in settings if key != "params"})
+    losses = [record.get("train_loss", 0.0) for record in trainer.history]
+    unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages
+    if unknown and trainer.cfg.SOLVER.SCHEDULE == "plateau":
+        raise UserError(
+            f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
+            "SOLVER.SCHEDULE"
+        )
+    trainer.restart_schedule([*[0.0] * unknown, *losses])
+
+
+def restore(trainer: Trainer) -> None:
+    """Continue from the newest good checkpoint; those of the original work as well."""
+    store = Store(trainer.log_path)
+    name = from_main_process(lambda: store.newest()[0])
+    path, state = trainer.log_path / name, store.load(name)
+    wait_for_all()
+    if rank() == 0:
+        store.put_aside(name)
+    _check_classes(trainer, state, path)
+    load_state(trainer.model, strip_prefix(state["model"], "module."), f"{path} and this config")
+    trainer.epoch = int(state["epoch"])
+    trainer.best_acc = float(state.get("best_acc", -1.0))
+    trainer.best_epoch = int(state.get("best_epoch", 0))
+    trainer.history = state.get("history", [])
+    trainer.init_state = state.get("init")
+    trainer.guard.skipped = int(state.get("skipped", 0))
+    restore_position(trainer, state.get("position"))
+    restore_schedule(trainer, state, path)
+    for hook in trainer.hooks:
+        hook.on_resume(trainer, state.get("log_sizes", {}))
+        hook.load_state(trainer, state)
+    if rank() == 0:
+        within = f", within epoch {trainer.position['epoch']}" if trainer.position else ""
+        print(log_msg(f"continuing from {path}: epoch {trainer.epoch} done{within}"), flush=True)
+
+
+def _check_classes(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with data whose classes have other names, or another order, than before."""
+    before, now = (
+        (entries.get("data") or {}).get("classes")
+        for entries in (state, file_entries(trainer.model.student))
+    )
+    difference = first_difference(now, before) if before and now else ""
+    if difference:
+        raise UserError(f"{path} is of a run on other classes: {difference}")
+
+
+def restore_position(trainer: Trainer, position: Position | None) -> None:
+    """Take up where in an epoch a checkpoint was written."""
+    trainer.position = position
+    if position is not None:
+        batches = len(trainer.train_loader)
+        trainer.step = min(int(position["updates"]) * trainer.accumulate, batches)

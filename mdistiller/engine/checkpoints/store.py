@@ -1,0 +1,240 @@
+"""The checkpoints of a run folder, and how they are known to be what was written.
+
+`checkpoints.json` names the SHA-256 of every file. It is written before a file gets its name, and
+has the hash of the file that is replaced as well: whenever the process dies, or a move fails, what
+stands under a name is listed. The `latest` that was there before stays as `previous`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import nn
+
+from mdistiller.engine.checkpoints.write import (
+    load_checkpoint,
+    network_contents,
+    replacing,
+    write_checkpoint,
+)
+from mdistiller.engine.utils import log_msg
+from mdistiller.manifest import MANIFEST, Entry, read_manifest, sha256
+from mdistiller.registry import UserError
+
+LATEST, PREVIOUS = "latest", "previous"
+_WHOLE = r"best|epoch_\d+"
+
+
+class _Hashing:
+    """A file that is written from front to back, and the SHA-256 of what it was given."""
+
+    def __init__(self, handle: BinaryIO):
+        self._handle, self._hash = handle, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._handle.write(data)
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Store:
+    """The checkpoints in a run folder; one process writes them.
+
+    Args:
+        folder: of the run.
+        safetensors: whether files of one network are written in that format as well.
+    """
+
+    def __init__(self, folder: Path, safetensors: bool = False):
+        self.folder, self.safetensors = folder, safetensors
+        if safetensors:
+            _import_safetensors()
+
+    def save(self, contents: Any, name: str, **facts: Any) -> None:
+        """Write a checkpoint; one that cannot be read back as it was written replaces none.
+
+        Args:
+            facts: for whoever reads the manifest.
+
+        Raises:
+            UserError: it cannot be written. The file of this name is still the one before.
+        """
+        with self._replacing(name, facts) as hashing:
+            write_checkpoint(contents, hashing, self.folder / name)
+
+    def save_network(self, net: nn.Module, name: str, **facts: Any) -> None:
+        """Write a network alone."""
+        contents = network_contents(net)
+        if self.safetensors:
+            metadata = {"format": "pt"}
+            if contents["norm"]:
+                norm = map(json.dumps, contents["norm"])
+                metadata |= dict(zip(("mean", "std"), norm, strict=True))
+            if "data" in contents:
+                data, keys = contents["data"], ("classes", "preprocessing")
+                metadata |= {key: json.dumps(data[key]) for key in keys if key in data}
+            state = {key: value.contiguous().clone() for key, value in contents["model"].items()}
+            with self._replacing(f"{name}.safetensors", facts) as hashing:
+                hashing.write(_import_safetensors().save(state, metadata))
+        self.save(contents, name, **facts)  # last: where it is there, so is the other
+
+    @contextlib.contextmanager
+    def _replacing(self, name: str, facts: Entry) -> Iterator[_Hashing]:
+        written: list[_Hashing] = []
+
+        def settle(temporary: Path) -> None:
+            digest = written[0].digest()
+            if sha256(temporary) != digest:
+                raise OSError(None, "what is read back differs from what was written")
+            found = temporary.stat()
+            own = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+            self._list(name, own | facts)
+            if name == LATEST:
+                aside.unlink(missing_ok=True)  # of a save that did not come to its end
+                if path.exists():
+                    _keep(path, aside)
+
+        path, aside = self.folder / name, self.folder / f".{PREVIOUS}.new"
+        with replacing(path, settle) as temporary, temporary.open("wb") as handle:
+            written.append(_Hashing(handle))
+            yield written[0]
+        if name == LATEST and aside.exists():
+            with contextlib.suppress(OSError):  # `previous` is then the one before
+                os.replace(aside, self.folder / PREVIOUS)
+
+    def _list(self, name: str, entry: Entry) -> None:
+        """Enter a file that is about to get its name; only files that are there stay entered."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        there = {known: self.entry(known) for known in self.manifest()}
+        files = {known: [found] for known, found in there.items() if found is not None}
+        if name == LATEST:
+            files[PREVIOUS] = [*files.get(LATEST, []), *files.get(PREVIOUS, [])]
+        files[name] = [{**entry, "time": now}, *files.get(name, [])]
+        with replacing(self.folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+    def manifest(self) -> dict[str, list[Entry]]:
+        """What may stand under the names of the files, the newest first."""
+        return read_manifest(self.folder)
+
+    def entry(self, name: str) -> Entry | None:
+        """What the manifest says of the file that is there under a name; None: nothing.
+
+        Where it lists two, the newer file may not have got its name.
+        """
+        entries, path = self.manifest().get(name, []), self.folder / name
+        if not entries or not path.is_file():
+            return None
+        if len(entries) == 1:
+            return entries[0]
+        facts = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        alike = [entry for entry in entries if facts.items() <= entry.items()]
+        if len(alike) != 1:  # the folder was copied
+            digest = sha256(path)
+            alike = [entry for entry in entries if entry["sha256"] == digest]
+        return (alike or entries)[0]
+
+    def load(self, name: str) -> dict[str, Any]:
+        """The state of a training run.
+
+        Raises:
+            UserError: the file is missing, damaged, another one than was written, or of something
+                else.
+        """
+        path = self.folder / name
+        state = load_checkpoint(path)
+        if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
+            raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
+        return state
+
+    def newest(self) -> tuple[str, dict[str, Any]]:
+        """Name and state of the newest checkpoint that is good; says which ones are not.
+
+        Raises:
+            UserError: there is none.
+        """
+        failures = []
+        for name in self.candidates():
+            try:
+                state = self.load(name)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            for failure in failures:
+                print(log_msg(f"{failure}: going back to {name}"), flush=True)
+            return name, state
+        reason = failures[0] if failures else f"there is no checkpoint {self.folder / LATEST}"
+        others = "; nor can any other here be used" if len(failures) > 1 else ""
+        raise UserError(f"{reason}{others}")
+
+    def put_aside(self, good: str) -> None:
+        """Rename a `latest` that could not be used, lest it take the place of the good one."""
+        latest = self.folder / LATEST
+        if good != LATEST and latest.exists():
+            os.replace(latest, latest.with_name("latest.damaged"))
+
+    def candidates(self) -> list[str]:
+        """Names to continue from, the newest first; `latest` also where it should be but is not.
+
+        The manifest says what is newer, since copies of a folder have other times; without one,
+        the times do.
+        """
+        found = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
+        listed = bool(self.manifest())
+
+        def age(path: Path) -> tuple[float, ...]:
+            entry = self.entry(path.name) or {}
+            numbered = path.name.removeprefix("epoch_")
+            epoch = entry.get("epoch", int(numbered) if numbered.isdigit() else 0)
+            return (epoch, path.stat().st_mtime) if listed else (path.stat().st_mtime,)
+
+        found.sort(key=age, reverse=True)
+        kept = [name for name in (LATEST, PREVIOUS) if (self.folder / name).is_file()]
+        names = [*kept, *(path.name for path in found)]
+        return names if LATEST in names or not names else [LATEST, *names]
+
+    def prune(self, keep: int, epoch: int) -> None:
+        """Remove numbered checkpoints and students up to an epoch but the newest `keep`; 0: none.
+
+        Later ones are of a run that went back behind them: it will write them anew.
+        """
+        found: dict[int, list[Path]] = {}
+        for path in self.folder.iterdir():
+            match = re.fullmatch(r"(?:epoch|student)_(\d+)(?:\.safetensors)?", path.name)
+            if match and int(match[1]) <= epoch:
+                found.setdefault(int(match[1]), []).append(path)
+        for number in sorted(found)[:-keep] if keep else []:
+            for path in found[number]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _keep(latest: Path, aside: Path) -> None:
+    """Give a file a second name, so that `latest` is never missing; else the name `previous`."""
+    try:
+        os.link(latest, aside)
+    except OSError:  # a file system without hard links
+        os.replace(latest, latest.with_name(PREVIOUS))
+
+
+def _import_safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(
+            "LOG.SAFETENSORS needs the package safetensors: pip install mdistiller[export]"
+        ) from error
+    return safetensors.torch

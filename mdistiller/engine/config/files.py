@@ -1,0 +1,94 @@
+"""YAML files of configs: where they are, and what they hold over their `_BASE_` files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mdistiller.engine.config.safe_yaml import LIMIT, as_text, parse_yaml, shown
+from mdistiller.engine.user_code.imports import is_file, resolve_fork, resolve_imports
+from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import config_root
+
+_MOST_FILES = 100  # that one config is built of
+
+
+def find_config(name: str | Path) -> Path:
+    """The file for a config name: as given, else below the package's own `configs/`."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"config {shown(str(name))} is not a .yaml file (Python configs would run code: "
+            "refused)"
+        )
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    for candidate in (path, config_root().joinpath(*parts)):
+        if is_file(candidate):
+            return candidate
+    known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
+    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
+
+
+def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The nested mapping of a YAML file, over that of its `_BASE_` file or files.
+
+    Numbers and truth values in it are still :class:`Written`; `coerce` makes values of them.
+    """
+    return _read_yaml(path, chain, count(1))
+
+
+def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dict[str, Any]:
+    path = find_config(path)
+    resolved = path.resolve()
+    if resolved in chain:
+        raise UserError(f"{path}: _BASE_ leads back to itself ({' -> '.join(map(str, chain))})")
+    if next(reads) > _MOST_FILES:
+        raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
+    try:
+        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        table = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
+    bases = table.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: _BASE_ must name a file or a list of files, got {shown(bases)}")
+    resolve_paths(table, path.parent)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        beside = path.parent / base
+        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
+        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
+    imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
+    return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
+
+
+def resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make the files that a config names relative to itself absolute, in place."""
+    table.update({key: as_text(table[key]) for key in ("IMPORTS", "FORK") if key in table})
+    if table.get("IMPORTS"):
+        table["IMPORTS"] = resolve_imports(table["IMPORTS"], folder)
+    fork = table.pop("FORK", None)
+    if fork is not None:
+        table["IMPORTS"] = [resolve_fork(fork, folder), *(table.get("IMPORTS") or [])]
+    settings = table.get("DISTILLER")
+    if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
+        teacher = folder / settings["TEACHER_CFG"]
+        if is_file(teacher):
+            settings["TEACHER_CFG"] = str(teacher.resolve())
+
+
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,1 @@
+"""The frozen teacher: folded, fused, cached."""

@@ -1,0 +1,236 @@
+"""A frozen teacher's logits, remembered by (image, view): DISTILLER.TEACHER_CACHE.
+
+Order and views of an epoch are drawn before it starts, so what will be missing is known then. What
+is there is put on the device at once; what is missing goes through the teacher in full batches,
+just before a step needs it, and is kept when the epoch is over, or the run is saved. Within the
+epoch nothing waits for the device.
+
+A row must not depend on what else is known: the batches are always of one size, filled up if need
+be, for which a row's bits are the same whatever the others are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdistiller.dataset.memory.loader import TrainLoader
+from mdistiller.distillers import Distiller
+from mdistiller.distillers._common import undisturbed
+from mdistiller.engine.distributed import is_main_process, sum_over_ranks
+from mdistiller.engine.frozen_teacher.cacheable import KEY, check_method, check_views, refusal
+from mdistiller.engine.frozen_teacher.fingerprint import (
+    computation,
+    data_digest,
+    digest,
+    teacher_digest,
+    view_digest,
+)
+from mdistiller.engine.frozen_teacher.frozen import is_frozen
+from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
+from mdistiller.engine.optim import autocast
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+
+_PROBES = 8  # images whose logits a file holds to be compared
+_CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
+
+
+class TeacherCache:
+    """The teacher's logits for the batches of a run.
+
+    Each epoch: :meth:`begin`, :meth:`logits` of every step in order, :meth:`finish`.
+
+    Args:
+        cfg: the whole config.
+        distiller: the method, unwrapped, its teacher frozen.
+        loader: of the training images.
+
+    Raises:
+        UserError: the config asks for what cannot be.
+    """
+
+    def __init__(self, cfg: Any, distiller: Distiller, loader: TrainLoader):
+        check_method(cfg)
+        check_views(cfg, loader)
+        self.cfg, self.distiller, self.loader = cfg, distiller, loader
+        self.views = loader.num_views or 0
+        self.device = next(distiller.parameters()).device
+        teacher = distiller.teacher
+        if teacher is None or not is_frozen(distiller):
+            raise refusal(cfg, "the teacher is trained")
+        if distiller.watches_teacher:
+            raise refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
+        self.teacher = teacher
+        self._store: LogitStore | None = None
+        self._writes = True
+
+    def begin(self, step: int = 0, known: int = 0) -> None:
+        """Take what is known of the epoch that the loader has drawn, and go on behind `step`.
+
+        Args:
+            known: images before, as :meth:`known` gave it.
+        """
+        if self._store is None:
+            self._store = self._open()
+        loader = self.loader
+        batches = loader.batches()
+        self._ends = np.cumsum([len(batch) for batch in batches])
+        index = torch.cat(batches)
+        self._slots = (index * self.views + loader.views.cpu()[index]).numpy()
+        self._storable = (index < self.kept).numpy()
+        found = np.zeros(len(index), dtype=bool)
+        rows = np.zeros((len(index), self.width), dtype=np.float32)
+        chosen = self._slots[self._storable]
+        found[self._storable], rows[self._storable] = self._store.read(chosen)
+        if self._store.replaced:
+            self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
+            self._store.replaced = ""
+        left_out = self._before(step)
+        found[:left_out] = np.arange(left_out) < known  # as they were when the epoch began
+        self._missing, self._found = np.flatnonzero(~found), found
+        self._first = self._done = int(np.searchsorted(self._missing, left_out))  # of the missing
+        self._rows = torch.from_numpy(rows).to(self.device)
+        self._index = index.to(self.device)
+        self._todo = torch.from_numpy(self._missing).to(self.device)
+
+    def logits(self, step: int) -> Tensor:
+        """Of the batch of a step (from 0): float32 [B, C], on the device."""
+        start, stop = self._before(step), self._before(step + 1)
+        needed = np.searchsorted(self._missing, stop)
+        while self._done < needed:
+            part = self._todo[self._done : self._done + self.loader.batch_size]
+            rows = self._run(self.loader.images(self._index[self._filled(part)]))
+            self._rows.index_copy_(0, part, rows[: len(part)])
+            self._done += len(part)
+        return self._rows[start:stop].clone()  # the method may write into it
+
+    def _before(self, step: int) -> int:
+        """Images in the batches before a step."""
+        return int(self._ends[step - 1]) if step else 0
+
+    def known(self, step: int) -> int:
+        """How many images of the steps before this one were known when the epoch began."""
+        return int(self._found[: self._before(step)].sum())
+
+    def keep(self, step: int) -> None:
+        """Keep what is new before a step.
+
+        Raises:
+            UserError: the teacher has changed since it was first run.
+        """
+        if teacher_digest(self.teacher) != self._weights:
+            raise refusal(self.cfg, "the teacher has changed while the student was trained")
+        stop = int(np.searchsorted(self._missing, self._before(step)))
+        new, self._first = self._missing[self._first : stop], max(stop, self._first)
+        new = new[self._storable[new]]
+        if len(new) and self._writes:
+            rows = self._rows[torch.from_numpy(new).to(self.device)].cpu().numpy()
+            self._write(self._slots[new], rows)
+
+    def finish(self) -> dict[str, float]:
+        """Keep what is new; how many of the images were known, in percent, over all processes."""
+        self.keep(len(self._ends))
+        counts = torch.tensor([int(self._found.sum()), len(self._slots)], device=self.device)
+        hits, total = sum_over_ranks(counts).tolist()
+        return {"teacher_hits": 100.0 * hits / total}
+
+    def _write(self, slots: Any, rows: Any) -> None:
+        assert self._store is not None
+        try:
+            self._store.write(slots, rows)
+        except OSError as error:
+            self._writes = False
+            self._say(f"no more is kept: {error}")
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Tensor:
+        with autocast(self.device, self.cfg.SOLVER.AMP):
+            return self.distiller.run_teacher(images).logits
+
+    def _filled(self, part: Tensor) -> Tensor:
+        """`part`, filled up to a whole batch."""
+        lacking = self.loader.batch_size - len(part)
+        if not lacking:
+            return part
+        return torch.cat([part, part[-1:].expand(lacking)])
+
+    def _open(self) -> LogitStore:
+        """The store of this teacher, these images and views."""
+        probes = self._probe()
+        self.width, self._weights = probes.shape[1], teacher_digest(self.teacher)
+        loader, settings = self.loader, self.cfg.DISTILLER
+        on_disk = settings.TEACHER_CACHE == "disk"
+        image_bytes = self.views * (4 * self.width + 8 * on_disk)
+        self.kept = min(loader.num_data, int(settings.TEACHER_CACHE_GB * 1e9 / image_bytes))
+        if not self.kept:
+            raise UserError(
+                f"DISTILLER.TEACHER_CACHE_GB {settings.TEACHER_CACHE_GB} does not hold the "
+                f"{self.views} views of one image, {image_bytes / 1e9:.2g} GB; raise it"
+            )
+        place, store = "memory", None
+        if on_disk:
+            store = self._open_file(probes)
+            place = str(store.path)
+        text = f"{place}, {self.kept * image_bytes / 1e9:.3g} GB when full"
+        if self.kept < loader.num_data:
+            text += (
+                f", for the first {self.kept} of {loader.num_data} images "
+                "(DISTILLER.TEACHER_CACHE_GB)"
+            )
+        self._say(text)
+        return store or MemoryStore(self.kept * self.views, self.width)
+
+    def _open_file(self, probes: Any) -> FileStore:
+        settings, loader = self.cfg.DISTILLER, self.loader
+        key = {
+            "network": digest([settings.TEACHER, str(settings.TEACHER_ARGS)]),
+            "weights": self._weights,
+            "images": data_digest(loader),
+            "views": view_digest(loader),
+            "kept": self.kept,
+            "computation": computation(self.distiller, self.cfg, self.device),
+        }
+        default = Path(self.cfg.LOG.PREFIX) / "teacher_cache"
+        path = Path(settings.TEACHER_CACHE_DIR or default) / f"{digest([repr(key)])}.logits"
+        first = self.kept * self.views
+        slots = np.arange(first, first + len(probes))
+        try:
+            store = FileStore(path, first + _PROBES, self.width, key)
+            found, rows = store.read(slots)
+            if not self._close(rows[found], probes[found]):
+                store.open(anew=True)
+                store.replaced = "the teacher says something else now"
+            store.write(slots, probes)
+        except OSError as error:
+            raise UserError(f"{KEY}_DIR: {path} cannot be used: {error}") from None
+        return store
+
+    def _probe(self) -> Any:
+        """Logits of a few images, [P, C], which must not depend on what else is in a batch."""
+        size, images = self.loader.batch_size, self.loader.dataset.images
+        some = torch.arange(size, device=self.device) % len(images)
+        few = some[: max(1, min(_PROBES, size // 2))]
+        alike = few.repeat(-(-size // len(few)))[:size]
+        with undisturbed(self.teacher):
+            first, second = (
+                self._run(self.loader.normalize(images[index]))[: len(few)].cpu().numpy().copy()
+                for index in (some, alike)
+            )
+        if not self._close(first, second):
+            raise refusal(self.cfg, "the teacher's logits depend on more than the image")
+        return first
+
+    def _close(self, first: Any, second: Any) -> bool:
+        half = self.cfg.SOLVER.AMP != "none" or self.cfg.DISTILLER.TEACHER_DTYPE in ("bf16", "fp16")
+        largest = np.abs(second[np.isfinite(second)]).max(initial=0.0)
+        limit = (_CLOSE_HALF if half else _CLOSE) * largest
+        return bool(np.allclose(first, second, rtol=0, atol=limit, equal_nan=True))
+
+    def _say(self, text: str) -> None:
+        if is_main_process():
+            print(log_msg(f"teacher cache: {text}"), flush=True)

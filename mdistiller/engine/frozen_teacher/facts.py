@@ -1,0 +1,186 @@
+"""What methods want to have computed once of a frozen teacher and the training images.
+
+A distiller lists such tensors in `teacher_facts`. Each is made in one pass over the training images
+without augmentation, which the processes of a run share, and kept in a file beside the teacher's
+remembered logits, under a hash of all that it depends on: the teacher's weights, the images and
+their classes, and the fact's recipe. A run that is continued, or another one with the same teacher
+and data, reads it there.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdistiller import __version__
+from mdistiller.dataset import Data
+from mdistiller.distillers import Distiller
+from mdistiller.distillers._common import full_precision, missing_feature, undisturbed
+from mdistiller.distillers._facts import TeacherFact
+from mdistiller.engine.checkpoints.write import replacing
+from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
+from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
+from mdistiller.engine.frozen_teacher.frozen import is_frozen
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+
+
+def supply_facts(distiller: Distiller, cfg: Any, data: Data, device: torch.device) -> None:
+    """Hand each part of a distiller the facts it lists. All processes must call this together.
+
+    Args:
+        distiller: built, its teacher loaded and frozen, on `device`.
+
+    Raises:
+        UserError: the teacher is trained, or a class has no images.
+    """
+    for part in distiller.modules():
+        if isinstance(part, Distiller):
+            for name, fact in part.teacher_facts.items():
+                part.take_fact(name, _fact(distiller, cfg, data, device, name, fact))
+
+
+def _fact(
+    distiller: Distiller, cfg: Any, data: Data, device: torch.device, name: str, fact: TeacherFact
+) -> Tensor:
+    teacher, settings = distiller.teacher, cfg.DISTILLER
+    if teacher is None or not is_frozen(distiller):
+        raise UserError(
+            f"DISTILLER.TYPE {settings.TYPE}: {name} depends on a teacher that does not change, "
+            "but this one is in train mode; leave out the method that trains it"
+        )
+    key = _key(cfg, data, teacher, fact)
+    folder = Path(settings.TEACHER_CACHE_DIR or Path(cfg.LOG.PREFIX) / "teacher_cache")
+    path = folder / f"{digest([key])}.fact.npz"
+    kept = from_main_process(lambda: _read(path, key))
+    if kept is not None:
+        _say(f"{name}: read from {path}")
+        return torch.from_numpy(kept).to(device)
+    chosen = choose_images(data.train.dataset.targets, data.num_classes, fact.per_class)
+    _say(f"{name}: the teacher runs once on {chosen.numel()} training images")
+    value = fact.reduce(class_outputs(teacher, data, device, fact.output, chosen))
+    if not from_main_process(lambda: bool(torch.isfinite(value).all())):
+        raise UserError(
+            f"DISTILLER.TYPE {settings.TYPE}: {name} is not finite; the teacher "
+            f"{settings.TEACHER} gives NaN or infinity on training images"
+        )
+    kept = from_main_process(lambda: _write(path, key, value.cpu().numpy()))
+    return torch.from_numpy(kept).to(device)  # the same bits in all processes
+
+
+def choose_images(targets: Tensor, classes: int, per_class: int) -> Tensor:
+    """Positions of the first images of each class, equally many: int64 [C, M].
+
+    Raises:
+        UserError: a class has no images.
+    """
+    targets = targets.cpu()
+    counts = targets.bincount(minlength=classes)
+    if not counts.min():
+        raise UserError(
+            f"class {int(counts.argmin())} has no training images, but this method needs some of "
+            "each; add them, or choose a setting or method that takes none"
+        )
+    count = min(int(counts.min()), per_class)
+    order = targets.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    return order[starts[:, None] + torch.arange(count)]
+
+
+@torch.no_grad()
+def class_outputs(
+    teacher: nn.Module, data: Data, device: torch.device, output: str, chosen: Tensor
+) -> Tensor:
+    """A network's outputs for `chosen` images [C, M]: float32 [C, M, D], in all processes.
+
+    The network runs in eval mode and in full precision, as it is: the fact depends neither on
+    SOLVER.AMP nor on the form that trains the student.
+
+    Args:
+        output: "logits", or the name of a feature.
+    """
+    if data.plain is None:
+        raise UserError("these data offer no training images without augmentation (Data.plain)")
+    place = torch.full((data.num_data,), -1)
+    place[chosen.flatten()] = torch.arange(chosen.numel())
+    loader = data.plain()
+    first = loader.start
+    with undisturbed(teacher):
+        blank = torch.zeros(1, 3, *data.image_size, device=device)
+        width = _output(teacher, blank, output).shape[1]
+        rows = torch.zeros(chosen.numel(), width, device=device)
+        for images, _ in loader:
+            places = place[first : first + len(images)]
+            first += len(images)
+            wanted = places >= 0
+            if wanted.any():
+                made = _output(teacher, images[wanted.to(device)], output)
+                rows[places[wanted].to(device)] = made
+    getattr(loader, "close", lambda: None)()
+    return sum_over_ranks(rows).unflatten(0, tuple(chosen.shape))
+
+
+def _output(net: nn.Module, images: Tensor, name: str) -> Tensor:
+    """One of a network's outputs, [N, D]."""
+    logits, features = net(images)
+    if name != "logits" and name not in features:
+        raise missing_feature(name, features)
+    value: Tensor = full_precision(logits if name == "logits" else features[name])
+    return value.flatten(1)
+
+
+def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
+    """All that a fact depends on, as a line."""
+    parts = {
+        "network": digest([cfg.DISTILLER.TEACHER, str(cfg.DISTILLER.TEACHER_ARGS)]),
+        "weights": teacher_digest(teacher),
+        "images": image_set_digest(data.train.dataset),
+        "preprocessing": f"{data.mean} {data.std} {data.image_size} {data.preprocessing}",
+        "output": fact.output,
+        "per_class": fact.per_class,
+        "recipe": fact.recipe,
+        "mdistiller": __version__,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _read(path: Path, key: str) -> Any:
+    """The array that a file holds, None if it holds another or is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            value, found, check = file["value"], str(file["key"]), str(file["check"])
+        if found == key and check == _check(key, value):
+            return value
+        reason = "its contents and their hash disagree"
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    _say(f"{path} is damaged ({reason}) and made anew")
+    return None
+
+
+def _write(path: Path, key: str, value: Any) -> Any:
+    """Keep an array; a full disk costs the next run a pass, not this one. Returns the array."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, value=value, key=np.array(key), check=np.array(_check(key, value)))
+    except (OSError, UserError) as error:
+        _say(f"not kept: {error}")
+    return value
+
+
+def _check(key: str, value: Any) -> str:
+    return digest([key, torch.from_numpy(value)])
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(log_msg(f"teacher fact {text}"), flush=True)

@@ -1,0 +1,265 @@
+"""A frozen teacher made ready to be run: batch norms folded away, in the layout that is fastest.
+
+The copy stands beside the distiller's modules. Checkpoints, optimizers and processes see the
+teacher as it is, and what a method reads of it (its classifier, its norms) is untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mdistiller.distillers import Distiller
+from mdistiller.distillers._common import undisturbed
+from mdistiller.engine.frozen_teacher.folding import (
+    foldable,
+    folded_weights,
+    replace_child,
+    without_norm,
+)
+from mdistiller.engine.frozen_teacher.fusing import FusedNetwork, can_fuse, fuse
+from mdistiller.registry import UserError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOSE = 1e-4
+"""What the folded copy may be off on random input, as part of the largest value; usually 1e-6."""
+SHAPES = 2
+"""Shapes of batches for which operations are fused: those of a training and of its last batch."""
+
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
+def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
+    """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
+
+    Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
+    gain nothing, that cannot be copied or that the method has put hooks on: they run as they are.
+
+    Args:
+        image_size: (height, width) of the images.
+
+    Raises:
+        UserError: TEACHER_DTYPE is set for a method whose teacher is not frozen.
+    """
+    settings, asked = cfg.DISTILLER, cfg.DISTILLER.TEACHER_DTYPE
+    teacher = getattr(distiller, "teacher", None)
+    if not isinstance(teacher, nn.Module):
+        return
+    if asked == "auto" and not settings.TEACHER_FOLD:
+        return
+    if distiller.watches_teacher or not is_frozen(distiller):
+        if asked != "auto":
+            raise UserError(
+                f"DISTILLER.TEACHER_DTYPE {asked}: {settings.TYPE} changes or watches its teacher "
+                "while it runs; leave it at auto"
+            )
+        return
+    amp = "fp32" if cfg.SOLVER.AMP == "none" else cfg.SOLVER.AMP
+    dtype = DTYPES[amp if asked == "auto" else asked]
+    frozen = FrozenTeacher.of(teacher, image_size, dtype, fold=settings.TEACHER_FOLD)
+    if frozen is not None and (frozen.folded or frozen.channels_last or asked != "auto"):
+        for part in distiller.modules():
+            if isinstance(part, Distiller) and part.teacher is teacher:
+                part.frozen = frozen
+
+
+def is_frozen(distiller: Distiller) -> bool:
+    """Whether the teacher is in eval mode throughout, and nothing of it is trained."""
+    teacher = distiller.teacher
+    return (
+        distiller.teacher_in_eval_mode
+        and teacher is not None
+        and not any(param.requires_grad for param in teacher.parameters())
+    )
+
+
+class FrozenTeacher:
+    """What `teacher(image)` returns in eval mode, to rounding, at less cost.
+
+    Every batch norm that alone reads the output of a convolution or linear layer is folded into
+    it, and convolutions run in channels_last where that is faster; on CPUs they do the ReLUs and
+    sums after them as well (:mod:`fusing <mdistiller.engine.frozen_teacher.fusing>`). The copy
+    follows the teacher's weights: a change of them is noticed before the next forward, or, if it
+    is hidden from autograd (`param.data`), when :meth:`renew` is called, as it is at the start of
+    every epoch. A teacher
+    that has got hooks since is then run itself: they would see nothing of the copy.
+
+    Args:
+        teacher: the network.
+        net: a copy of it to be changed.
+        pairs: names (layer, norm) to fold.
+        dtype: of its matrix products; None: full precision.
+
+    Attributes:
+        folded: how many batch norms are gone.
+        fuses: whether operations are fused where they can be; not before it was compared.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        net: nn.Module,
+        pairs: list[tuple[str, str]],
+        dtype: torch.dtype | None,
+    ):
+        self.teacher, self.net, self.pairs, self.dtype = teacher, net, pairs, dtype
+        self.folded = len(pairs)
+        self._hooks = count_hooks(teacher)
+        self._seen: list[tuple[int, int]] | None = None
+        for layer_name, norm_name in pairs:
+            layer: Any = net.get_submodule(layer_name)
+            # new parameters: the old one may be tied to another layer's
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+            layer.bias = nn.Parameter(layer.weight.detach().new_zeros(len(layer.weight)))
+            replace_child(net, norm_name, without_norm(net.get_submodule(norm_name)))
+        for param in net.parameters():
+            param.requires_grad_(False)
+        for layer in net.modules():  # the rest is up to autocast, as ever
+            if dtype is not None and isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(dtype)
+        self.channels_last = False
+        self.fuses = False
+        self._fused: dict[torch.Size, FusedNetwork | None] = {}
+        self._update()
+
+    @classmethod
+    def of(
+        cls,
+        teacher: nn.Module,
+        image_size: tuple[int, int],
+        dtype: torch.dtype | None = None,
+        fold: bool = True,
+    ) -> FrozenTeacher | None:
+        """The prepared form of a network; None if it cannot be had, or would differ.
+
+        Args:
+            image_size: (height, width) of the images.
+            fold: fold and choose the layout; else only `dtype` sets it apart.
+        """
+        try:
+            with undisturbed(teacher), torch.no_grad():
+                net = copy.deepcopy(teacher).eval()
+                image = _random_image(teacher, image_size)
+                exact = cls(teacher, net, foldable(net, image) if fold else [], None)
+                if fold:
+                    exact.set_layout()
+                if not _agree(exact(image), teacher(image)):
+                    return None
+        except _FAILURES:  # a network of whatever kind: it then runs as it is
+            return None
+        if dtype is None:
+            exact.fuses = fold
+            return exact
+        frozen = cls(teacher, copy.deepcopy(teacher).eval(), exact.pairs, dtype)
+        if not all(bool(param.isfinite().all()) for param in frozen.net.parameters()):
+            # a norm of tiny variance: fp16 cannot hold the weights it would make
+            frozen = cls(teacher, copy.deepcopy(teacher).eval(), [], dtype)
+        if fold:
+            frozen.set_layout()
+        frozen.fuses = fold
+        return frozen
+
+    def set_layout(self) -> None:
+        """Channels last where that is faster: on CPUs, and for tensor cores."""
+        kind = self._tensors[0].device.type
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in self.net.modules())
+        self.channels_last = convolutions > 1 and (  # one: that of a transformer's patches
+            kind == "cpu" or (kind == "cuda" and self.dtype is not None)
+        )
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+
+    def __call__(self, image: Tensor) -> Any:
+        """Logits and features of [N, 3, H, W] images."""
+        if not torch.compiler.is_compiling() and self._is_stale():
+            self._update()
+        if self._watched:
+            return self.teacher(image)
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self._runner(image)(image)
+
+    def _runner(self, image: Tensor) -> Callable[[Tensor], Any]:
+        """The copy, or on a CPU its fused operations, recorded for each of the first few shapes."""
+        compiled = torch.compiler.is_compiling() or self.net._compiled_call_impl is not None
+        if not self.fuses or compiled or not can_fuse(image):
+            return self.net
+        if image.shape not in self._fused and len(self._fused) < SHAPES:
+            self._fused[image.shape] = fuse(self.net, image)
+        return self._fused.get(image.shape) or self.net
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fused operations, which can neither be copied nor written."""
+        return {**self.__dict__, "_fused": {}}
+
+    def renew(self) -> None:
+        """Take over the teacher's weights before the next forward."""
+        self._seen = None
+
+    def _is_stale(self) -> bool:
+        replaced = next(self.teacher.parameters()) is not self._tensors[0]
+        return replaced or self._state() != self._seen
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Changes with every change of the teacher's tensors that autograd knows of."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Write the teacher's weights, folded, into the copy, in place."""
+        source = dict(named_tensors(self.teacher))
+        self._tensors = list(source.values())
+        self._watched = count_hooks(self.teacher) != self._hooks
+        some = self._tensors[0]
+        self.net.to(some.device)
+        own = dict(named_tensors(self.net))
+        before = [tensor.clone() for tensor in own.values()] if self._fused else []
+        values = list(own.values())
+        for layer_name, norm_name in self.pairs:
+            names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
+            layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
+            for name, value in zip(names, folded_weights(layer, norm), strict=True):
+                own.pop(name).copy_(value)
+        for name, tensor in own.items():
+            tensor.copy_(source[name])
+        if not all(map(torch.equal, before, values)):
+            self._fused.clear()  # they have the weights that were
+        self._seen = self._state()
+
+
+def count_hooks(net: nn.Module) -> int:
+    """Number of hooks on the forwards of a network's modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
+
+
+def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, tied ones by each of theirs; no counters."""
+    everything = (
+        *net.named_parameters(remove_duplicate=False),
+        *net.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in everything:
+        if not name.endswith("num_batches_tracked"):
+            yield name, tensor
+
+
+def _random_image(net: nn.Module, image_size: tuple[int, int]) -> Tensor:
+    some = next(net.parameters())
+    image = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    return image.to(some)
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether all tensors of two outputs are equal to rounding."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(
+        bool((a - b).abs().max() <= CLOSE * b.abs().max())
+        for a, b in pairs
+        if isinstance(a, Tensor)
+    )

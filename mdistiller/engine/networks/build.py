@@ -1,0 +1,324 @@
+"""From a config to a distiller: networks, the teacher's weights, the method."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mdistiller.dataset import (
+    DATASETS,
+    Data,
+    DataSource,
+    TestData,
+    known_data,
+    load_test_loader,
+    mixes_labels,
+    own_view,
+)
+from mdistiller.dataset.memory.loader import EvalLoader
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
+from mdistiller.distillers._compose import part_names
+from mdistiller.engine.frozen_teacher.cacheable import check_method
+from mdistiller.engine.frozen_teacher.facts import supply_facts
+from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
+from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
+from mdistiller.engine.networks.make import check_input, make_network
+from mdistiller.engine.networks.memory_format import use_channels_last
+from mdistiller.engine.networks.released import (
+    PRETRAINED,
+    arguments,
+    own_preprocessing,
+    require_classes,
+    states_nothing,
+    taken_line,
+)
+from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.trainer import seed_everything
+from mdistiller.engine.user_code.forks import check_trainer, sections_read
+from mdistiller.engine.utils import log_msg, validate
+from mdistiller.models import ModelEntry, get_model_entry
+from mdistiller.models.normalize import renormalize_input
+from mdistiller.preprocessing import Preprocessing
+from mdistiller.registry import UserError, is_builtin
+from mdistiller.runtime import first_on_machine, project_root, rank
+from mdistiller.weights import load_network, recorded_facts, split_key
+
+
+def build_distiller(
+    cfg: Any, data: Data, device: torch.device, teacher_ckpt: str | Path | None = None
+) -> Distiller:
+    """The distiller of a config, on `device`, its teacher loaded and frozen.
+
+    The student is made first, right after seeding: with one seed it starts from the same weights
+    under every method and teacher.
+
+    Args:
+        teacher_ckpt: the teacher's weights, a file or PRETRAINED; by default what
+            :func:`find_teacher` finds.
+    """
+    seed_everything(cfg.EXPERIMENT.SEED)
+    student, teacher = build_network(cfg, "STUDENT", data), None
+    if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+        weights = teacher_ckpt or find_teacher(cfg, data)
+        if weights is None:
+            raise UserError(no_teacher(cfg, data))
+        any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
+        teacher = build_network(cfg, "TEACHER", data, weights, any_head)
+    hooks = 0 if teacher is None else count_hooks(teacher)
+    distiller = join(cfg, data, student, teacher).to(device)
+    distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
+    if cfg.SOLVER.CHANNELS_LAST:
+        use_channels_last(distiller)
+    freeze_teacher(distiller)
+    prepare_teacher(distiller, cfg, data.image_size)
+    supply_facts(distiller, cfg, data, device)
+    return distiller
+
+
+def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
+    """The method of a config over two networks."""
+    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
+    return get_distiller(cfg.DISTILLER.TYPE).build(
+        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
+    )
+
+
+def check_pair(cfg: Any, data: Data) -> None:
+    """Refuse networks that the method cannot join, before a teacher is trained for it."""
+    random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
+    join(cfg, data, *random)
+
+
+def build_network(
+    cfg: Any,
+    role: str,
+    data: Data | TestData,
+    weights: str | Path | None = None,
+    any_head: bool = False,
+) -> nn.Module:
+    """The network in a role, "STUDENT" or "TEACHER", with its input normalisation.
+
+    Args:
+        weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
+            random ones. By default what the role's ARGS say: random ones, or with `pretrained`
+            released ones under a classifier for the data.
+        any_head: the classifier will not be used: weights may be for other classes, or have none.
+    """
+    name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
+    entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    wanted = settings.pop("pretrained", False)
+    if weights == PRETRAINED:
+        wanted = wanted or True
+        if not any_head:
+            require_classes(entry, {**settings, "pretrained": wanted}, data.num_classes)
+    elif weights is not None:
+        wanted = False
+    if wanted:
+        settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
+    net: Any
+    with first_on_machine() if wanted else contextlib.nullcontext():
+        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+    known = entry.pretrained_on(settings) if wanted and any_head else None
+    if known is not None and known.classes != data.num_classes:
+        net.untrained_head = True
+    check_input(net, name, data)
+    given, stated = (data.mean, data.std), None
+    if weights not in (None, "", PRETRAINED):
+        stated = load_network(
+            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
+        )
+        if not getattr(net, "untrained_head", False):
+            match_classes(cfg, net, weights, stated, data, any_head)
+    own = own_preprocessing(cfg, role, entry, weights, stated)
+    renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
+    if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+        if data.preprocessing.resize == "keep":
+            own = Preprocessing(own.mean, own.std)
+        print(log_msg(taken_line(name, role, own, weights)), flush=True)
+    return net
+
+
+def check_names(cfg: Any) -> None:
+    """Refuse a config that names what does not exist, without reading any data."""
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    OPTIMIZERS[cfg.SOLVER.TYPE]
+    check_trainer(cfg.SOLVER.TRAINER)
+    source = DATASETS[cfg.DATASET.TYPE]
+    check_models(cfg, source)
+    given = cfg.DISTILLER.TEACHER_CKPT or not cfg.DISTILLER.TEACHER_CFG
+    if method.uses_teacher and given and find_teacher(cfg, source) is None:
+        raise UserError(no_teacher(cfg, source))
+
+
+def check_models(cfg: Any, data: Data | DataSource) -> None:
+    """Refuse a method or model name that does not exist, and a switch the method does not have."""
+    model_entry(cfg, "STUDENT", data)
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    reads_it = not is_builtin(method) and "EXPERIMENT" in sections_read(method)
+    wanted = cfg.LSKD.ENABLE or (cfg.EXPERIMENT.LOGIT_STAND and not reads_it)
+    if wanted and not method.takes_standardized_logits:
+        takers = sorted(
+            name
+            for name, cls in distiller_dict.items()
+            if getattr(cls, "takes_standardized_logits", False)
+        )
+        raise UserError(
+            f"LSKD.ENABLE: {cfg.DISTILLER.TYPE} has no use for standardised logits; set it to "
+            f"False, or choose one of {', '.join(takers)}"
+        )
+    check_method(cfg)
+    if method.uses_teacher:
+        model_entry(cfg, "TEACHER", data)
+
+
+def check_labels(cfg: Any) -> None:
+    """Refuse mixed images for a method that needs to know the class of each."""
+    name = cfg.DISTILLER.TYPE
+    if mixes_labels(cfg) and not get_distiller(name).soft_labels:
+        guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} cannot learn from mixed images, whose "
+            "labels are soft; set DATASET.MIXUP and DATASET.CUTMIX to 0"
+        )
+
+
+def model_entry(cfg: Any, role: str, data: Data | TestData | DataSource) -> ModelEntry:
+    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER"."""
+    try:
+        return get_model_entry(cfg.DISTILLER[role], data.zoo)
+    except UserError as error:
+        raise UserError(f"DISTILLER.{role}: {error}") from None
+
+
+def freeze_teacher(distiller: Distiller) -> None:
+    """Switch off gradients of the teacher's parameters, except those the method trains."""
+    teacher = getattr(distiller, "teacher", None)
+    if isinstance(teacher, nn.Module):
+        trained = {id(p) for p in distiller.get_learnable_parameters()}
+        for param in teacher.parameters():
+            if id(param) not in trained:
+                param.requires_grad_(False)
+
+
+def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"] | None:
+    """The teacher's weights: the file DISTILLER.TEACHER_CKPT, else released ones.
+
+    These are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of the network's
+    own library. None if there are neither. With a TEACHER_CFG, PRETRAINED does not count (it is
+    that config's business), and the zoo's file only for data with the number of classes it was
+    released for; it is not downloaded.
+
+    Raises:
+        UserError: TEACHER_CKPT is given and does not exist, a download fails, or the library's
+            weights are for other classes.
+    """
+    if cfg.DISTILLER.TEACHER_CKPT:
+        path = Path(cfg.DISTILLER.TEACHER_CKPT)
+        places = (path, project_root() / path)
+        found = next((p for p in places if split_key(p)[0].is_file()), None)
+        if found is None:
+            raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
+        return found
+    entry = model_entry(cfg, "TEACHER", data)
+    own = bool(cfg.DISTILLER.TEACHER_CFG)
+    classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
+    wanted = classes if get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier else None
+    settings = arguments(cfg, "TEACHER")
+    if entry.loads_itself and settings.get("pretrained") and not own:
+        if wanted is not None:
+            require_classes(entry, settings, wanted)
+        return PRETRAINED
+    with first_on_machine():
+        released = entry.released(wanted, fetch=not own)
+    misfits = released and own and entry.default_classes() != classes
+    return None if misfits else released
+
+
+def no_teacher(cfg: Any, data: Data | DataSource) -> str:
+    """The error for a teacher whose weights are nowhere."""
+    entry = model_entry(cfg, "TEACHER", data)
+    looked = f" (looked for {entry.checkpoint})" if entry.checkpoint else ""
+    library = ", or TEACHER_ARGS {pretrained: True} for released ones" if entry.loads_itself else ""
+    return (
+        f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
+        f"to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first{library}"
+    )
+
+
+def teacher_test_loader(
+    cfg: Any, data: Data, device: torch.device, weights: str | Path
+) -> EvalLoader | None:
+    """The test set with the teacher's own interpolation and crop, at the size of the data's images.
+
+    None where the data's loader gives the same, or images keep the size they have.
+    """
+    used = data.preprocessing
+    if not known_data(cfg).files or used.resize == "keep":
+        return None
+    entry = model_entry(cfg, "TEACHER", data)
+    stated = None if weights == PRETRAINED else recorded_facts(weights)
+    own = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
+    if own is None:
+        return None
+    sized = cfg.clone()
+    sized.defrost()
+    sized.DATASET.IMAGE_SIZE = used.image_size
+    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
+    if own_view(sized, own) == replace(used, mean=(), std=()):
+        return None
+    if own.image_size not in (0, used.image_size) and rank() == 0:
+        whose = "its checkpoint records" if own.recorded else "its library evaluates it at"
+        message = (
+            f"the teacher sees images of {used.image_size} pixels, but {whose} {own.image_size} "
+            f"(DATASET.IMAGE_SIZE {own.image_size} gives it these)"
+        )
+        print(log_msg(message), flush=True)
+    return load_test_loader(sized, device, own).loader
+
+
+def measure_teacher(
+    distiller: Distiller,
+    data: Data,
+    loader: EvalLoader | None = None,
+    name: str = "the teacher",
+) -> float | None:
+    """The teacher's top-1 accuracy in percent on the test set, printed.
+
+    Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
+    chance gets a warning, since its file is then usually of another data set, and so does one that
+    takes classes for one another. None, and a line, for a teacher whose weights have no classifier
+    for these classes.
+
+    Args:
+        loader: the test set, prepared for the teacher; by default the data's.
+        name: what to call the teacher in a warning.
+    """
+    assert distiller.teacher is not None
+    if getattr(distiller.teacher, "untrained_head", False):
+        if rank() == 0:
+            print(
+                log_msg(
+                    f"the teacher's weights have no classifier for {data.num_classes} classes; "
+                    f"{type(distiller).__name__} reads its features alone, so its accuracy is not "
+                    "measured"
+                ),
+                flush=True,
+            )
+        return None
+    test = loader or (data.val if data.test is None else data.test)
+    device, classes = next(distiller.teacher.parameters()).device, data.num_classes
+    confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
+    top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)
+    close = getattr(loader, "close", None)
+    if close is not None:  # its processes
+        close()
+    if rank() == 0:
+        print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
+        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
+            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
+    return top1

@@ -1,0 +1,173 @@
+"""A batch of one image, which not every network or method can learn from.
+
+Batch norm in training needs more than one value of each channel: where a network's last maps have
+one pixel, a batch of one ends in an error. Whether that would happen is tried before the first
+step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdistiller.dataset.sampler import BatchPlan
+from mdistiller.distillers._common import undisturbed
+from mdistiller.engine.optim import autocast
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import rank
+
+
+def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> bool:
+    """Join the epoch's last image of a process to the batch before, if alone it cannot be learnt.
+
+    All processes decide the same. Nothing is tried where no batch of an epoch has one image.
+
+    Args:
+        loader: of training batches; its plan says how many images each step has.
+        trainer: makes the distiller's arguments of a batch.
+        distiller: of this process; left as it is.
+
+    Returns:
+        Whether the loader's epoch has changed, so that what counted its steps is out of date.
+
+    Raises:
+        UserError: the batch cannot be joined to another one.
+    """
+    plan = getattr(loader, "plan", None)
+    if not isinstance(plan, BatchPlan) or plan.smallest > 1 or len(plan) == 0:
+        return False
+    reason = _failure(loader, trainer, distiller, cfg)
+    if reason is None:
+        return False
+    if plan.batch_size == 1:
+        raise one_is_too_few(reason)
+    if not getattr(loader, "joins_last", False):
+        raise UserError(
+            f"the last batch of an epoch has one image (of a process): {reason}; set "
+            "DATASET.DROP_LAST to True, or choose another SOLVER.BATCH_SIZE"
+        )
+    loader.join_last()
+    if rank() == 0:
+        text = f"the epoch's last image would be alone in its batch ({reason}): it joins the one"
+        print(log_msg(f"{text} before"), flush=True)
+    return True
+
+
+def _failure(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> str | None:
+    """Why a step with one image fails, in a line; None if it does not, or if two images do, too."""
+    loader.set_epoch(1)
+    batches = iter(loader)
+    item = next(batches)
+    getattr(batches, "close", lambda: None)()
+    loader.set_epoch(loader.epoch)
+    if len(item) > 3 and item[1].ndim == 4:  # two views that a trainer takes as two items
+        item = (list(item[:2]), *item[2:])
+    batch = trainer.batch_inputs(item, 1)
+    one = _first(batch, 1)
+    two = _twice(one) if len(batch["target"]) == 1 else _first(batch, 2)
+    amp = cfg.SOLVER.AMP
+    if try_step(distiller, two, amp) is None:
+        return _only_alone(distiller, one, two, amp)
+    alone = _StudentStep(distiller.student)  # the trainer hands the method something else
+    return _only_alone(alone, one, two, amp)
+
+
+class _StudentStep(nn.Module):
+    """A step of the student alone, for methods whose step cannot be tried."""
+
+    def __init__(self, student: Any):
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Any, **batch: Any) -> tuple[None, dict[str, Tensor]]:
+        weak = image if isinstance(image, Tensor) else image[0]
+        return None, {"logits": self.student(weak)[0]}
+
+
+def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | None:
+    """Why a step with one image fails where one with two does not; None otherwise.
+
+    The method's initialisation stages are tried as well.
+    """
+    stages: Any = getattr(distiller, "init_stages", dict)
+    for stage in ("", *stages()):
+        reason = try_step(distiller, one, amp, stage)
+        if reason is not None and try_step(distiller, two, amp, stage) is None:
+            return reason
+    return None
+
+
+def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
+    """For detection, whose batches all have SOLVER.BATCH_SIZE images: refuse 1 if that fails.
+
+    Args:
+        stream: of training batches; afterwards where it was.
+    """
+    if cfg.SOLVER.BATCH_SIZE != 1:
+        return
+    place = stream.state_dict()
+    batches = iter(stream)
+    one = trainer.batch_inputs(next(batches), 1)
+    batches.close()
+    stream.load_state_dict(place)
+    reason = _only_alone(distiller, one, _twice(one), cfg.SOLVER.AMP)
+    if reason is not None:
+        raise one_is_too_few(reason)
+
+
+def one_is_too_few(reason: str) -> UserError:
+    """The error for batches of one that cannot be learnt from."""
+    return UserError(f"SOLVER.BATCH_SIZE 1: {reason}; set it to 2 or more")
+
+
+def try_step(
+    distiller: nn.Module, inputs: Mapping[str, Any], amp: str = "none", stage: str = ""
+) -> str | None:
+    """Why a copy of a distiller cannot learn from a batch, in a line; None if it can.
+
+    Args:
+        stage: name of the initialisation stage that the step is of; "" for the main one.
+    """
+    with undisturbed(distiller):
+        try:
+            trial = copy.deepcopy(distiller)
+        except (RuntimeError, TypeError):  # holds what cannot be copied: the first step will tell
+            return None
+        if stage:
+            trial.init_stage = stage  # type: ignore[assignment]
+        trial.train()
+        device = next(distiller.parameters()).device
+        try:
+            with autocast(device, amp):
+                _, losses = trial(**inputs)
+        except Exception as error:  # whatever a user's method raises
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        finite = all(bool(torch.isfinite(loss).all()) for loss in losses.values())
+        return None if finite else "its losses are not finite"
+
+
+def _first(value: Any, count: int) -> Any:
+    """A batch's first samples."""
+    if isinstance(value, Tensor):
+        return value[:count]
+    if isinstance(value, Mapping):
+        return {key: _first(part, count) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_first(part, count) for part in value]
+    return value
+
+
+def _twice(value: Any) -> Any:
+    """A batch of one sample as a batch of two."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value])
+    if isinstance(value, Mapping):
+        return {key: _twice(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(value[0], Tensor) and value[0].ndim == 4:
+        return [_twice(part) for part in value]  # two views; pictures have three dimensions
+    return [*value, *value] if isinstance(value, (list, tuple)) else value

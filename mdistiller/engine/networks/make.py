@@ -1,0 +1,95 @@
+"""Networks from the zoo's constructors and those of users, held to the data."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdistiller.dataset import Data, TestData
+from mdistiller.models import ModelEntry
+from mdistiller.models.external.plain import as_staged
+from mdistiller.registry import UserError
+
+
+def make_network(
+    entry: ModelEntry, num_classes: int, image_size: tuple[int, int], settings: Any, key: str
+) -> nn.Module:
+    """Call an entry's constructor.
+
+    Args:
+        image_size: (height, width), for constructors that ask.
+        settings: further keyword arguments; `key` is what the config calls them.
+    """
+    facts = constructor_facts(entry, num_classes, image_size)
+    clash = sorted(facts.keys() & settings.keys())
+    if clash:
+        raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
+    name = getattr(entry.constructor, "__name__", "of your own")
+    missing = required_arguments(entry) - {*facts, *settings}
+    if missing:
+        raise UserError(f"network {name} needs {', '.join(sorted(missing))}: give it in {key}")
+    try:
+        net = entry(**facts, **settings)
+    except TypeError as error:
+        if not settings:
+            raise
+        raise UserError(f"{key} {dict(settings)}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"the constructor of network {name} returns a {type(net).__name__}, not a module "
+            "(docs/own_backbone.md)"
+        )
+    return as_staged(net, name, image_size)
+
+
+def required_arguments(entry: ModelEntry) -> set[str]:
+    """Names of the arguments that an entry's constructor has no default for."""
+    return {
+        parameter.name
+        for parameter in inspect.signature(entry.constructor).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def constructor_facts(
+    entry: ModelEntry, num_classes: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """What an entry's constructor is told of the data."""
+    wanted = inspect.signature(entry.constructor).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+    facts: dict[str, Any] = {"num_classes": num_classes}
+    if "num_classes" not in wanted and not takes_any:
+        facts.clear()
+    if "image_size" in wanted:
+        facts["image_size"] = image_size
+    return facts
+
+
+@torch.no_grad()
+def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
+    """Refuse a network that cannot take the data's images, or gives other classes than it has.
+
+    It stays as it was.
+    """
+    was_training = net.training
+    net.eval()
+    try:
+        logits = net(torch.zeros(1, 3, *data.image_size))[0]
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        height, width = data.image_size
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
+    finally:
+        net.train(was_training)
+    if logits.shape[1:] != (data.num_classes,):
+        raise UserError(
+            f"network {name} gives logits {list(logits.shape)} for an image, but the data has "
+            f"{data.num_classes} classes; let its constructor take num_classes "
+            "(docs/own_backbone.md)"
+        )

@@ -1,0 +1,178 @@
+"""What DISTILLER.*_ARGS and *_NORM say of released weights and of the images that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mdistiller.engine.config.values import read_statistics
+from mdistiller.models import ModelEntry
+from mdistiller.models.normalize import Statistics
+from mdistiller.preprocessing import Preprocessing, read_preprocessing
+from mdistiller.registry import UserError
+
+PRETRAINED: Literal["pretrained"] = "pretrained"
+"""In place of a file: the weights that the network's own library releases."""
+
+
+def arguments(cfg: Any, role: str) -> dict[str, Any]:
+    """DISTILLER.{role}_ARGS as plain values."""
+
+    def plain(value: Any) -> Any:
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    found: dict[str, Any] = plain(cfg.DISTILLER[f"{role}_ARGS"])
+    return found
+
+
+def require_classes(entry: ModelEntry, settings: Mapping[str, Any], num_classes: int) -> None:
+    """Refuse released weights, to be used as they are, of another number of classes."""
+    known = entry.pretrained_on(settings)
+    if known and known.classes != num_classes:
+        name = entry.constructor.__name__
+        raise UserError(
+            f"the released weights of {name} are for {known.classes} classes, but "
+            f"{num_classes} are wanted: train it on the data first, as DISTILLER.STUDENT with "
+            "STUDENT_ARGS {pretrained: True}, and name that run's file in DISTILLER.TEACHER_CKPT "
+            "(or its config in TEACHER_CFG)"
+        )
+
+
+def own_preprocessing(
+    cfg: Any,
+    role: str,
+    entry: ModelEntry,
+    weights: str | Path | None,
+    stated: Mapping[str, Any] | None = None,
+) -> Preprocessing | None:
+    """How the network in a role has its images prepared, as far as that is not the data's.
+
+    DISTILLER.{role}_NORM says mean and std: "data", those of the data; "own", those of its released
+    weights; a list of the two; "auto", what the file of its weights says, else "own" for a network
+    that is or was trained from released weights, or whose weights are a plain state dict for
+    another library's architecture. Size, resizing, crop and interpolation are those that the file
+    records; else the library's in the last two cases, unless the network was trained here.
+
+    Args:
+        weights: what it is built with, see `build_network`.
+        stated: what `load_network` found in the file, if the weights are from one.
+
+    Raises:
+        UserError: mean and std are asked for and not known, or the file states something else.
+    """
+    data, recorded_norm = (stated or {}).get("data"), (stated or {}).get("norm")
+    recorded = recorded_preprocessing(data, weights)
+    norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
+    released = settings.get("pretrained") or weights == PRETRAINED
+    if weights and not released and recorded_norm is None:
+        released = entry.is_release(weights) or states_nothing(entry, weights, stated)
+    known = None
+    if released or norm == "own":
+        known = entry.preprocessing(settings, weights or "")
+    if norm == "own" and known is None:
+        raise UserError(
+            f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
+            "how their images were normalised; give [[mean], [std]], or data"
+        )
+    trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
+    rest = recorded or (Preprocessing() if trained_here or known is None else known)
+    if norm == "data":
+        return replace(rest, mean=(), std=())
+    statistics: Any = None if isinstance(norm, str) else norm
+    if norm == "auto" and recorded_norm is not None:
+        statistics = read_statistics(recorded_norm)
+        if statistics is None:
+            raise UserError(
+                f"checkpoint {weights} says that its images were normalised by {recorded_norm!r}, "
+                f"which is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
+            )
+    if statistics is None:
+        if known is None:
+            return recorded
+        statistics = known.mean, known.std
+    mean, std = (tuple(part) for part in statistics)
+    return replace(rest, mean=mean, std=std)
+
+
+def own_statistics(
+    cfg: Any,
+    role: str,
+    entry: ModelEntry,
+    weights: str | Path | None,
+    given: Statistics,
+    stated: Mapping[str, Any] | None = None,
+) -> Statistics:
+    """Mean and std that the network in a role wants its images normalised with.
+
+    Args:
+        given: those of the data.
+        (others): see :func:`own_preprocessing`.
+    """
+    own = own_preprocessing(cfg, role, entry, weights, stated)
+    return (own.mean, own.std) if own is not None and own.mean else given
+
+
+def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessing | None:
+    """How images are brought to their size, as what a checkpoint or a run says of its data has it.
+
+    Args:
+        weights: for errors.
+    """
+    entry = data.get("preprocessing") if isinstance(data, Mapping) else None
+    try:
+        return read_preprocessing(entry)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {weights} records a preprocessing that cannot be meant ({error})"
+        ) from None
+
+
+def _is_silent(stated: Mapping[str, Any] | None) -> bool:
+    """Whether a file records nothing of how its images are prepared."""
+    if stated is None or stated.get("norm") is None:
+        data = (stated or {}).get("data")
+        return not (isinstance(data, Mapping) and "preprocessing" in data)
+    return False
+
+
+def states_nothing(
+    entry: ModelEntry, weights: str | Path | None, stated: Mapping[str, Any] | None
+) -> bool:
+    """Whether weights are a plain state dict for another library's architecture.
+
+    A file in a run folder is of a network that was trained here, with the data's constants.
+    """
+    if not weights or weights == PRETRAINED or not _is_silent(stated) or not entry.of_library:
+        return False
+    return not in_run_folder(weights)
+
+
+def in_run_folder(weights: str | Path) -> bool:
+    """Whether weights are a file that a run here has left: beside a config of this library.
+
+    Other trainers (with Hydra, say) leave a `config.yaml` as well.
+    """
+    if weights == PRETRAINED:
+        return False
+    try:
+        text = (Path(weights).parent / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.startswith("DISTILLER:") for line in text.splitlines())
+
+
+def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) -> str:
+    """What is taken of a library for a file that does not record it, and what changes that.
+
+    Args:
+        name: of the network in its library.
+        own: what is taken; mean and std alone where images keep their size.
+    """
+    keys = ", and for evaluation DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT"
+    return (
+        f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
+        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM"
+        f"{keys if own.resize else ''})"
+    )

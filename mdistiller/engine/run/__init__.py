@@ -1,0 +1,1 @@
+"""A whole run, its folder and its record."""

@@ -1,0 +1,145 @@
+"""Reading of a run folder: its config, the checkpoints it holds, what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.dataset import known_data, own_view
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.config.safe_yaml import shown
+from mdistiller.engine.run.record import recorded_settings
+from mdistiller.engine.user_code.imports import is_imported
+from mdistiller.registry import UserError
+
+
+def recorded_config(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    load: Callable[..., Config] = load_config,
+) -> Config:
+    """The config of a run, with `[key, value, ...]` and IMPORTS over it.
+
+    The folder may be somebody else's: code that its config names runs only if `imports` has a file
+    of this name, or the module, as well.
+
+    Args:
+        load: `load_config` of this kind of run.
+
+    Raises:
+        UserError: it is no run folder, or it names other code.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
+            "the network and the file by -m and -c"
+        )
+    table = recorded_settings(folder)
+    named = table.pop("IMPORTS", None) or []
+    given = {_own_name(name) for name in imports}
+    for name in [named] if isinstance(named, str) else named:
+        if _own_name(str(name)) not in given and not is_imported(str(name)):
+            raise UserError(
+                f"{folder} was trained with code of its own, which runs only if you name it, too: "
+                f"look at it, and give {'--fork' if str(name).endswith('/') else '--import'} "
+                f"{shown(str(name))[1:-1]}"
+            )
+    known = [name for name in named if is_imported(str(name))]
+    cfg = load(table, overrides, [*imports, *known])
+    if load is load_config and "DATASET.RESIZE" not in overrides[0::2] and stretched(table, cfg):
+        cfg.defrost()
+        cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
+        cfg.freeze()
+    return cfg
+
+
+def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
+    """Whether a run's photographs were stretched, and are to be cut now.
+
+    So they were before DATASET.RESIZE was a key, and not turned as their EXIF orientation says.
+
+    Args:
+        recorded: its config.
+        cfg: the same with the keys that it lacks.
+    """
+    if "RESIZE" in recorded.get("DATASET", {}) or not known_data(cfg).files:
+        return False
+    view = own_view(cfg)
+    return not known_data(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
+
+
+def _own_name(imported: str) -> str:
+    """A module's name, or a file's or fork's without its folder, which may differ elsewhere."""
+    return Path(imported).name if imported.endswith((".py", "/")) else imported
+
+
+def refuse_commands(folder: Path, cfg: Config, overrides: Sequence[str]) -> None:
+    """Before the images of somebody's run are read: URLs of shards may be, or lead to, a command.
+
+    Raises:
+        UserError: there are some, and the user has not named them.
+    """
+    for key in ("TRAIN", "VAL"):
+        name, pattern = f"DATASET.SHARDS.{key}", cfg.DATASET.SHARDS[key]
+        if ":" in pattern and name not in overrides[0::2]:
+            raise UserError(
+                f"{folder} names its images by a URL, which may run a command: look at it, and "
+                f"give {name} {shown(pattern)}"
+            )
+
+
+def checkpoint_file(folder: Path, name: str) -> Path:
+    """The file with the student's weights of a checkpoint that was asked for by name.
+
+    Raises:
+        UserError: the name is none, or the run has no such checkpoint.
+    """
+    if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
+        raise UserError(
+            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
+        )
+    places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]
+        raise UserError(
+            f"{folder} has no checkpoint {name} (it has: "
+            f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
+            f"{'; it kept no moving average (SOLVER.EMA)' if name.startswith('ema_') else ''}"
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's mapping; empty if there is none.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no mapping")
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a file, one a line; none if it is not there.
+
+    Raises:
+        UserError: a line holds something else.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,349 @@
+"""A run's folder, and how it was made: config, command, revision, versions, seed, device."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mdistiller import __version__
+from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
+from mdistiller.engine.checkpoints.write import replacing
+from mdistiller.engine.config.safe_yaml import parse_yaml
+from mdistiller.engine.config.values import flatten
+from mdistiller.engine.distributed import world_size
+from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.registry import UserError
+from mdistiller.runtime import project_root
+
+if TYPE_CHECKING:
+    from mdistiller.dataset import Data, TestData
+
+_LONGEST = 200  # bytes of a folder name; file systems allow 255
+# Keys that say where files go, not what is trained: they stay out of a run folder's name.
+_PLACES = (
+    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG"),
+    *("LOG.PREFIX", "IMPORTS", "FORK", "DISTILLER.TEACHER_CACHE_DIR"),
+)
+
+
+def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
+    """`PROJECT/NAME` of a run folder: NAME, else TAG, and the overrides behind it.
+
+    A NAME among the overrides is the whole name. Long names end in a hash.
+    """
+    given = dict(zip(overrides[0::2], overrides[1::2], strict=True))
+    items = [f"{key}:{value}" for key, value in given.items() if key not in _PLACES]
+    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
+    if "EXPERIMENT.NAME" not in given:
+        name += ",".join(items)
+    name = name.replace("/", "_").replace(os.sep, "_")
+    raw = name.encode()
+    if len(raw) > _LONGEST:
+        digest = hashlib.sha256(raw).hexdigest()[:10]
+        name = f"{raw[: _LONGEST - 11].decode(errors='ignore')}-{digest}"
+    parts = [*Path(cfg.EXPERIMENT.PROJECT).parts, name]
+    if name in ("", ".") or any(part in ("..", "/") for part in parts):
+        raise UserError(f"EXPERIMENT.PROJECT and NAME make no folder name: {'/'.join(parts)!r}")
+    return "/".join(parts)
+
+
+class RunRecord(Hook):
+    """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
+
+    The entry of a start that an exception ends says so under `ended`.
+
+    Args:
+        facts: of what the student is trained on, for `run.json`.
+        teacher_acc: accuracy of the teacher in percent, likewise.
+        teacher: its weights, a file or PRETRAINED, likewise.
+
+    Attributes:
+        changes: settings that differ from those of the start before, for `run.json`.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[str, Any],
+        teacher_acc: float | None = None,
+        teacher: str | Path | None = None,
+    ):
+        self.facts, self.teacher_acc, self.teacher = facts, teacher_acc, teacher
+        self.changes: Sequence[str] = ()
+        self.begun = False
+
+    def before_train(self, trainer: Trainer) -> None:
+        self.begun = True
+        folder = trainer.log_path
+        facts = (self.facts, self.changes, self.teacher_acc, self.teacher)
+        write_record(folder, trainer.cfg, trainer.device, *facts)
+
+    def abandon(self, trainer: Trainer) -> None:
+        record = read_record(trainer.log_path)
+        if not self.begun or not record["starts"]:
+            return
+        record["starts"][-1]["ended"] = one_line(sys.exc_info()[1])
+        with (
+            contextlib.suppress(OSError, UserError),  # a full disk may be what ended the run
+            replacing(trainer.log_path / "run.json") as temporary,
+        ):
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def summarize(self, trainer: Trainer, data: Data) -> dict[str, Any]:
+        return peak_memory(trainer.device)
+
+
+def one_line(error: BaseException | None) -> str:
+    """An error in a line: a user's error as it is worded, any other with its kind."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Largest memory so far, in MiB, and whose: the GPU's tensors or else the whole process.
+
+    On a GPU it is that since `torch.cuda.reset_peak_memory_stats`. A process that trained several
+    runs one after the other has the largest of them.
+    """
+    if device.type == "cuda":
+        return {
+            "peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20,
+            "peak_memory_of": "GPU",
+        }
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return {"peak_memory_mib": peak / unit, "peak_memory_of": "process"}
+
+
+def data_facts(data: Data | TestData) -> dict[str, Any]:
+    """What a network has to know of its data: size, normalisation, classes, zoo."""
+    return {
+        "zoo": data.zoo,
+        "image_size": list(data.image_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "num_classes": data.num_classes,
+        "classes": data.classes,
+        "preprocessing": asdict(data.preprocessing),
+    }
+
+
+def write_record(
+    folder: Path,
+    cfg: Any,
+    device: torch.device,
+    data: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
+    teacher_acc: float | None = None,
+    teacher: str | Path | None = None,
+) -> None:
+    """Write the two files; what is known of earlier starts is kept.
+
+    Args:
+        data: of :func:`data_facts`, say.
+        changes: of the settings, since the start before.
+        teacher_acc: in percent; a start that changes no setting need not measure it again.
+        teacher: the teacher's weights, if any; a file is recorded as seen from the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(dump_cfg(cfg))
+    starts = read_record(folder)["starts"]
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "seed": cfg.EXPERIMENT.SEED,
+            "device": describe_device(device),
+            "processes": world_size(),
+            "threads": torch.get_num_threads(),
+            "git": git_revision(),
+            "versions": versions(),
+            **({"changes": list(changes)} if changes else {}),
+        }
+    )
+    record = {"starts": starts, "data": data, "teacher_acc": teacher_acc}
+    if teacher is not None:
+        seen = os.path.relpath(teacher, folder) if isinstance(teacher, Path) else teacher
+        record["teacher"] = seen
+    with replacing(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `run.json` holds; a record without starts if it is missing or damaged."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        if isinstance(record["starts"], list):
+            return dict(record)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"starts": []}
+
+
+def recorded_teacher_acc(folder: Path) -> float | None:
+    """The teacher's accuracy in percent that `run.json` says was measured at an earlier start."""
+    value = read_record(folder).get("teacher_acc")
+    return value if isinstance(value, float) else None
+
+
+def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:
+    """What differs, of all that decides about weights, between a run's recorded config and `cfg`.
+
+    Args:
+        goes_on: whether the processes that are there now are to continue the run. Then the images
+            of an optimizer step count, however micro-batches and processes share them.
+
+    Returns:
+        Texts "KEY was A, is now B".
+    """
+    recorded = recorded_settings(folder)
+    changes = differences(recorded, cfg)
+    if not goes_on:
+        return changes
+    processes = recorded_processes(folder)
+    solvers = [(recorded.get("SOLVER", {}), processes), (cfg.SOLVER, world_size())]
+    before, now = (
+        node.get("BATCH_SIZE", 0) * node.get("ACCUMULATE", 1) * count for node, count in solvers
+    )
+    if before == now:
+        shared = ("SOLVER.BATCH_SIZE ", "SOLVER.ACCUMULATE ")
+        return [change for change in changes if not change.startswith(shared)]
+    if processes != world_size():
+        changes.append(
+            f"{processes} processes took {before} images a step, {world_size()} now would take "
+            f"{now}: SOLVER.BATCH_SIZE is that of each"
+        )
+    return changes
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The config of a run, from its folder."""
+    path = folder / "config.yaml"
+    try:
+        recorded: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
+        recorded["EXPERIMENT"]["SEED"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged, so {folder} cannot be reused") from error
+    return recorded
+
+
+def side_settings(folder: Path, cfg: Any) -> list[str]:
+    """What differs from a run's recorded config and leaves its weights as they are."""
+    recorded = recorded_settings(folder)
+    sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
+    keys = [key for key in flatten(cfg) if key.startswith((*sections, *WITHOUT_EFFECT, "DEVICE"))]
+    pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
+    return [
+        f"{key} was {before}, is now {now}"
+        for key, before, now in pairs
+        if before is not None and before != now
+    ]
+
+
+def recorded_processes(folder: Path) -> int:
+    """How many processes trained a run last; those there are now if it does not say."""
+    try:
+        return int(read_record(folder)["starts"][-1]["processes"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return world_size()
+
+
+def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
+    """:func:`changed_settings` for a config that was recorded as a nested mapping."""
+    sections = ["DATASET", "DISTILLER", "LSKD", "SOLVER", *method_nodes(cfg)]
+    sections += own_sections(cfg)
+    keys = [*_SEEDS]
+    keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
+    keys = [key for key in keys if not key.startswith((*WITHOUT_EFFECT, *_ARGUMENTS))]
+    changes = []
+    for key in _ARGUMENTS:  # whole: what was given in one of the two only counts as well
+        before, now = (_get(config, key) or {} for config in (recorded, cfg))
+        if before != now:
+            changes.append(f"{key} was {dict(before)}, is now {dict(now)}")
+    for key in keys:
+        before, now = _get(recorded, key), _get(cfg, key)
+        if before is None:  # a key newer than the run, which therefore ran with its default
+            before = _get(CFG, key)
+        if key == "DATASET.ROOT":
+            before, now = (str(Path(value or "").resolve()) for value in (before, now))
+        if None not in (before, now) and before != now:
+            changes.append(f"{key} was {before}, is now {now}")
+    return changes
+
+
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
+_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
+# Keys of the compared sections that leave the trained weights as they are.
+WITHOUT_EFFECT = (
+    "DATASET.NUM_WORKERS",
+    "DATASET.WORKER_TIMEOUT",
+    "DATASET.TEST",
+    "DATASET.MAX_MEMORY_GB",
+    "DISTILLER.TEACHER_CKPT",
+    "DISTILLER.TEACHER_CFG",
+    "DISTILLER.TEACHER_CACHE",
+    "SOLVER.COMPILE",
+    "SOLVER.CHANNELS_LAST",
+    "SOLVER.FIND_UNUSED_PARAMETERS",
+    "SOLVER.DETERMINISTIC",
+    "SOLVER.SKIP_NONFINITE",
+    "SOLVER.RANK_TIMEOUT",
+    "DETECTION.EVALUATOR",
+    "DETECTION.EVALUATE_TEACHER",
+)
+
+
+def _get(node: Any, name: str) -> Any:
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return list(node) if isinstance(node, tuple) else node
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+def git_revision() -> str:
+    """Commit of the checkout, with "+changes" if files differ from it; empty without git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(project_root()), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide about numbers."""
+    found = {"python": platform.python_version(), "mdistiller": __version__}
+    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
+    for package in ("torchvision", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found

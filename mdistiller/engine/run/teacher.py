@@ -1,0 +1,142 @@
+"""Where the teacher's weights come from, and training it first if a config says how."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mdistiller.dataset import Data
+from mdistiller.distillers import get_distiller
+from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.checkpoints.store import Store
+from mdistiller.engine.config.files import find_config
+from mdistiller.engine.distributed import from_main_process, wait_for_all
+from mdistiller.engine.networks.build import check_pair, find_teacher, no_teacher
+from mdistiller.engine.run.folder import read_json
+from mdistiller.engine.run.lock import is_locked, locked
+from mdistiller.engine.run.record import changed_settings, experiment_name
+from mdistiller.engine.user_code.forks import active
+from mdistiller.engine.utils import log_msg
+from mdistiller.registry import UserError
+from mdistiller.runtime import rank
+
+# (config, name of the run folder, resume, device)
+TrainRun = Callable[[Config, str, bool, torch.device], Any]
+
+
+def resolve_teacher(
+    cfg: Config, data: Data, device: torch.device, train_run: TrainRun, run_folder: Path
+) -> Path | Literal["pretrained"]:
+    """The teacher's weights: those that are there, or TEACHER_CFG's, trained if need be.
+
+    Args:
+        run_folder: of the student, where the teacher must not be.
+    """
+    found = find_teacher(cfg, data)
+    if found is not None:
+        return found
+    if not cfg.DISTILLER.TEACHER_CFG:
+        raise UserError(no_teacher(cfg, data))
+    if teacher_folder(teacher_config(cfg)) == run_folder:
+        raise UserError(
+            f"{run_folder} would be the folder of the student and of the teacher that "
+            f"{cfg.DISTILLER.TEACHER_CFG} trains: give one of the two another EXPERIMENT.NAME"
+        )
+    check_pair(cfg, data)
+    return train_teacher(cfg, device, train_run)
+
+
+def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Path:
+    """The weights that DISTILLER.TEACHER_CFG leads to, trained where that has not been done.
+
+    Its last epoch is taken, so that no test accuracy selects it. Of several processes that need
+    it, one trains and the others wait.
+    """
+    own = teacher_config(cfg)
+    folder = teacher_folder(own)
+    with _only_one(folder):
+        started = bool(Store(folder).candidates())
+        finished = from_main_process(lambda: _is_finished(folder, own))
+        if started or (folder / "student_latest").is_file():
+            changes = changed_settings(folder, own)
+            if changes:
+                raise UserError(
+                    f"the teacher in {folder} was trained with other settings "
+                    f"({'; '.join(changes)}): set EXPERIMENT.NAME in "
+                    f"{cfg.DISTILLER.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
+                )
+        if not finished:
+            if rank() == 0:
+                message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
+                print(log_msg(message), flush=True)
+            train_run(own, experiment_name(own), started, device)
+    return folder / "student_latest"
+
+
+def _is_finished(folder: Path, own: Config) -> bool:
+    """Whether a run has come to its end and its last student is there; checkpoints need not be."""
+    epochs = read_json(folder / "summary.json").get("epochs", 0)
+    return epochs >= own.SOLVER.EPOCHS and (folder / "student_latest").is_file()
+
+
+def teacher_config(cfg: Config) -> Config:
+    """The config of the teacher that DISTILLER.TEACHER_CFG trains.
+
+    It sees the student's data, device and output folder; the rest is its own config.
+    """
+    settings = cfg.DISTILLER
+    with active():  # what it imports counts when it is trained
+        own = load_config(find_config(settings.TEACHER_CFG)).clone()
+    own.defrost()
+    own.DATASET, own.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
+    own.LOG.PREFIX, own.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB
+    own.freeze()
+    if own.DISTILLER.STUDENT != settings.TEACHER:
+        raise UserError(
+            f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
+            f"but DISTILLER.TEACHER is {settings.TEACHER}"
+        )
+    for kind in ("ARGS", "NORM"):
+        trained = own.DISTILLER[f"STUDENT_{kind}"]
+        if trained != settings[f"TEACHER_{kind}"]:
+            shown = dict(trained) if kind == "ARGS" else trained
+            raise UserError(
+                f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_{kind} {shown}; "
+                f"set DISTILLER.TEACHER_{kind} to the same"
+            )
+    return own
+
+
+def teacher_folder(own: Config) -> Path:
+    """The run folder of a teacher with this config."""
+    return Path(own.LOG.PREFIX) / experiment_name(own)
+
+
+def being_trained(cfg: Config) -> Path | None:
+    """The folder of the teacher that this config waits for, if another process is training it."""
+    settings = cfg.DISTILLER
+    if settings.TEACHER_CKPT or not settings.TEACHER_CFG:
+        return None
+    if not get_distiller(settings.TYPE).uses_teacher:
+        return None
+    folder = teacher_folder(teacher_config(cfg))
+    return folder if is_locked(folder) else None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep other runs off a folder, after waiting for those that are in it.
+
+    The first process of a run holds the lock for all of them.
+    """
+    if rank():
+        wait_for_all()
+        yield
+        return
+    with locked(folder, wait=f"waiting for another process to train the teacher in {folder}"):
+        wait_for_all()
+        yield

@@ -1,0 +1,364 @@
+"""A whole run: from a config to a trained student in a run folder with a record of how."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from mdistiller.dataset import load_data
+from mdistiller.distillers import get_distiller
+from mdistiller.engine.batch_items import wanted_items, with_items
+from mdistiller.engine.callbacks.preemption import listening
+from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.checkpoints.store import LATEST, Store
+from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint, replacing
+from mdistiller.engine.distributed import meet, process_group, wrap
+from mdistiller.engine.frozen_teacher.cacheable import check_views
+from mdistiller.engine.hooks import Hook
+from mdistiller.engine.networks.build import (
+    build_distiller,
+    check_labels,
+    check_models,
+    measure_teacher,
+    teacher_test_loader,
+)
+from mdistiller.engine.networks.compiling import compile_networks
+from mdistiller.engine.networks.lone_image import keep_none_alone
+from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.run.folder import stretched
+from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.record import (
+    RunRecord,
+    changed_settings,
+    data_facts,
+    experiment_name,
+    recorded_settings,
+    recorded_teacher_acc,
+    side_settings,
+)
+from mdistiller.engine.run.teacher import resolve_teacher
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.user_code.forks import active, check_trainer
+from mdistiller.engine.utils import log_msg, validate
+from mdistiller.registry import UserError
+from mdistiller.runtime import rank, resolve_device
+
+
+class Prepared(NamedTuple):
+    """A run that is about to begin.
+
+    Attributes:
+        trainer: ready to train.
+        data: what it trains on; `test` if images are held out, and `close()`, which ends the
+            processes that read.
+        facts: of the data, for `run.json`.
+        teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
+        teacher: its weights, a file or PRETRAINED, for `run.json`.
+    """
+
+    trainer: BaseTrainer
+    data: Any
+    facts: Mapping[str, Any]
+    teacher_acc: float | None
+    teacher: str | Path | None = None
+
+
+Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
+"""From a config, a run folder's name, a device, and the teacher's accuracy if that is known."""
+
+
+def train(
+    cfg: Config,
+    overrides: Sequence[str] = (),
+    resume: bool | Literal["auto"] = False,
+    hooks: Sequence[Hook] = (),
+    allow_changes: bool = False,
+    prepare: Prepare | None = None,
+) -> dict[str, Any]:
+    """Train what a config describes.
+
+    Args:
+        cfg: the whole config.
+        overrides: the command line's `[key, value, ...]`, already merged; they name the run folder.
+        resume: continue the run in that folder; "auto": if there is one, else start it.
+        hooks: run before all others.
+        allow_changes: continue under another config, whatever it changes.
+        prepare: how what is trained is built, where that is no classifier.
+
+    Returns:
+        The run's summary, which is also `summary.json` in its folder.
+
+    Raises:
+        Preempted: SIGTERM, SIGINT or SIGUSR1 ended the run, its state saved.
+    """
+    device, name = resolve_device(cfg.DEVICE), experiment_name(cfg, overrides)
+    set_determinism(cfg.SOLVER.DETERMINISTIC)
+    if resume == "auto":
+        resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
+    with listening(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
+        return _train(cfg, name, resume, device, hooks, allow_changes, prepare)
+
+
+def train_or_continue(
+    cfg: Config, overrides: Sequence[str] = (), hooks: Sequence[Hook] = ()
+) -> dict[str, Any]:
+    """The summary of a run: of a finished one as it stands, else after training what is missing."""
+    folder = Path(cfg.LOG.PREFIX) / experiment_name(cfg, overrides)
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):  # not there, or cut off while it was written
+        return train(cfg, overrides, resume="auto", hooks=hooks)
+    with active(cfg.IMPORTS):
+        changes = changed_settings(folder, cfg)
+    if changes:
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(changes)})")
+    return summary
+
+
+def set_determinism(wanted: bool) -> None:
+    """Reproducible CUDA kernels if wanted, else the fastest ones."""
+    torch.backends.cudnn.benchmark = not wanted
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _train(cfg: Config, *settings: Any, **more: Any) -> dict[str, Any]:
+    """:func:`_train_with`, with what the config's IMPORTS have registered in force."""
+    with active(cfg.IMPORTS):
+        return _train_with(cfg, *settings, **more)
+
+
+def _train_with(
+    cfg: Config,
+    name: str,
+    resume: bool,
+    device: torch.device,
+    hooks: Sequence[Hook] = (),
+    allow_changes: bool = False,
+    prepare: Prepare | None = None,
+) -> dict[str, Any]:
+    folder = Path(cfg.LOG.PREFIX) / name
+    changes = check_folder(folder, cfg, resume, allow_changes)
+    known = recorded_teacher_acc(folder) if resume and not changes else None
+    if known is not None and rank() == 0:
+        print(log_msg(f"teacher: {known:.2f} %, as measured when the run began"), flush=True)
+    prepared = (prepare or prepare_classifier)(cfg, name, device, known)
+    trainer, data, facts, teacher_acc, teacher = prepared
+    record = RunRecord(facts, teacher_acc, teacher)
+    if rank() == 0:
+        trainer.hooks[:0] = [*hooks, record]
+    with (
+        contextlib.closing(data),
+        locked(folder) if rank() == 0 else contextlib.nullcontext(),
+    ):
+        if rank() == 0:  # another run may have been in there meanwhile
+            record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
+            if changes:
+                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+        summary = _train_in(folder, trainer, data, teacher_acc, resume)
+    meet(device)  # the folder is free
+    return summary
+
+
+def prepare_classifier(
+    cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
+) -> Prepared:
+    """Data, networks and trainer of a config; its teacher is trained first if need be.
+
+    Args:
+        teacher_acc: the teacher's accuracy in percent, if it need not be measured.
+    """
+    trainer_class = check_trainer(cfg.SOLVER.TRAINER)
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    check_labels(cfg)
+    trainer_class.check(cfg)
+    items = wanted_items(trainer_class, method)
+    data = load_data(cfg, device, items.two_views)
+    check_models(cfg, data)  # before hours go into a teacher
+    check_views(cfg, data.train)
+    teacher_ckpt = None
+    if method.uses_teacher:
+        teacher_ckpt = resolve_teacher(cfg, data, device, _train, Path(cfg.LOG.PREFIX) / name)
+    distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
+    if rank() == 0:
+        show_cfg(cfg)
+    if method.uses_teacher and teacher_acc is None:
+        assert teacher_ckpt is not None
+        loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
+        label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
+        teacher_acc = measure_teacher(distiller, data, loader, label)
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    compile_networks(distiller, cfg.SOLVER.COMPILE)
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    loader = with_items(data.train, items, cfg)
+    trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+    if keep_none_alone(loader, trainer, distiller, cfg):
+        trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
+
+
+def _train_in(
+    folder: Path, trainer: BaseTrainer, data: Any, teacher_acc: float | None, resume: bool
+) -> dict[str, Any]:
+    """Train, and write the summary."""
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    try:
+        trainer.train(resume=resume)
+    except BaseException:
+        for hook in trainer.hooks:
+            hook.abandon(trainer)
+        raise
+    meet(trainer.device)  # the first one writes the files that all are going to read
+    summary = summarize(trainer, data, teacher_acc)
+    if rank() == 0:
+        with replacing(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        print(log_msg(describe(summary, folder)), flush=True)
+    return summary
+
+
+_AS_BEFORE = (
+    "DATASET.RESIZE was auto, is now stretch",
+    "DATASET.EXIF was True, is now False",
+)
+"""What these keys add to the config of a run from before they were there changes nothing."""
+
+
+def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
+    """Refuse to start a run over, and to resume one that is not there or was another.
+
+    Returns:
+        What has changed in the settings of a run that is resumed.
+    """
+    blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if blocked:
+        raise UserError(f"LOG.PREFIX: {blocked} is a file, so {folder} cannot be a folder")
+    there = bool(Store(folder).candidates())
+    if not resume and there:
+        raise UserError(
+            f"{folder} holds a run already: continue it with --resume, or start another under "
+            "EXPERIMENT.NAME (to do it again, remove the folder)"
+        )
+    kept = None if there else trained_file(folder)
+    if kept:
+        raise UserError(
+            f"{folder} holds what a run has trained ({kept}) but no checkpoint to go on from: "
+            "start another run under EXPERIMENT.NAME, or remove the folder"
+        )
+    if not resume:
+        return []
+    if not there:
+        raise UserError(
+            f"--resume: there is no checkpoint {folder / LATEST}; start without --resume, or give "
+            "the same config and overrides as the run to continue"
+        )
+    if not (folder / "config.yaml").is_file():  # runs of the original recorded none
+        return []
+    changes = changed_settings(folder, cfg, goes_on=True)
+    recorded = recorded_settings(folder)
+    if "RESIZE" not in recorded.get("DATASET", {}):
+        changes = [change for change in changes if change not in _AS_BEFORE]
+        if not allow_changes and stretched(recorded, cfg):
+            raise UserError(
+                f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
+                "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
+                "--allow-changes"
+            )
+    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+        changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
+    if changes and not allow_changes:
+        raise UserError(
+            f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
+            "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
+        )
+    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    if begun:
+        raise UserError(
+            f"--resume: {folder} has begun with what cannot be changed any more "
+            f"({'; '.join(begun)}): change it back, or start another run under EXPERIMENT.NAME"
+        )
+    return [*changes, *side_settings(folder, cfg)]
+
+
+def trained_file(folder: Path) -> str | None:
+    """A file that only a run leaves which has trained an epoch and saved it.
+
+    One that died before has its config, records, and a line of metrics at most.
+    """
+    for pattern in ("student_*", "summary.json", "latest.damaged"):
+        for path in sorted(folder.glob(pattern)):
+            return path.name
+    metrics = folder / "metrics.jsonl"
+    several = metrics.is_file() and metrics.read_bytes().count(b"\n") > 1
+    return metrics.name if several else None
+
+
+def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
+    """Last and best accuracy, and what the best was selected on.
+
+    With held-out images the test set is used here, once: for the last and for the selected weights.
+    """
+    history = trainer.history
+    timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
+    seconds = sum(seconds for seconds, _ in timed)
+    images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
+    rate = images / seconds if seconds else None
+    seconds += stage_seconds(trainer.log_path)
+    summary: dict[str, Any] = {
+        "epochs": trainer.epoch,
+        "last_acc": history[-1].get(trainer.selects) if history else None,
+        "best_acc": trainer.best_acc,
+        "best_epoch": trainer.best_epoch,
+        "selected_on": "test set",
+        "teacher_acc": teacher_acc,
+        "seconds": seconds,
+        "images_per_second": rate,
+        "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
+    }
+    hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
+    if hits:
+        summary["teacher_hits"] = sum(hits) / len(hits)
+    if data.test is not None:
+        summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
+        summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
+        last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
+        summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
+        trainer.model.load_state_dict(last)
+    for hook in trainer.hooks:
+        summary |= hook.summarize(trainer, data)
+    return summary
+
+
+def stage_seconds(folder: Path) -> float:
+    """What the stages before the main one took, as the run's metrics tell."""
+    path = folder / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
+
+
+def describe(summary: dict[str, Any], folder: Path) -> str:
+    """The summary in a line or two."""
+    last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
+    text = (
+        f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
+        f"{summary['best_epoch']} (selected on the {summary['selected_on']})"
+    )
+    if "test_acc_best" in summary:
+        text += (
+            f"; on the test set: last {summary['test_acc_last']:.2f}, "
+            f"selected {summary['test_acc_best']:.2f}"
+        )
+    if "teacher_hits" in summary:
+        text += f"; the teacher cache saved {summary['teacher_hits']:.1f} % of the teacher's passes"
+    return f"{text}; files in {folder}"

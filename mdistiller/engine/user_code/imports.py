@@ -1,0 +1,178 @@
+"""User code named by a config: `IMPORTS: ["my_method.py", "my_package.models", "my_fork/"]`.
+
+A folder, with a slash behind it, is a fork of the original library: `forks.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mdistiller.distillers import DISTILLERS, adopt
+from mdistiller.engine.config.safe_yaml import shown
+from mdistiller.engine.user_code.forks import (
+    LOADED,
+    UserCode,
+    around,
+    import_method,
+    is_loaded,
+    keep,
+    load_fork,
+    put_in_force,
+    report,
+    snapshot,
+)
+from mdistiller.registry import USER_MODULE, UserError
+
+
+def resolve_imports(names: Any, folder: Path) -> list[str]:
+    """IMPORTS with files as absolute paths: beside the config that names them, or in the cwd.
+
+    Raises:
+        UserError: a file is not there, or `names` is no list of names.
+    """
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)):
+        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
+    resolved = []
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
+        if name.endswith("/"):
+            name = f"{_find_folder(name, folder)}/"
+        elif name.endswith(".py"):
+            places = list(dict.fromkeys([folder / name, Path(name)]))
+            found = next((place for place in places if is_file(place)), None)
+            if found is None:
+                raise UserError(
+                    f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
+                )
+            name = str(found.resolve())
+        resolved.append(name)
+    return resolved
+
+
+def resolve_fork(name: Any, folder: Path) -> str:
+    """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
+    if not isinstance(name, str) or not name.strip("/") or "\0" in name:
+        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
+    return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
+
+
+def _find_folder(name: str, folder: Path) -> Path:
+    places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
+    found = next((place for place in places if is_folder(place)), None)
+    if found is None:
+        raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
+    return found.resolve()
+
+
+def import_user_modules(names: list[str]) -> list[UserCode]:
+    """Import files, modules and forks, as :func:`resolve_imports` gives them, each once.
+
+    What they define registers itself. A file may use the relative imports of a file in
+    `mdistiller/distillers/`. Of a class in the place of one of the library's a line is printed.
+
+    Returns:
+        What each has given that has an effect on the defaults.
+
+    Raises:
+        UserError: one fails while it is imported.
+    """
+    given = []
+    for name in names:
+        try:
+            given.append(load_fork(name) if name.endswith("/") else _load(name))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"IMPORTS: {shown(name)[1:-1]} fails when imported: {reason}"
+            ) from error
+    return given
+
+
+def _load(name: str) -> UserCode:
+    """Import a file or module once, and register what it holds."""
+    if name in LOADED:
+        return put_in_force(name)
+    before = snapshot()
+    defaults: Mapping[str, Any] = {}
+    place = around(Path(name)) if name.endswith(".py") else None
+    if place is not None:
+        module, defaults = import_method(Path(name), place)
+    else:
+        module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
+    adopt(module)
+    earlier = before[0][0]
+    taken = [method for method in DISTILLERS if method not in earlier]
+    replaced = [m for m in earlier if DISTILLERS[m] is not earlier[m]]
+    for method in (*taken, *replaced):
+        if method in defaults and method not in DISTILLERS.config:
+            DISTILLERS.config[method] = defaults[method]
+    report(name, before, only_replaced=place is None)
+    own = {m: DISTILLERS.config[m] for m in replaced if m in DISTILLERS.config}
+    keep(UserCode(name, own, tuple(replaced)), before, only_replaced=True)
+    return put_in_force(name)
+
+
+def is_imported(name: str) -> bool:
+    """Whether a file, a module or a fork has been imported in this process already."""
+    if name.endswith("/"):
+        return is_loaded(name)
+    return (
+        name in LOADED
+        or (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
+    )
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for what can be no name of one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False too for what can be no name of one."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _module_name(path: Path) -> str:
+    """The parent package makes `from ._base import Distiller` mean what it means over there."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return f"mdistiller.distillers{USER_MODULE}{path.stem}_{digest}"
+
+
+def _import_file(path: Path) -> ModuleType:
+    full_name = _module_name(path)
+    if full_name in sys.modules:
+        return sys.modules[full_name]
+    spec = importlib.util.spec_from_file_location(full_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[full_name]
+        raise
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
