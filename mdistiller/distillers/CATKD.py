@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, unit
-from mdistiller.distillers._heads import classify, linear_head
+from mdistiller.distillers.helpers.heads import classify, linear_head
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.registry import UserError
 
 

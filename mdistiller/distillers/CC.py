@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, gram, probe, unit
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}

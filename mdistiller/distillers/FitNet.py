@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size, require_maps
-from mdistiller.distillers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.settings import probe_size
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
 from mdistiller.registry import UserError
 
 __all__ = ["FitNet", "fitnet_loss"]

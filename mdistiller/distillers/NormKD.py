@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, weighted_divergence
+from mdistiller.distillers.helpers.numerics import full_precision, weighted_divergence
+from mdistiller.distillers.helpers.settings import require_positive
 
 _LARGEST = 1e14  # of a logit
 _SMALLEST = 1e-7  # of a standard deviation

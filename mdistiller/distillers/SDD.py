@@ -38,15 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    IGNORE_INDEX,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import labelled_mean
-from mdistiller.distillers._heads import classify, linear_head
-from mdistiller.distillers.logit_losses import dkd_rows, kd_rows, nkd_rows
+from mdistiller.distillers.helpers.decoupled import labelled_mean
+from mdistiller.distillers.helpers.heads import classify, linear_head
+from mdistiller.distillers.helpers.logit_losses import dkd_rows, kd_rows, nkd_rows
+from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive, warmup_factor
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -98,8 +94,8 @@ def region_nkd(
     """NKD of each row [N], see the module's text; `form` is code or fixed."""
     own, others = nkd_rows(logits_student, logits_teacher, target, temperature)
     if form == "code":
-        log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
-        log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
+        log_p = F.log_softmax(scale_logits(logits_student, temperature), dim=1)
+        log_q = F.log_softmax(scale_logits(logits_teacher, temperature), dim=1)
         others = -(log_q.exp() * log_p).sum(dim=1) * temperature**2
     return own + gamma * others
 

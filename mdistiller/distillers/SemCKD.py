@@ -37,16 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    gram,
-    probe,
-    require_positive,
-    unit,
-)
-from mdistiller.distillers._gather import gather_batch
-from mdistiller.distillers._stages import match_size
-from mdistiller.distillers.logit_losses import kd_loss
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.logit_losses import kd_loss
+from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import match_size
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, mean_square_error, pool_to, probe
-from mdistiller.distillers._heads import linear_head
+from mdistiller.distillers.helpers.connectors import pool_to
+from mdistiller.distillers.helpers.heads import linear_head
+from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 

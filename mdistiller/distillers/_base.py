@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
-from mdistiller.distillers._facts import TeacherFact
-from mdistiller.distillers._init_stage import InitPlan
-from mdistiller.distillers._returned import loss_of, require_call
-from mdistiller.distillers._split import Split
-from mdistiller.distillers._standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
+from mdistiller.distillers.helpers.checks import loss_of, require_call
+from mdistiller.distillers.helpers.init_stage import InitPlan
+from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.output import Losses, Output
+from mdistiller.distillers.helpers.split import Split
+from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.teacher_facts import TeacherFact
 from mdistiller.registry import Registry, UserError
 
+__all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
+
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
-Losses = dict[str, Tensor]
 _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
-
-
-@dataclass
-class Output:
-    """What a network returned: logits [N, C] in full precision, and its features.
-
-    `output["feats"]` gives a feature in full precision; `output.features` holds them as returned.
-    """
-
-    logits: Tensor
-    features: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.features:
-            raise missing_feature(name, self.features)
-        return full_precision(self.features[name])
 
 
 class Distiller(nn.Module):
@@ -178,7 +163,7 @@ class Distiller(nn.Module):
         if self.teacher is not None and self.teacher_in_eval_mode:
             self.teacher.eval()
         if self.frozen is not None:
-            self.frozen.renew()
+            self.frozen.refresh()
         if mode and self.init_stage:
             for child in self.children():
                 child.eval()
@@ -324,52 +309,20 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
+        arguments = self._step_arguments
         if isinstance(kwargs.get("image"), (list, tuple)):
-            names = view_names(self.forward_train) or ("image_weak", "image_strong")
-            kwargs |= dict(zip(names, kwargs.pop("image"), strict=True))
+            kwargs |= dict(zip(arguments.views, kwargs.pop("image"), strict=True))
         if self.init_stage:
             return self.init_stages()[self.init_stage].forward_init(**kwargs)
-        if self._accepted is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
-        if not self._required <= kwargs.keys():
-            raise UserError(
-                f"{type(self).__name__}.forward_train needs "
-                f"{', '.join(sorted(self._required - kwargs.keys()))}, but the trainer gives it "
-                f"{', '.join(kwargs)}: set SOLVER.TRAINER to one that belongs to this method"
-            )
+        if arguments.accepted is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name in arguments.accepted}
+        if not arguments.required <= kwargs.keys():
+            raise missing_arguments(self, arguments.required, kwargs)
         return self.forward_train(**kwargs)
 
     @functools.cached_property
-    def _accepted(self) -> set[str] | None:
-        """Names of the arguments of `forward_train`; None if it takes any."""
-        parameters = inspect.signature(self.forward_train).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return None
-        return set(parameters)
-
-    @functools.cached_property
-    def _required(self) -> set[str]:
-        """Names of the arguments of `forward_train` that have no default."""
-        parameters = inspect.signature(self.forward_train).parameters.values()
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        return {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
-
-
-def view_names(forward_train: Callable[..., Any]) -> tuple[str, str] | None:
-    """The arguments of a `forward_train` that take the weak and the strong view; None: no views.
-
-    They are its two arguments that begin with `image_` (or `image` and one such), in order; a
-    name such as `image_s` or `image_strong` before one such as `image_w` is the strong one.
-    """
-    names = [name for name in inspect.signature(forward_train).parameters if name != "image_size"]
-    views = [name for name in names if name.startswith("image_")]
-    if len(views) == 1 and "image" in names:
-        views.insert(0, "image")
-    if len(views) != 2:
-        return None
-    first, second = views
-    swapped = first.startswith("image_s") and second.startswith(("image_w", "image_o"))
-    return (second, first) if swapped else (first, second)
+    def _step_arguments(self) -> StepArguments:
+        return StepArguments.of(self.forward_train)
 
 
 @DISTILLERS.register("NONE")
@@ -393,22 +346,3 @@ class Vanilla(Distiller):
         student = self.run_student(image)
         with torch.autocast(image.device.type, enabled=False):
             return student.logits, {"loss_ce": cross_entropy(student.logits, target)}
-
-
-def adopt(module: ModuleType) -> None:
-    """Register the Distiller subclasses of a module that registers none itself, by class name.
-
-    Such classes come from files written for the original library, where a table elsewhere listed
-    them. A class attribute `config` gives the defaults of their node; without it the node takes
-    any key.
-    """
-    own = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, Distiller)
-        and item.__module__ == module.__name__
-    ]
-    if not any(cls in DISTILLERS.values() for cls in own):
-        for cls in own:
-            DISTILLERS.add(cls.__name__, cls, config=vars(cls).get("config"))

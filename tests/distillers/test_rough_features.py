@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mdistiller.distillers._common import full_precision, unit
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CATKD import catkd_loss
 from mdistiller.distillers.CC import cc_loss
 from mdistiller.distillers.DKD import dkd_rows
+from mdistiller.distillers.helpers.numerics import full_precision, unit
 from mdistiller.distillers.KD import kd_rows
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LOGITS import logits_loss

@@ -8,11 +8,11 @@ from test_logit_losses import hostile_logits
 
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers._standardize import standardize
 from mdistiller.distillers.CTKD import instance_kd_loss
 from mdistiller.distillers.DGKD import dgkd_loss
 from mdistiller.distillers.DIST import dist_loss
 from mdistiller.distillers.DKD import dkd_loss
+from mdistiller.distillers.helpers.standardize import standardize
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.NKD import nkd_loss
 from mdistiller.distillers.TTM import ttm_loss

@@ -20,9 +20,9 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mdistiller.models._base import LIBRARIES, ModelEntry
-from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
 from mdistiller.models.external._wrapper import ExternalNet, first_line
+from mdistiller.models.released import TORCHVISION, Pretrained, pretrained_on
+from mdistiller.models.zoo import LIBRARIES, ModelEntry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, suggest
 

@@ -16,7 +16,6 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.ops import Permute
 
-from mdistiller.models._released import released_file
 from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
@@ -27,6 +26,7 @@ from mdistiller.models.external._wrapper import (
     stage_indices,
     take,
 )
+from mdistiller.models.released import released_file
 from mdistiller.weights import load_checkpoint, load_state, network_state, with_own_head
 
 # Where families keep their blocks, if not at the top level.

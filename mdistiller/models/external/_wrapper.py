@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, UnsupportedError
+from mdistiller.models.staged import StagedNet, UnsupportedError
 from mdistiller.registry import UserError
 
 _QUARTERS = 4

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, UnsupportedError
 from mdistiller.models.external._torchvision import try_maps
 from mdistiller.models.external._wrapper import (
     FAILURES,
@@ -24,6 +23,7 @@ from mdistiller.models.external._wrapper import (
     stage_indices,
     take,
 )
+from mdistiller.models.staged import StagedNet, UnsupportedError
 from mdistiller.registry import UserError
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers._base import Output
-from mdistiller.distillers._common import require_maps, require_one_of
+from mdistiller.distillers.helpers.output import Output
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.shapes import require_maps
 from mdistiller.registry import UserError
 
 FORMS = ("sum", "mean")

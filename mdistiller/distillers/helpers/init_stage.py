@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.distillers._common import blank_image, require_positive, undisturbed
+from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.shapes import blank_image, preserve_state
 from mdistiller.registry import UserError
 
 INIT: dict[str, Any] = {
@@ -60,7 +61,7 @@ def stage_modules(
     ShuffleNetV2's last convolution. `net` is afterwards as it was.
     """
     params = [param for param in net.parameters() if param.requires_grad]
-    with undisturbed(net), torch.enable_grad():
+    with preserve_state(net), torch.enable_grad():
         _, features = net(blank_image(net, image_size))
         found = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
     reached = {id(p) for p, gradient in zip(params, found, strict=True) if gradient is not None}
