@@ -98,8 +98,8 @@ class AB(Distiller):
         self.init, self.init_weight = InitPlan.read("AB", cfg), cfg.AB.INIT.WEIGHT
         require_transfer("AB", self.init, self.feat_loss_weight)
         shapes = [probe(net, image_size) for net in (student, teacher)]
-        self.keys = ["preact_feats" if "preact_feats" in found else "feats" for found in shapes]
-        s_maps, t_maps = (found[key][1:] for found, key in zip(shapes, self.keys, strict=True))
+        self.keys = ["preact_feats" if "preact_feats" in s else "feats" for s in shapes]
+        s_maps, t_maps = (s[key][1:] for s, key in zip(shapes, self.keys, strict=True))
         self.pairs = pair_stages([shape[2] for shape in s_maps], [shape[2] for shape in t_maps])
         self.connectors = nn.ModuleList(
             nn.Identity()
@@ -121,7 +121,7 @@ class AB(Distiller):
 
     def _loss(self, student: Output, teacher: Output) -> Tensor:
         s_maps, t_maps = student[self.keys[0]][1:], teacher[self.keys[1]][1:]
-        own = [
+        connected = [
             connect(s_maps[i]) for (i, _), connect in zip(self.pairs, self.connectors, strict=True)
         ]
-        return ab_loss(own, [t_maps[j] for _, j in self.pairs], self.margin, self.form)
+        return ab_loss(connected, [t_maps[j] for _, j in self.pairs], self.margin, self.form)

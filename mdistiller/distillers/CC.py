@@ -122,7 +122,7 @@ class CC(Distiller):
             raise unknown_form(cfg.CC.FORM)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(
+        s_feat, t_feat = gather_batch(
             self.embed_s(student["pooled_feat"]), self.embed_t(teacher["pooled_feat"])
         )
-        return self.feat_loss_weight * cc_loss(own, other, **self.settings)
+        return self.feat_loss_weight * cc_loss(s_feat, t_feat, **self.settings)

@@ -143,10 +143,10 @@ class CTKD(Distiller):
             self.temperature = InstanceTemperature(classes, hidden, node.INIT)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        own = list(self.temperature.parameters())
-        ids = {id(p) for p in own}
+        params = list(self.temperature.parameters())
+        ids = {id(p) for p in params}
         others = [p for p in self.get_learnable_parameters() if id(p) not in ids]
-        return [{"params": others}, {"params": own, "weight_decay": self.node.PARAM_WD}]
+        return [{"params": others}, {"params": params, "weight_decay": self.node.PARAM_WD}]
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         node, epoch = self.node, batch["epoch"]

@@ -50,10 +50,10 @@ def swap(logits: Tensor, column: Tensor) -> Tensor:
 def soft_swap(logits: Tensor, column: Tensor, margin: float = 0.05) -> Tensor:
     """Logits [N, C] where class `column` [N, 1] leads the best other one by `margin` or more."""
     logits = scale_logits(logits, 1.0)
-    own = logits.gather(1, column)
+    right = logits.gather(1, column)
     wrong, rival = logits.scatter(1, column, float("-inf")).max(dim=1, keepdim=True)
-    half = (wrong - own + margin).clamp(min=0) / 2
-    return logits.scatter(1, rival, wrong - half).scatter(1, column, own + half)
+    half = (wrong - right + margin).clamp(min=0) / 2
+    return logits.scatter(1, rival, wrong - half).scatter(1, column, right + half)
 
 
 def raised(logits: Tensor, column: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ def mode_loss(node: Any) -> RowLoss:
         return kd_rows(student, soft_swap(teacher, column, node.MARGIN), temperature)
 
     def rc(student: Tensor, teacher: Tensor, column: Tensor) -> Tensor:
-        own = kd_rows(student, raised(student, column), temperature)
-        return kd_rows(student, teacher, temperature) + node.RC_WEIGHT * own
+        correction = kd_rows(student, raised(student, column), temperature)
+        return kd_rows(student, teacher, temperature) + node.RC_WEIGHT * correction
 
     def revision(student: Tensor, teacher: Tensor, column: Tensor) -> Tensor:
         return revision_rows(student, teacher, column, node.MSE_WEIGHT, node.SHARE)

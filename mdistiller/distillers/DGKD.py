@@ -148,7 +148,7 @@ class DGKD(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other, labels = gather_batch(student.logits, teacher.logits, target)
-        self.metrics = gradient_metrics(own, other, labels, self.temperature)
-        loss = dgkd_loss(own, other, labels, **self.settings)
+        s_logits, t_logits, labels = gather_batch(student.logits, teacher.logits, target)
+        self.metrics = gradient_metrics(s_logits, t_logits, labels, self.temperature)
+        loss = dgkd_loss(s_logits, t_logits, labels, **self.settings)
         return warmup_factor(batch["epoch"], self.warmup) * loss

@@ -89,5 +89,5 @@ class DIST(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student.logits, teacher.logits)
-        return self.kd_loss_weight * dist_loss(own, other, **self.settings)
+        s_logits, t_logits = gather_batch(student.logits, teacher.logits)
+        return self.kd_loss_weight * dist_loss(s_logits, t_logits, **self.settings)

@@ -44,8 +44,8 @@ def ft_loss(student: Tensor, teacher: Tensor, p: float = 1, form: str = "attenti
     student, teacher = match_size(full_precision(student), full_precision(teacher))
     if form == "attention":
         student, teacher = (x.square().mean(dim=1) for x in (student, teacher))
-    own, other = (unit(x.flatten(1)) for x in (student, teacher))
-    difference = (own - other).abs()
+    s_unit, t_unit = (unit(x.flatten(1)) for x in (student, teacher))
+    difference = (s_unit - t_unit).abs()
     return (difference if p == 1 else difference.pow(p)).mean()
 
 

@@ -103,8 +103,8 @@ def mlkd_terms(
 
 def _changed(kd: Any) -> bool:
     """Whether the KD node, of which the authors' files set MLKD's numbers, is not as it comes."""
-    own = DISTILLERS.config["KD"]
-    return (kd.TEMPERATURE, dict(kd.LOSS)) != (own["TEMPERATURE"], own["LOSS"])
+    defaults = DISTILLERS.config["KD"]
+    return (kd.TEMPERATURE, dict(kd.LOSS)) != (defaults["TEMPERATURE"], defaults["LOSS"])
 
 
 @DISTILLERS.register(

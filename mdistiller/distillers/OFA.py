@@ -150,7 +150,7 @@ def make_branches(
 ) -> nn.ModuleList:
     """A branch behind each of the student's stages."""
     shapes, others = probe(student, image_size), probe(teacher, image_size)
-    s_width, t_width = (found["pooled_feat"][1:].numel() for found in (shapes, others))
+    s_width, t_width = (shape["pooled_feat"][1:].numel() for shape in (shapes, others))
     count, classes = len(shapes["feats"]) - 1, shapes["logits"][1]
     branches: list[nn.Module] = []
     for stage in stages:

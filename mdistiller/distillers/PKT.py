@@ -85,5 +85,5 @@ class PKT(Distiller):
         self.feat_loss_weight = cfg.PKT.LOSS.FEAT_WEIGHT
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
-        return self.feat_loss_weight * pkt_loss(own, other)
+        s_feat, t_feat = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
+        return self.feat_loss_weight * pkt_loss(s_feat, t_feat)

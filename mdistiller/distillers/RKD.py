@@ -133,5 +133,5 @@ class RKD(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
-        return self.feat_loss_weight * rkd_loss(own, other, **self.settings)
+        s_feat, t_feat = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
+        return self.feat_loss_weight * rkd_loss(s_feat, t_feat, **self.settings)

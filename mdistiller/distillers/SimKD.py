@@ -83,10 +83,12 @@ class SimKD(Distiller):
     @torch.no_grad()
     def reuse(self, head: nn.Linear | nn.Conv2d) -> None:
         """Give the student's classifier the weights of `head`, to stay."""
-        own = linear_head(self.student, "student").requires_grad_(False)
-        own.weight.copy_(head.weight.view_as(own.weight))
-        assert own.bias is not None
-        own.bias.copy_(torch.zeros_like(own.bias) if head.bias is None else head.bias)
+        student_head = linear_head(self.student, "student").requires_grad_(False)
+        student_head.weight.copy_(head.weight.view_as(student_head.weight))
+        assert student_head.bias is not None
+        student_head.bias.copy_(
+            torch.zeros_like(student_head.bias) if head.bias is None else head.bias
+        )
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """The backbone's and the neck's: the classifier stays as it is."""

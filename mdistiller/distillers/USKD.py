@@ -81,11 +81,11 @@ def uskd_terms(
     smooth = 0.9 * (target if target.is_floating_point() else labels) + 0.1 / logits.shape[1]
     log_r = F.log_softmax(scale_logits(logits, 1.0).masked_fill(is_target, -math.inf), dim=1)
     log_r = log_r.masked_fill(is_target, 0.0)
-    own, others, weak = (
+    target_term, other_term, weak_term = (
         -labelled_mean((weights * logs).sum(dim=1), labelled)
         for weights, logs in ((soft_target, log_s), (zeta, log_r), (smooth, log_w))
     )
-    return own, others, weak
+    return target_term, other_term, weak_term
 
 
 def _above_average(squares: Tensor, labels: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ def _above_average(squares: Tensor, labels: Tensor) -> Tensor:
     """
     values, index = labels.topk(min(2, labels.shape[1]), dim=1)
     present = values > 0
-    own = squares.gather(1, index) * present
-    mean = own.sum(dim=0) / present.sum(dim=0).clamp(min=1)
-    return torch.zeros_like(squares).scatter(1, index, (own - mean) * present)
+    target_squares = squares.gather(1, index) * present
+    mean = target_squares.sum(dim=0) / present.sum(dim=0).clamp(min=1)
+    return torch.zeros_like(squares).scatter(1, index, (target_squares - mean) * present)
 
 
 @DISTILLERS.register(

@@ -220,9 +220,12 @@ class WKD(Distiller):
         decay = cosine_decay(batch["epoch"], self.decay_from, self.epochs)
         self.metrics, terms = {}, []
         if self.logit_weight:
-            own, moved = self._logit_terms(student.logits, teacher.logits, target)
-            self.metrics |= {"wkd_target": own.detach(), "wkd_logit": moved.detach()}
-            terms.append(own + decay * self.logit_weight * moved)
+            target_term, transport_term = self._logit_terms(student.logits, teacher.logits, target)
+            self.metrics |= {
+                "wkd_target": target_term.detach(),
+                "wkd_logit": transport_term.detach(),
+            }
+            terms.append(target_term + decay * self.logit_weight * transport_term)
         if self.feat_weight:
             maps = self.projector(student["feats"][self.layer]), teacher["feats"][self.layer]
             distance = wkd_feature_loss(*maps, self.grid, self.ratio)

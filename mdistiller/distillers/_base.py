@@ -226,10 +226,10 @@ class Distiller(nn.Module):
 
         With `teacher_logits` in `batch`, [N, C], the teacher does not run.
         """
-        known = batch.pop("teacher_logits", None)
+        cached = batch.pop("teacher_logits", None)
         student, teacher = self.run_student(image), None
         if self.distills:
-            teacher = self.run_teacher(image) if known is None else Output(known, {})
+            teacher = self.run_teacher(image) if cached is None else Output(cached, {})
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight

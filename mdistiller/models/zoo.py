@@ -75,8 +75,8 @@ class ModelEntry(NamedTuple):
         """What the released weights for keyword arguments `settings` were trained on, if known."""
         if self.checkpoint is not None:
             return pretrained_on(self.checkpoint)
-        known = getattr(self.constructor, "pretrained_on", None)
-        return known(settings) if known else None
+        describe = getattr(self.constructor, "pretrained_on", None)
+        return describe(settings) if describe else None
 
     def preprocessing(self, settings: Mapping[str, Any], weights: Any = "") -> Preprocessing | None:
         """How the images of weights of this architecture's own library are prepared, if known.
@@ -84,11 +84,11 @@ class ModelEntry(NamedTuple):
         Args:
             weights: a file, whose name may be that of one of several releases.
         """
-        known = getattr(self.constructor, "preprocessing", None)
-        if known:
-            return known(settings, split_key(weights)[0].name)  # type: ignore[no-any-return]
-        found = self.pretrained_on(settings)
-        return found.preprocessing if found else None
+        describe = getattr(self.constructor, "preprocessing", None)
+        if describe:
+            return describe(settings, split_key(weights)[0].name)  # type: ignore[no-any-return]
+        release = self.pretrained_on(settings)
+        return release.preprocessing if release else None
 
     @property
     def of_library(self) -> bool:
@@ -104,14 +104,14 @@ class ModelEntry(NamedTuple):
 
     def default_classes(self) -> int:
         """The number of classes that the constructor takes if it is told none."""
-        known = inspect.signature(self.constructor).parameters.get("num_classes")
-        if known is None or known.default is known.empty:
+        argument = inspect.signature(self.constructor).parameters.get("num_classes")
+        if argument is None or argument.default is argument.empty:
             name = getattr(self.constructor, "__name__", type(self.constructor).__name__)
             raise UserError(
                 f"the checkpoint of {name} is for a number of classes that its constructor does "
                 "not state: give it num_classes=..., with a default (docs/own_backbone.md)"
             )
-        return int(known.default)
+        return int(argument.default)
 
     def released(self, num_classes: int | None = None, fetch: bool = True) -> Path | None:
         """The file of the released weights; None if it is not there.
@@ -187,8 +187,7 @@ def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """
     library, slash, _ = name.partition("/")
     if slash:
-        found: ModelEntry = LIBRARIES[library](name)
-        return found
+        return LIBRARIES[library](name)  # type: ignore[no-any-return]
     entry = _ZOOS[zoo][name]
     return entry if isinstance(entry, ModelEntry) else ModelEntry(*entry)
 

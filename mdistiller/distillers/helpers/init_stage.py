@@ -63,12 +63,12 @@ def stage_modules(
     params = [param for param in net.parameters() if param.requires_grad]
     with preserve_state(net), torch.enable_grad():
         _, features = net(blank_image(net, image_size))
-        found = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
-    reached = {id(p) for p, gradient in zip(params, found, strict=True) if gradient is not None}
+        gradients = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
+    reached = {id(p) for p, gradient in zip(params, gradients, strict=True) if gradient is not None}
 
     def outermost(module: nn.Module) -> list[nn.Module]:
-        own = [id(param) for param in module.parameters()]
-        if own and reached.issuperset(own):
+        ids = [id(param) for param in module.parameters()]
+        if ids and reached.issuperset(ids):
             return [module]
         return [inner for child in module.children() for inner in outermost(child)]
 

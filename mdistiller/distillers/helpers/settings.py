@@ -20,26 +20,26 @@ def require_positive(key: str, value: float) -> float:
     return value
 
 
-def require_one_of(key: str, value: str, known: Sequence[str]) -> str:
-    """`value` if it is among `known`; the error names the config key."""
-    if value not in known:
-        raise UserError(f"{key} {value!r} is none of {', '.join(known)}")
+def require_one_of(key: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` if it is among `allowed`; the error names the config key."""
+    if value not in allowed:
+        raise UserError(f"{key} {value!r} is none of {', '.join(allowed)}")
     return value
 
 
-def resolve_setting(key: str, value: Any, default: Any, found: Any) -> Any:
-    """What to use for a setting that the networks determine: `found`.
+def resolve_setting(key: str, value: Any, default: Any, needed: Any) -> Any:
+    """The value of a setting that the networks determine: `needed`.
 
     Raises:
         UserError: `value` is neither that nor the default, so somebody meant something else.
     """
-    if isinstance(found, (list, tuple)):
-        value, default, found = list(value), list(default), list(found)
-    if value not in (found, default):
+    if isinstance(needed, (list, tuple)):
+        value, default, needed = list(value), list(default), list(needed)
+    if value not in (needed, default):
         raise UserError(
-            f"{key} is {value}, but these networks need {found}; set that, or leave the key out"
+            f"{key} is {value}, but these networks need {needed}; set that, or leave the key out"
         )
-    return found
+    return needed
 
 
 def probe_size(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mdistiller.registry import UserError
 
 
-def missing_feature(name: str, known: Iterable[str]) -> UserError:
+def missing_feature(name: str, returned: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""
     return UserError(
         f"this method needs {name!r}, which the network does not return "
-        f"(it returns {', '.join(known) or 'no features'}; docs/own_backbone.md)"
+        f"(it returns {', '.join(returned) or 'no features'}; docs/own_backbone.md)"
     )
 
 
@@ -95,5 +95,5 @@ def get_feat_shapes(
 ) -> tuple[list[torch.Size], list[torch.Size]]:
     """Shapes of the `feats` of both networks for one image of `input_size` (height, width)."""
     shapes = [probe(net, input_size) for net in (student, teacher)]
-    first, second = (found.get("feats") or found["feats"] for found in shapes)
+    first, second = (s.get("feats") or s["feats"] for s in shapes)
     return first, second
