@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
-from mdistiller.distillers.helpers.checks import loss_of, require_call
-from mdistiller.distillers.helpers.init_stage import InitPlan
+from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
 from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
 from mdistiller.distillers.helpers.output import Losses, Output
 from mdistiller.distillers.helpers.split import Split
 from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
 from mdistiller.distillers.helpers.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
@@ -27,7 +27,7 @@ _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 
 
-class Distiller(nn.Module):
+class Distiller(Trainable):
     """A student and a teacher trained as one module; the base of every method.
 
     Most methods override :meth:`distill`; one of another shape (several views, no cross-entropy,
@@ -63,8 +63,6 @@ class Distiller(nn.Module):
         split: set by a trainer that wants `loss_tckd` and `loss_nckd` in place of `loss_kd`; of a
             class with :meth:`distill_split`.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
-        init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
-        init_stage: name of that stage while it runs.
         frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
             the same, sooner. It is no module, and in no state dict.
         watches_teacher: whether the method has put hooks on the teacher; the engine finds out.
@@ -84,8 +82,6 @@ class Distiller(nn.Module):
     label_smoothing: float = 0.0
     split: Split | None = None
     distills: bool = True
-    init: InitPlan | None = None
-    init_stage: str = ""
     frozen: Any = None
     watches_teacher: bool = False
 
@@ -171,30 +167,6 @@ class Distiller(nn.Module):
                 module.train()
         return self
 
-    def extra_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the method adds to the two networks; no frozen ones."""
-        networks = {id(p) for p in self.student.parameters()}
-        if self.teacher is not None:
-            networks |= {id(p) for p in self.teacher.parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in networks]
-
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """The student's parameters, then the method's own, each in registration order."""
-        return [*self.student.parameters(), *self.extra_parameters()]
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`.
-
-        Classes of the original add their modules in `get_learnable_parameters` once more: a
-        parameter that is listed twice counts once.
-        """
-        learnable = {id(p): p for p in self.get_learnable_parameters()}
-        return [{"params": list(learnable.values())}]
-
-    def get_extra_parameters(self) -> int:
-        """Number of values the method adds to the student while training (0 at test time)."""
-        return sum(p.numel() for p in self.extra_parameters())
-
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         """The method's weighted loss, a scalar.
 
@@ -258,22 +230,6 @@ class Distiller(nn.Module):
         """Take one of `teacher_facts`, into the buffer of its name; called before training."""
         getattr(self, name).copy_(value)
 
-    def init_stages(self) -> dict[str, Distiller]:
-        """The stages to train before the main one, in order: name -> the method it is of."""
-        return {"init": self} if self.init is not None and self.init.epochs else {}
-
-    def init_modules(self) -> list[nn.Module]:
-        """What the initialisation stage trains, and has in train mode; the rest stays as it is."""
-        raise TypeError(f"{type(self).__name__} must override init_modules()")
-
-    def init_param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups of the initialisation stage: those of its modules."""
-        return [{"params": [p for module in self.init_modules() for p in module.parameters()]}]
-
-    def init_loss(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        """What the initialisation stage minimises, a scalar; arguments as of :meth:`distill`."""
-        raise TypeError(f"{type(self).__name__} must override init_loss(...) or forward_init(...)")
-
     def forward_init(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Logits and loss terms of a step of the initialisation stage."""
         student, teacher = self.run_student(image), self.run_teacher(image)
@@ -283,7 +239,7 @@ class Distiller(nn.Module):
 
     def run_student(self, image: Tensor) -> Output:
         """The student's output, with gradient."""
-        logits, features = self.student(image)
+        logits, features = logits_and_features(self.student(image), self.student)
         return Output(full_precision(logits), features)
 
     @torch.no_grad()
@@ -292,12 +248,14 @@ class Distiller(nn.Module):
         if self.teacher is None:
             raise TypeError(f"{type(self).__name__} has no teacher to run")
         rests = self.frozen is not None and not self.teacher.training
-        logits, features = (self.frozen if rests else self.teacher)(image)
+        output = (self.frozen if rests else self.teacher)(image)
+        logits, features = logits_and_features(output, self.teacher)
         return Output(full_precision(logits), features)
 
     def forward_test(self, image: Tensor) -> Tensor:
         """Logits at test time."""
-        return self.student(image)[0]
+        logits: Tensor = logits_and_features(self.student(image), self.student)[0]
+        return logits
 
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.

@@ -13,6 +13,7 @@ import importlib
 import pkgutil
 
 from mdistiller.models.cost import count_cost
+from mdistiller.models.external.plain import as_staged
 from mdistiller.models.staged import StagedNet
 from mdistiller.models.zoo import (
     ModelEntry,
@@ -28,6 +29,7 @@ from mdistiller.models.zoo import (
 __all__ = [
     "ModelEntry",
     "StagedNet",
+    "as_staged",
     "cifar_model_dict",
     "count_cost",
     "get_model_entry",

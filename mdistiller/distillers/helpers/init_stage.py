@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdistiller.distillers.helpers.checks import logits_and_features
 from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.distillers.helpers.shapes import blank_image, preserve_state
 from mdistiller.registry import UserError
@@ -62,7 +63,7 @@ def stage_modules(
     """
     params = [param for param in net.parameters() if param.requires_grad]
     with preserve_state(net), torch.enable_grad():
-        _, features = net(blank_image(net, image_size))
+        _, features = logits_and_features(net(blank_image(net, image_size)), net)
         gradients = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
     reached = {id(p) for p, gradient in zip(params, gradients, strict=True) if gradient is not None}
 

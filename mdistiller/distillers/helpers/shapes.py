@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdistiller.distillers.helpers.checks import logits_and_features
 from mdistiller.registry import UserError
 
 
@@ -79,7 +80,7 @@ def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureSha
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.
     """
     with preserve_state(net):
-        logits, features = net(blank_image(net, image_size))
+        logits, features = logits_and_features(net(blank_image(net, image_size)), net)
     outputs = {"logits": logits, **features}
     return FeatureShapes({name: _shapes(value) for name, value in outputs.items()})
 
