@@ -179,7 +179,7 @@ def test_under_autocast_the_losses_are_float32_and_finite(dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is none of as_coded, per_item"),
+        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is not one of as_coded, per_item"),
         (["MLKD.TEMPS", []], r"MLKD\.TEMPS is empty"),
         (["MLKD.TEMPS", [4.0, 0.0]], r"MLKD\.TEMPS must be positive, got 0"),
     ],

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mdistiller.distillers import FitNet, KD, Distiller
+from mdistiller.distillers import KD, Distiller, FitNet
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import as_staged
 from mdistiller.registry import UserError

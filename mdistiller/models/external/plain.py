@@ -1,4 +1,4 @@
-"""A user's plain classifier, one that returns logits and little else, as a StagedNet."""
+"""Wrapper that makes a StagedNet of a plain classifier, which returns logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mdistiller.registry import UserError
 
 
 class PlainNet(ExternalNet):
-    """A network that returns logits, alone or with other things, wrapped.
+    """A wrapped network that returns logits, alone or with other values.
 
     Its classifier is the linear layer (or 1x1 convolution) whose output is the logits, and its
     stages are the last maps of each resolution. A network with RepDistiller's signature,
@@ -140,9 +140,9 @@ class LogitsNet(nn.Module):
 
 
 def has_maps(net: nn.Module, image_size: Sequence[int]) -> bool:
-    """Whether a layer of a network gives a map of more than one position; leaves it as it was.
+    """Whether a layer of a network returns a map of more than one position.
 
-    True as well where that cannot be tried.
+    True if the network does not run on such images. Its mode is restored.
     """
     seen: list[bool] = []
     hooks = [
@@ -164,7 +164,7 @@ def has_maps(net: nn.Module, image_size: Sequence[int]) -> bool:
 
 
 def as_staged(net: nn.Module, name: str, image_size: Sequence[int]) -> nn.Module:
-    """`net` itself if it returns `(logits, {...})` by itself, else wrapped.
+    """`net` itself if it returns `(logits, features)`, else wrapped.
 
     Raises:
         UserError: it does not run on such images, or cannot be wrapped.
@@ -175,7 +175,7 @@ def as_staged(net: nn.Module, name: str, image_size: Sequence[int]) -> nn.Module
     try:
         with torch.no_grad():
             output = net.eval()(torch.zeros(1, 3, *image_size))
-    except Exception:  # which the wrapper reports
+    except Exception:  # the wrapper reports it
         output = None
     net.train(training)
     if keeps_contract(output):
@@ -191,14 +191,14 @@ def keeps_contract(output: Any) -> bool:
 
 
 def is_logits_and_mapping(output: Any) -> bool:
-    """Whether a network's output is logits, and a mapping of further things, perhaps empty."""
+    """Whether a network's output is logits and a mapping, perhaps empty."""
     if not (isinstance(output, (tuple, list)) and len(output) == 2):
         return False
     return isinstance(output[0], Tensor) and isinstance(output[1], Mapping)
 
 
 def logits_in(output: Any) -> Tensor | None:
-    """The logits in what a plain network returned: a tensor, a tuple, or a thing with `logits`."""
+    """The logits in a plain network's output: a tensor, a tuple, or an object with `logits`."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
