@@ -216,13 +216,15 @@ class Distiller(Trainable):
             if teacher is None:
                 losses["loss_kd"] = student.logits.new_zeros(())
                 return student.logits, losses
-            outputs = self.standardized(student), self.standardized(teacher)
+            logits = student.logits
+            if self._lskd is not None:
+                student, teacher = self.standardized(student), self.standardized(teacher)
             if self.split is None:
-                losses["loss_kd"] = loss_of(self, self.distill(*outputs, target, **batch))
+                losses["loss_kd"] = loss_of(self, self.distill(student, teacher, target, **batch))
             else:
-                terms = self.distill_split(*outputs, target, self.split, **batch)
+                terms = self.distill_split(student, teacher, target, self.split, **batch)
                 losses["loss_tckd"], losses["loss_nckd"] = terms
-        return student.logits, losses
+        return logits, losses
 
     def standardize(self, logits: Tensor) -> Tensor:
         """Logits [N, C, ...] as the distillation loss reads them (`helpers/standardize.py`)."""

@@ -104,9 +104,12 @@ class StagedNet(nn.Module):
             final_map = self.neck(final_map)
         pooled = self.embed(final_map)
         logits = self.classifier()(pooled).flatten(1)
-        features: dict[str, Any] = {"feats": [out for out, _ in outputs]}
-        if all(preact is not None for _, preact in outputs):
-            features["preact_feats"] = [preact for _, preact in outputs]
+        feats, preact_feats = map(list, zip(*outputs, strict=True))
+        features: dict[str, Any] = {"feats": feats, "preact_feats": preact_feats}
+        for preact in preact_feats:
+            if preact is None:  # a stage without a last ReLU
+                del features["preact_feats"]
+                break
         return logits, features | {"pooled_feat": pooled, "final_map": final_map}
 
     def classifier(self) -> nn.Linear | nn.Conv2d:

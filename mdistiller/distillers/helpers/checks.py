@@ -76,10 +76,12 @@ def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(losses, Mapping) or not losses:
         pair = f"({_described(output)}, {_described(losses)})"
         raise UserError(f"{where} returned {pair}; {wanted}")
+    learns = not torch.is_grad_enabled()
     for name, loss in losses.items():
         if not (isinstance(loss, Tensor) and loss.is_floating_point()):
             raise UserError(f"{where} returned {_described(loss)} as {name!r}; {wanted}")
-    if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+        learns |= loss.requires_grad
+    if not learns:
         raise UserError(
             f"{where} returned losses without gradient ({', '.join(map(str, losses))}): compute "
             "them from the student's output outside torch.no_grad() and detach()"
