@@ -105,6 +105,11 @@ class Meters(dict[str, AverageMeter]):
                 self[name].update(value, step.batch_size)
             self["losses"].update(sum(terms.values()), step.batch_size)
 
+    @property
+    def loss(self) -> float:
+        """The mean of the summed terms so far; 0 before any were read."""
+        return self["losses"].avg
+
     def sums(self) -> dict[str, list[float]]:
         """Last value, sum and count of every mean, by name: what :meth:`restore` takes."""
         return {name: [meter.val, float(meter.sum), meter.count] for name, meter in self.items()}
@@ -120,7 +125,7 @@ class Meters(dict[str, AverageMeter]):
         """Means over all processes, by name."""
         self.flush()
         if not math.isfinite(self["losses"].avg):  # of a trainer that keeps its own meters
-            raise NonFiniteLossError("non-finite loss: the mean over the epoch is no number")
+            raise NonFiniteLossError("non-finite loss: the epoch's mean loss is NaN or infinite")
         names = sorted(self)
         sums = [[self[name].sum, self[name].count] for name in names]
         totals = sum_over_ranks(torch.tensor(sums, device=device).reshape(-1, 2)).tolist()

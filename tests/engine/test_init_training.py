@@ -13,8 +13,8 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.init_stage import STRIDE, InitTrainer
 from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.stages import STRIDE, InitTrainer
 from mdistiller.engine.trainer import BaseTrainer, seed_everything
 from mdistiller.registry import UserError
 
@@ -224,7 +224,7 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path, monkeypatch, whole, stop):
 
 KILL = """
 import os, signal
-from mdistiller.engine.init_stage import InitTrainer
+from mdistiller.engine.stages import InitTrainer
 
 whole = InitTrainer.train_iter
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mdistiller.dataset import first_difference
 from mdistiller.dataset.memory.loader import TrainLoader
@@ -75,14 +76,12 @@ class Progress:
         meters: its means so far.
         started: when it would have begun, had it not been interrupted (of `time.perf_counter`).
         batches: those that are left.
-        known: to the teacher cache, of the images behind.
     """
 
     epoch: int
     meters: Meters
     started: float
     batches: Iterable[Any] = field(default_factory=tuple)
-    known: int = 0
 
     @property
     def seconds(self) -> float:
@@ -91,7 +90,7 @@ class Progress:
 
 
 def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
-    """Seed an epoch and begin it, or go on in it where the checkpoint says so."""
+    """Seed an epoch and begin it, or continue in it where the checkpoint was written."""
     trainer.seed_epoch(epoch)
     meters = Meters(
         interval=1 if trainer.device.type == "cpu" else 50,
@@ -102,48 +101,53 @@ def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
     trainer.distiller.train()
     if position is None or position["epoch"] != epoch:
         trainer.step = 0
+        trainer.call("before_epoch", {})
         return progress
-    loader, start = trainer.train_loader, trainer.step
-    if isinstance(loader, TrainLoader):
-        loader.set_epoch(loader.epoch, start)
-        progress.batches = iter(loader)
-    elif hasattr(loader, "load_state_dict"):  # knows where it is
-        progress.batches = iter(loader)
-    else:  # of someone else: the batches are made, and left out
-        progress.batches = iter(loader)
-        for _ in islice(progress.batches, start):
-            pass
+    progress.batches = _batches_after(trainer.train_loader, trainer.step)
     progress.started -= position["seconds"]
     processes = position["processes"]
+    saved: Mapping[str, Any] = {}
     if len(processes) == world_size():
-        own = processes[rank()]
-        meters.restore([own["meters"]])
-        progress.known = own.get("known", 0)
-        set_random_state(own["random"], trainer.device)
+        saved = processes[rank()]
+        meters.restore([saved["meters"]])
+        set_random_state(saved["random"], trainer.device)
     else:  # other processes draw other numbers
-        seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), start)
+        seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), trainer.step)
         sums = [process["meters"] for process in processes]
         meters.restore(sums if rank() == 0 else [dict.fromkeys(sums[0], (0.0, 0.0, 0.0))])
+    trainer.call("before_epoch", saved)
     return progress
 
 
-def current_position(trainer: Trainer, progress: Progress) -> Position:
+def _batches_after(loader: Any, start: int) -> Iterable[Any]:
+    """The batches of an epoch without the first `start`."""
+    if isinstance(loader, TrainLoader):
+        loader.set_epoch(loader.epoch, start)
+        return iter(loader)
+    batches = iter(loader)
+    if not hasattr(loader, "load_state_dict"):  # a loader that cannot skip makes them all
+        for _ in islice(batches, start):
+            pass
+    return batches
+
+
+def current_position(trainer: Trainer) -> Position:
     """Where all processes are in an epoch, between two optimizer steps; all have to call this.
 
     Raises:
-        NonFiniteLossError: a step behind had a loss that is none.
+        NonFiniteLossError: a step before had a non-finite loss.
     """
+    progress = trainer.progress
     progress.meters.flush()
-    trainer.guard.read()
-    own: dict[str, Any] = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
-    if trainer.teacher_cache is not None:
-        trainer.teacher_cache.keep(trainer.step)
-        own["known"] = trainer.teacher_cache.known(trainer.step)
+    state: dict[str, Any] = {}
+    for hook in trainer.hooks:
+        state |= hook.epoch_state(trainer)
+    state |= {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
     return {
         "epoch": progress.epoch,
         "updates": -(-trainer.step // trainer.accumulate),
         "seconds": progress.seconds,
-        "processes": of_all_processes(own),
+        "processes": of_all_processes(state),
     }
 
 
@@ -159,7 +163,6 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
         "history": trainer.history,
-        "skipped": trainer.guard.skipped,
         "log_sizes": {
             name: size for hook in trainer.hooks for name, size in hook.sizes(trainer).items()
         },
@@ -202,7 +205,7 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
         group.update({key: settings[key] for key in settings if key != "params"})
     losses = [record.get("train_loss", 0.0) for record in trainer.history]
     unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages
-    if unknown and trainer.cfg.SOLVER.SCHEDULE == "plateau":
+    if unknown and isinstance(trainer.scheduler, ReduceLROnPlateau):
         raise UserError(
             f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
             "SOLVER.SCHEDULE"
@@ -225,7 +228,6 @@ def restore(trainer: Trainer) -> None:
     trainer.best_epoch = int(state.get("best_epoch", 0))
     trainer.history = state.get("history", [])
     trainer.init_state = state.get("init")
-    trainer.guard.skipped = int(state.get("skipped", 0))
     restore_position(trainer, state.get("position"))
     restore_schedule(trainer, state, path)
     for hook in trainer.hooks:

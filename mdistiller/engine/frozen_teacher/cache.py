@@ -11,6 +11,7 @@ be, for which a row's bits are the same whatever the others are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mdistiller.engine.frozen_teacher.fingerprint import (
 )
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -40,8 +42,8 @@ _PROBES = 8  # images whose logits a file holds to be compared
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
 
 
-class TeacherCache:
-    """The teacher's logits for the batches of a run.
+class TeacherCache(Hook):
+    """Gives the distiller the teacher's logits of every batch, so that the teacher need not run.
 
     Each epoch: :meth:`begin`, :meth:`logits` of every step in order, :meth:`finish`.
 
@@ -68,6 +70,19 @@ class TeacherCache:
         self.teacher = teacher
         self._store: LogitStore | None = None
         self._writes = True
+
+    def before_epoch(self, trainer: Trainer, saved: Mapping[str, Any]) -> None:
+        self.begin(trainer.step, saved.get("known", 0))
+
+    def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
+        inputs["teacher_logits"] = self.logits(trainer.step - 1)
+
+    def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
+        return self.finish()
+
+    def epoch_state(self, trainer: Trainer) -> dict[str, Any]:
+        self.keep(trainer.step)
+        return {"known": self.known(trainer.step)}
 
     def begin(self, step: int = 0, known: int = 0) -> None:
         """Take what is known of the epoch that the loader has drawn, and go on behind `step`.

@@ -14,7 +14,7 @@ import torch
 from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
-from mdistiller.engine.callbacks.preemption import listening
+from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint, replacing
@@ -101,7 +101,7 @@ def train(
     set_determinism(cfg.SOLVER.DETERMINISTIC)
     if resume == "auto":
         resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
-    with listening(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
+    with handle_signals(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
         return _train(cfg, name, resume, device, hooks, allow_changes, prepare)
 
 
