@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,22 @@ from mdistiller.models.normalize import input_norm
 from mdistiller.registry import UserError
 
 Position = dict[str, Any]
+
+
+_waited = threading.local()
+
+
+def run_clock() -> float:
+    """Seconds, as of `time.perf_counter`, in which the run of this thread did not wait for others.
+
+    Of runs that take turns each counts its own time.
+    """
+    return time.perf_counter() - getattr(_waited, "seconds", 0.0)
+
+
+def add_waited(seconds: float) -> None:
+    """Leave seconds out of :func:`run_clock`."""
+    _waited.seconds = getattr(_waited, "seconds", 0.0) + seconds
 
 
 def seed_everything(*parts: int) -> None:
@@ -74,7 +91,7 @@ class Progress:
     Attributes:
         epoch: which.
         meters: its means so far.
-        started: when it would have begun, had it not been interrupted (of `time.perf_counter`).
+        started: when it would have begun, had it not been interrupted (of :func:`run_clock`).
         batches: those that are left.
     """
 
@@ -86,7 +103,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """What it has taken so far."""
-        return time.perf_counter() - self.started
+        return run_clock() - self.started
 
 
 def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
@@ -96,7 +113,7 @@ def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
         interval=1 if trainer.device.type == "cpu" else 50,
         tolerant=trainer.cfg.SOLVER.SKIP_NONFINITE > 0,
     )
-    progress = Progress(epoch, meters, time.perf_counter(), trainer.train_loader)
+    progress = Progress(epoch, meters, run_clock(), trainer.train_loader)
     position, trainer.position = trainer.position, None
     trainer.distiller.train()
     if position is None or position["epoch"] != epoch:

@@ -11,7 +11,7 @@ be, for which a row's bits are the same whatever the others are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class TeacherCache(Hook):
         distiller: the method, unwrapped, its teacher frozen.
         loader: of the training images.
 
+    Attributes:
+        teacher_runs: whether the teacher runs on every batch anyway, for other runs that take turns
+            with this one (`run/together.py`).
+
     Raises:
         UserError: the config asks for what cannot be.
     """
@@ -70,11 +74,18 @@ class TeacherCache(Hook):
         self.teacher = teacher
         self._store: LogitStore | None = None
         self._writes = True
+        self._epoch = 0  # the one begun
+        self.teacher_runs: Callable[[], bool] = lambda: False
 
     def before_epoch(self, trainer: Trainer, saved: Mapping[str, Any]) -> None:
-        self.begin(trainer.step, saved.get("known", 0))
+        self.loader = trainer.train_loader
+        if self._epoch != self.loader.epoch:  # else another run of the group has begun it
+            self.begin(trainer.step, saved.get("known", 0))
+            self._epoch = self.loader.epoch
 
     def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
+        if self.teacher_runs():
+            self._take_batch(trainer.step - 1, inputs["image"])
         inputs["teacher_logits"] = self.logits(trainer.step - 1)
 
     def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
@@ -123,6 +134,15 @@ class TeacherCache(Hook):
             self._rows.index_copy_(0, part, rows[: len(part)])
             self._done += len(part)
         return self._rows[start:stop].clone()  # the method may write into it
+
+    def _take_batch(self, step: int, images: Tensor) -> None:
+        """Take what is missing for a step from a run of the teacher on its whole batch."""
+        start, stop = self._before(step), self._before(step + 1)
+        needed = int(np.searchsorted(self._missing, stop))
+        if self._done < needed and stop - start == self.loader.batch_size:
+            part = self._todo[self._done : needed]
+            self._rows.index_copy_(0, part, self._run(images)[part - start])
+            self._done = needed
 
     def _before(self, step: int) -> int:
         """Images in the batches before a step."""
