@@ -61,9 +61,9 @@ def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
     """
     seen: set[int] = set()
     for group in groups:  # a parameter in two places would be stepped twice
-        own = {id(p): p for p in group["params"] if id(p) not in seen}
-        seen |= set(own)
-        group["params"] = list(own.values())
+        params = {id(p): p for p in group["params"] if id(p) not in seen}
+        seen |= set(params)
+        group["params"] = list(params.values())
     return OPTIMIZERS[solver.TYPE](decay_groups(groups, solver), solver)
 
 

@@ -305,12 +305,12 @@ class BaseTrainer(Optimization):
 
     def progress_line(self, record: dict[str, Any]) -> str:
         """What is printed of an epoch, between its learning rate and its speed."""
-        known = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
+        hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
         averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         return (
             f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
             f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-            f"(best {self.best_acc:.2f})  {averaged}{known}"
+            f"(best {self.best_acc:.2f})  {averaged}{hits}"
         )
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:

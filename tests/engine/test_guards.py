@@ -124,10 +124,10 @@ def test_a_device_leaves_a_step_out_by_itself(kind):
     trainer.scaler._enabled = False
     seen = []
     for gradient in (1.0, float("nan"), 1.0, float("inf")):
-        guard.begin(trainer, {})
+        guard.before_forward(trainer, {})
         buffer += gradient
         param.grad = torch.full((3,), gradient)
-        guard.see({"loss": torch.tensor(1.0)})
+        guard.after_forward(trainer, {"loss": torch.tensor(1.0)})
         assert guard.allows(trainer, [param.grad])
         optimizer.step()
         seen.append((param[0].item(), buffer[0].item()))
@@ -144,7 +144,7 @@ def test_numbers_read_late_name_the_samples_and_say_so(tmp_path):
         begins_step=True, stage="", epoch=2, step=7, log_path=tmp_path, model=None
     )
     for number in range(7):
-        guard.begin(trainer, {"index": torch.tensor([number])})
+        guard.before_forward(trainer, {"index": torch.tensor([number])})
     error = guard.report(trainer, NonFiniteLossError("non-finite loss", ago=3))
     assert "1 samples (3)" in str(error)
     assert "noticed 3 steps later: without inputs and weights" in str(error)

@@ -102,8 +102,8 @@ class Checkpoint(Hook):
         this = (store.entry(LATEST) or store.entry(PREVIOUS) or {}).get("sha256", "")
         if not this:  # a run of the original, whose files stay as they are
             return
-        found = {name: store.entry(name) or {} for name in (*wholes, *networks)}
-        done = [name for name in found if found[name].get("of") == this]
+        entries = {name: store.entry(name) or {} for name in (*wholes, *networks)}
+        done = [name for name in entries if entries[name].get("of") == this]
         for name in wholes:
             if name not in done:
                 store.save(saved_state(trainer), name, epoch=epoch, of=this)

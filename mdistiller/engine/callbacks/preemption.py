@@ -160,8 +160,8 @@ class PreemptionHandler(Hook):
         self._left -= 1
         if self._left > 0:
             return False, False
-        own = [stop, save and is_main_process(), (now - self._looked) / self._interval]
-        shared = torch.tensor(own, dtype=torch.float64)
+        flags = [stop, save and is_main_process(), (now - self._looked) / self._interval]
+        shared = torch.tensor(flags, dtype=torch.float64)
         wait_with_patience(shared, self.patience)
         stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
         self._looked = time.monotonic()

@@ -190,8 +190,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def schedule_state(trainer: Trainer) -> dict[str, Any]:
     """Of what moves the weights, and the settings that it is of."""
     names = ("optimizer", "scheduler", "scaler")
-    own = {name: getattr(trainer, name).state_dict() for name in names}
-    return {**own, "settings": _settings(trainer)}
+    state = {name: getattr(trainer, name).state_dict() for name in names}
+    return {**state, "settings": _settings(trainer)}
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
     """
     optimizer, now = trainer.optimizer, _settings(trainer)
     before = saved.get("settings", now)  # older files do not say
-    own = [dict(group) for group in optimizer.param_groups]
+    configured = [dict(group) for group in optimizer.param_groups]
     if before["optimizer"] == now["optimizer"]:
         try:
             optimizer.load_state_dict(saved["optimizer"])
@@ -218,7 +218,7 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
     if "scheduler" in saved and before == now:
         trainer.scheduler.load_state_dict(saved["scheduler"])
         return
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update({key: settings[key] for key in settings if key != "params"})
     losses = [record.get("train_loss", 0.0) for record in trainer.history]
     unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages

@@ -95,11 +95,11 @@ class TeacherCache(Hook):
         self.keep(trainer.step)
         return {"known": self.known(trainer.step)}
 
-    def begin(self, step: int = 0, known: int = 0) -> None:
-        """Take what is known of the epoch that the loader has drawn, and go on behind `step`.
+    def begin(self, step: int = 0, hits: int = 0) -> None:
+        """Read the stored logits of the epoch that the loader has drawn, and continue after `step`.
 
         Args:
-            known: images before, as :meth:`known` gave it.
+            hits: how many images before `step` were stored, as :meth:`known` gave it.
         """
         if self._store is None:
             self._store = self._open()
@@ -109,16 +109,16 @@ class TeacherCache(Hook):
         index = torch.cat(batches)
         self._slots = (index * self.views + loader.views.cpu()[index]).numpy()
         self._storable = (index < self.kept).numpy()
-        found = np.zeros(len(index), dtype=bool)
+        stored = np.zeros(len(index), dtype=bool)
         rows = np.zeros((len(index), self.width), dtype=np.float32)
         chosen = self._slots[self._storable]
-        found[self._storable], rows[self._storable] = self._store.read(chosen)
+        stored[self._storable], rows[self._storable] = self._store.read(chosen)
         if self._store.replaced:
             self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
             self._store.replaced = ""
         left_out = self._before(step)
-        found[:left_out] = np.arange(left_out) < known  # as they were when the epoch began
-        self._missing, self._found = np.flatnonzero(~found), found
+        stored[:left_out] = np.arange(left_out) < hits  # as they were when the epoch began
+        self._missing, self._found = np.flatnonzero(~stored), stored
         self._first = self._done = int(np.searchsorted(self._missing, left_out))  # of the missing
         self._rows = torch.from_numpy(rows).to(self.device)
         self._index = index.to(self.device)
@@ -236,8 +236,8 @@ class TeacherCache(Hook):
         slots = np.arange(first, first + len(probes))
         try:
             store = FileStore(path, first + _PROBES, self.width, key)
-            found, rows = store.read(slots)
-            if not self._close(rows[found], probes[found]):
+            stored, rows = store.read(slots)
+            if not self._close(rows[stored], probes[stored]):
                 store.open(anew=True)
                 store.replaced = "the teacher says something else now"
             store.write(slots, probes)

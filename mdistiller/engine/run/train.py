@@ -201,10 +201,10 @@ def _train_with(
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
     changes = check_folder(folder, cfg, resume, allow_changes)
-    known = recorded_teacher_acc(folder) if resume and not changes else None
-    if known is not None and rank() == 0:
-        print(log_msg(f"teacher: {known:.2f} %, as measured when the run began"), flush=True)
-    prepared = (prepare or prepare_classifier)(cfg, name, device, known)
+    teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
+    if teacher_acc is not None and rank() == 0:
+        print(log_msg(f"teacher: {teacher_acc:.2f} %, as measured when the run began"), flush=True)
+    prepared = (prepare or prepare_classifier)(cfg, name, device, teacher_acc)
     trainer, data, facts, teacher_acc, teacher = prepared
     record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
