@@ -35,7 +35,7 @@ def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
         for key in numbers.keys() - now.keys():
             name, value = type(hook).__name__, numbers[key]
             if is_main_process():
-                text = f"the hook {name} made {key!r} of the record no number: it stays {value:.4g}"
+                text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
                 print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
             record[key] = now[key] = value
         numbers = now
