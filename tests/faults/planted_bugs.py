@@ -1,0 +1,328 @@
+"""The bugs that `planted.py` puts into the package: each a mistake that somebody could make."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    """One edit.
+
+    Attributes:
+        name: what is wrong then.
+        file: below mdistiller/.
+        old, new: text that the file has once, and what takes its place.
+        test: below tests/, as pytest takes it: a file, or FILE::FUNCTION; one of it has to fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+LOGITS = "distillers/test_logit_losses.py"
+
+BUGS = (
+    # losses
+    Bug(
+        "KD has T in place of T squared",
+        "distillers/logit_losses.py",
+        "(temperature**2 / len(log_p))",
+        "(temperature / len(log_p))",
+        LOGITS,
+    ),
+    Bug(
+        "KD is the mean over samples and classes",
+        "distillers/logit_losses.py",
+        "(temperature**2 / len(log_p))",
+        "(temperature**2 / log_p.numel())",
+        LOGITS,
+    ),
+    Bug(
+        "KL has the wrong sign",
+        "distillers/_common.py",
+        "return (log_q.exp() * (log_q - log_p)).sum(dim=dim)",
+        "return (log_q.exp() * (log_p - log_q)).sum(dim=dim)",
+        LOGITS,
+    ),
+    Bug(
+        "cross-entropy divides by unlabelled samples as well",
+        "distillers/_common.py",
+        "return total / (target != IGNORE_INDEX).sum().clamp(min=1)",
+        "return total / len(target)",
+        LOGITS,
+    ),
+    Bug(
+        "DKD leaves the target among the other classes",
+        "distillers/_decoupled.py",
+        'rest = logits.scatter(1, column, float("-inf"))',
+        "rest = logits.clone()",
+        LOGITS,
+    ),
+    Bug(
+        "DKD marks the target of the wrong sample",
+        "distillers/_decoupled.py",
+        "return target.clamp(min=0)[:, None], target != IGNORE_INDEX",
+        "return target.flip(0).clamp(min=0)[:, None], target != IGNORE_INDEX",
+        LOGITS,
+    ),
+    Bug(
+        "DKD has ALPHA and BETA exchanged",
+        "distillers/logit_losses.py",
+        "return alpha * tckd + beta * nckd",
+        "return beta * tckd + alpha * nckd",
+        LOGITS,
+    ),
+    Bug(
+        "LSKD divides by C, not by C - 1",
+        "distillers/_standardize.py",
+        "logits.shape[1] - int(unbiased)",
+        "logits.shape[1]",
+        "distillers/test_standardize.py",
+    ),
+    Bug(
+        "CTKD lowers the loss by its temperature",
+        "distillers/CTKD.py",
+        "return -(1 - math.cos(math.pi * min(epoch, loops) / loops)) / 2",
+        "return (1 - math.cos(math.pi * min(epoch, loops) / loops)) / 2",
+        "distillers/test_ctkd.py",
+    ),
+    Bug(
+        "CTKD trains the networks through the temperature's inputs",
+        "distillers/CTKD.py",
+        "logits = [z.detach().clamp(-1e4, 1e4) for z in (teacher, student)]",
+        "logits = [z.clamp(-1e4, 1e4) for z in (teacher, student)]",
+        "distillers/test_ctkd.py",
+    ),
+    Bug(
+        "AT's maps are normalised over the batch",
+        "distillers/AT.py",
+        "return unit(powers.mean(dim=1).flatten(1))",
+        "return unit(powers.mean(dim=1).flatten(1), dim=0)",
+        "distillers/test_feature_losses.py",
+    ),
+    Bug(
+        "ReviewKD's pyramid has the wrong weights",
+        "distillers/map_losses.py",
+        "weight /= 2",
+        "weight /= 4",
+        "distillers/test_connector_losses.py",
+    ),
+    Bug(
+        "ReviewKD's outputs are in the wrong order",
+        "distillers/map_losses.py",
+        "return outputs[::-1]",
+        "return outputs",
+        "distillers/test_connector_losses.py",
+    ),
+    Bug(
+        "OFD's stages have their weights in reverse",
+        "distillers/OFD.py",
+        "* 0.5 ** (self.depth - 1 - i)",
+        "* 0.5**i",
+        "distillers/test_connectors.py",
+    ),
+    Bug(
+        "CRD's bank is not updated",
+        "distillers/_contrast.py",
+        "memory[index] = unit(torch.lerp(rows, memory[index], momentum))",
+        "memory[index].copy_(unit(torch.lerp(rows, memory[index], momentum)))",
+        "distillers/test_crd.py",
+    ),
+    Bug(
+        "CRD's bank has its momentum exchanged",
+        "distillers/_contrast.py",
+        "torch.lerp(rows, memory[index], momentum)",
+        "torch.lerp(memory[index], rows, momentum)",
+        "distillers/test_crd.py",
+    ),
+    Bug(
+        "gathered batches lose the scale of their gradient",
+        "distillers/_gather.py",
+        "return grads[0][ctx.share] * ctx.scale, None",
+        "return grads[0][ctx.share], None",
+        "distillers/test_relations.py",
+    ),
+    # the step of a method
+    Bug(
+        "the teacher's batch norms are in train mode",
+        "distillers/_base.py",
+        "            self.teacher.eval()\n",
+        "            self.teacher.train()\n",
+        "distillers/test_distillers.py",
+    ),
+    Bug(
+        "the teacher's outputs carry a gradient",
+        "distillers/_base.py",
+        "    @torch.no_grad()\n    def run_teacher",
+        "    def run_teacher",
+        "distillers/test_distillers.py",
+    ),
+    Bug(
+        "warm-up begins an epoch late",
+        "distillers/_common.py",
+        "return min(epoch / warmup, 1.0) if warmup > 0 else 1.0",
+        "return min((epoch - 1) / warmup, 1.0) if warmup > 0 else 1.0",
+        "distillers/test_distillers.py",
+    ),
+    # networks
+    Bug(
+        "a file's moving average is passed over",
+        "layouts.py",
+        "for preferred in (list(states), [] if ours else averages, usual):",
+        "for preferred in (list(states), usual):",
+        "test_layouts.py",
+    ),
+    # data
+    Bug(
+        "the order of the images does not depend on the epoch",
+        "dataset/memory/loader.py",
+        "SeedSequence([self.seed % 2**64, epoch])",
+        "SeedSequence([self.seed % 2**64, 0])",
+        "dataset/test_loader.py",
+    ),
+    Bug(
+        "images are shifted by the mean in units of 1, not of std",
+        "dataset/memory/loader.py",
+        "shift = [-m / s for m, s in zip(mean, std, strict=True)]",
+        "shift = [-m for m, s in zip(mean, std, strict=True)]",
+        "dataset/test_augment.py",
+    ),
+    Bug(
+        "views of mirrored images have the code of the others",
+        "dataset/memory/augment.py",
+        "return 2 * super().views(parameters) + parameters[:, 2]",
+        "return 2 * super().views(parameters)",
+        "dataset/test_augment.py",
+    ),
+    Bug(
+        "held-out images are trained on as well",
+        "dataset/split.py",
+        "return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)",
+        "return torch.arange(len(targets)), held.nonzero().squeeze(1)",
+        "dataset/test_load_data.py",
+    ),
+    Bug(
+        "mixup leaves the labels as they are",
+        "dataset/mixup.py",
+        "return _blend(images, weight), _blend(labels, weight)",
+        "return _blend(images, weight), labels",
+        "dataset/test_mix.py",
+    ),
+    Bug(
+        "CutMix has the labels' weights exchanged",
+        "dataset/mixup.py",
+        "return patched, _blend(labels, 1.0 - area)",
+        "return patched, _blend(labels, area)",
+        "dataset/test_mix.py",
+    ),
+    Bug(
+        "classes get the numbers of the folders' order",
+        "dataset/classes.py",
+        "for number, name in enumerate(names)}",
+        "for number, name in enumerate(have)}",
+        "engine/test_class_order.py::test_classes_are_numbered_as_the_key_says",
+    ),
+    Bug(
+        "accumulated gradients are not divided",
+        "dataset/sampler.py",
+        "size = self.batch(end)[1] - self.batch(begin)[0]",
+        "size = self.batch(step)[1] - self.batch(step)[0]",
+        "engine/test_accumulation.py::test_weights_of_a_group_add_up_to_the_mean_over_its_samples",
+    ),
+    # training
+    Bug(
+        "the rate falls an epoch early",
+        "engine/optim.py",
+        "stages = [stage - warmup for stage in solver.LR_DECAY_STAGES]",
+        "stages = [stage - warmup - 1 for stage in solver.LR_DECAY_STAGES]",
+        "engine/test_optim.py",
+    ),
+    Bug(
+        "norms decay though they are not to",
+        "engine/optim.py",
+        '{**group, "params": narrow, "weight_decay": 0.0}',
+        '{**group, "params": narrow}',
+        "engine/test_optim.py",
+    ),
+    Bug(
+        "DOT has its momenta exchanged",
+        "engine/dot.py",
+        "momentum_kd=solver.MOMENTUM + solver.DOT.DELTA",
+        "momentum_kd=solver.MOMENTUM - solver.DOT.DELTA",
+        "engine/test_dot.py",
+    ),
+    Bug(
+        "EMA has its decay exchanged",
+        "engine/callbacks/ema.py",
+        "get_ema_multi_avg_fn(decay)",
+        "get_ema_multi_avg_fn(1 - decay)",
+        "engine/test_ema.py::test_the_average_follows_every_step",
+    ),
+    Bug(
+        "gradients are clipped before fp16's scale is taken off",
+        "engine/trainer.py",
+        "            self.scaler.unscale_(self.optimizer)\n",
+        "",
+        "engine/test_training.py::test_clipping_bounds_the_step",
+    ),
+    Bug(
+        "a resumed epoch leaves out a batch",
+        "engine/checkpoints/resume.py",
+        'int(position["updates"]) * trainer.accumulate, batches)',
+        'int(position["updates"]) * trainer.accumulate + 1, batches)',
+        "engine/test_preemption.py::test_a_signal_ends_a_run_that_goes_on_to_the_same_bits",
+    ),
+    Bug(
+        "top-5 counts as top-1",
+        "engine/utils.py",
+        "hits[:, :k].sum() for k in topk",
+        "hits[:, :1].sum() for k in topk",
+        "engine/test_utils.py",
+    ),
+    Bug(
+        "validation averages batches, not images",
+        "engine/utils.py",
+        "totals[3] += len(target)",
+        "totals[3] += 1",
+        "engine/test_utils.py",
+    ),
+    Bug(
+        "meters forget the size of a batch",
+        "engine/metrics.py",
+        "self[name].update(value, step.batch_size)",
+        "self[name].update(value)",
+        "engine/test_utils.py",
+    ),
+    # what is built on training
+    Bug(
+        "the interval divides by n",
+        "report/numbers.py",
+        "error = statistics.stdev(values) / math.sqrt(n)",
+        "error = statistics.pstdev(values) / math.sqrt(n)",
+        "report/test_reports.py::test_the_interval_is_scipys_and_the_hand_computed_one",
+    ),
+    Bug(
+        "Holm's method does not step down",
+        "report/numbers.py",
+        "(len(ps) - rank) * ps[index]",
+        "len(ps) * ps[index]",
+        "report/test_reports.py::test_several_tests_are_judged_together",
+    ),
+    Bug(
+        "calibration counts an image in the bin below",
+        "evaluation/predictions.py",
+        "torch.bucketize(confidence, self.edges, right=True) - 1)",
+        "torch.bucketize(confidence, self.edges, right=True) - 2)",
+        "evaluation/test_analysis.py",
+    ),
+    Bug(
+        "a wrong hash passes",
+        "files/hashes.py",
+        "if not got.startswith(want.lower()):",
+        "if got.startswith(want.lower()[:0] + '!'):",
+        "files/test_fetch.py::test_a_wrong_hash_or_size_leaves_nothing",
+    ),
+)
