@@ -15,8 +15,9 @@ def network(name, classes=10):
     return get_model_entry(name, "cifar")(num_classes=classes)
 
 
-def build(method, pair, image_size=(32, 32), num_data=40, **settings):
-    teacher, student = map(network, pair.split(">"))
+def build(method, pair, image_size=(32, 32), num_data=40, device="cpu", **settings):
+    with torch.device(device):
+        teacher, student = map(network, pair.split(">"))
     cfg = default_config()
     cfg.merge_from_list([word for item in settings.items() for word in item])
     targets = torch.arange(num_data) % 10
@@ -116,13 +117,15 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "pair", "want"), COUNTS)
-def test_extra_parameters(method, pair, want):
-    assert build(method, pair).get_extra_parameters() == want
+def test_extra_parameters():
+    counts = [
+        (method, pair, build(method, pair, device="meta").get_extra_parameters())
+        for method, pair, _ in COUNTS
+    ]
+    assert counts == COUNTS
 
 
-UNLIKE = ["vgg8>MobileNetV2", "vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1"]
-UNLIKE += ["resnet8>MobileNetV2", "ResNet50>vgg8", "wrn_16_1>ShuffleV2"]
+UNLIKE = ["vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1", "wrn_16_1>MobileNetV2"]
 
 
 @pytest.mark.parametrize("pair", UNLIKE)

@@ -27,7 +27,6 @@ NETS = {
 PAIRS = [
     ("resnet8", "timm/vit_tiny_patch16_224"),
     ("MobileNetV2", "resnet8"),
-    ("wrn_16_1", "timm/mixer_s16_224"),
     ("timm/vit_tiny_patch16_224", "resnet8"),
     ("timm/swin_tiny_patch4_window7_224", "timm/vit_tiny_patch16_224"),
     ("timm/mixer_s16_224", "resnet8"),
@@ -124,11 +123,10 @@ def test_unlabelled_rows_count_neither_in_sum_nor_in_mean_and_soft_labels_by_the
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_step_moves_student_and_branches_and_leaves_the_teacher(student, teacher, dtype):
+def test_a_step_moves_student_and_branches_and_leaves_the_teacher(student, teacher):
     model = distiller(student, teacher)
     before = {key: value.clone() for key, value in model.teacher.state_dict().items()}
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, losses = model(**batch())
     assert logits.shape == (4, 10)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}

@@ -391,19 +391,19 @@ def numbers(node, names):
     return [node[name] for name in names.split()]
 
 
-@pytest.mark.parametrize("name", ["rld", "crld"])
-def test_one_command_trains(name, tmp_path):
+def test_one_command_trains_on_two_views(tmp_path):
     config = write_config(
         tmp_path,
         "CRLD: {TAU_W: 0.0, TAU_S: 0.0}",  # an untrained teacher is sure of nothing
-        method=name.upper(),
+        method="CRLD",
         student="BabyStudent",
+        epochs=1,
         TEACHER="BabyTeacher",
         TEACHER_CKPT=str(saved_teacher(tmp_path, "BabyTeacher")),
     )
     assert train_command.main(["--cfg", str(config)]) == 0
     state = torch.load(tmp_path / "out" / "toy" / "run" / "latest", weights_only=True)
-    assert state["epoch"] == 2
+    assert state["epoch"] == 1
     assert all(0 < epoch["train_loss_kd"] < math.inf for epoch in state["history"])
 
 
