@@ -22,21 +22,17 @@ def test_under_autocast_the_loss_is_that_of_the_networks_outputs_in_float32():
         assert values[0] == pytest.approx(values[1], rel=0.05), name
 
 
-@pytest.mark.parametrize(
-    "words", ["DGKD", "CTKD CTKD.MODE instance CTKD.BASE dkd LSKD.ENABLE True"]
-)
-def test_one_command_trains_an_epoch(tmp_path, words):
-    method, *overrides = words.split()
+def test_one_command_trains_an_epoch_at_temperatures_of_single_samples(tmp_path):
     config = write_config(
         tmp_path,
-        method=method,
+        method="CTKD",
         student="BabyStudent",
         epochs=1,
         TEACHER="BabyTeacher",
         TEACHER_CKPT=str(saved_teacher(tmp_path, "BabyTeacher")),
     )
-    words = [*overrides, "SOLVER.LR", "0.001", "EXPERIMENT.NAME", "run"]
-    assert train_command.main(["--cfg", str(config), *words]) == 0
+    words = "CTKD.MODE instance CTKD.BASE dkd LSKD.ENABLE True SOLVER.LR 0.001 EXPERIMENT.NAME run"
+    assert train_command.main(["--cfg", str(config), *words.split()]) == 0
     state = torch.load(tmp_path / "out" / "toy" / "run" / "latest", weights_only=True)
     assert state["epoch"] == 1
-    assert 0 < abs(state["history"][0]["train_loss_kd"]) < 1e4  # DGKD's may be negative
+    assert 0 < state["history"][0]["train_loss_kd"] < 1e4

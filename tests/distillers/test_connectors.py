@@ -15,9 +15,8 @@ def network(name, classes=10):
     return get_model_entry(name, "cifar")(num_classes=classes)
 
 
-def build(method, pair, image_size=(32, 32), num_data=40, device="cpu", **settings):
-    with torch.device(device):
-        teacher, student = map(network, pair.split(">"))
+def build(method, pair, image_size=(32, 32), num_data=40, **settings):
+    teacher, student = map(network, pair.split(">"))
     cfg = default_config()
     cfg.merge_from_list([word for item in settings.items() for word in item])
     targets = torch.arange(num_data) % 10
@@ -118,10 +117,10 @@ COUNTS = [
 
 
 def test_extra_parameters():
-    counts = [
-        (method, pair, build(method, pair, device="meta").get_extra_parameters())
-        for method, pair, _ in COUNTS
-    ]
+    counts = []
+    for method, pair, _ in COUNTS:
+        with torch.device("cpu" if method == "CRD" else "meta"):
+            counts.append((method, pair, build(method, pair).get_extra_parameters()))
     assert counts == COUNTS
 
 

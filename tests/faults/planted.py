@@ -126,7 +126,8 @@ def plant(folder: Path, only: str = "", show: Callable[[str], None] = print) -> 
     copy_checkout(folder)
     code, output = run_tests(folder, sorted({bug.test for bug in bugs}))
     if code:
-        raise UserError(f"a test fails without any bug: {' '.join(output.splitlines()[-3:])}")
+        lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        raise UserError(f"a test fails without any bug: {'; '.join(lines) or output[-500:]}")
     verdicts = []
     for bug in bugs:
         verdicts.append(try_bug(folder, bug))

@@ -8,8 +8,10 @@ import timm
 import torch
 from support import same_state
 from torchvision import models as torchvision_models
+from torchvision.models.vision_transformer import VisionTransformer
 
 from mdistiller.models import StagedNet, get_model_entry
+from mdistiller.models.external._torchvision import TorchvisionNet
 from mdistiller.models.external._wrapper import stage_indices, uneven_norms
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
@@ -95,7 +97,12 @@ def leaves(tensor):
     return {node.variable for node in seen if hasattr(node, "variable")}
 
 
-@pytest.mark.parametrize("name", NETS)
+LARGE = ("torchvision/resnet18", "torchvision/vit_b_16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NETS]
+)
 def test_a_network_of_a_library_keeps_to_the_contract_and_stays_what_it_is(name):
     side, settings, heights, tokens = NETS[name]
     net = build(name, side, settings).eval()
@@ -177,11 +184,18 @@ def test_heads_of_other_forms_give_the_logits_of_timm(name):
     assert not net.globally_pooled
 
 
-@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "torchvision/vit_b_16"])
+def small_vit(library):
+    """A transformer of images of 32 pixels."""
+    if library == "timm":
+        return build("timm/vit_tiny_patch16_224", 32, SMALL_VIT).eval()
+    torch.manual_seed(0)
+    return TorchvisionNet(VisionTransformer(32, 8, 4, 2, 12, 24, num_classes=7), "small", (32, 32))
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_tokens_become_maps_in_place_and_class_tokens_are_apart(name):
-    net = build(name, *NETS[name][:2]).eval()
-    side = NETS[name][0]
-    image = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    net = small_vit(name).eval()
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     _, features = net(image)
     inner = net.net
     embed = inner.patch_embed.proj if name.startswith("timm") else inner.conv_proj
