@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mdistiller.detection.methods import METHODS, Method, Views, check_same_classes, method_names
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.roi import RoISamples
-from mdistiller.distillers._base import Distiller, Losses
-from mdistiller.distillers._common import full_precision
+from mdistiller.distillers import Distiller, Losses
+from mdistiller.distillers.helpers.numerics import full_precision
 from mdistiller.registry import UserError
 
 

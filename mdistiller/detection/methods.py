@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.roi import RoISamples
-from mdistiller.distillers._base import Losses
-from mdistiller.distillers._common import require_positive
-from mdistiller.distillers._compose import part_names
-from mdistiller.distillers.logit_losses import dkd_terms, kd_loss
-from mdistiller.distillers.map_losses import ABF, fitnet_loss, hcl_loss, review
+from mdistiller.distillers import Losses, part_names
+from mdistiller.distillers.helpers.logit_losses import dkd_terms, kd_loss
+from mdistiller.distillers.helpers.map_losses import ABF, fitnet_loss, hcl_loss, review
+from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.registry import Registry, UserError
 
 METHODS = Registry("detection method (DISTILLER.TYPE)")

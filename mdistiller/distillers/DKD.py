@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_one_of, require_positive, warmup_factor
-from mdistiller.distillers._divergence import read_divergence
-from mdistiller.distillers._split import Split, split_terms
-from mdistiller.distillers.logit_losses import dkd_loss, dkd_rows, dkd_terms
+from mdistiller.distillers.helpers.divergence import read_divergence
+from mdistiller.distillers.helpers.logit_losses import dkd_loss, dkd_rows, dkd_terms
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers.helpers.split import Split, split_terms
 
 __all__ = ["DKD", "dkd_loss", "dkd_rows", "dkd_terms", "mode_weights"]
 

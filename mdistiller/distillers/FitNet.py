@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size, require_maps
-from mdistiller.distillers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.settings import probe_size
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
 from mdistiller.registry import UserError
 
 __all__ = ["FitNet", "fitnet_loss"]
@@ -64,11 +66,11 @@ class FitNet(Distiller):
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
         size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
-        own, other = get_feat_shapes(student, teacher, size)
-        require_maps("feats", [*own, *other])
-        layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
+        s_shapes, t_shapes = get_feat_shapes(student, teacher, size)
+        require_maps("feats", [*s_shapes, *t_shapes])
+        layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(s_shapes), len(t_shapes)))
         self.hint_layer = layer
-        self.conv_reg = ConvReg(own[layer], other[layer])
+        self.conv_reg = ConvReg(s_shapes[layer], t_shapes[layer])
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         hint = self.conv_reg(student["feats"][self.hint_layer])

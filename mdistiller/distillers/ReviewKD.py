@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import FeatureShapes, probe, settle, warmup_factor
-from mdistiller.distillers._stages import pair_stages
-from mdistiller.distillers.map_losses import ABF, hcl_loss, review
+from mdistiller.distillers.helpers.map_losses import ABF, hcl_loss, review
+from mdistiller.distillers.helpers.settings import resolve_setting, warmup_factor
+from mdistiller.distillers.helpers.shapes import FeatureShapes, probe
+from mdistiller.distillers.helpers.stages import pair_stages
 from mdistiller.registry import UserError
 
 __all__ = ["ABF", "ReviewKD", "hcl_loss", "review"]
@@ -106,7 +107,7 @@ class ReviewKD(Distiller):
         found = self._lists(s_shapes, t_shapes)
         for key, value in found.items():
             if image_size is not None or "CHANNELS" in key:
-                settle(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
+                resolve_setting(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
         mid_channels = min(512, found["IN_CHANNELS"][-1])
         blocks = [
             ABF(s, mid_channels, t, fuse=level < len(self.chosen[0]))

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import divergence, require_positive, soften
-from mdistiller.distillers._divergence import Divergence, read_divergence
+from mdistiller.distillers.helpers.divergence import Divergence, read_divergence
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive
 
 
 def ttm_loss(
@@ -43,11 +44,11 @@ def ttm_loss(
         gamma: power of the teacher's probabilities, > 0.
         form: what is measured in place of the Kullback-Leibler divergence.
     """
-    log_q = F.log_softmax(soften(logits_student, 1.0), dim=1)
-    log_t = F.log_softmax(soften(logits_teacher, 1 / gamma), dim=1)
+    log_q = F.log_softmax(scale_logits(logits_student, 1.0), dim=1)
+    log_t = F.log_softmax(scale_logits(logits_teacher, 1 / gamma), dim=1)
     rows = form(log_t, log_q)
     if weighted:
-        log_p = F.log_softmax(soften(logits_teacher, 1.0), dim=1)
+        log_p = F.log_softmax(scale_logits(logits_teacher, 1.0), dim=1)
         rows = rows * (gamma * log_p).logsumexp(dim=1).exp()
     return rows.mean()
 

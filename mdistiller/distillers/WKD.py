@@ -45,18 +45,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    probe,
-    require_one_of,
-    require_positive,
-    soften,
-    unit,
-)
-from mdistiller.distillers._decoupled import labelled_mean, target_column
-from mdistiller.distillers._facts import TeacherFact, class_similarity, missing_fact
-from mdistiller.distillers._heads import linear_head
-from mdistiller.distillers._moments import make_projector, wkd_feature_loss
-from mdistiller.distillers._sinkhorn import transport_cost
+from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.heads import linear_head
+from mdistiller.distillers.helpers.moments import make_projector, wkd_feature_loss
+from mdistiller.distillers.helpers.numerics import scale_logits, unit
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.teacher_facts import TeacherFact, class_similarity, missing_fact
 from mdistiller.registry import UserError
 
 OUTPUTS = {"cka": "logits", "cka_feats": "pooled_feat"}
@@ -96,11 +92,11 @@ def wkd_logit_terms(
     """
     column, labelled = target_column(target)
     log_p, log_q = (
-        F.log_softmax(soften(z, 1.0), dim=1).gather(1, column)[:, 0]
+        F.log_softmax(scale_logits(z, 1.0), dim=1).gather(1, column)[:, 0]
         for z in (logits_student, logits_teacher)
     )
     student, teacher = (
-        soften(z, temperature).scatter(1, column, float("-inf")).log_softmax(dim=1)
+        scale_logits(z, temperature).scatter(1, column, float("-inf")).log_softmax(dim=1)
         for z in (logits_student, logits_teacher)
     )
     moved = transport_cost(student, teacher, cost.to(student.dtype), smoothing, rounds, largest)
@@ -224,9 +220,12 @@ class WKD(Distiller):
         decay = cosine_decay(batch["epoch"], self.decay_from, self.epochs)
         self.metrics, terms = {}, []
         if self.logit_weight:
-            own, moved = self._logit_terms(student.logits, teacher.logits, target)
-            self.metrics |= {"wkd_target": own.detach(), "wkd_logit": moved.detach()}
-            terms.append(own + decay * self.logit_weight * moved)
+            target_term, transport_term = self._logit_terms(student.logits, teacher.logits, target)
+            self.metrics |= {
+                "wkd_target": target_term.detach(),
+                "wkd_logit": transport_term.detach(),
+            }
+            terms.append(target_term + decay * self.logit_weight * transport_term)
         if self.feat_weight:
             maps = self.projector(student["feats"][self.layer]), teacher["feats"][self.layer]
             distance = wkd_feature_loss(*maps, self.grid, self.ratio)

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import cross_entropy, full_precision, missing_feature
-from mdistiller.distillers._facts import TeacherFact
-from mdistiller.distillers._init_stage import InitPlan
-from mdistiller.distillers._returned import loss_of, require_call
-from mdistiller.distillers._split import Split
-from mdistiller.distillers._standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
+from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
+from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.output import Losses, Output
+from mdistiller.distillers.helpers.split import Split
+from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
+__all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
+
 DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
-Losses = dict[str, Tensor]
 _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 
 
-@dataclass
-class Output:
-    """What a network returned: logits [N, C] in full precision, and its features.
-
-    `output["feats"]` gives a feature in full precision; `output.features` holds them as returned.
-    """
-
-    logits: Tensor
-    features: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.features:
-            raise missing_feature(name, self.features)
-        return full_precision(self.features[name])
-
-
-class Distiller(nn.Module):
+class Distiller(Trainable):
     """A student and a teacher trained as one module; the base of every method.
 
     Most methods override :meth:`distill`; one of another shape (several views, no cross-entropy,
@@ -78,8 +63,6 @@ class Distiller(nn.Module):
         split: set by a trainer that wants `loss_tckd` and `loss_nckd` in place of `loss_kd`; of a
             class with :meth:`distill_split`.
         distills: False where the main stage is cross-entropy alone; the teacher then rests.
-        init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
-        init_stage: name of that stage while it runs.
         frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
             the same, sooner. It is no module, and in no state dict.
         watches_teacher: whether the method has put hooks on the teacher; the engine finds out.
@@ -99,8 +82,6 @@ class Distiller(nn.Module):
     label_smoothing: float = 0.0
     split: Split | None = None
     distills: bool = True
-    init: InitPlan | None = None
-    init_stage: str = ""
     frozen: Any = None
     watches_teacher: bool = False
 
@@ -178,37 +159,13 @@ class Distiller(nn.Module):
         if self.teacher is not None and self.teacher_in_eval_mode:
             self.teacher.eval()
         if self.frozen is not None:
-            self.frozen.renew()
+            self.frozen.refresh()
         if mode and self.init_stage:
             for child in self.children():
                 child.eval()
             for module in self.init_stages()[self.init_stage].init_modules():
                 module.train()
         return self
-
-    def extra_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the method adds to the two networks; no frozen ones."""
-        networks = {id(p) for p in self.student.parameters()}
-        if self.teacher is not None:
-            networks |= {id(p) for p in self.teacher.parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in networks]
-
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """The student's parameters, then the method's own, each in registration order."""
-        return [*self.student.parameters(), *self.extra_parameters()]
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`.
-
-        Classes of the original add their modules in `get_learnable_parameters` once more: a
-        parameter that is listed twice counts once.
-        """
-        learnable = {id(p): p for p in self.get_learnable_parameters()}
-        return [{"params": list(learnable.values())}]
-
-    def get_extra_parameters(self) -> int:
-        """Number of values the method adds to the student while training (0 at test time)."""
-        return sum(p.numel() for p in self.extra_parameters())
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         """The method's weighted loss, a scalar.
@@ -241,10 +198,10 @@ class Distiller(nn.Module):
 
         With `teacher_logits` in `batch`, [N, C], the teacher does not run.
         """
-        known = batch.pop("teacher_logits", None)
+        cached = batch.pop("teacher_logits", None)
         student, teacher = self.run_student(image), None
         if self.distills:
-            teacher = self.run_teacher(image) if known is None else Output(known, {})
+            teacher = self.run_teacher(image) if cached is None else Output(cached, {})
         with torch.autocast(image.device.type, enabled=False):
             losses = {
                 "loss_ce": self.ce_loss_weight
@@ -273,22 +230,6 @@ class Distiller(nn.Module):
         """Take one of `teacher_facts`, into the buffer of its name; called before training."""
         getattr(self, name).copy_(value)
 
-    def init_stages(self) -> dict[str, Distiller]:
-        """The stages to train before the main one, in order: name -> the method it is of."""
-        return {"init": self} if self.init is not None and self.init.epochs else {}
-
-    def init_modules(self) -> list[nn.Module]:
-        """What the initialisation stage trains, and has in train mode; the rest stays as it is."""
-        raise TypeError(f"{type(self).__name__} must override init_modules()")
-
-    def init_param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups of the initialisation stage: those of its modules."""
-        return [{"params": [p for module in self.init_modules() for p in module.parameters()]}]
-
-    def init_loss(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        """What the initialisation stage minimises, a scalar; arguments as of :meth:`distill`."""
-        raise TypeError(f"{type(self).__name__} must override init_loss(...) or forward_init(...)")
-
     def forward_init(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Logits and loss terms of a step of the initialisation stage."""
         student, teacher = self.run_student(image), self.run_teacher(image)
@@ -298,7 +239,7 @@ class Distiller(nn.Module):
 
     def run_student(self, image: Tensor) -> Output:
         """The student's output, with gradient."""
-        logits, features = self.student(image)
+        logits, features = logits_and_features(self.student(image), self.student)
         return Output(full_precision(logits), features)
 
     @torch.no_grad()
@@ -307,12 +248,14 @@ class Distiller(nn.Module):
         if self.teacher is None:
             raise TypeError(f"{type(self).__name__} has no teacher to run")
         rests = self.frozen is not None and not self.teacher.training
-        logits, features = (self.frozen if rests else self.teacher)(image)
+        output = (self.frozen if rests else self.teacher)(image)
+        logits, features = logits_and_features(output, self.teacher)
         return Output(full_precision(logits), features)
 
     def forward_test(self, image: Tensor) -> Tensor:
         """Logits at test time."""
-        return self.student(image)[0]
+        logits: Tensor = logits_and_features(self.student(image), self.student)[0]
+        return logits
 
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
@@ -324,52 +267,20 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.forward_test(kwargs["image"])
+        arguments = self._step_arguments
         if isinstance(kwargs.get("image"), (list, tuple)):
-            names = view_names(self.forward_train) or ("image_weak", "image_strong")
-            kwargs |= dict(zip(names, kwargs.pop("image"), strict=True))
+            kwargs |= dict(zip(arguments.views, kwargs.pop("image"), strict=True))
         if self.init_stage:
             return self.init_stages()[self.init_stage].forward_init(**kwargs)
-        if self._accepted is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name in self._accepted}
-        if not self._required <= kwargs.keys():
-            raise UserError(
-                f"{type(self).__name__}.forward_train needs "
-                f"{', '.join(sorted(self._required - kwargs.keys()))}, but the trainer gives it "
-                f"{', '.join(kwargs)}: set SOLVER.TRAINER to one that belongs to this method"
-            )
+        if arguments.accepted is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name in arguments.accepted}
+        if not arguments.required <= kwargs.keys():
+            raise missing_arguments(self, arguments.required, kwargs)
         return self.forward_train(**kwargs)
 
     @functools.cached_property
-    def _accepted(self) -> set[str] | None:
-        """Names of the arguments of `forward_train`; None if it takes any."""
-        parameters = inspect.signature(self.forward_train).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return None
-        return set(parameters)
-
-    @functools.cached_property
-    def _required(self) -> set[str]:
-        """Names of the arguments of `forward_train` that have no default."""
-        parameters = inspect.signature(self.forward_train).parameters.values()
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        return {p.name for p in parameters if p.default is p.empty and p.kind not in variable}
-
-
-def view_names(forward_train: Callable[..., Any]) -> tuple[str, str] | None:
-    """The arguments of a `forward_train` that take the weak and the strong view; None: no views.
-
-    They are its two arguments that begin with `image_` (or `image` and one such), in order; a
-    name such as `image_s` or `image_strong` before one such as `image_w` is the strong one.
-    """
-    names = [name for name in inspect.signature(forward_train).parameters if name != "image_size"]
-    views = [name for name in names if name.startswith("image_")]
-    if len(views) == 1 and "image" in names:
-        views.insert(0, "image")
-    if len(views) != 2:
-        return None
-    first, second = views
-    swapped = first.startswith("image_s") and second.startswith(("image_w", "image_o"))
-    return (second, first) if swapped else (first, second)
+    def _step_arguments(self) -> StepArguments:
+        return StepArguments.of(self.forward_train)
 
 
 @DISTILLERS.register("NONE")
@@ -393,22 +304,3 @@ class Vanilla(Distiller):
         student = self.run_student(image)
         with torch.autocast(image.device.type, enabled=False):
             return student.logits, {"loss_ce": cross_entropy(student.logits, target)}
-
-
-def adopt(module: ModuleType) -> None:
-    """Register the Distiller subclasses of a module that registers none itself, by class name.
-
-    Such classes come from files written for the original library, where a table elsewhere listed
-    them. A class attribute `config` gives the defaults of their node; without it the node takes
-    any key.
-    """
-    own = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, Distiller)
-        and item.__module__ == module.__name__
-    ]
-    if not any(cls in DISTILLERS.values() for cls in own):
-        for cls in own:
-            DISTILLERS.add(cls.__name__, cls, config=vars(cls).get("config"))

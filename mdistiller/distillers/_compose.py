@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._returned import loss_of
+from mdistiller.distillers.helpers.checks import loss_of
 from mdistiller.registry import UserError
 
 
@@ -132,9 +132,9 @@ class Composed(Distiller):
         special = []
         for part in self.parts.values():
             assert isinstance(part, Distiller)
-            own = {id(p) for p in part.extra_parameters()}
+            extra_ids = {id(p) for p in part.extra_parameters()}
             for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in own]
+                params = [p for p in group["params"] if id(p) in extra_ids]
                 if group.keys() == {"params"}:
                     common += params
                 elif params:

@@ -14,8 +14,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
-from mdistiller.distillers import DISTILLERS
-from mdistiller.distillers._compose import part_names
+from mdistiller.distillers import DISTILLERS, part_names
 from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.config.defaults import ENGINE_CONFIG
 from mdistiller.engine.config.files import read_yaml

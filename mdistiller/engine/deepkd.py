@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._common import require_one_of
-from mdistiller.distillers._split import Split
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.split import Split
 from mdistiller.engine.dot import DOTTrainer, KeptGradients
 from mdistiller.engine.trainer import trainer_dict
 from mdistiller.registry import UserError

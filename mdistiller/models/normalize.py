@@ -13,14 +13,14 @@ from torch import Tensor, nn
 Statistics = tuple[Sequence[float], Sequence[float]]
 
 
-def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> None:
-    """Have `net` see images normalised by `own` where it is given such normalised by `given`.
+def renormalize_input(net: nn.Module, given: Statistics, wanted: Statistics) -> None:
+    """Make `net`, trained on images normalised by `wanted`, take images normalised by `given`.
 
     One multiplication and addition a channel before each forward; nothing where the two agree, to
     float32's precision. State dicts stay as they are.
     """
     (mean, std), (own_mean, own_std) = (
-        [list(map(float, part)) for part in s] for s in (given, own)
+        [list(map(float, part)) for part in s] for s in (given, wanted)
     )
     net._image_norm = [own_mean, own_std]  # type: ignore[assignment]
     pairs = zip(mean + std, own_mean + own_std, strict=True)

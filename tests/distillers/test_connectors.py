@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe, settle
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.settings import resolve_setting
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, probe
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -91,11 +93,11 @@ def test_regressors_for_all_sizes(s_size, t_size, kernel, out):
 
 
 def test_settings_are_the_found_value_or_refused():
-    assert settle("A.B", 256, 256, 64) == 64
-    assert settle("A.B", 64, 256, 64) == 64
-    assert settle("A.B", (32, 32), [64, 64], (32, 32)) == [32, 32]
+    assert resolve_setting("A.B", 256, 256, 64) == 64
+    assert resolve_setting("A.B", 64, 256, 64) == 64
+    assert resolve_setting("A.B", (32, 32), [64, 64], (32, 32)) == [32, 32]
     with pytest.raises(UserError, match=r"^A\.B is 128, but these networks need 64"):
-        settle("A.B", 128, 256, 64)
+        resolve_setting("A.B", 128, 256, 64)
 
 
 COUNTS = [

@@ -6,11 +6,12 @@ import textbook_connectors as textbook
 import torch
 from support import golden_values, run_script
 
-from mdistiller.distillers import Output, _contrast
-from mdistiller.distillers._common import unit
-from mdistiller.distillers._contrast import Bank
-from mdistiller.distillers._negatives import Negatives, random_below
+from mdistiller.distillers import Output
 from mdistiller.distillers.CRD import CRD, Embed, crd_loss
+from mdistiller.distillers.helpers import memory_bank
+from mdistiller.distillers.helpers.memory_bank import Bank
+from mdistiller.distillers.helpers.negatives import Negatives, random_below
+from mdistiller.distillers.helpers.numerics import unit
 from mdistiller.engine.cfg import default_config
 from mdistiller.registry import UserError
 
@@ -47,7 +48,7 @@ def one_step(setup, step):
 @pytest.mark.parametrize("dense", [True, False])
 def test_two_steps_equal_the_original(golden_setup, monkeypatch, dense):
     if not dense:
-        monkeypatch.setattr(_contrast, "DENSE_BANK", 0)
+        monkeypatch.setattr(memory_bank, "DENSE_BANK", 0)
     loss, gradients = one_step(golden_setup, 1)
     assert loss == pytest.approx(12.6160508, rel=1e-7)
     assert gradients == pytest.approx([2.358437, 2.233345, 2.742881], rel=1e-6)
@@ -241,7 +242,7 @@ def test_only_classes_with_too_few_others_repeat(form):
 
 def test_rows_are_drawn_in_blocks_where_the_set_is_large(monkeypatch):
     monkeypatch.setattr(Negatives, "_distinct", Negatives._by_keys)
-    monkeypatch.setattr("mdistiller.distillers._negatives.DRAW_BLOCK", 70)
+    monkeypatch.setattr("mdistiller.distillers.helpers.negatives.DRAW_BLOCK", 70)
     drawn = Negatives(torch.arange(30) % 3, 30, 5).draw(torch.arange(7))
     assert drawn.shape == (7, 5)
     assert (drawn % 3 != torch.arange(7)[:, None] % 3).all()

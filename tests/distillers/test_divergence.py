@@ -7,9 +7,9 @@ from support import golden_values
 from test_distillers import batch, networks
 
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers._common import divergence
-from mdistiller.distillers._divergence import ab_divergence, read_divergence
 from mdistiller.distillers.DKD import dkd_terms
+from mdistiller.distillers.helpers.divergence import ab_divergence, read_divergence
+from mdistiller.distillers.helpers.numerics import divergence
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.TTM import ttm_loss
 from mdistiller.engine.cfg import default_config

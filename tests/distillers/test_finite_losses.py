@@ -13,12 +13,6 @@ from rough import KINDS, hostile_logits, rough_features
 from support import golden_values
 from torch import nn
 
-from mdistiller.distillers import _sinkhorn
-from mdistiller.distillers._common import full_precision, unit
-from mdistiller.distillers._divergence import read_divergence
-from mdistiller.distillers._facts import class_similarity
-from mdistiller.distillers._moments import wkd_feature_loss
-from mdistiller.distillers._standardize import standardize
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CATKD import catkd_loss
@@ -34,6 +28,12 @@ from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.distillers.FT import ft_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
+from mdistiller.distillers.helpers import sinkhorn
+from mdistiller.distillers.helpers.divergence import read_divergence
+from mdistiller.distillers.helpers.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.standardize import standardize
+from mdistiller.distillers.helpers.teacher_facts import class_similarity
 from mdistiller.distillers.KD import kd_loss, kd_rows
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LDRLD import ldrld_terms
@@ -104,7 +104,7 @@ def wkd(direct, temperature):
     cost = class_costs(class_similarity(golden_values((10, 12, 6), 3)), 1.0).float()
 
     def loss(student, teacher):
-        with mock.patch.multiple(_sinkhorn, DIRECT=math.inf if direct else 0.0, CHUNK=3000):
+        with mock.patch.multiple(sinkhorn, DIRECT=math.inf if direct else 0.0, CHUNK=3000):
             target = torch.full((len(student),), 3)
             own, moved = wkd_logit_terms(student, teacher, target, cost, temperature)
             return own + 30 * moved

@@ -8,8 +8,8 @@ from modern_golden import check_golden
 from support import golden_values
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._branches import ConvBranch, TokenBranch
-from mdistiller.distillers.OFA import ofa_loss, settle_eps, settle_stages
+from mdistiller.distillers.helpers.branches import ConvBranch, TokenBranch
+from mdistiller.distillers.OFA import ofa_loss, resolve_eps, resolve_stages
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -216,10 +216,10 @@ def test_the_class_tokens_of_each_stage_reach_its_branch():
 
 
 def test_stages_and_exponents():
-    assert settle_stages([], 3) == [1, 2, 3]
-    assert settle_stages([3, 1], 4) == [3, 1]
-    assert settle_eps([1.5], 2) == [1.5] * 3
-    assert settle_eps([1.0, 1.1, 1.2], 2) == [1.0, 1.1, 1.2]
+    assert resolve_stages([], 3) == [1, 2, 3]
+    assert resolve_stages([3, 1], 4) == [3, 1]
+    assert resolve_eps([1.5], 2) == [1.5] * 3
+    assert resolve_eps([1.0, 1.1, 1.2], 2) == [1.0, 1.1, 1.2]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from support import REPO, golden_values
 from test_distillers import batch, networks
 
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers._standardize import standardize
 from mdistiller.distillers.CorrectedKD import mode_loss, soft_swap, swap
 from mdistiller.distillers.CRLD import crld_terms
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
+from mdistiller.distillers.helpers.standardize import standardize
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.NormKD import normkd_loss
 from mdistiller.distillers.RLD import rld_loss, rld_terms

@@ -11,10 +11,11 @@ from scipy.optimize import linprog
 from support import REPO, golden_values
 from test_distillers import batch, networks
 
-from mdistiller.distillers import _moments, _sinkhorn, get_distiller
-from mdistiller.distillers._facts import class_similarity
-from mdistiller.distillers._moments import wkd_feature_loss
-from mdistiller.distillers._sinkhorn import transport_cost
+from mdistiller.distillers import get_distiller
+from mdistiller.distillers.helpers import moments, sinkhorn
+from mdistiller.distillers.helpers.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.teacher_facts import class_similarity
 from mdistiller.distillers.WKD import class_costs, cosine_decay, wkd_logit_terms
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError
@@ -28,8 +29,8 @@ BOTH = pytest.mark.parametrize("direct", [True, False], ids=["direct", "logarith
 @pytest.fixture
 def form(monkeypatch, direct):
     """The form that transport takes; on logarithms a few rows at a time."""
-    monkeypatch.setattr(_sinkhorn, "DIRECT", math.inf if direct else 0.0)
-    monkeypatch.setattr(_sinkhorn, "CHUNK", 300)
+    monkeypatch.setattr(sinkhorn, "DIRECT", math.inf if direct else 0.0)
+    monkeypatch.setattr(sinkhorn, "CHUNK", 300)
 
 
 def weighted(student, teacher, cost=COST, temperature=2.0):
@@ -128,8 +129,8 @@ def test_cells_of_a_side_that_is_no_multiple_are_those_of_adaptive_pooling():
     assert torch.isfinite(wkd_feature_loss(student, golden_values((2, 3, 8, 4), 3), 4, 1.0))
     whole = golden_values((2, 3, 8, 8), 5)
     for grid in (2, 4):  # both ways to the moments of cells that do not overlap
-        one = _moments.grid_moments(whole, grid)
-        cells = torch.stack([c.flatten(2) for c in _moments._cells(whole, grid)], 2)
+        one = moments.grid_moments(whole, grid)
+        cells = torch.stack([c.flatten(2) for c in moments._cells(whole, grid)], 2)
         torch.testing.assert_close(one[0].flatten(2), cells.mean(3))
         torch.testing.assert_close(one[1].flatten(2), (cells.var(3) + 1e-5).sqrt())
 
@@ -180,7 +181,7 @@ def test_the_hint_layer_is_that_of_the_config():
 
 def test_the_projectors_are_convolutions_with_norm_and_relu():
     for kind, sides in (("conv1x1", [1]), ("bottleneck", [1, 3, 1])):
-        layers = list(_moments.make_projector(kind, 4, 6, 5))
+        layers = list(moments.make_projector(kind, 4, 6, 5))
         assert [layer.kernel_size[0] for layer in layers[::3]] == sides
         assert {type(layer) for layer in layers[1::3]} == {torch.nn.BatchNorm2d}
         assert {type(layer) for layer in layers[2::3]} == {torch.nn.ReLU}

@@ -13,8 +13,8 @@ import torch
 import torchvision
 
 from mdistiller.models import ModelEntry, imagenet_model_dict
-from mdistiller.models._released import url_of
 from mdistiller.models.cifar.resnet import resnet8
+from mdistiller.models.released import url_of
 from mdistiller.registry import UserError
 
 

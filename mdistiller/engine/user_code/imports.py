@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mdistiller.distillers import DISTILLERS, adopt
+from mdistiller.distillers import DISTILLERS, register_module
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.user_code.forks import (
     LOADED,
@@ -110,7 +110,7 @@ def _load(name: str) -> UserCode:
         module, defaults = import_method(Path(name), place)
     else:
         module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
-    adopt(module)
+    register_module(module)
     earlier = before[0][0]
     taken = [method for method in DISTILLERS if method not in earlier]
     replaced = [m for m in earlier if DISTILLERS[m] is not earlier[m]]

@@ -20,9 +20,9 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mdistiller.models._base import LIBRARIES, ModelEntry
-from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
 from mdistiller.models.external._wrapper import ExternalNet, first_line
+from mdistiller.models.released import TORCHVISION, Pretrained, pretrained_on
+from mdistiller.models.zoo import LIBRARIES, ModelEntry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, suggest
 
@@ -42,10 +42,10 @@ def import_timm() -> Any:
         ) from error
 
 
-def known_name(full_name: str, known: list[str]) -> UserError:
+def unknown_network(full_name: str, names: list[str]) -> UserError:
     """The error for a name that the library does not have."""
     package, _, name = full_name.partition("/")
-    return UserError(f"{package} has no network {name!r}{suggest(name, known)}")
+    return UserError(f"{package} has no network {name!r}{suggest(name, names)}")
 
 
 def for_images(
@@ -85,7 +85,7 @@ class Timm:
         self.library = import_timm()
         self.name = full_name.partition("/")[2]
         if not self.library.is_model(self.name):
-            raise known_name(full_name, self.library.list_models())
+            raise unknown_network(full_name, self.library.list_models())
 
     def __call__(
         self,
@@ -137,11 +137,11 @@ class Timm:
                 f"{self.__name__}: pretrained_cfg cannot be given; choose released weights by "
                 "name, timm/NAME.TAG, or change parts of the record by pretrained_cfg_overlay"
             )
-        known = self.library.get_pretrained_cfg(self.name)
-        if known is None:
+        default = self.library.get_pretrained_cfg(self.name)
+        if default is None:
             return None
         try:
-            record = replace(known, **settings.get("pretrained_cfg_overlay", {}))
+            record = replace(default, **settings.get("pretrained_cfg_overlay", {}))
         except TypeError as error:
             raise UserError(f"{self.__name__}: pretrained_cfg_overlay: {error}") from error
         if not record.has_weights:
@@ -150,9 +150,9 @@ class Timm:
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
         """How timm evaluates the architecture; None if it has no record of it."""
-        found = self.pretrained_on(settings)
-        if found is not None:
-            return found.preprocessing
+        release = self.pretrained_on(settings)
+        if release is not None:
+            return release.preprocessing
         record = self.library.get_pretrained_cfg(self.name)
         return None if record is None else _timm_preprocessing(record)
 
@@ -174,9 +174,9 @@ class Torchvision:
         self.__name__ = full_name
         self.library = importlib.import_module("torchvision.models")  # a slow import
         self.name = full_name.partition("/")[2]
-        known = self.library.list_models(module=self.library)
-        if self.name not in known:
-            raise known_name(full_name, known)
+        names = self.library.list_models(module=self.library)
+        if self.name not in names:
+            raise unknown_network(full_name, names)
 
     def __call__(
         self,
@@ -202,15 +202,15 @@ class Torchvision:
 
     def release(self, pretrained: bool | str = True) -> str:
         """`torchvision:` and the name of the weights; True: those that torchvision recommends."""
-        known = self.library.get_model_weights(self.name)
+        releases = self.library.get_model_weights(self.name)
         choice = "DEFAULT" if pretrained is True else pretrained
-        if choice not in known.__members__:
-            names = ", ".join(release.name for release in known)
+        if choice not in releases.__members__:
+            names = ", ".join(release.name for release in releases)
             raise UserError(
                 f"pretrained {pretrained!r}: the released weights of {self.__name__} are {names}; "
                 "name one of them, or say True"
             )
-        return f"{TORCHVISION}{known[choice]}"
+        return f"{TORCHVISION}{releases[choice]}"
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
         """What the weights that `settings` choose were trained on."""
@@ -218,14 +218,14 @@ class Torchvision:
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
         """How torchvision evaluates the release that `file` has the name of, else its default."""
-        known = self.library.get_model_weights(self.name)
-        for choice in known:
+        releases = self.library.get_model_weights(self.name)
+        for choice in releases:
             if PurePosixPath(urlsplit(choice.url).path).name == file:
                 settings = {"pretrained": choice.name}
-        if not settings.get("pretrained") and not known.__members__:
+        if not settings.get("pretrained") and not releases.__members__:
             return None
-        found = self.pretrained_on(settings)
-        return found.preprocessing if found else None
+        release = self.pretrained_on(settings)
+        return release.preprocessing if release else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.ops import Permute
 
-from mdistiller.models._released import released_file
 from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
@@ -27,6 +26,7 @@ from mdistiller.models.external._wrapper import (
     stage_indices,
     take,
 )
+from mdistiller.models.released import released_file
 from mdistiller.weights import load_checkpoint, load_state, network_state, with_own_head
 
 # Where families keep their blocks, if not at the top level.
@@ -49,16 +49,16 @@ class TorchvisionNet(ExternalNet):
         if not linear:
             raise self.unsupported("its head is no linear layer")
         self.head = linear[-1]
-        found = try_maps(net, image)
+        outputs = try_maps(net, image)
         self.stage_names = self._choose(
-            {name: found[name] for name in blocks(net) if name in found}
+            {name: outputs[name] for name in blocks(net) if name in outputs}
         )
-        last = found[self.stage_names[-1]]
+        last = outputs[self.stage_names[-1]]
         self.tokens = self.channels_last or last.ndim == 3
         place = slice(1, -1) if self.tokens else slice(2, None)  # the dimensions of h and w, or L
         self.final_name = [
             name
-            for name, value in found.items()
+            for name, value in outputs.items()
             if value.ndim == last.ndim and value.shape[place] == last.shape[place]
         ][-1]
         for name in {*self.stage_names, self.final_name}:
@@ -114,12 +114,12 @@ class TorchvisionNet(ExternalNet):
 
 def try_maps(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """What every submodule gives for an image, in order, if it is a map or tokens."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def note(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        found.pop(name, None)  # a layer that is called again comes later
+        outputs.pop(name, None)  # a layer that is called again comes later
         if isinstance(output, Tensor) and output.ndim in (3, 4):
-            found[name] = output
+            outputs[name] = output
 
     hooks = [
         layer.register_forward_hook(partial(note, name))
@@ -129,7 +129,7 @@ def try_maps(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
     net(image)
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 def blocks(net: nn.Module) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, UnsupportedError
+from mdistiller.models.staged import StagedNet, UnsupportedError
 from mdistiller.registry import UserError
 
 _QUARTERS = 4
@@ -98,19 +98,19 @@ class ExternalNet(StagedNet):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        found = self.collect(x)
-        features: dict[str, Any] = {"feats": found.maps}
-        if found.class_tokens:
-            features["class_tokens"] = found.class_tokens
-        features |= {"pooled_feat": found.pooled, "final_map": found.final_map}
-        return found.logits, features
+        collected = self.collect(x)
+        features: dict[str, Any] = {"feats": collected.maps}
+        if collected.class_tokens:
+            features["class_tokens"] = collected.class_tokens
+        features |= {"pooled_feat": collected.pooled, "final_map": collected.final_map}
+        return collected.logits, features
 
-    def _declare(self, image: Tensor, own: Tensor) -> None:
-        """Find the stages' channels, and hold the network to the contract; `own`: its logits."""
+    def _declare(self, image: Tensor, expected: Tensor) -> None:
+        """Set the stages' channels and check the contract; `expected`: the network's logits."""
         logits, features = self.eval()(image)
         pooled = features["pooled_feat"]
         again = self.classifier()(pooled).flatten(1)
-        if not (_close(logits, own) and _close(again, own)):
+        if not (_close(logits, expected) and _close(again, expected)):
             raise self.unsupported("its logits are not the classifier of its pooled features")
         self.globally_pooled = _close(features["final_map"].mean((2, 3)), pooled.flatten(1))
         self.stem_channels, *widths = (feat.shape[1] for feat in features["feats"])

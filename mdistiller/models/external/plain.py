@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, UnsupportedError
 from mdistiller.models.external._torchvision import try_maps
 from mdistiller.models.external._wrapper import (
     FAILURES,
@@ -24,6 +23,7 @@ from mdistiller.models.external._wrapper import (
     stage_indices,
     take,
 )
+from mdistiller.models.staged import StagedNet, UnsupportedError
 from mdistiller.registry import UserError
 
 
@@ -39,13 +39,13 @@ class PlainNet(ExternalNet):
         self.gives_features = takes_is_feat(net)
         self.stage_names: list[str] = []
         self.head = self._find_head(net, image)
-        found = {name: value for name, value in try_maps(net, image).items() if is_map(value)}
-        found.pop(self.head, None)
-        if not found:
+        maps = {name: value for name, value in try_maps(net, image).items() if is_map(value)}
+        maps.pop(self.head, None)
+        if not maps:
             raise self.unsupported("none of its layers gives maps [N, C, h, w]")
-        self.final_name = list(found)[-1]
+        self.final_name = list(maps)[-1]
         if not self.gives_features:
-            self.stage_names = choose_stages(found)
+            self.stage_names = choose_stages(maps)
         for name in {*self.stage_names, self.final_name}:
             keep_output(net.get_submodule(name))
         keep_input(net.get_submodule(self.head))
@@ -53,10 +53,10 @@ class PlainNet(ExternalNet):
 
     def _find_head(self, net: nn.Module, image: Tensor) -> str:
         """Name of the last layer whose output is the logits."""
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def note(name: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            found[name] = output.flatten(1)
+            outputs[name] = output.flatten(1)
 
         layers = {
             name: layer
@@ -69,7 +69,7 @@ class PlainNet(ExternalNet):
             hook.remove()
         heads = [
             name
-            for name, value in found.items()
+            for name, value in outputs.items()
             if value.shape == logits.shape and torch.allclose(value, logits, equal_nan=True)
         ]
         if not heads:
@@ -84,8 +84,8 @@ class PlainNet(ExternalNet):
 
     def collect(self, x: Tensor) -> Collected:
         if self.gives_features:
-            own, logits = self.net(x, is_feat=True)
-            maps = [value for value in own if is_map(value)]
+            features, logits = self.net(x, is_feat=True)
+            maps = [value for value in features if is_map(value)]
         else:
             logits, maps = logits_in(self.net(x)), []
         names = {*self.stage_names, self.final_name}
@@ -220,10 +220,10 @@ def is_map(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.shape[2:].numel() > 1
 
 
-def choose_stages(found: Mapping[str, Tensor]) -> list[str]:
+def choose_stages(maps: Mapping[str, Tensor]) -> list[str]:
     """The stem and the stages among all layers, by their maps: the last of each resolution."""
-    names = list(found)
-    last = {tuple(value.shape[2:]): k for k, value in enumerate(found.values())}
+    names = list(maps)
+    last = {tuple(value.shape[2:]): k for k, value in enumerate(maps.values())}
     chosen = sorted(last.values())
     if len(chosen) == 1:
         chosen = stage_indices([1] * len(names))

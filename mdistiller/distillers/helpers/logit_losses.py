@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers._common import divergence, soften
-from mdistiller.distillers._decoupled import (
+from mdistiller.distillers.helpers.decoupled import (
     decoupled_log_probs,
     labelled_shares,
     rest_log_probs,
     target_column,
 )
-from mdistiller.distillers._divergence import Divergence
+from mdistiller.distillers.helpers.divergence import Divergence
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def kd_loss(
 def _kd_log_probs(
     logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
-    return log_p, F.log_softmax(soften(logits_teacher, temperature), dim=1)
+    log_p = F.log_softmax(scale_logits(logits_student, temperature), dim=1)
+    return log_p, F.log_softmax(scale_logits(logits_teacher, temperature), dim=1)
 
 
 def dkd_rows(
@@ -105,7 +105,7 @@ def _dkd_rows(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dkd_rows` without T²."""
     (s_binary, s_within), (t_binary, t_within) = (
-        decoupled_log_probs(soften(z, temperature), column)
+        decoupled_log_probs(scale_logits(z, temperature), column)
         for z in (logits_student, logits_teacher)
     )
     return form(t_binary, s_binary), form(t_within, s_within)
@@ -137,8 +137,8 @@ def nkd_rows(
     column, _ = target_column(target)
     both = logits_student, logits_teacher
     s_target, t_target = (
-        F.log_softmax(soften(z, 1.0), dim=1).gather(1, column).squeeze(1) for z in both
+        F.log_softmax(scale_logits(z, 1.0), dim=1).gather(1, column).squeeze(1) for z in both
     )
-    s_within, t_within = (rest_log_probs(soften(z, temperature), column)[1] for z in both)
+    s_within, t_within = (rest_log_probs(scale_logits(z, temperature), column)[1] for z in both)
     others = -(t_within.exp() * s_within).sum(dim=1) * temperature**2
     return -t_target.exp() * s_target, others

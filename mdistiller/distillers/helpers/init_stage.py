@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.distillers._common import blank_image, require_positive, undisturbed
+from mdistiller.distillers.helpers.checks import logits_and_features
+from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.shapes import blank_image, preserve_state
 from mdistiller.registry import UserError
 
 INIT: dict[str, Any] = {
@@ -60,14 +62,14 @@ def stage_modules(
     ShuffleNetV2's last convolution. `net` is afterwards as it was.
     """
     params = [param for param in net.parameters() if param.requires_grad]
-    with undisturbed(net), torch.enable_grad():
-        _, features = net(blank_image(net, image_size))
-        found = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
-    reached = {id(p) for p, gradient in zip(params, found, strict=True) if gradient is not None}
+    with preserve_state(net), torch.enable_grad():
+        _, features = logits_and_features(net(blank_image(net, image_size)), net)
+        gradients = torch.autograd.grad(features["feats"][stage].sum(), params, allow_unused=True)
+    reached = {id(p) for p, gradient in zip(params, gradients, strict=True) if gradient is not None}
 
     def outermost(module: nn.Module) -> list[nn.Module]:
-        own = [id(param) for param in module.parameters()]
-        if own and reached.issuperset(own):
+        ids = [id(param) for param in module.parameters()]
+        if ids and reached.issuperset(ids):
             return [module]
         return [inner for child in module.children() for inner in outermost(child)]
 

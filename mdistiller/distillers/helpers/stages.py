@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers._base import Output
-from mdistiller.distillers._common import require_maps, require_one_of
+from mdistiller.distillers.helpers.output import Output
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.shapes import require_maps
 from mdistiller.registry import UserError
 
 FORMS = ("sum", "mean")
@@ -69,10 +70,10 @@ def paired_stages(student: Output, teacher: Output) -> tuple[list[Tensor], list[
     Returns:
         Two equally long lists of maps [N, C, H, W] in full precision, stem excluded.
     """
-    own, other = student["feats"][1:], teacher["feats"][1:]
-    require_maps("feats", [stage.shape for stage in (*own, *other)])
-    pairs = pair_stages([f.shape[2] for f in own], [f.shape[2] for f in other])
-    return [own[i] for i, _ in pairs], [other[j] for _, j in pairs]
+    s_maps, t_maps = student["feats"][1:], teacher["feats"][1:]
+    require_maps("feats", [stage.shape for stage in (*s_maps, *t_maps)])
+    pairs = pair_stages([f.shape[2] for f in s_maps], [f.shape[2] for f in t_maps])
+    return [s_maps[i] for i, _ in pairs], [t_maps[j] for _, j in pairs]
 
 
 def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,9 @@ class Negatives(nn.Module):
     def _chosen(self, index: Tensor, out: Tensor) -> None:
         """By numpy, image by image: on a CPU 5 times as fast as random keys for a whole batch."""
         generator = np.random.default_rng(int(torch.randint(2**62, ())))  # repeats with torch's
-        own = self.targets[index]
+        classes = self.targets[index]
         order = self.order.numpy()
-        bounds = zip(self.start[own].tolist(), self.count[own].tolist(), strict=True)
+        bounds = zip(self.start[classes].tolist(), self.count[classes].tolist(), strict=True)
         for row, (start, count) in zip(out.numpy(), bounds, strict=True):
             if len(order) - count < self.k:
                 row[:] = 0  # drawn with replacement elsewhere
@@ -107,16 +107,16 @@ class Negatives(nn.Module):
 
     def _others(self, index: Tensor, place: Tensor) -> Tensor:
         """The images at `place` [N, K] of the list, by class, without the own class's."""
-        own = self.targets[index, None]
-        return self.order[place + self.count[own] * (place >= self.start[own])]
+        classes = self.targets[index, None]
+        return self.order[place + self.count[classes] * (place >= self.start[classes])]
 
     @torch.no_grad()
     def same_class(self, index: Tensor) -> Tensor:
         """Another image of the same class for each of `index` [N]; itself if there is none."""
         if not self.has_classes:
             raise UserError("CRD.MODE relax needs the classes of the training images")
-        own = self.targets[index]
-        start, count = self.start[own], self.count[own]
+        classes = self.targets[index]
+        start, count = self.start[classes], self.count[classes]
         shift = random_below((count - 1).clamp(min=1)) + 1
         offset = self.place[index] - start + shift * (count > 1)
         return self.order[start + offset % count]

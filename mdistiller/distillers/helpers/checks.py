@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdistiller.registry import UserError
 
@@ -27,6 +27,23 @@ def require_call(method: type, arguments: Sequence[Any], facts: Mapping[str, Any
             f"{method.__name__}.__init__ cannot be called: {error}; it must take (self, {names}), "
             "and may ask for num_data, image_size and targets by name (docs/method.md)"
         ) from None
+
+
+def logits_and_features(output: Any, net: nn.Module | None) -> tuple[Any, Any]:
+    """What a network returned, as (logits, features); a plain classifier has no features.
+
+    Raises:
+        UserError: the output is neither logits nor such a pair.
+    """
+    if isinstance(output, Tensor):
+        return output, {}
+    if isinstance(output, (tuple, list)) and len(output) == 2:
+        return output[0], output[1]
+    raise UserError(
+        f"network {type(net).__name__} returned {_described(output)}, but methods read logits or "
+        "(logits, features): wrap it by mdistiller.models.as_staged(net, name, (height, width)) "
+        "(docs/own_backbone.md)"
+    )
 
 
 def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:

@@ -38,11 +38,11 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, sizes: list[int]) -> Tensor:
-        own = sizes[rank()]
+        count = sizes[rank()]
         ctx.share = slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
-        ctx.scale = sum(sizes) / own
+        ctx.scale = sum(sizes) / count
         padded = part.new_zeros(max(sizes), *part.shape[1:])
-        padded[:own] = part
+        padded[:count] = part
         received = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(received, padded)
         return torch.cat([rows[:size] for rows, size in zip(received, sizes, strict=True)])
@@ -52,11 +52,11 @@ class _Gather(torch.autograd.Function):
         return grads[0][ctx.share] * ctx.scale, None
 
 
-def _sizes(own: int) -> list[int]:
+def _sizes(count: int) -> list[int]:
     """Number of samples of every process; exchanged between CPUs, so that no GPU waits."""
-    mine = torch.tensor([own])
-    sizes = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(sizes, mine, group=_cpu_group(dist.group.WORLD))
+    local = torch.tensor([count])
+    sizes = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(sizes, local, group=_cpu_group(dist.group.WORLD))
     return [int(size) for size in sizes]
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdistiller.distillers._common import divergence, soften
-from mdistiller.distillers._decoupled import (
+from mdistiller.distillers.helpers.decoupled import (
     decoupled_log_probs,
     labelled_shares,
     target_column,
 )
-from mdistiller.distillers._divergence import Divergence
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.divergence import Divergence
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
 from mdistiller.registry import UserError
 
 
@@ -75,7 +75,7 @@ def split_terms(
         form: what is measured in place of KL.
     """
     column, labelled = target_column(target)
-    student, teacher = (soften(z, temperature) for z in (logits_student, logits_teacher))
+    student, teacher = (scale_logits(z, temperature) for z in (logits_student, logits_teacher))
     (s_binary, s_within), (t_binary, t_within) = (
         decoupled_log_probs(z, column) for z in (student, teacher)
     )

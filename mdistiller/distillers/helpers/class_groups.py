@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import Distiller, Losses, Output
-from mdistiller.distillers._common import (
-    divergence,
-    full_precision,
-    require_one_of,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import group_log_probs
+from mdistiller.distillers.helpers.decoupled import group_log_probs
+from mdistiller.distillers.helpers.numerics import divergence, full_precision, scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
 from mdistiller.registry import UserError
 
 KL_TYPES = ("forward", "reverse", "both")
@@ -66,7 +60,8 @@ def group_terms(
     """
     columns = top_columns(logits_teacher, sizes)
     (s_high, s_within), (t_high, t_within) = (
-        group_log_probs(soften(z, temperature), columns) for z in (logits_student, logits_teacher)
+        group_log_probs(scale_logits(z, temperature), columns)
+        for z in (logits_student, logits_teacher)
     )
     scale = temperature**2 / len(logits_student)
     high, *within = (

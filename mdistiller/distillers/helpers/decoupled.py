@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers._common import IGNORE_INDEX
+from mdistiller.distillers.helpers.numerics import IGNORE_INDEX
 
 HIDDEN = -1e38
-"""Added to a logit within ±1e30 (`soften`) it leaves a probability of 0. Added to all logits of a
-sample, it makes them equal in float32."""
+"""Added to a logit within ±1e30 (`scale_logits`) it leaves a probability of 0. Added to all logits
+of a sample, it makes them equal in float32."""
 
 
 def target_column(target: Tensor) -> tuple[Tensor, Tensor]:

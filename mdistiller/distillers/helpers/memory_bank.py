@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import unit
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import unit
 
 DENSE_BANK = 2**18
 """Banks with at most so many rows are multiplied whole, and the scores picked from the product;

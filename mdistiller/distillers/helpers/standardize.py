@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.distillers._common import centre, soften
+from mdistiller.distillers.helpers.numerics import centre, scale_logits
 
 LSKD_CONFIG: dict[str, Any] = {"ENABLE": False, "UNBIASED": True, "EPS": 1e-7}
 
@@ -32,7 +32,7 @@ def standardize(logits: Tensor, unbiased: bool = True, eps: float = 1e-7) -> Ten
         unbiased: divide the sum of squares by C - 1, else by C.
         eps: added to the standard deviation, >= 0.
     """
-    centred = centre(soften(logits, 1.0), dim=1)
+    centred = centre(scale_logits(logits, 1.0), dim=1)
     # Squares of 1e30 would overflow; Z does not depend on the scale, so neither does its gradient.
     scale = centred.detach().abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
     centred = centred / scale

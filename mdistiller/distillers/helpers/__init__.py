@@ -1,0 +1,1 @@
+"""What methods share; a module here holds no method and is no entry of `distiller_dict`."""
