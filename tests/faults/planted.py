@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -21,7 +22,7 @@ from mdistiller.registry import UserError
 REPO = Path(__file__).resolve().parents[2]
 TESTS_FAILED = 1
 """pytest's exit code; others mean that the tests did not run."""
-TIMEOUT = 300  # seconds
+TIMEOUT, CPU_SECONDS = 1800, 300  # of one run of tests
 PRELOADED = ("torch", "torchvision", "timm", "scipy.stats", "yacs.config", "pytest")
 """What many tests import and no bug touches."""
 
@@ -86,6 +87,7 @@ def _pytest(folder: Path, tests: Sequence[str], log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.alarm(TIMEOUT)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     ours = {path.stem for path in (REPO / "tests").rglob("*.py")} | {"mdistiller", "faults"}
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
