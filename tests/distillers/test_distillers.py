@@ -280,6 +280,8 @@ def test_cross_entropy_without_labels_is_zero_and_takes_soft_targets():
     unlabelled.backward()
     assert unlabelled == 0
     assert not logits.grad.any()
+    some = cross_entropy(logits, torch.tensor([0, -100, 2, -100]))
+    assert some.item() == pytest.approx(cross_entropy(logits[::2], torch.tensor([0, 2])).item())
     hard = torch.tensor([0, 1, 2, 1])
     soft = nn.functional.one_hot(hard, 3).float()
     assert cross_entropy(logits, hard).item() == pytest.approx(cross_entropy(logits, soft).item())
