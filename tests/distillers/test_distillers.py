@@ -10,7 +10,7 @@ from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distil
 from mdistiller.distillers.helpers.numerics import cross_entropy
 from mdistiller.distillers.helpers.settings import warmup_factor
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 

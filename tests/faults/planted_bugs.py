@@ -264,7 +264,7 @@ BUGS = (
     ),
     Bug(
         "gradients are clipped before fp16's scale is taken off",
-        "engine/trainer.py",
+        "engine/optimization.py",
         "            self.scaler.unscale_(self.optimizer)\n",
         "",
         "engine/test_clipping.py",
@@ -278,7 +278,7 @@ BUGS = (
     ),
     Bug(
         "top-5 counts as top-1",
-        "engine/utils.py",
+        "engine/metrics.py",
         "hits[:, :k].sum() for k in topk",
         "hits[:, :1].sum() for k in topk",
         "engine/test_utils.py::test_accuracy_in_percent",
