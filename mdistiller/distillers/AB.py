@@ -14,9 +14,8 @@ above 0.
 
 FORM sum with MARGIN 1, above, 30 epochs at the run's own rate is RepDistiller (its weight 1 has no
 effect). The Knowledge-Distillation-Zoo is FORM mean, the mean over elements and stages, with MARGIN
-2, INIT.WEIGHT 10 and 50 epochs at a tenth of the run's rate, LR_DECAY_STAGES [30, 40]; other than
-there, the classifier has no weight decay in the first stage, and momentum starts anew in the
-second.
+2, INIT.WEIGHT 10 and 50 epochs at a tenth of the run's rate, LR_DECAY_STAGES [30, 40]; unlike
+there, the classifier has no weight decay in the first stage, and momentum restarts in the second.
 
 Stages of equal shape need no connector. Where a student's map can be neither halved, doubled nor
 cut to the teacher's size, the teacher's is average-pooled. A network without pre-activations

@@ -10,17 +10,17 @@ the length over the cells, 0 for a map of zeros:
 The paper sums over cells, which is RES^2 times that; published BETAs belong to the mean.
 
     BINARIZE  the teacher's maps are 1 where above the mean of their |A|, else 0, before phi
-    TOP, BOTTOM  per sample only the maps of that many classes whose mean is largest or smallest in
-        the teacher (exactly so many, with ties too; the authors' code takes one less or more, and
-        all on ties); 0: all classes
+    TOP, BOTTOM  per sample only the maps of the classes whose mean is largest or smallest in the
+        teacher: exactly TOP or BOTTOM of them, with ties as well (the authors' code takes one less
+        or more, and all on ties); 0: all classes
     ONLY  without cross-entropy (the paper's CAT)
 
 As in the authors' code the student has no bias in its classifier, so that its logits are the means
 of its maps. Here the bias is a constant 0 in its usual place: a student's file is an ordinary
-network of its kind. The student starts from the weights it has under every method (the authors
-draw the classifier anew, as they do convolutions). The teacher predicts with its bias; only its
-maps, and the choice of TOP and BOTTOM, go without. Networks are refused whose logits are no linear
-layer on the average of `final_map`.
+network of its kind. The student starts from the same weights as under other methods (the authors
+initialise classifier and convolutions again). The teacher predicts with its bias; only its
+maps, and the choice of TOP and BOTTOM, go without. Networks whose logits are not a linear layer on
+the average of `final_map` are refused.
 """
 
 from __future__ import annotations

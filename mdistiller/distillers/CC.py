@@ -78,7 +78,7 @@ def cc_loss(
 
 
 def unknown_form(form: str) -> UserError:
-    """The error for a form that there is not."""
+    """The error for an unknown CC.FORM."""
     return UserError(f"CC.FORM {form!r} is neither neighbour nor kernel")
 
 

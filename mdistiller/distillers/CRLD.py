@@ -11,7 +11,7 @@ temperature 1 is at least TAU_W (or TAU_S), else 0:
     loss   = CE_WEIGHT * (CE(z_w) + CE(z_s)) + WV_WEIGHT * within + CV_WEIGHT * cross
 
 The means are over all samples of the batch. The student runs once for each view, so batch norm sees
-them apart. The strong view is MLKD's: a crop and mirror of its own, two random operations, a square
+them apart. The strong view is MLKD's: another crop and mirror, two random operations, and a square
 of up to half the side cut out. Under LSKD, the divergences take standardised logits, m plain ones.
 """
 

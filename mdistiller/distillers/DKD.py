@@ -8,7 +8,7 @@ binary probabilities and r = softmax over the classes j != t, both of logits / T
     loss = min(epoch / WARMUP, 1) * (ALPHA * TCKD + BETA * NCKD)
 
 MODE "tckd" or "nckd" leaves the other term out, "dkd" has both. DIVERGENCE puts another divergence
-in KL's place in both terms; see `_divergence.py`.
+in KL's place in both terms; see `helpers/divergence.py`.
 
 Everything is evaluated on log-probabilities: log(1 - p_t) is a logsumexp over j != t, never the log
 of a rounded probability, so the loss stays finite where the textbook form gives inf and NaN.

@@ -14,8 +14,8 @@ LOSS.FEAT_WEIGHT above 0. M has the networks' channels for its sides, so these m
 
 FORM sum, 30 epochs at the run's own rate is RepDistiller (its weight 50 has no effect). The
 Knowledge-Distillation-Zoo is FORM mean over pairs, 50 epochs at a tenth of the run's rate with
-LR_DECAY_STAGES [30, 40]; other than there, the classifier has no weight decay in the first stage,
-and momentum starts anew in the second.
+LR_DECAY_STAGES [30, 40]; unlike there, the classifier has no weight decay in the first stage,
+and momentum restarts in the second.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ With q = softmax(z_teacher / T) and p = softmax(z_student / T), over a batch of 
 
     loss = T^2 / N * sum_n sum_c q_nc (log q_nc - log p_nc)
 
-KD.DIVERGENCE puts another divergence of q and p in the sum's place; see `_divergence.py`.
+KD.DIVERGENCE puts another divergence of q and p in the sum's place; see `helpers/divergence.py`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Only stages of equal width W can be compared. As in the original library the row
 channel x height; RepDistiller has the channels as columns, and other values.
 
 The sign of a singular vector is arbitrary, yet R depends on the teacher's signs relative to each
-other in consecutive stages. SIGNS chooses them: "lapack" (the default, since the original's numbers
-hold with no other) takes those of LAPACK's decomposition in float32, on a GPU those of its own
+other in consecutive stages. SIGNS chooses them: "lapack" (the default; the original's numbers
+need it) takes those of LAPACK's decomposition in float32, on a GPU those of its own
 library; "canonical" makes the sum of every vector non-negative, the same on every machine.
 The two agree on most samples where maps are non-negative.
 
@@ -39,7 +39,7 @@ from mdistiller.distillers.helpers.stages import pair_by_height, paired_stages
 from mdistiller.registry import UserError
 
 EXTRA = 3
-"""The student offers so many vectors more than the teacher."""
+"""Number of vectors that the student offers beyond the teacher's."""
 GAP = 1e-6
 """Squared singular values nearer than this share of the largest count as equal in backward."""
 

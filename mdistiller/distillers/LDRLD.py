@@ -12,8 +12,8 @@ A softmax over two classes is a logistic function of the difference of their log
 matrix of differences has both probabilities of every pair: there is no loop over pairs. With k
 classes or fewer KL_rest is 0.
 
-R, ALPHA, BETA and T are the authors' for resnet32x4 -> resnet8x4. Their k is an option of a script
-whose value was not at hand; 5 is a choice made here.
+R, ALPHA, BETA and T are the authors' for resnet32x4 -> resnet8x4. Their k is an unpublished option
+of a script; 5 is our choice.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ m_n is 1 where the highest probability is at most its median over the batch, m_c
 probability summed over the batch is at most its median over classes; else 0. (Of an even number of
 values the lower middle one is the median.)
 
-Paper and authors' code part, and published numbers are the code's. MASK chooses: "per_item" is the
+Paper and authors' code differ, and published numbers are the code's. MASK "per_item" is the
 above. "as_coded", the default: a loss is averaged before the mask is applied, so m_n and m_c are
 constants, their means (about 1/2); and from the fourth temperature on, kd_strong takes the weak
 view. The student runs once for each view, so batch norm sees them apart, and its running statistics
@@ -102,7 +102,7 @@ def mlkd_terms(
 
 
 def _changed(kd: Any) -> bool:
-    """Whether the KD node, of which the authors' files set MLKD's numbers, is not as it comes."""
+    """Whether the KD node differs from its defaults, as in the authors' files for MLKD."""
     defaults = DISTILLERS.config["KD"]
     return (kd.TEMPERATURE, dict(kd.LOSS)) != (defaults["TEMPERATURE"], defaults["LOSS"])
 

@@ -1,8 +1,8 @@
 """OFA. Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
 Distillation, NeurIPS 2023, arXiv 2310.19444.
 
-A branch behind each stage of the student ends in logits of its own (see `_branches.py`), so that
-only logits are compared and the two networks need have nothing in common. With the teacher's
+A branch behind each stage of the student ends in logits (`helpers/branches.py`), so only logits are
+compared and the two networks need not resemble each other. With the teacher's
 p = softmax(z_teacher / T), the student's q = softmax(z_student / T), and the target class t:
 
     ofa(z) = -1 / N * sum_n (((1 + p_t)^EPS - 1) log q_t + sum_{c != t} p_c^EPS log q_c)
@@ -10,7 +10,7 @@ p = softmax(z_teacher / T), the student's q = softmax(z_student / T), and the ta
 
 CE is smoothed by LABEL_SMOOTHING. With EPS = 1, ofa is the soft cross-entropy.
 
-Paper and authors' code part. FORM "code" is the above. FORM "paper" has (1 + p_t)^EPS log q_t, and
+Paper and code differ. FORM "code" is the above. FORM "paper" has (1 + p_t)^EPS log q_t, and
 p_c without exponent; its 1 is the cross-entropy, at the branches as well, so CE is not added again.
 """
 

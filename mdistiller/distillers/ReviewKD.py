@@ -15,9 +15,10 @@ distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 an
 
 MID is min(512, width of the student's pooled features) as in the original library, whose
 MAX_MID_CHANNEL has no effect either. Where the networks have unequal numbers of stages, those are
-compared that agree best in height (`_stages.py`); the original has no configs for such pairs. A
-teacher that returns no pre-activations (MobileNetV2, whose stages end without ReLU; networks of
-timm and torchvision) gives the outputs of its stages instead, after a ReLU if that is how they end.
+compared that agree best in height (`helpers/stages.py`); the original has no configs for such
+pairs. A teacher that returns no pre-activations (MobileNetV2, whose stages end without ReLU;
+networks of timm and torchvision) gives the outputs of its stages instead, after a ReLU if that is
+how they end.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ Cells have equal area; pixels on a border count by their share, and cells smalle
 repeat it. The authors pool to 4 x 4 and from there on: the same for sides of 1, 2 or a multiple of
 4 (all CIFAR networks). For others, 7 x 7 say, their cells overlap, and the first region's logits
 are not those of the image.
-Samples without label are left out. Networks are refused whose logits are no linear layer on the
-average of `final_map`. The authors clip gradients at norm 40 (SOLVER.CLIP_GRAD_NORM).
+Samples without label are left out. Networks whose logits are not a linear layer on the average of
+`final_map` are refused. The authors clip gradients at norm 40 (SOLVER.CLIP_GRAD_NORM).
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def base_loss(name: str, node: Any) -> RowLoss:
 
 
 def check(node: Any) -> Any:
-    """The SDD node, if its values mean something."""
+    """The SDD node, with its values checked."""
     for key, value, allowed in (
         ("BASE", node.BASE.upper(), ("KD", "DKD", "NKD")),
         ("NORM", node.NORM, ("mean", "sum")),

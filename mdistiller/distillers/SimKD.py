@@ -17,8 +17,8 @@ them like any other. (The authors' code runs the teacher at test too, to learn t
 here the neck knows it.)
 
 g ends in a ReLU and cannot reach negative values of a teacher's last map; the zoo's networks have
-none there. A teacher or student whose classifier is no linear layer on the average of `final_map`
-is refused.
+none there. A teacher or student whose classifier is not a linear layer on the average of
+`final_map` is refused.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ j != t:
 
 zeta_j is 1 / rank of class j, scaled to sum 1 without the target, which takes part in the ranking;
 rank 1 has the largest score R_j = W_j / (1 - W_t + 1e-6) + X_j / (1 - X_t + 1e-6). P and zeta carry
-no gradient. Paper and code part over X: RANK "log" (the default, as the authors' code) takes the
+no gradient. Paper and code differ over X: RANK "log" (the default, as the authors' code) takes the
 student's log-probabilities, "prob" its probabilities, as published.
 
 Mixed labels ([N, C] probabilities) count with their two largest classes: P_k = S_k^2 + y_k - mean

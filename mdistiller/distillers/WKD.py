@@ -8,8 +8,8 @@ P and Q those of the classes other than y at temperature T:
     W      = mean over n of the cost of moving Q_n to P_n at cost D_cd from class c to class d
     D      = 1 - exp(-SHARPEN dist)
 
-W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA (`_sinkhorn.py`).
-COST says what dist is:
+W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA
+(`helpers/sinkhorn.py`). COST chooses dist:
 
     cka        1 - linear CKA of the teacher's logits for the classes' training images
     cka_feats  the same of its pooled features
@@ -25,9 +25,9 @@ division,
     loss = CE_WEIGHT CE + (target + WKD_LOGIT_WEIGHT g W) + WKD_FEAT_WEIGHT g F
 
 A term of weight 0 is left out, `target` with W. g = 1 up to epoch COSINE_DECAY_EPOCH, then half a
-cosine down to 0 in the last one. The authors' code decays from the first epoch where the key is not
-set; so do the defaults here, which are those of ResNet34 -> ResNet18 on ImageNet (but for COST,
-there cka: the default needs no pass over images).
+cosine down to 0 in the last one. Without that key the authors' code decays from the first epoch, as
+the defaults here do. They are those of ResNet34 -> ResNet18 on ImageNet, except COST (there cka):
+the default needs no pass over images.
 
 Paper and code: the paper has full covariances in F and transports all classes together; the code,
 followed here, has diagonal ones and keeps the target apart. The authors ship their cost matrices;

@@ -1,4 +1,4 @@
-"""What every distillation method is made of."""
+"""Distiller, the base class of every method, and Vanilla, training without a teacher."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 
 
 class Distiller(Trainable):
-    """A student and a teacher trained as one module; the base of every method.
+    """A student and a teacher as one module; the base class of every method.
 
-    Most methods override :meth:`distill`; one of another shape (several views, no cross-entropy,
-    an own head) overrides :meth:`forward_train`, and perhaps :meth:`forward_test`. Modules,
-    parameters and buffers that a method adds are ordinary children: they are found, moved, saved
-    and trained without further word.
+    Most methods override :meth:`distill`. A method with several views, without cross-entropy or
+    with another head overrides :meth:`forward_train`, and :meth:`forward_test` if it predicts
+    differently. Modules, parameters and buffers that a method registers are trained, moved and
+    saved like those of any `nn.Module`.
 
     Class attributes:
-        uses_teacher: False for methods that learn without one; they are built with None.
-        teacher_in_eval_mode: False if the teacher normalises by batch statistics while the student
-            trains; its running statistics then move, nothing else of it.
-        alone: why the method is no part of a sum ("it ..."); empty if it can be.
-        takes_standardized_logits: True if what :meth:`distill` does with logits makes sense for
-            standardised ones (LSKD); it then gets such where the config says so.
-        teacher_logits_only: True if the training step reads nothing of the teacher but its logits.
-            Remembered ones can then stand in for a forward pass of it, in a class that leaves
-            `forward_train`, `run_teacher` and `forward` as they are. A class that overrides
-            `distill` does not inherit it: it has to say so itself.
-        needs_teacher_classifier: False if nothing depends on the teacher's logits or the layer that
-            makes them: a teacher of other classes serves, and a file without that layer. A class
-            that overrides a training step does not inherit False: it has to say so itself.
-        two_views: True for methods that train on two independently augmented views of an image. The
-            training loader then gives pairs (weak, strong), and :meth:`forward_train` gets them as
-            `image_weak` and `image_strong`. It is set by itself where `forward_train` names two
-            arguments that begin with `image_`, which then get the pair (:func:`view_names`).
-        soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
-            probabilities, which the cross-entropy takes, and `index` names one of the two images.
+        uses_teacher: False for methods without a teacher; they are built with None.
+        teacher_in_eval_mode: False to run the teacher in train mode: it normalises by batch
+            statistics, and its running statistics change.
+        alone: reason why the method cannot be part of a sum such as "KD+AT" ("it ..."), or "".
+        takes_standardized_logits: True if :meth:`distill` can work on standardised logits; it gets
+            them if the config enables LSKD.
+        teacher_logits_only: True if the training step reads only the teacher's logits. Cached
+            logits can then replace the teacher's forward pass, unless the class overrides
+            `forward_train`, `run_teacher` or `forward`. A class that overrides `distill` does not
+            inherit True.
+        needs_teacher_classifier: False if the loss depends on neither the teacher's logits nor its
+            classifier: the teacher may have other classes, and its checkpoint may lack the
+            classifier. A class that overrides a training step does not inherit False.
+        two_views: True for methods that train on two independently augmented views of an image:
+            the loader gives pairs (weak, strong), passed to :meth:`forward_train` as `image_weak`
+            and `image_strong`. Set automatically if `forward_train` has two arguments that begin
+            with `image_`; they get the views (:func:`view_names`).
+        soft_labels: True if the method works on mixed images: `target` may be [N, C] class
+            probabilities, and `index` is the number of one of the two images.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
-        teacher_facts: tensors to be computed once of the frozen teacher and the training images,
-            by name; a constructor may set them as its config demands. See :meth:`take_fact`.
+        teacher_facts: tensors to compute once from the frozen teacher and the training images, by
+            name; a constructor may set them. See :meth:`take_fact`.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
-        label_smoothing: of that cross-entropy, in [0, 1).
-        split: set by a trainer that wants `loss_tckd` and `loss_nckd` in place of `loss_kd`; of a
-            class with :meth:`distill_split`.
-        distills: False where the main stage is cross-entropy alone; the teacher then rests.
-        frozen: what :meth:`run_teacher` runs in place of a teacher in eval mode, if set: it returns
-            the same, sooner. It is no module, and in no state dict.
-        watches_teacher: whether the method has put hooks on the teacher; the engine finds out.
+        label_smoothing: label smoothing of that cross-entropy, in [0, 1).
+        split: set by a trainer that needs `loss_tckd` and `loss_nckd` instead of `loss_kd`;
+            requires :meth:`distill_split`.
+        distills: False if the main stage is cross-entropy alone; the teacher does not run.
+        frozen: a faster equivalent of a teacher in eval mode, run in its place if set; not a
+            submodule, so not in the state dict.
+        watches_teacher: True if the method has registered hooks on the teacher; the engine sets it.
     """
 
     uses_teacher = True
@@ -86,9 +86,10 @@ class Distiller(Trainable):
     watches_teacher: bool = False
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
-        """Hold the two networks; `cfg` says whether logits are standardised.
+        """Register the two networks.
 
-        Only a class that `takes_standardized_logits` has to hand it on to here.
+        Args:
+            cfg: the config, which enables LSKD; read only if `takes_standardized_logits`.
         """
         super().__init__()
         self.student = student
@@ -106,12 +107,11 @@ class Distiller(Trainable):
             if "distill_split" not in vars(cls):
                 cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
         if vars(cls).keys() & _STEPS:
-            own = vars(cls).get("needs_teacher_classifier", True)
-            cls.needs_teacher_classifier = own
+            cls.needs_teacher_classifier = vars(cls).get("needs_teacher_classifier", True)
 
     @classmethod
     def can_do_without_teacher(cls) -> bool:
-        """Whether `forward_train` takes `teacher_logits` in place of a pass of the teacher."""
+        """Whether cached `teacher_logits` can replace the teacher's forward pass."""
         plain = all(getattr(cls, name) is getattr(Distiller, name) for name in _TEACHER_SEAMS)
         return cls.teacher_logits_only and plain
 
@@ -125,9 +125,15 @@ class Distiller(Trainable):
         image_size: tuple[int, int] | None = None,
         targets: Tensor | None = None,
     ) -> Distiller:
-        """Construct from a config and facts of the training images, for constructors that ask.
+        """Construct the method; its constructor gets those of the last three that it names.
 
-        These are their number, (height, width) and classes (int64 [num_data]); None: unknown.
+        Args:
+            num_data: number of training images.
+            image_size: their (height, width); None: unknown.
+            targets: their classes, int64 [num_data]; None: unknown.
+
+        Raises:
+            UserError: the constructor takes other arguments, or reads a key that is not set.
         """
         facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
         wanted = inspect.signature(cls.__init__).parameters
@@ -136,7 +142,7 @@ class Distiller(Trainable):
         try:
             return cls(student, teacher, cfg, **extra)
         except AttributeError as error:
-            if " " not in str(error):  # yacs: nothing but the name of a key that is not there
+            if " " not in str(error):  # yacs names the missing key and nothing else
                 raise UserError(
                     f"{cls.__name__} reads the config key {error}, which is not set: give it in "
                     f"the config, or declare defaults (docs/method.md)"
@@ -145,13 +151,13 @@ class Distiller(Trainable):
 
     @property
     def module(self) -> Distiller:
-        """This distiller: code written for a DataParallel-wrapped one says `distiller.module`."""
+        """This distiller, for code that expects a DataParallel wrapper (`distiller.module`)."""
         return self
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set training mode; the teacher stays in eval mode (see `teacher_in_eval_mode`).
+        """Set training mode; the teacher stays in eval mode if `teacher_in_eval_mode`.
 
-        In an initialisation stage, what it does not train is in eval mode.
+        In an initialisation stage, the modules that it does not train stay in eval mode.
         """
         if not isinstance(mode, bool):
             raise ValueError(f"train(mode) takes a bool, got {mode!r}")
@@ -171,10 +177,10 @@ class Distiller(Trainable):
         """The method's weighted loss, a scalar.
 
         Args:
-            student, teacher: outputs of the two networks on the same images; the teacher's carry
-                no gradient. Their logits are standardised where the config says so.
-            target: [N] class indices; with `soft_labels` perhaps probabilities, [N, C].
-            batch: what else the trainer knows: `epoch` (from 1), `index` ([N] sample numbers), ...
+            student, teacher: outputs of the two networks on the same images; the teacher's have
+                no gradient. Their logits are standardised if the config enables LSKD.
+            target: [N] class indices; with `soft_labels` also [N, C] probabilities.
+            batch: the rest of the batch: `epoch` (from 1), `index` ([N] sample numbers), ...
         """
         raise UserError(
             f"{type(self).__name__} must override distill(student, teacher, target, **batch) "
@@ -189,14 +195,14 @@ class Distiller(Trainable):
 
     @classmethod
     def can_split(cls) -> bool:
-        """Whether its loss can be had as two terms."""
+        """Whether :meth:`distill_split` is available."""
         plain = cls.forward_train is Distiller.forward_train
         return plain and cls.distill_split is not Distiller.distill_split
 
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
-        """Student logits and the terms of the objective, which the trainer sums.
+        """Student logits [N, C] and the loss terms, which the trainer sums.
 
-        With `teacher_logits` in `batch`, [N, C], the teacher does not run.
+        With `teacher_logits` [N, C] in `batch`, the teacher does not run.
         """
         cached = batch.pop("teacher_logits", None)
         student, teacher = self.run_student(image), None
@@ -210,24 +216,26 @@ class Distiller(Trainable):
             if teacher is None:
                 losses["loss_kd"] = student.logits.new_zeros(())
                 return student.logits, losses
-            outputs = self.standardized(student), self.standardized(teacher)
+            logits = student.logits
+            if self._lskd is not None:
+                student, teacher = self.standardized(student), self.standardized(teacher)
             if self.split is None:
-                losses["loss_kd"] = loss_of(self, self.distill(*outputs, target, **batch))
+                losses["loss_kd"] = loss_of(self, self.distill(student, teacher, target, **batch))
             else:
-                terms = self.distill_split(*outputs, target, self.split, **batch)
+                terms = self.distill_split(student, teacher, target, self.split, **batch)
                 losses["loss_tckd"], losses["loss_nckd"] = terms
-        return student.logits, losses
+        return logits, losses
 
     def standardize(self, logits: Tensor) -> Tensor:
-        """Logits [N, C, ...] as the distillation loss is to see them; see `_standardize.py`."""
+        """Logits [N, C, ...] as the distillation loss reads them (`helpers/standardize.py`)."""
         return logits if self._lskd is None else standardize(logits, **self._lskd)
 
     def standardized(self, output: Output) -> Output:
-        """`output` with logits as the distillation loss is to see them."""
+        """`output` with its logits standardised if the config enables LSKD."""
         return Output(self.standardize(output.logits), output.features)
 
     def take_fact(self, name: str, value: Tensor) -> None:
-        """Take one of `teacher_facts`, into the buffer of its name; called before training."""
+        """Store one of `teacher_facts` in the buffer of its name; called before training."""
         getattr(self, name).copy_(value)
 
     def forward_init(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
@@ -247,8 +255,8 @@ class Distiller(Trainable):
         """The teacher's output, without gradient."""
         if self.teacher is None:
             raise TypeError(f"{type(self).__name__} has no teacher to run")
-        rests = self.frozen is not None and not self.teacher.training
-        output = (self.frozen if rests else self.teacher)(image)
+        fast = self.frozen is not None and not self.teacher.training
+        output = (self.frozen if fast else self.teacher)(image)
         logits, features = logits_and_features(output, self.teacher)
         return Output(full_precision(logits), features)
 
@@ -260,10 +268,9 @@ class Distiller(Trainable):
     def forward(self, **kwargs: Any) -> Any:
         """:meth:`forward_train` in training mode, else :meth:`forward_test` on `image`.
 
-        In training, an `image` that is a pair is handed on under the two names that `forward_train`
-        gives its views, by default `image_weak` and `image_strong`. A `forward_train` without
-        `**batch` gets the arguments it names. In an initialisation stage it is the
-        :meth:`forward_init` of the stage's method.
+        In training, a pair of views in `image` is passed under the names that `forward_train` has
+        for them, by default `image_weak` and `image_strong`; a `forward_train` without `**batch`
+        gets the arguments it names. An initialisation stage runs :meth:`forward_init` instead.
         """
         if not self.training:
             return self.forward_test(kwargs["image"])

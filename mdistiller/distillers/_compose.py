@@ -91,8 +91,8 @@ class Composed(Distiller):
         if not self.teacher_in_eval_mode:
             wants = [name for name, part in parts.items() if not part.teacher_in_eval_mode]
             warnings.warn(
-                f"{', '.join(wants)} has the teacher in train mode: the other parts of "
-                f"{'+'.join(parts)} see what it says by batch statistics, too",
+                f"{', '.join(wants)} runs the teacher in train mode: the other parts of "
+                f"{'+'.join(parts)} get outputs by batch statistics as well",
                 stacklevel=2,
             )
         for part in parts.values():

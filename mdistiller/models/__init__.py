@@ -5,8 +5,8 @@ An entry unpacks as `(constructor, checkpoint path or None)` and can be called:
     net = get_model_entry("resnet8x4", "cifar")(num_classes=10)
     logits, features = net(images)   # see mdistiller.models.StagedNet
 
-A new family is one file in a sub-package: every module here whose name has no leading
-underscore is imported, and enters its models with `@register_model`.
+A new family is one file in a sub-package that registers its networks with `@register_model`: every
+module whose name has no leading underscore is imported.
 """
 
 import importlib

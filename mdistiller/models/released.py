@@ -1,4 +1,4 @@
-"""Released weights: where their file is, and the download of those that torchvision publishes."""
+"""Released weights: location of their file, and download of those published by torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TORCHVISION = "torchvision:"
 
 
 class Pretrained(NamedTuple):
-    """What released weights were trained on: number of classes, and how images are prepared."""
+    """Number of classes and preprocessing of released weights."""
 
     classes: int
     preprocessing: Preprocessing
@@ -32,7 +32,7 @@ def url_of(checkpoint: str) -> str | None:
 
 
 def pretrained_on(checkpoint: str) -> Pretrained | None:
-    """What `torchvision:...` weights were trained on; None for a file, which does not say."""
+    """Classes and preprocessing of `torchvision:...` weights; None for a file."""
     if not checkpoint.startswith(TORCHVISION):
         return None
     from torchvision.models import get_weight
@@ -58,7 +58,7 @@ def torchvision_accuracy(checkpoint: str) -> float:
 
 
 def place_of(checkpoint: str) -> Path:
-    """The file of released weights, there or not; downloads go where torch.hub keeps its own."""
+    """Path of released weights, which may not exist yet; downloads go to torch.hub's folder."""
     url = url_of(checkpoint)
     if url is None:
         return Path(checkpoint)
@@ -66,7 +66,7 @@ def place_of(checkpoint: str) -> Path:
 
 
 def released_file(checkpoint: str, name: str) -> Path:
-    """The file of `torchvision:...` weights, downloaded if it is not there."""
+    """The file of `torchvision:...` weights, downloaded if it is missing."""
     path, url = place_of(checkpoint), url_of(checkpoint)
     if not path.is_file() and url is not None:
         digest = re.search(r"-([0-9a-f]{8,})\.", path.name)

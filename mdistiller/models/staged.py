@@ -1,4 +1,4 @@
-"""The contract of all networks: StagedNet."""
+"""StagedNet, the base class of all networks: logits and the features of every stage."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from mdistiller.models._neck import Neck, read_neck, with_inputs
 from mdistiller.registry import UserError
 
-#: What a stage gives: its output, and that before its last ReLU (None where there is no ReLU).
+#: What a stage returns: its output, and the same before its last ReLU (None without ReLU).
 Staged = tuple[Tensor, Tensor | None]
 
 
 class UnsupportedError(UserError, NotImplementedError):
-    """A network is asked for something that its architecture does not have."""
+    """A network is asked for something that its architecture lacks."""
 
 
 class StageInfo(NamedTuple):
-    """One stage after the stem: the modules that are run in turn, and what comes out of them."""
+    """One stage after the stem: its modules in order, its width and its last batch norm."""
 
     paths: tuple[str, ...]
     channels: int
@@ -29,33 +29,32 @@ class StageInfo(NamedTuple):
 
 
 class StagedNet(nn.Module):
-    """A network that gives `(logits, features)`; its stages are declared where they are built.
+    """A network that returns `(logits, features)`; its stages are declared where they are built.
 
     `features` holds
         feats: list of the stem's and every stage's output;
-        preact_feats: the same before each stage's last ReLU; the stem's entry is its output once
-            more. Left out where stages have no such ReLU (MobileNetV2's linear bottlenecks);
+        preact_feats: the same before each stage's last ReLU; the stem's entry is its output again.
+            Absent where stages do not end in a ReLU (MobileNetV2's linear bottlenecks);
         final_map: the map that becomes `pooled_feat`;
         pooled_feat: the classifier's input.
 
     A family registers its layers under the names of the released checkpoints, in their order, and
     calls :meth:`declare_stage` for each stage. It defines :meth:`stem`, and overrides
-    :meth:`last_map` or :meth:`embed` where its head is more than pooling.
+    :meth:`last_map` or :meth:`embed` if its head does more than pooling.
 
-    :meth:`add_neck` gives a network another head; `final_map` is then what the neck returns.
-
-    No ReLU or sum here works in place: a tensor in `features` stays what it was.
+    After :meth:`add_neck`, `final_map` is the output of the neck. No ReLU or sum works in place, so
+    tensors in `features` keep their values.
     """
 
     #: Name of the child that makes the logits.
     head = "fc"
     #: Whether pooled_feat is the average of final_map over positions.
     globally_pooled = True
-    #: Whether stages are made of tokens (transformers, mixers) rather than of channels.
+    #: Whether stages consist of tokens (transformers, mixers).
     tokens = False
-    #: Whether the classifier has initial weights beside trained ones of the rest (`load_network`).
+    #: Whether the classifier is untrained while the rest has loaded weights (`load_network`).
     untrained_head = False
-    #: Names of modules in other libraries' files, and the names here, for reading their weights.
+    #: Module names in other libraries' checkpoints -> names here.
     key_aliases: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, stem_channels: int):
@@ -68,9 +67,9 @@ class StagedNet(nn.Module):
         """Declare the next stage.
 
         Args:
-            paths: submodules that are run in turn; each maps a tensor to a :data:`Staged` pair.
+            paths: submodules, run in order; each maps a tensor to a :data:`Staged` pair.
             channels: width of the stage's output.
-            norm: the batch norm right before the stage's last ReLU, if there is one.
+            norm: name of the batch norm right before the stage's last ReLU, if any.
         """
         self.stages.append(StageInfo(paths, channels, norm))
 
@@ -90,7 +89,7 @@ class StagedNet(nn.Module):
         return outputs
 
     def last_map(self, out: Tensor, preact: Tensor | None) -> Tensor:
-        """What is pooled, from the last stage's pair."""
+        """The map to pool, from the last stage's output and pre-activation."""
         return out
 
     def embed(self, final_map: Tensor) -> Tensor:
@@ -105,17 +104,20 @@ class StagedNet(nn.Module):
             final_map = self.neck(final_map)
         pooled = self.embed(final_map)
         logits = self.classifier()(pooled).flatten(1)
-        features: dict[str, Any] = {"feats": [out for out, _ in outputs]}
-        if all(preact is not None for _, preact in outputs):
-            features["preact_feats"] = [preact for _, preact in outputs]
+        feats, preact_feats = map(list, zip(*outputs, strict=True))
+        features: dict[str, Any] = {"feats": feats, "preact_feats": preact_feats}
+        for preact in preact_feats:
+            if preact is None:  # a stage without a last ReLU
+                del features["preact_feats"]
+                break
         return logits, features | {"pooled_feat": pooled, "final_map": final_map}
 
     def classifier(self) -> nn.Linear | nn.Conv2d:
         """The layer that makes the logits.
 
-        Checkpoints of two families (vgg, CIFAR MobileNetV2) call that child `classifier` as well.
-        This method hides it from reading by attribute (`get_submodule`, `functional_call`);
-        assignment, state dicts and `named_modules` see it as ever.
+        Checkpoints of two families (vgg, CIFAR MobileNetV2) name that child `classifier`, too.
+        This method then hides it from attribute access (`get_submodule`, `functional_call`), but
+        not from assignment, state dicts and `named_modules`.
         """
         layer = self._modules[self.head]
         return cast(
@@ -123,12 +125,12 @@ class StagedNet(nn.Module):
         )
 
     def add_neck(self, hidden: int, outputs: int, size: tuple[int, int]) -> None:
-        """Put a :class:`Neck` behind the last map, and a new classifier of its width after it.
+        """Insert a :class:`Neck` after the last map, and a new classifier of its width.
 
-        Files of such a network load into a plain one of its kind by :func:`load_network`.
+        :func:`load_network` loads the weights of such a network into one without neck, too.
 
         Raises:
-            UnsupportedError: the head is more than a linear layer on an average, or has a neck.
+            UnsupportedError: the head is not one linear layer on an average, or has a neck already.
         """
         if not self.globally_pooled or self.neck is not None:
             raise UnsupportedError(
@@ -138,7 +140,7 @@ class StagedNet(nn.Module):
         self._insert_neck(Neck(self.classifier().weight.shape[1], hidden, outputs, size))
 
     def accept_neck(self, state: Mapping[str, Tensor]) -> None:
-        """Take on the neck that a state dict brings, if the whole of it then fits."""
+        """Insert the neck that a state dict contains, if the whole state dict then fits."""
         neck = read_neck(state)
         if neck is not None and self._fits_with_neck(neck, state):
             self._insert_neck(neck)
@@ -156,7 +158,7 @@ class StagedNet(nn.Module):
         return self.neck is None and all(map(fits, expected))
 
     def _insert_neck(self, neck: Neck) -> None:
-        """Register `neck`, and behind it a fresh classifier of its width in place of the old."""
+        """Register `neck` and replace the classifier by a fresh one of its width."""
         head = self._modules.pop(self.head)
         self.neck = neck.to(next(self.parameters()))
         if isinstance(head, nn.Sequential):
@@ -166,7 +168,7 @@ class StagedNet(nn.Module):
         self._modules[self.head] = head
 
     def adapt_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`state`, which does not fit as it is, made to: position embeddings resampled, say."""
+        """Adapt a state dict that does not fit, for example by resampling position embeddings."""
         return state
 
     def get_stage_channels(self) -> list[int]:
@@ -177,7 +179,7 @@ class StagedNet(nn.Module):
         """The batch norms right before the stages' last ReLUs, stem excluded.
 
         Raises:
-            UnsupportedError: no stage of this network ends so.
+            UnsupportedError: no stage ends in a batch norm and a ReLU.
         """
         norms = [stage.norm for stage in self.stages if stage.norm is not None]
         if not norms:

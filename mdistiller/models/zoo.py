@@ -1,4 +1,4 @@
-"""The zoos: tables of networks by name, and their entries (ModelEntry)."""
+"""The model zoos: tables of networks by name, and their entries (ModelEntry)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mdistiller.weights import load_network, split_key
 
 
 class ModelEntry(NamedTuple):
-    """A zoo's entry. Unpacks as `(constructor, checkpoint)`; calling it builds the network.
+    """An entry of a zoo: unpacks as `(constructor, checkpoint)`; a call builds the network.
 
-    `checkpoint` is a file of released weights, or `torchvision:` and torchvision's name of them. A
-    constructor with an argument `pretrained` loads released weights itself; its attribute
-    `pretrained_on`, if it has one, says of given settings what :meth:`pretrained_on` returns.
+    `checkpoint` is a file of released weights, or `torchvision:` and their name in torchvision. A
+    constructor with an argument `pretrained` loads released weights itself; if it has attributes
+    `pretrained_on` and `preprocessing`, the methods of these names call them.
     """
 
     constructor: Callable[..., StagedNet]
@@ -42,12 +42,12 @@ class ModelEntry(NamedTuple):
     ) -> StagedNet:
         """Build the network, with the released weights if `pretrained`.
 
-        A text instead of True chooses among several releases, where the constructor knows some.
-        With `new_head`, weights for another number of classes get a new classifier instead of being
-        refused; a constructor that loads released weights itself never refuses them.
+        A string instead of True names one of several releases, if the constructor has several.
+        With `new_head`, weights for another number of classes get a new classifier; without, they
+        are refused, except by constructors that load released weights themselves.
 
         Raises:
-            UserError: there are no released weights, or they cannot be had or do not fit.
+            UserError: there are no released weights, they cannot be loaded, or they do not fit.
         """
         if pretrained and self.loads_itself:
             return self.constructor(*args, pretrained=pretrained, **kwargs)
@@ -72,14 +72,18 @@ class ModelEntry(NamedTuple):
         return "pretrained" in inspect.signature(self.constructor).parameters
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
-        """What the released weights for keyword arguments `settings` were trained on, if known."""
+        """Classes and preprocessing of the released weights for `settings`, if known.
+
+        Args:
+            settings: keyword arguments of the constructor.
+        """
         if self.checkpoint is not None:
             return pretrained_on(self.checkpoint)
         describe = getattr(self.constructor, "pretrained_on", None)
         return describe(settings) if describe else None
 
     def preprocessing(self, settings: Mapping[str, Any], weights: Any = "") -> Preprocessing | None:
-        """How the images of weights of this architecture's own library are prepared, if known.
+        """Preprocessing of images for weights of this architecture's library, if known.
 
         Args:
             weights: a file, whose name may be that of one of several releases.
@@ -92,18 +96,18 @@ class ModelEntry(NamedTuple):
 
     @property
     def of_library(self) -> bool:
-        """Whether the network is of another library, which states how its images are prepared."""
+        """Whether the network is of a library that documents its preprocessing (timm, ...)."""
         return hasattr(self.constructor, "preprocessing")
 
     def is_release(self, path: str | Path) -> bool:
-        """Whether a file is that of the released weights, wherever it lies: it has their name."""
+        """Whether a file, in any folder, has the name of the released weights."""
         return (
             self.checkpoint is not None
             and split_key(path)[0].name == place_of(self.checkpoint).name
         )
 
     def default_classes(self) -> int:
-        """The number of classes that the constructor takes if it is told none."""
+        """The constructor's default number of classes."""
         argument = inspect.signature(self.constructor).parameters.get("num_classes")
         if argument is None or argument.default is argument.empty:
             name = getattr(self.constructor, "__name__", type(self.constructor).__name__)
@@ -114,11 +118,11 @@ class ModelEntry(NamedTuple):
         return int(argument.default)
 
     def released(self, num_classes: int | None = None, fetch: bool = True) -> Path | None:
-        """The file of the released weights; None if it is not there.
+        """The file of the released weights; None if it does not exist.
 
         Args:
             num_classes: classes of the data, if known.
-            fetch: download the file if it is not there and torchvision publishes it.
+            fetch: download the file if it is missing and torchvision publishes it.
 
         Raises:
             UserError: the download fails, or would be of weights for another number of classes.
@@ -143,7 +147,7 @@ cifar_model_dict = Registry("CIFAR model")
 tiny_imagenet_model_dict = Registry("Tiny-ImageNet model")
 imagenet_model_dict = Registry("ImageNet model")
 
-#: Makers of entries by the part of a name before its slash: "LIBRARY/NAME".
+#: Libraries by the part of a name before its slash: "LIBRARY/NAME".
 LIBRARIES = Registry("model library")
 
 _ZOOS = Registry("model zoo")
@@ -179,11 +183,11 @@ def register_model(
 def get_model_entry(name: str, zoo: str) -> ModelEntry:
     """The entry `name` of a zoo ("cifar", "tiny_imagenet" or "imagenet").
 
-    A plain tuple (constructor, checkpoint), as the original's tables hold, is an entry as well. A
-    name with a slash is that of another library's network, whatever the zoo.
+    Plain tuples (constructor, checkpoint), as in the original's tables, are accepted as entries. A
+    name with a slash is a network of another library, in every zoo.
 
     Raises:
-        UserError: there is no such zoo, library or model.
+        UserError: the zoo, library or model is unknown.
     """
     library, slash, _ = name.partition("/")
     if slash:
@@ -198,6 +202,6 @@ def zoo_names(zoo: str) -> list[str]:
 
 
 def library_names(library: str) -> list[str]:
-    """Names "LIBRARY/NAME" of all networks of another library; not all fit here."""
+    """Names "LIBRARY/NAME" of all networks of another library; some may be refused here."""
     names: list[str] = LIBRARIES[library].names()
     return names

@@ -135,5 +135,5 @@ def test_ab_averages_a_larger_map_of_the_teacher():
 @pytest.mark.parametrize("loss", [ab_loss, fsp_loss, at_loss])
 def test_an_unknown_form_is_refused(loss):
     maps = features(SHAPES, 1)
-    with pytest.raises(UserError, match="form 'mine' is none of sum, mean"):
+    with pytest.raises(UserError, match="form 'mine' is not one of sum, mean"):
         loss(maps, maps, *([] if loss is fsp_loss else [1]), form="mine")

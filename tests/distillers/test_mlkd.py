@@ -139,7 +139,7 @@ def test_each_view_has_a_student_forward_of_its_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is none of as_coded, per_item"),
+        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is not one of as_coded, per_item"),
         (["MLKD.TEMPS", []], r"MLKD\.TEMPS is empty"),
         (["MLKD.TEMPS", [4.0, 0.0]], r"MLKD\.TEMPS must be positive, got 0"),
     ],

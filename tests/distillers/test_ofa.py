@@ -231,7 +231,7 @@ def test_stages_and_exponents():
         (["OFA.EPS", [0.0]], r"OFA\.EPS"),
         (["OFA.EPS", []], r"OFA\.EPS"),
         (["OFA.T", 0.0], r"OFA\.T must be positive"),
-        (["OFA.FORM", "coded"], r"OFA\.FORM 'coded' is none of code, paper"),
+        (["OFA.FORM", "coded"], r"OFA\.FORM 'coded' is not one of code, paper"),
         (["OFA.LABEL_SMOOTHING", 1.0], r"OFA\.LABEL_SMOOTHING must be in"),
     ],
 )

@@ -204,7 +204,7 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["WKD.COST", "cosine"], "WKD.COST 'cosine' is none of cka, cka_feats, fc"),
+        (["WKD.COST", "cosine"], "WKD.COST 'cosine' is not one of cka, cka_feats, fc"),
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", 0.0], "one must be above 0"),
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", -3.0], "neither may be negative"),
         (["WKD.LAMBDA", 0.0], "WKD.LAMBDA must be positive, got 0"),

@@ -230,7 +230,10 @@ def test_two_processes_follow_one(tmp_path, form):
     [
         (["DISTILLER.TYPE", "KD+AT"], ", not KD+AT"),
         (["DISTILLER.TYPE", "NONE"], ", not NONE"),
-        (["SOLVER.DEEPKD.FORM", "paper"], "SOLVER.DEEPKD.FORM 'paper' is none of coded, written"),
+        (
+            ["SOLVER.DEEPKD.FORM", "paper"],
+            "SOLVER.DEEPKD.FORM 'paper' is not one of coded, written",
+        ),
         (["SOLVER.DEEPKD.TOPK", 1], "SOLVER.DEEPKD.TOPK must be 0 (all classes) or at least 2"),
         (["SOLVER.DEEPKD.DELTA_NCG", 0.1], "SOLVER.DEEPKD.DELTA_NCG 0.1 must be at least 0 and"),
         (["SOLVER.TYPE", "Adam"], "SOLVER.TRAINER deepkd needs SOLVER.TYPE SGD"),

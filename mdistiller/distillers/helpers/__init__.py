@@ -1,1 +1,1 @@
-"""What methods share; a module here holds no method and is no entry of `distiller_dict`."""
+"""Functions and modules that several methods use, by subject; no methods."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_GRID = 7  # tokens are merged down to so many on a side
+_GRID = 7  # tokens a side after merging
 _HEADS = 4
 
 

@@ -1,4 +1,4 @@
-"""How a user's method is called, and what it returns, are checked before they are used."""
+"""Checks of how a method is constructed, and of what networks and methods return."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def require_call(method: type, arguments: Sequence[Any], facts: Mapping[str, Any
     """Refuse a method whose constructor cannot be called.
 
     Args:
-        arguments: what all get, student, teacher and config; without a teacher the student alone.
-        facts: what this one asks for by name.
+        arguments: student, teacher and config; for a method without a teacher the student alone.
+        facts: further arguments that this constructor names.
     """
     try:
         inspect.signature(method).bind(*arguments, **facts)
@@ -47,10 +47,10 @@ def logits_and_features(output: Any, net: nn.Module | None) -> tuple[Any, Any]:
 
 
 def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:
-    """What `distill` of a method, or the named function, returned.
+    """The loss that `distill` of a method, or the named function, returned, checked.
 
     Raises:
-        UserError: it is no tensor of floating-point numbers.
+        UserError: it is not a floating-point tensor.
     """
     if isinstance(loss, Tensor) and loss.is_floating_point():
         return loss
@@ -61,12 +61,12 @@ def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:
 
 
 def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
-    """What a training step of a method returned: its output and its loss terms.
+    """The output and the loss terms that a method's training step returned, checked.
 
-    The output is what the trainer's `measure` reads: logits, or nothing of a detector.
+    The output is what the trainer's `measure` reads: logits, or None for a detector.
 
     Raises:
-        UserError: it is no such pair, or a term is no tensor of floating-point numbers.
+        UserError: it is not such a pair, or a term is not a floating-point tensor.
     """
     where = f"{type(method).__name__}.forward_train"
     wanted = "it must return (logits, losses), losses a dict from names to scalar tensors"
@@ -76,10 +76,12 @@ def step_of(method: object, result: Any) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(losses, Mapping) or not losses:
         pair = f"({_described(output)}, {_described(losses)})"
         raise UserError(f"{where} returned {pair}; {wanted}")
+    learns = not torch.is_grad_enabled()
     for name, loss in losses.items():
         if not (isinstance(loss, Tensor) and loss.is_floating_point()):
             raise UserError(f"{where} returned {_described(loss)} as {name!r}; {wanted}")
-    if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+        learns |= loss.requires_grad
+    if not learns:
         raise UserError(
             f"{where} returned losses without gradient ({', '.join(map(str, losses))}): compute "
             "them from the student's output outside torch.no_grad() and detach()"
@@ -91,7 +93,7 @@ def logits_of(method: object, output: Any, samples: int) -> Tensor:
     """The logits that a training step of a classification method returned.
 
     Raises:
-        UserError: they are no tensor [samples, classes].
+        UserError: they are not a tensor [samples, classes].
     """
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == samples:
         return output
@@ -105,7 +107,7 @@ def metrics_of(method: object, device: torch.device) -> dict[str, Tensor]:
     """The diagnostics of a method's last step, `metrics`, as tensors.
 
     Raises:
-        UserError: one is no number.
+        UserError: one is not a number.
     """
     metrics: Any = getattr(method, "metrics", {})
     tensors = {}

@@ -25,7 +25,7 @@ INIT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class InitPlan:
-    """Length and learning rate of a stage; `lr` 0 stands for the run's own."""
+    """Length and learning rate of a stage; `lr` 0 means SOLVER.LR."""
 
     epochs: int
     lr: float
@@ -55,11 +55,11 @@ def require_transfer(method: str, plan: InitPlan, weight: float) -> None:
 def stage_modules(
     net: nn.Module, stage: int, image_size: Sequence[int] | None = None
 ) -> list[nn.Module]:
-    """The outermost modules of `net` whose parameters all have a part in `feats[stage]`.
+    """The outermost modules of `net` all of whose parameters influence `feats[stage]`.
 
-    That is the stem and the stages up to this one: for the CIFAR zoo RepDistiller's lists of
-    feature modules, which leave out the classifier, WRN's last batch norm and MobileNetV2's and
-    ShuffleNetV2's last convolution. `net` is afterwards as it was.
+    These are the stem and the stages up to this one. For the CIFAR zoo they equal RepDistiller's
+    lists of feature modules, without the classifier, WRN's last batch norm and the last
+    convolution of MobileNetV2 and ShuffleNetV2. `net` keeps its state.
     """
     params = [param for param in net.parameters() if param.requires_grad]
     with preserve_state(net), torch.enable_grad():

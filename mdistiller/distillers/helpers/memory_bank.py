@@ -11,8 +11,8 @@ from mdistiller.distillers.helpers.gather import gather_batch
 from mdistiller.distillers.helpers.numerics import unit
 
 DENSE_BANK = 2**18
-"""Banks with at most so many rows are multiplied whole, and the scores picked from the product;
-from larger ones the wanted rows are copied first (2 N (K + 1) d numbers instead of N n)."""
+"""Banks up to this number of rows are multiplied whole, and the scores gathered from the product;
+from larger ones the contrasted rows are copied first (2 N (K + 1) d numbers instead of N n)."""
 
 
 class Bank(nn.Module):
@@ -36,7 +36,7 @@ class Bank(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        self._z_is_set = None  # to be looked up once
+        self._z_is_set = None  # read once from `params`
 
     def forward(self, student: Tensor, teacher: Tensor, contrast: Tensor) -> tuple[Tensor, Tensor]:
         """Scores log(exp(v . m / temperature) / Z) of both embeddings, [N, K + 1] each.
@@ -81,7 +81,7 @@ class Bank(nn.Module):
     def update(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
         """Move the rows of a batch towards its embeddings, over all processes.
 
-        Of an image that comes twice the last embedding counts.
+        If an image occurs twice, its last embedding counts.
         """
         index, student, teacher = gather_batch(index, student.detach(), teacher.detach())
         order = torch.arange(len(index), device=index.device)

@@ -112,7 +112,7 @@ class Negatives(nn.Module):
 
     @torch.no_grad()
     def same_class(self, index: Tensor) -> Tensor:
-        """Another image of the same class for each of `index` [N]; itself if there is none."""
+        """Another image of its class for each of `index` [N]; itself where the class has one."""
         if not self.has_classes:
             raise UserError("CRD.MODE relax needs the classes of the training images")
         classes = self.targets[index]

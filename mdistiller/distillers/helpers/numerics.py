@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Target value of samples that carry no label; losses that need labels leave them out."""
+"""Target of samples without a label; losses that need labels leave them out."""
 
 
 def full_precision(value: Any) -> Any:
@@ -26,22 +26,22 @@ def full_precision(value: Any) -> Any:
 
 
 def mean_square_error(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
-    """Mean (or "sum") of squared differences, with a gradient laid out in memory as `student` is.
+    """Mean (or "sum") of squared differences; its gradient has the memory layout of `student`.
 
-    That of `F.mse_loss` is in NCHW whatever its input; from there, the backward pass of a batch
-    norm in channels_last takes 15 times as long on a CPU.
+    The gradient of `F.mse_loss` is always in NCHW: a batch norm in channels_last then takes 15
+    times as long for its backward pass on a CPU.
     """
     if student.is_contiguous():
         return F.mse_loss(student, teacher, reduction=reduction)
-    total = (student - teacher).square().sum()  # the gradient of mean() is in NCHW, too
+    total = (student - teacher).square().sum()  # the gradient of mean() is in NCHW as well
     return total if reduction == "sum" else total / student.numel()
 
 
 def scale_logits(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """`logits / temperature` in full precision, within ±1e30.
 
-    Beyond that bound, differences of float32 numbers would overflow. A temperature that is a tensor
-    has one value, or one for every sample: [N, 1].
+    Beyond that bound, differences of float32 numbers overflow. A temperature may be a tensor with
+    one value, or with one for every sample, [N, 1].
     """
     logits = full_precision(logits)
     if isinstance(temperature, Tensor) or temperature != 1:
@@ -57,12 +57,12 @@ def divergence(log_q: Tensor, log_p: Tensor, dim: int | None = -1) -> Tensor:
 
 def weighted_divergence(log_q: Tensor, log_p: Tensor, weights: Tensor) -> Tensor:
     """sum_n weights_n KL(q_n || p_n), a scalar, from log-probabilities [N, C] and weights [N]."""
-    shares = log_q.softmax(dim=1) * weights[:, None]  # sooner than exp, which tiny values slow down
+    shares = log_q.softmax(dim=1) * weights[:, None]  # faster than exp, which tiny values slow down
     return torch.dot(shares.flatten(), (log_q - log_p).flatten())
 
 
 def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the labelled samples; 0 if there are none.
+    """Mean cross-entropy over the labelled samples; 0 without labelled samples.
 
     Args:
         logits: [N, C].

@@ -16,9 +16,9 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class Output:
-    """What a network returned: logits [N, C] in full precision, and its features.
+    """A network's output: logits [N, C] in full precision, and its features by name.
 
-    `output["feats"]` gives a feature in full precision; `output.features` holds them as returned.
+    `output["feats"]` is a feature in full precision; `output.features` holds them unconverted.
     """
 
     logits: Tensor

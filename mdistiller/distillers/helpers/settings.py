@@ -23,15 +23,15 @@ def require_positive(key: str, value: float) -> float:
 def require_one_of(key: str, value: str, allowed: Sequence[str]) -> str:
     """`value` if it is among `allowed`; the error names the config key."""
     if value not in allowed:
-        raise UserError(f"{key} {value!r} is none of {', '.join(allowed)}")
+        raise UserError(f"{key} {value!r} is not one of {', '.join(allowed)}")
     return value
 
 
 def resolve_setting(key: str, value: Any, default: Any, needed: Any) -> Any:
-    """The value of a setting that the networks determine: `needed`.
+    """Check a setting that the networks determine, and return the value they need.
 
     Raises:
-        UserError: `value` is neither that nor the default, so somebody meant something else.
+        UserError: `value` is neither `needed` nor the default, so the config asks for another one.
     """
     if isinstance(needed, (list, tuple)):
         value, default, needed = list(value), list(default), list(needed)

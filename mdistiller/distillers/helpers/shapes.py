@@ -22,9 +22,9 @@ def missing_feature(name: str, returned: Iterable[str]) -> UserError:
 
 
 class FeatureShapes(dict[str, Any]):
-    """Name of a feature -> its shape, or the list of its shapes; what is absent is named.
+    """Name of a feature -> its shape, or list of shapes; a missing feature is a UserError.
 
-    Flat features [N, D] among the stages' are refused: methods that ask for them need maps.
+    Flat features [N, D] among the stages' are refused: methods that read stages need maps.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -49,7 +49,7 @@ def require_maps(name: str, shapes: Iterable[Sequence[int]]) -> None:
 
 @contextlib.contextmanager
 def preserve_state(net: nn.Module) -> Iterator[None]:
-    """`net` in eval mode; afterwards its parts' modes and the random generators are as before."""
+    """Put `net` in eval mode; on exit restore the modes and the global random generators."""
     modes = [(module, module.training) for module in net.modules()]
     gpus = {param.device for param in net.parameters() if param.is_cuda}
     net.eval()
@@ -62,7 +62,7 @@ def preserve_state(net: nn.Module) -> Iterator[None]:
 
 
 def blank_image(net: nn.Module, image_size: Sequence[int] | None = None) -> Tensor:
-    """An image [1, 3, height, width] of zeros as `net` takes it; 32 x 32 without a size."""
+    """Zeros [1, 3, height, width] in the dtype and on the device of `net`; 32 x 32 by default."""
     height, width = image_size or (32, 32)
     some = next(net.parameters(), torch.empty(0))
     return torch.zeros(1, 3, height, width, dtype=some.dtype, device=some.device)
@@ -70,11 +70,10 @@ def blank_image(net: nn.Module, image_size: Sequence[int] | None = None) -> Tens
 
 @torch.no_grad()
 def probe(net: nn.Module, image_size: Sequence[int] | None = None) -> FeatureShapes:
-    """Shapes of what `net` returns for one image, found by running it on a blank one.
+    """Shapes of the features of `net` by name, and of its "logits", for one blank image.
 
-    They go by the features' names; "logits" is that of the logits. The network runs in eval mode.
-    Parameters, buffers, the modes of its parts and the global random generators are afterwards as
-    they were.
+    The network runs in eval mode; its parameters, buffers and modes and the global random
+    generators keep their state.
 
     Args:
         image_size: (height, width); None: 32 x 32, enough where only channels are asked for.

@@ -1,5 +1,5 @@
 """LSKD. Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024,
-arXiv 2403.01427: not a method of its own but a change to the logits that methods compare.
+arXiv 2403.01427: not a method but a change to the logits that methods compare.
 
 For the logits x of a sample over C classes, of student and teacher alike,
 

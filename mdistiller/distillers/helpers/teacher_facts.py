@@ -1,4 +1,4 @@
-"""What a method wants to have computed once of its frozen teacher and the training images."""
+"""Tensors that a method needs of its frozen teacher and the training images, computed once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TeacherFact:
             class as the smallest has.
         reduce: outputs by class, float32 [C, M, D], to the fact; on the training's device.
         recipe: what `reduce` does, with its settings, in words. Files are known by it: another
-            text makes the fact anew.
+            text recomputes the fact.
     """
 
     output: str
@@ -62,7 +62,7 @@ _BLOCK = 64
 
 
 def missing_fact(method: str, name: str) -> UserError:
-    """The error for a fact that nobody has supplied."""
+    """The error for a fact that was not supplied."""
     return UserError(
         f"{method} needs {name} of its teacher and the training images, which was not computed: "
         "build it by mdistiller.engine.networks.build.build_distiller, or hand it over by "

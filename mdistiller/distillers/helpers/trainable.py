@@ -11,7 +11,7 @@ from mdistiller.distillers.helpers.output import Output
 
 
 class Trainable(nn.Module):
-    """The part of a Distiller that answers which parameters are trained, and when.
+    """The part of a Distiller about parameters: which are trained, and in which stage.
 
     Class attributes:
         init: plan of a stage of training before the main one (:meth:`init_stages`), if any.
@@ -24,7 +24,7 @@ class Trainable(nn.Module):
     init_stage: str = ""
 
     def extra_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that the method adds to the two networks; no frozen ones."""
+        """Parameters that the method adds to the two networks, without frozen ones."""
         networks = {id(p) for p in self.student.parameters()}
         if self.teacher is not None:
             networks |= {id(p) for p in self.teacher.parameters()}
@@ -37,8 +37,8 @@ class Trainable(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer parameter groups; override to give parts their own `lr` or `weight_decay`.
 
-        Classes of the original add their modules in `get_learnable_parameters` once more: a
-        parameter that is listed twice counts once.
+        Classes written for the original library list their modules in `get_learnable_parameters`
+        as well: a parameter that is listed twice counts once.
         """
         learnable = {id(p): p for p in self.get_learnable_parameters()}
         return [{"params": list(learnable.values())}]
@@ -48,17 +48,17 @@ class Trainable(nn.Module):
         return sum(p.numel() for p in self.extra_parameters())
 
     def init_stages(self) -> dict[str, Any]:
-        """The stages to train before the main one, in order: name -> the method it is of."""
+        """Stages to train before the main one, in order: name -> the method that runs it."""
         return {"init": self} if self.init is not None and self.init.epochs else {}
 
     def init_modules(self) -> list[nn.Module]:
-        """What the initialisation stage trains, and has in train mode; the rest stays as it is."""
+        """Modules that the initialisation stage trains; all others stay in eval mode."""
         raise TypeError(f"{type(self).__name__} must override init_modules()")
 
     def init_param_groups(self) -> list[dict[str, Any]]:
-        """Optimizer parameter groups of the initialisation stage: those of its modules."""
+        """Optimizer parameter groups of the initialisation stage."""
         return [{"params": [p for module in self.init_modules() for p in module.parameters()]}]
 
     def init_loss(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        """What the initialisation stage minimises, a scalar; arguments as of :meth:`distill`."""
+        """Loss of the initialisation stage, a scalar; same arguments as :meth:`distill`."""
         raise TypeError(f"{type(self).__name__} must override init_loss(...) or forward_init(...)")

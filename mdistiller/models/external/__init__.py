@@ -51,10 +51,10 @@ def unknown_network(full_name: str, names: list[str]) -> UserError:
 def for_images(
     make: Callable[..., Any], key: str, size: Any, name: str, settings: dict[str, Any]
 ) -> Any:
-    """`make(**settings)`, told the size of the images under `key` if it takes that.
+    """`make(**settings)`, with the image size as argument `key` if `make` accepts it.
 
     Raises:
-        UserError: it cannot be built so.
+        UserError: `make` refuses the arguments.
     """
     attempts = [settings]
     if size is not None and key not in settings:
@@ -131,7 +131,7 @@ class Timm:
             raise UserError(f"timm publishes no weights of {self.__name__}; choose another network")
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
-        """What the weights were trained on by timm's own record; None if there are none."""
+        """Classes and preprocessing of the weights by timm's record; None without weights."""
         if "pretrained_cfg" in settings:
             raise UserError(
                 f"{self.__name__}: pretrained_cfg cannot be given; choose released weights by "
@@ -149,7 +149,7 @@ class Timm:
         return Pretrained(record.num_classes, _timm_preprocessing(record))
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
-        """How timm evaluates the architecture; None if it has no record of it."""
+        """Preprocessing by which timm evaluates the architecture; None if unknown."""
         release = self.pretrained_on(settings)
         if release is not None:
             return release.preprocessing
@@ -158,7 +158,7 @@ class Timm:
 
 
 def _timm_preprocessing(record: Any) -> Preprocessing:
-    """What a record of timm (a PretrainedCfg) says of evaluation."""
+    """Preprocessing in a record of timm (a PretrainedCfg)."""
     resize = {"squash": "stretch", "border": "pad"}.get(record.crop_mode, "crop")
     height, width = record.input_size[1:]
     return Preprocessing(
@@ -213,11 +213,11 @@ class Torchvision:
         return f"{TORCHVISION}{releases[choice]}"
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
-        """What the weights that `settings` choose were trained on."""
+        """Classes and preprocessing of the weights that `settings` choose."""
         return pretrained_on(self.release(settings.get("pretrained") or True))
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
-        """How torchvision evaluates the release that `file` has the name of, else its default."""
+        """Preprocessing of the release whose file name is `file`, else of the default release."""
         releases = self.library.get_model_weights(self.name)
         for choice in releases:
             if PurePosixPath(urlsplit(choice.url).path).name == file:
@@ -230,7 +230,7 @@ class Torchvision:
 
 @dataclass(frozen=True)
 class Library:
-    """Makes entries, and lists names; registered for the part of a name before the slash."""
+    """Entries and names of a library's networks; registered under the part before the slash."""
 
     make: Callable[[str], Any]
     names: Callable[[], list[str]]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
@@ -19,12 +17,10 @@ from torchvision.ops import Permute
 from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
-    ExternalNet,
+    HookedNet,
     as_map,
-    keep_input,
-    keep_output,
+    recorded_outputs,
     stage_indices,
-    take,
 )
 from mdistiller.models.released import released_file
 from mdistiller.weights import load_checkpoint, load_state, network_state, with_own_head
@@ -34,7 +30,7 @@ _BODIES = ("features", "trunk_output", "blocks", "layers", "encoder.layers")
 _NO_BLOCKS = (nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.Linear, nn.Flatten, nn.Dropout, Permute)
 
 
-class TorchvisionNet(ExternalNet):
+class TorchvisionNet(HookedNet):
     """A classification network of torchvision.
 
     Its blocks are tried on an image; the last of each resolution are the stages. The first of five
@@ -61,10 +57,7 @@ class TorchvisionNet(ExternalNet):
             for name, value in outputs.items()
             if value.ndim == last.ndim and value.shape[place] == last.shape[place]
         ][-1]
-        for name in {*self.stage_names, self.final_name}:
-            keep_output(net.get_submodule(name))
-        keep_input(net.get_submodule(self.head))
-        return net
+        return self.keep_layers(net)
 
     def _choose(self, outputs: dict[str, Tensor]) -> list[str]:
         """The stem and the stages among the blocks, by their outputs."""
@@ -81,10 +74,7 @@ class TorchvisionNet(ExternalNet):
 
     def collect(self, x: Tensor) -> Collected:
         logits = self.net(x)
-        names = {*self.stage_names, self.final_name}
-        kept = {name: take(self.net.get_submodule(name)) for name in names}
-        pooled = take(self.net.get_submodule(self.head))
-        stages, last = [kept[name] for name in self.stage_names], kept[self.final_name]
+        stages, last, pooled = self.take_layers()
         if last.ndim == 4:
             return Collected(logits, list(map(self._map, stages)), [], self._map(last), pooled)
         stem, *rest = stages
@@ -106,30 +96,12 @@ class TorchvisionNet(ExternalNet):
             return state
         return adapted
 
-    def classifier(self) -> nn.Linear:
-        layer = self.net.get_submodule(self.head)
-        assert isinstance(layer, nn.Linear)
-        return layer
-
 
 def try_maps(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What every submodule gives for an image, in order, if it is a map or tokens."""
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.pop(name, None)  # a layer that is called again comes later
-        if isinstance(output, Tensor) and output.ndim in (3, 4):
-            outputs[name] = output
-
-    hooks = [
-        layer.register_forward_hook(partial(note, name))
-        for name, layer in net.named_modules()
-        if name
-    ]
-    net(image)
-    for hook in hooks:
-        hook.remove()
-    return outputs
+    """Outputs of all submodules for an image that are maps or tokens, in order of the calls."""
+    with recorded_outputs(net) as outputs:
+        net(image)
+    return {k: v for k, v in outputs.items() if isinstance(v, Tensor) and v.ndim in (3, 4)}
 
 
 def blocks(net: nn.Module) -> Iterator[str]:
