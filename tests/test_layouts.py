@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import subprocess
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -266,7 +267,15 @@ def whole_shards():
     return {k: Mesh(v, v.shape) if v.ndim else v for k, v in STATE.items()}
 
 
-def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys):
+def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys, monkeypatch):
+    def in_this_process(words, **options):
+        try:
+            _convert_worker.main(*words[3:])
+        except _convert_worker.ShardedError as error:
+            return subprocess.CompletedProcess(words, 1, "", f"sharded: {error}")
+        raise AssertionError("shards were taken for a whole")
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     halves = {k: Mesh(v[: len(v) // 2], v.shape) if v.ndim else v for k, v in STATE.items()}
     torch.save({"model": halves}, tmp_path / "file")
     assert convert_checkpoint.main([str(tmp_path / "file"), str(tmp_path / "new")]) == 2

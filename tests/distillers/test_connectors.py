@@ -104,27 +104,26 @@ COUNTS = [
     ("FITNET", "resnet32x4>resnet8x4", 16768),
     ("FITNET", "resnet56>resnet20", 1120),
     ("FITNET", "vgg13>vgg8", 66304),
-    ("FITNET", "ResNet50>MobileNetV2", 132608),
     ("FITNET", "resnet32x4>ShuffleV1", 983424),
     ("OFD", "resnet32x4>resnet8x4", 86912),
     ("OFD", "vgg13>vgg8", 609024),
     ("OFD", "resnet32x4>ShuffleV2", 156800),
     # The published counts of VID, and the scales that are trained here.
     ("VID", "resnet32x4>resnet8x4", 258048 + 64 + 128 + 256),
-    ("VID", "ResNet50>MobileNetV2", 11529216 + 256 + 512 + 1024 + 2048),
     ("REVIEWKD", "resnet32x4>resnet8x4", 1808774),
     ("CRD", "resnet32x4>resnet8x4", 2 * 128 * 257 + 5 + 256 * 40),
     ("CRD", "vgg8>MobileNetV2", 128 * (1281 + 513) + 5 + 256 * 40),
 ]
 
 
-@pytest.mark.parametrize(("method", "pair", "want"), COUNTS)
-def test_extra_parameters(method, pair, want):
-    assert build(method, pair).get_extra_parameters() == want
+def test_extra_parameters():
+    counts = {
+        (method, pair): build(method, pair).get_extra_parameters() for method, pair, _ in COUNTS
+    }
+    assert counts == {(method, pair): want for method, pair, want in COUNTS}
 
 
-UNLIKE = ["vgg8>MobileNetV2", "vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1"]
-UNLIKE += ["resnet8>MobileNetV2", "ResNet50>vgg8", "wrn_16_1>ShuffleV2"]
+UNLIKE = ["vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1", "wrn_16_1>MobileNetV2"]
 
 
 @pytest.mark.parametrize("pair", UNLIKE)

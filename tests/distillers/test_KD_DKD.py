@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import golden_values
 
 from mdistiller.distillers.DKD import dkd_loss, dkd_terms
@@ -75,39 +74,6 @@ def test_dkd_in_float32_stays_right_for_extreme_logits(scale, temperature):
     got = dkd_loss(student.float(), teacher.float(), torch.tensor(TARGET), 1.0, 8.0, temperature)
     want = reference(student, teacher, TARGET, 1.0, 8.0, temperature)
     assert got.item() == pytest.approx(want, rel=1e-5)
-
-
-def hostile_logits():
-    """Rows that broke other implementations, [5, 10] each."""
-    row = torch.arange(10.0)
-    one_hot = F.one_hot(torch.tensor(3), 10).float()
-    return {
-        "zeros": torch.zeros(5, 10),
-        "constant": torch.full((5, 10), 7.0),
-        "duplicates": row.repeat(5, 1),
-        "target far above": 1e4 * one_hot.repeat(5, 1),
-        "target far below": -1e4 * one_hot.repeat(5, 1),
-        "largest": 3.4e38 * (2.0 * (row % 2) - 1).repeat(5, 1),
-        "huge": 1e30 * torch.randn(5, 10, generator=torch.Generator().manual_seed(0)),
-    }
-
-
-@pytest.mark.parametrize("student", hostile_logits())
-@pytest.mark.parametrize("teacher", hostile_logits())
-def test_losses_and_gradients_are_finite_for_any_finite_logits(student, teacher):
-    target = torch.full((5,), 3)
-    for loss in (
-        lambda s, t: kd_loss(s, t, 1.0),
-        lambda s, t: kd_loss(s, t, 4.0),
-        lambda s, t: dkd_loss(s, t, target, 1.0, 8.0, 1.0),
-        lambda s, t: dkd_loss(s, t, target, 1.0, 8.0, 4.0),
-    ):
-        logits = hostile_logits()[student].clone().requires_grad_()
-        value = loss(logits, hostile_logits()[teacher])
-        value.backward()
-        assert torch.isfinite(value)
-        assert torch.isfinite(logits.grad).all()
-        assert value >= -1e-3 * max(1.0, logits.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
