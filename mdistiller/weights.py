@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.files.names import split_key
 from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
@@ -42,14 +43,6 @@ GATHERING = (
 """The conversion of a sharded checkpoint."""
 FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
 """What the weights of a network for other classes are good for."""
-
-
-def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """FILE:KEY as (FILE, KEY); KEY is "" where there is none, or a file has the whole name."""
-    file, colon, key = str(path).rpartition(":")
-    if colon and file and Path(file).is_file() and not Path(path).exists():
-        return Path(file), key
-    return Path(path), ""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:

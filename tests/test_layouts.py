@@ -11,7 +11,8 @@ from support import same_state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.cli import _convert_worker, convert_checkpoint
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
+from mdistiller.cli.convert import worker
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_network
@@ -218,7 +219,7 @@ class Mesh:
 
 def converted(path, tmp_path):
     """What convert_checkpoint's reader makes of a file, in this process."""
-    _convert_worker.main(str(path), str(tmp_path / "new"), "shells")
+    worker.main(str(path), str(tmp_path / "new"), "shells")
     return tmp_path / "new"
 
 

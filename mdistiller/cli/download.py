@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError

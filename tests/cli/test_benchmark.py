@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import loaders
 from benchmarks import main as benchmark
-from mdistiller.cli import timing
+from mdistiller.cli.support import timing
 
 
 def test_losses_are_timed_against_the_textbook(tmp_path, capsys):

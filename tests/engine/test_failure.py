@@ -7,7 +7,7 @@ import time
 import pytest
 from support import command, torchrun, write_config
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.engine.run import failure
 
 FAILS = """

@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 where = key_node.start_mark.line + 1
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else shown(key)
-                raise yaml.YAMLError(f"line {where}: {text} is no config key")
+                raise yaml.YAMLError(f"line {where}: {text} is not a config key")
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)

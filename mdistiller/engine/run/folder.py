@@ -10,6 +10,7 @@ from typing import Any
 
 from mdistiller.dataset import known_data, own_view
 from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.config.files import require_run
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.run.record import recorded_settings
 from mdistiller.engine.user_code.imports import is_imported
@@ -33,11 +34,7 @@ def recorded_config(
     Raises:
         UserError: it is no run folder, or it names other code.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
-            "the network and the file by -m and -c"
-        )
+    require_run(folder)
     table = recorded_settings(folder)
     named = table.pop("IMPORTS", None) or []
     given = {_own_name(name) for name in imports}
