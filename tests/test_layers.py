@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "registry": set(),
     "preprocessing": set(),
     "runtime": {"registry"},
-    "weights": {"registry", "runtime", "manifest", "layouts"},
+    "weights": {"registry", "runtime", "manifest", "layouts", "files"},
     "layouts": {"registry"},
     "manifest": {"registry"},
     "files": {"registry"},
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "report": ENGINE | {"sweep"},
     "export": ENGINE,
     "detection": ENGINE | {"evaluation"},
+    "__main__": {"cli"},
     "cli": ENGINE | {"evaluation", "sweep", "report", "export", "detection"},
 }
 FILES = sorted((REPO / "mdistiller").rglob("*.py"))

@@ -12,7 +12,8 @@ from support import same_state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.cli import _convert_worker, convert_checkpoint
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
+from mdistiller.cli.convert import worker
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_network
@@ -219,7 +220,7 @@ class Mesh:
 
 def converted(path, tmp_path):
     """What convert_checkpoint's reader makes of a file, in this process."""
-    _convert_worker.main(str(path), str(tmp_path / "new"), "shells")
+    worker.main(str(path), str(tmp_path / "new"), "shells")
     return tmp_path / "new"
 
 
@@ -313,7 +314,7 @@ def test_a_key_of_a_plain_file_is_written_apart(tmp_path):
         (b"\x89HDF\r\n\x1a\n0000", "an HDF5 file"),
         (b"<!DOCTYPE html>", "a web page"),
         (b'{"a": 1}', "a JSON file"),
-        (pickle.dumps([1])[:-2], "truncated, damaged or no PyTorch file"),
+        (pickle.dumps([1])[:-2], "truncated, damaged or not a PyTorch file"),
     ],
 )
 def test_files_of_other_kinds_are_called_what_they_are(tmp_path, contents, what):

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError
@@ -217,7 +217,7 @@ def _from_archive(release: Release, store: Store, source: str) -> None:
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
         if release.file not in found:
-            raise UserError(f"{release.archive} of {source} holds no {release.file}")
+            raise UserError(f"{release.archive} of {source} does not contain {release.file}")
         check_network(release, found[release.file])
         for name, file in found.items():
             if not store.path(name).exists():

@@ -18,8 +18,9 @@ from mdistiller.detection.networks.models import NETWORK
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import load_config as load_any
 from mdistiller.engine.config.defaults import ENGINE_CONFIG
+from mdistiller.engine.config.files import resolve_imports
 from mdistiller.engine.config.values import lookup
-from mdistiller.engine.user_code.imports import import_user_modules, resolve_imports
+from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
 
 ITERATIONS: dict[str, Any] = {

@@ -13,7 +13,7 @@ import zoo
 from torchvision.models.resnet import Bottleneck, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from mdistiller.cli import convert_detectron2
+from mdistiller.cli.convert import detectron2 as convert_detectron2
 from mdistiller.detection.convert.caffe2 import convert_backbone
 from mdistiller.detection.convert.detectron2 import convert, read, rename
 from mdistiller.detection.networks.models import assemble, build_detector

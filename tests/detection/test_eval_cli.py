@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
     assert "by --cfg" in refused(capsys, place, "-c", one, cfg=False)
     assert "name weights by -c" in refused(capsys, place)
     assert "name run folders by -c" in refused(capsys, place, cfg=False)
-    assert "is no run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
+    assert "is not a run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
     assert "TEACHER.WEIGHTS names no file" in refused(capsys, place, "--teacher")
     assert "none does not exist" in refused(capsys, place, "-c", str(tmp_path / "none"))
     (tmp_path / "cut").write_bytes((place / "one").read_bytes()[:5000])

@@ -118,7 +118,7 @@ BAD = {
     "RUN --classes disk": "no class 'disk'; did you mean 'disc'?",
     "RUN --checkpoint best": "has no checkpoint best (it has: latest)",
     "RUN --samples 0": "--samples must be at least 1",
-    "RUN --teacher DATA": "is no run folder: it has no config.yaml",
+    "RUN --teacher DATA": "is not a run folder: it has no config.yaml",
 }
 
 

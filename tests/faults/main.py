@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 
 LOST = 1
 

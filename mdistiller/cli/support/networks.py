@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._teachers import own_teachers, taught_by
-from mdistiller.cli.command import add_overrides
+from mdistiller.cli.support.command import add_overrides
+from mdistiller.cli.support.teachers import own_teachers, taught_by
+from mdistiller.engine.config.early import check_early
+from mdistiller.files.names import split_key
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -88,27 +90,39 @@ class Loaded:
     recorded: dict[Path, float]
 
 
+def find_paths(args: argparse.Namespace) -> None:
+    """Move run folders and files that stand before the overrides to those of -c.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    while args.opts and split_key(args.opts[0])[0].exists():
+        args.ckpt.append(args.opts.pop(0))
+    first = args.opts[0] if args.opts else ""
+    named = "/" in first or (first and not first.partition(".")[0].isupper())  # config keys are
+    for path in [*args.ckpt, *([first] if named else [])]:
+        if path != "pretrain" and not split_key(path)[0].exists():
+            raise UserError(f"run folder or file {path} does not exist")
+
+
 def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     """The networks and the data that the arguments name.
 
     Args:
         usual: checkpoints of a run folder, where --checkpoint names none.
     """
+    find_paths(args)
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    check_early(args.cfg, overrides, args.imports)
     from mdistiller.engine.cfg import load_config
     from mdistiller.evaluation.subjects import data_config, load_all
     from mdistiller.runtime import resolve_device
-    from mdistiller.weights import split_key
 
-    paths = list(args.ckpt)
-    while args.opts and split_key(args.opts[0])[0].exists():
-        paths.append(args.opts.pop(0))
-    first = args.opts[0] if args.opts else ""
-    if "/" in first or (first and not first.partition(".")[0].isupper()):  # config keys are
-        raise UserError(f"there is no run folder or file {first}")
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
     overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
     given = load_config(args.cfg, overrides, args.imports)
-    sources = _sources(args, paths, given, usual)
+    sources = _sources(args, args.ckpt, given, usual)
     teacher = _teacher(args, given, sources)
     known = [*sources, *([teacher] if teacher else [])]
     named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
@@ -146,7 +160,7 @@ def _sources(
             raise UserError("name run folders or files by -c, or networks by -m (see --help)")
         files = paths = ["pretrain"] * len(args.model)
     if args.model and not files:
-        raise UserError("-m goes with a file of weights; a run folder says itself what it holds")
+        raise UserError("-m goes with a file of weights; a run folder states its network")
     names = args.model * len(files) if len(args.model) < 2 else list(args.model)
     if len(names) not in (0, len(files)):
         raise UserError(
@@ -165,7 +179,7 @@ def _sources(
 
 
 def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:
-    """The teacher that the arguments name; None if there is none, or it is the runs' own."""
+    """The teacher that the arguments name; None without one, or if it is the runs' own."""
     from mdistiller.evaluation.subjects import file_source, run_sources
 
     if args.teacher in ("", "none"):

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
+from mdistiller.files.names import split_key
 from mdistiller.registry import UserError
 
 _MINUTES = 10
@@ -49,7 +50,9 @@ def convert(args: argparse.Namespace) -> None:
     """Write the weights, and the plain values beside them, to a new file."""
     if args.out.exists():
         raise UserError(f"{args.out} is there already; name another file")
-    from mdistiller.weights import network_state, split_key, stated
+    if not split_key(args.file)[0].exists():
+        raise UserError(f"checkpoint {args.file} does not exist")
+    from mdistiller.weights import network_state, stated
 
     contents = _as_it_is(args.file)
     if contents is not None:
@@ -68,7 +71,7 @@ def convert(args: argparse.Namespace) -> None:
         found = _read(args.file, "run")
         how = "its code was run"
     if found is None:
-        raise UserError(f"{args.file} holds no weights that can be found, or is damaged")
+        raise UserError(f"{args.file} is damaged, or weights were not found in it")
     _write(found, args.out)
     tensors = len(found["model"])
     print(f"{args.out}: {tensors} tensors of {args.file}; {how}")
@@ -98,12 +101,12 @@ def _ask(path: Path, trust: bool) -> None:
 
 
 def _read(path: Path, mode: str) -> dict[str, Any] | None:
-    """`{"model": state, ...}` of a file, read in a process of its own; None if there is none."""
+    """`{"model": state, ...}` of a file, read in a separate process; None without weights."""
     from mdistiller.layouts import find_states
-    from mdistiller.weights import GATHERING, load_checkpoint, network_state, split_key
+    from mdistiller.weights import GATHERING, load_checkpoint, network_state
 
     file, _ = split_key(path)
-    worker = Path(__file__).with_name("_convert_worker.py")
+    worker = Path(__file__).with_name("worker.py")
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "plain.pth")
@@ -125,7 +128,7 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
                 )
             if done.returncode or not target.is_file():
                 return None
-            contents = load_checkpoint(target)  # safely: what it wrote is no more to be trusted
+            contents = load_checkpoint(target)  # safely: what it wrote is as little trusted
         except subprocess.TimeoutExpired:
             return None
     if not find_states(contents):

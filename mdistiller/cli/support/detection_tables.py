@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.cli._tables import table
+from mdistiller.cli.support.tables import table
 
 if TYPE_CHECKING:
     from mdistiller.detection.batches import ValBatches

@@ -58,6 +58,9 @@ def guarded(command: Callable[[], object]) -> int:
 
 
 def _end(text: str, code: int) -> int:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(text, file=sys.stderr, flush=True)
+        return code
     from mdistiller.engine.run.failure import first_to_fail, leave
 
     told = first_to_fail()

@@ -21,8 +21,8 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     Args:
         count: of images.
     """
-    from mdistiller.cli._detection_tables import Subject
     from mdistiller.cli.eval_detection import name_subjects
+    from mdistiller.cli.support.detection_tables import Subject
     from mdistiller.detection.data import build_set
     from mdistiller.detection.networks.models import build_detector
     from mdistiller.detection.visualize import detections_picture

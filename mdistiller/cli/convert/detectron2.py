@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.registry import UserError
 
 
@@ -33,13 +33,15 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_file(args: argparse.Namespace) -> None:
     """Write the converted weights to a new file, and say how a config uses it."""
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already; name another file")
+    if not args.file.exists():
+        raise UserError(f"checkpoint {args.file} does not exist")
     from mdistiller.detection.convert.caffe2 import convert_backbone, is_backbone
     from mdistiller.detection.convert.detectron2 import convert, read
     from mdistiller.detection.convert.weights import FACTS
     from mdistiller.engine.checkpoints.write import save_checkpoint
 
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; name another file")
     arrays = read(args.file)
     if is_backbone(arrays):
         contents = convert_backbone(arrays, args.file)
