@@ -1,4 +1,4 @@
-"""The examples of docs/: the pages show the files as they are, and their commands run elsewhere."""
+"""The commands of docs/own_code.md and docs/own_backbone.md, run in a folder of a user."""
 
 import json
 import re
@@ -27,11 +27,6 @@ for words in json.loads(sys.argv[1]):
     if main(words):
         sys.exit(1)
 """
-
-
-def shown(page):
-    """What a page shows as the text of which file."""
-    return re.findall(r"<!-- examples/(\S+) -->\n```\w+\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 def commands(page, config):
@@ -87,16 +82,6 @@ def facts(run):
 
 def state(path):
     return torch.load(path, weights_only=True)["model"]
-
-
-def test_the_pages_show_the_files_as_they_are():
-    pairs = [pair for page in PAGES for pair in shown(page)]
-    for name, text in pairs:
-        assert (EXAMPLES / name).read_text() == text, name
-    unseen = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {n for n, _ in pairs}
-    assert unseen == {"draw_shells.py"}
-    for path in EXAMPLES.glob("*.yaml"):
-        assert len(path.read_text().splitlines()) <= 12, path
 
 
 def test_nothing_of_the_examples_is_in_the_package():
