@@ -15,7 +15,7 @@ from mdistiller.engine.cfg import CFG
 
 DOCS = REPO / "docs"
 PACKAGE = REPO / "mdistiller"
-FOLDERS = ("data", "download_ckpts")
+FOLDERS = ("data", "download_ckpts", "findings")
 PAGES = sorted(
     [
         *REPO.glob("*.md"),
