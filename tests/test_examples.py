@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,16 +35,9 @@ def commands(page, config):
     return [shlex.split(line)[1:] for line in lines]
 
 
-def python(folder, *words):
-    """Run Python in a folder outside the checkout; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+def python(folder, script, *words):
+    """Run a script in a folder outside the checkout; returns what it printed."""
+    done = run_script(folder / script, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -146,5 +137,5 @@ def test_own_backbone(folder):
     assert "import_user_modules(['own_backbone.py'])  # where plain_small is registered" in text
     shutil.copy(folder / "own_backbone.py", deploy)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = "\n".join([*blocks, "print(tuple(logits.shape))"])
-    assert python(deploy, "-c", code) == "(4, 10)\n"
+    (deploy / "use.py").write_text("\n".join([*blocks, "print(tuple(logits.shape))"]))
+    assert python(deploy, "use.py") == "(4, 10)\n"
