@@ -206,6 +206,31 @@ def test_config_keys_exist():
     assert sorted(unknown) == []
 
 
+def default(dotted):
+    """The default of a config key as tables give it; None where it is no key of classification."""
+    node = CFG
+    for word in dotted.split("."):
+        if not isinstance(node, dict) or word not in node:
+            return None
+        node = node[word]
+    return f"{node:g}" if isinstance(node, float) else str(node)
+
+
+def test_tables_give_the_defaults_that_configs_have():
+    wrong = []
+    for page in CURRENT:
+        for table in re.findall(
+            r"^\| key \| default \|.*\n\|[-|]*\n((?:\|.*\n)+)", page.read_text(), re.M
+        ):
+            rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()]
+            assert rows, label(page)
+            for key, given in rows:
+                value = default(key.strip("`"))
+                if value is not None and value != given:
+                    wrong.append(f"{label(page)}: {key} is {value!r}, not {given!r}")
+    assert wrong == []
+
+
 def test_the_page_about_the_source_names_what_is_in_it():
     page = DOCS / "architecture.md"
     source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
