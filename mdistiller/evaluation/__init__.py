@@ -1,1 +1,1 @@
-"""Evaluation of trained networks: accuracy, calibration, agreement with the teacher, features, plots."""
+"""Evaluation of trained networks: accuracy, calibration, agreement with a teacher, plots."""
