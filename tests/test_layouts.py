@@ -271,8 +271,8 @@ def whole_shards():
 def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys, monkeypatch):
     def in_this_process(words, **options):
         try:
-            _convert_worker.main(*words[3:])
-        except _convert_worker.ShardedError as error:
+            worker.main(*words[3:])
+        except worker.ShardedError as error:
             return subprocess.CompletedProcess(words, 1, "", f"sharded: {error}")
         raise AssertionError("shards were taken for a whole")
 

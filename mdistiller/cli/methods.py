@@ -26,30 +26,14 @@ COLUMNS = [
     "published",
     "configs",
 ]
-PREFACE = f"""# Methods
-
-Made by `python tools/methods.py --write docs/methods.md`; a test holds it to the code. Columns:
-
-- **student uses**: the outputs of the student that the loss sends a gradient to; **teacher gives**:
-  those of the teacher that it depends on. The cross-entropy on the student's logits is left out.
-- **needs**: what else the method asks for.
-- **extra**: for {PAIR[0]} -> {PAIR[1]} on 100 classes, the parameters it trains beside the student,
-  what it keeps in buffers (for 50,000 images), forwards of a network in a step if not one, and the
-  epochs of a stage before the main one.
-- **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50, the teacher
-  79.42; the best epoch on the test set, as papers report it. [All numbers and their
-  sources](results/published.csv).
-- **configs**: folders under `configs/` with ready ones.
-"""
+MARK = "<!-- From here on by `python tools/methods.py --write docs/methods.md`. -->\n"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="methods", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="some methods (default all)")
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="run all methods and write the page there"
-    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the page: replace its table")
     return parser
 
 
@@ -273,7 +257,10 @@ def methods(args: argparse.Namespace) -> None:
 
     text = table(sorted(name for name in distiller_dict if name != "NONE"))
     try:
-        args.write.write_text(f"{PREFACE}\n{feature_only()}\n{text}")
+        head, mark, _ = args.write.read_text().partition(MARK)
+        if not mark:
+            raise UserError(f"--write: {args.write} lacks the line {MARK.strip()}")
+        args.write.write_text(f"{head}{MARK}\n{feature_only()}\n{text}")
     except OSError as error:
         raise UserError(f"--write: {args.write}: {error.strerror}") from None
 

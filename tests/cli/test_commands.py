@@ -114,11 +114,12 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
 README = (REPO / "README.md").read_text()
 
 
-def test_the_readmes_own_data_recipe(tmp_path, monkeypatch):
-    """Its two commands as they stand, on a folder of small images, for one epoch."""
+def test_the_recipe_for_ones_own_images(tmp_path, monkeypatch):
+    """The two commands of docs/train.md as they stand, on a folder of small images, an epoch."""
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "data" / "flowers", size=40)
-    block = next(b for b in README.split("```sh") if "data/flowers" in b and "train.py" in b)
+    page = (REPO / "docs" / "train.md").read_text()
+    block = next(b for b in page.split("```sh") if "data/flowers" in b and "train.py" in b)
     lines = block.split("```")[0].replace("\\\n", " ").strip().splitlines()
     assert len(lines) == 2
     for line in lines:
