@@ -8,7 +8,7 @@ import re
 
 from support import REPO
 
-from mdistiller.cli import COMMANDS
+from mdistiller.cli import COMMANDS, module_of
 from mdistiller.detection.config import default_config as detection_config
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG
@@ -158,7 +158,7 @@ def options(name):
     """The options of a command."""
     module = {"benchmark": "benchmarks.main", "faults": "faults.main"}
     module["train_detection"] = "mdistiller.cli.train"
-    parser = importlib.import_module(module.get(name, f"mdistiller.cli.{name}")).parser()
+    parser = importlib.import_module(module.get(name) or module_of(name)).parser()
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -32,12 +32,16 @@ _ELSEWHERE = {
 }
 
 
+def module_of(command: str) -> str:
+    """The module of a subcommand."""
+    return f"mdistiller.cli.{_ELSEWHERE.get(command, command)}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
-        module = _ELSEWHERE.get(args[0], args[0])
-        return int(importlib.import_module(f"mdistiller.cli.{module}").main(args[1:]))
+        return int(importlib.import_module(module_of(args[0])).main(args[1:]))
     if args[:1] == ["--version"]:
         print(f"mdistiller {__version__}")
         return 0
