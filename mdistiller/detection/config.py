@@ -13,13 +13,13 @@ from typing import Any
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.detection.data import DATA
-from mdistiller.detection.methods import METHODS
+from mdistiller.detection.methods import DETECTOR_SETTINGS, LEVELS, method_sections
 from mdistiller.detection.networks.models import NETWORK
+from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import load_config as load_any
 from mdistiller.engine.config.defaults import ENGINE_CONFIG
 from mdistiller.engine.config.values import lookup
-from mdistiller.engine.user_code.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError
 
 ITERATIONS: dict[str, Any] = {
@@ -44,6 +44,7 @@ DETECTION: dict[str, Any] = {
     "STUDENT": NETWORK,
     "TEACHER": NETWORK,
     "DATA": DATA,
+    "LEVELS": list(LEVELS),  # of the pyramid, for methods that compare maps
     "EVALUATOR": "pycocotools",  # or faster: the same numbers, sooner; needs faster-coco-eval
     "EVALUATE_TEACHER": True,  # before the training
 }
@@ -57,13 +58,15 @@ def default_config() -> Config:
     return Config(
         {
             "EXPERIMENT": {**experiment, "PROJECT": "detection"},
-            "DISTILLER": {"TYPE": "NONE"},  # a method of METHODS, or several: "DKD+REVIEWKD"
-            "DETECTION": {**DETECTION, **METHODS.config},
+            "DISTILLER": {"TYPE": "NONE"},  # a method (`methods.py`), or several: "DKD+REVIEWKD"
+            "DETECTION": {**DETECTION, **{n: s.config for n, s in DETECTOR_SETTINGS.items()}},
             "DATASET": {key: DATASET_CONFIG[key] for key in shared},
             "SOLVER": {**solver, **ITERATIONS},
             "LOG": {**ENGINE_CONFIG["LOG"], "TENSORBOARD_FREQ": 20, "SAVE_EVERY_MINUTES": 15.0},
             "DEVICE": ENGINE_CONFIG["DEVICE"],
+            "LSKD": ENGINE_CONFIG["LSKD"],
             "IMPORTS": [],
+            **method_sections(),
         }
     ).clone()
 
@@ -77,19 +80,21 @@ def load_config(
 
     Args:
         path: of a YAML file, or what one holds.
-        imports: further IMPORTS, relative to the working directory; methods they register for
-            detection have their nodes.
+        imports: further IMPORTS, relative to the working directory.
     """
-    import_user_modules(resolve_imports(list(imports), Path()))
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
+    cfg.defrost()
+    for name in DETECTOR_SETTINGS.keys() & cfg.keys():  # there because a file was imported
+        if cfg[name] != Config(DISTILLERS.config.get(name) or {}):
+            raise UserError(f"{name}: set DETECTION.{name}, where this method's settings are")
+        del cfg[name]
     rounds = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
     if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], rounds):
         raise UserError(
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}: detection counts iterations; set SOLVER.MAX_ITER, "
             "and SOLVER.EVAL_PERIOD for the iterations from one evaluation to the next"
         )
-    cfg.defrost()
     cfg.SOLVER.EPOCHS = rounds
     cfg.freeze()
     return cfg

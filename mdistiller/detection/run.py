@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.detection.convert.weights import FACTS
 from mdistiller.detection.data import check_same_classes, train_batches, val_loader
 from mdistiller.detection.distillers import DetectionDistiller
-from mdistiller.detection.methods import METHODS, method_names
+from mdistiller.detection.methods import method_names, needs_same_classes
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.models import build_detector, located
 from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
@@ -64,8 +64,9 @@ def prepare(
     if rank() == 0:
         show_cfg(cfg)
     judged = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
-    if distiller.guide is not None and judged and teacher_acc is None:
-        teacher_acc = measure_teacher(distiller.guide, val, device, cfg)
+    teacher = cast(Detector | None, distiller.teacher)
+    if teacher is not None and judged and teacher_acc is None:
+        teacher_acc = measure_teacher(teacher, val, device, cfg)
     solver = cfg.SOLVER
     rounds = Rounds(
         stream, solver.EVAL_PERIOD * solver.ACCUMULATE, solver.MAX_ITER * solver.ACCUMULATE
@@ -94,7 +95,8 @@ def build_distiller(
     if method_names(cfg.DISTILLER.TYPE):
         teacher = build_teacher(cfg, classes).to(device)
     student.file_entries = {FACTS: student.facts}  # type: ignore[assignment]
-    distiller = DetectionDistiller(student, teacher, cfg).to(device)
+    distiller = DetectionDistiller(student.to(device), teacher, cfg).to(device)
+    distiller.try_methods()
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     elif cfg.DETECTION.STUDENT.NORM == "sync":
@@ -127,7 +129,7 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
                 f"DETECTION.{role}.INPUT {fault} is for the {other.lower()}: are teacher and "
                 "student mixed up?"
             )
-    compares = [part for part in method_names(name) if METHODS[part].needs_logits]
+    compares = [part for part in method_names(name) if needs_same_classes(part)]
     if node.NEW_HEAD and compares:
         raise UserError(
             f"DETECTION.TEACHER.NEW_HEAD starts the teacher's classifier anew, and {compares[0]} "

@@ -178,7 +178,7 @@ class DetectionTrainer(BaseTrainer):
     def batch_inputs(self, data: Batch, epoch: int) -> dict[str, Any]:  # type: ignore[override]
         images, targets = data
         index = torch.tensor([target["image_id"] for target in targets])
-        return {"images": images, "targets": targets, "index": index}
+        return {"images": images, "targets": targets, "index": index, "epoch": epoch}
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         return {}, len(inputs["images"])

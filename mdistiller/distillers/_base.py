@@ -70,6 +70,7 @@ class Distiller(nn.Module):
             arguments that begin with `image_`, which then get the pair (:func:`view_names`).
         soft_labels: whether it can learn from mixed images: `target` is then [N, C] class
             probabilities, which the cross-entropy takes, and `index` names one of the two images.
+        relates_images: True if the maps of one image are compared with those of the others.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         teacher_facts: tensors to be computed once of the frozen teacher and the training images,
             by name; a constructor may set them as its config demands. See :meth:`take_fact`.
@@ -93,6 +94,7 @@ class Distiller(nn.Module):
     needs_teacher_classifier = True
     two_views = False
     soft_labels = False
+    relates_images = False
     own_state: tuple[str, ...] = ()
     teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0

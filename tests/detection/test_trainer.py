@@ -318,7 +318,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(words, tmp_path):
     states = [load(tmp_path / "detection" / name / "latest") for name in ("one", "two")]
     assert states[0]["batches"] == states[1]["batches"]
     for key, value in states[0]["model"].items():
-        torch.testing.assert_close(states[1]["model"][key], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(states[1]["model"][key], value, rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_two_processes_follow_one_with_the_doubled_batch(words, tmp_path):
         ("DKD.BETA 8", "unknown config key DKD"),
         ("DETECTION.DKD.BTA 8", "did you mean 'DETECTION.DKD.BETA'"),
         ("DETECTION.EVALUATOR torchmetrics", "DETECTION.EVALUATOR must be one of pycocotools"),
-        ("DISTILLER.TYPE CRD", "unknown detection method (DISTILLER.TYPE) 'CRD'"),
+        ("DISTILLER.TYPE CRD", "DISTILLER.TYPE CRD cannot train a detector"),
         ("SOLVER.TRAINER base", "SOLVER.TRAINER base is for classification"),
     ],
 )
