@@ -21,6 +21,7 @@ from mdistiller.engine.config.defaults import ENGINE_CONFIG
 from mdistiller.engine.config.files import read_yaml
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import DEEPEST, as_read, coerce, flatten, is_plain, literal
+from mdistiller.engine.tasks import task_of
 from mdistiller.engine.trainer import trainer_dict
 from mdistiller.engine.user_code.forks import UserCode, sections_read
 from mdistiller.engine.user_code.imports import import_user_modules, resolve_fork, resolve_imports
@@ -59,10 +60,9 @@ class Config(CfgNode):
             raise UserError(
                 f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
             )
-        if "DETECTION" in incoming and "DETECTION" not in self:
-            raise UserError(
-                "DETECTION: this is for a detector: run it with tools/train_detection.py"
-            )
+        task = task_of(incoming)
+        if task is not None and task.section not in self:
+            raise UserError(f"{task.section}: {task.runs_by}")
         modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
         if incoming.get("FORK") is not None:
             modules = [resolve_fork(incoming["FORK"], Path()), *modules]
@@ -104,7 +104,7 @@ def is_declared(name: str, root: CfgNode) -> bool:
     first = name.partition(".")[0]
     if first in DISTILLERS or first not in root:
         return is_builtin(DISTILLERS.get(first))
-    if "DETECTION" in root:
+    if task_of(root) is not None:
         return True
     return name in {*flatten(ENGINE_CONFIG), *flatten({"DATASET": DATASET_CONFIG})}
 
@@ -153,9 +153,9 @@ def add_defaults(cfg: CfgNode, code: UserCode) -> None:
         UserError: the library has a key of another type, or `cfg` is of another kind of run.
     """
     is_fork = code.name.endswith("/")
-    if "DETECTION" in cfg:
+    if task_of(cfg) is not None:
         if is_fork:
-            raise UserError(f"FORK {code.name}: forks are for classification, not for detection")
+            raise UserError(f"FORK {code.name}: forks are for classification alone")
         return
     for name in code.methods:
         cfg[name] = Config(code.defaults.get(name, {}), new_allowed=name not in code.defaults)
