@@ -25,7 +25,7 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     from mdistiller.cli.eval_detection import name_subjects
     from mdistiller.detection.data import build_set
     from mdistiller.detection.networks.models import build_detector
-    from mdistiller.detection.visualize import detections_picture
+    from mdistiller.detection.visualize import draw_detections
     from mdistiller.evaluation.samples import choose_classes
     from mdistiller.runtime import resolve_device
 
@@ -33,7 +33,7 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     while args.opts and Path(args.opts[0]).exists():
         paths.append(args.opts.pop(0))
     if not paths:
-        missing = f"there is no run folder {args.opts[0]}; " if args.opts else ""
+        missing = f"there is not a run folder {args.opts[0]}; " if args.opts else ""
         raise UserError(f"{missing}name run folders of tools/train_detection.py (see --help)")
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold must be in 0..1, got {args.threshold}")
@@ -61,6 +61,4 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
     labels = choose_classes(data.class_names, chosen, 0)
     size = (cfg.DETECTION.DATA.TEST_MIN_SIZE, cfg.DETECTION.DATA.MAX_SIZE)
-    return detections_picture(
-        networks, data, size, device, labels, count, args.threshold, args.seed
-    )
+    return draw_detections(networks, data, size, device, labels, count, args.threshold, args.seed)

@@ -109,7 +109,7 @@ def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
             file = checkpoint_file(path, args.checkpoint) if path.is_dir() else path
             label = f"{'/'.join(folder.resolve().parts[-2:])} {file.name.replace('student_', '')}"
         elif path.is_dir():
-            raise UserError(f"{path} is no run folder: it has no config.yaml")
+            raise UserError(f"{path} is not a run folder: it has no config.yaml")
         elif given is None:
             raise UserError(f"name the config of {path}, which is of no run folder, by --cfg")
         else:
@@ -177,12 +177,12 @@ def _measure(
 def _draw(
     nets: Sequence[tuple[Subject, Detector]], loader: ValBatches, device: torch.device, path: Path
 ) -> None:
-    from mdistiller.detection.visualize import detections_picture
+    from mdistiller.detection.visualize import draw_detections
     from mdistiller.evaluation.draw import save
 
     titled = [(subject.label, net) for subject, net in nets]
     size = (loader.min_size, loader.max_size)
-    save(detections_picture(titled, loader.dataset, size, device), path)
+    save(draw_detections(titled, loader.dataset, size, device), path)
     print(f"wrote {path}")
 
 

@@ -1,8 +1,8 @@
 """The configuration of a detection run: `load_config`, and the defaults that are its own.
 
 Sections EXPERIMENT, LOG and SOLVER are those of classification as far as they mean the same;
-SOLVER counts iterations (steps of the optimizer) where that counts epochs. An "epoch" of logs and
-checkpoints is a round of SOLVER.EVAL_PERIOD iterations.
+SOLVER counts iterations (optimizer steps) where classification counts epochs. An "epoch" of logs
+and checkpoints has SOLVER.EVAL_PERIOD iterations.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ITERATIONS: dict[str, Any] = {
     "STEPS": [120000, 160000],  # after which LR is multiplied by LR_DECAY_RATE
     "WARMUP_ITERS": 1000,  # of linear warm-up, from WARMUP_FACTOR * LR
     "WARMUP_FACTOR": 0.001,
-    "EVAL_PERIOD": 10000,  # iterations of a round, after which is evaluated and saved
+    "EVAL_PERIOD": 10000,  # iterations of an epoch, after which the student is evaluated and saved
     "WEIGHT_DECAY_NORM": 0.0,  # weight decay of batch norms and the like
-    "EPOCHS": 1,  # rounds: follows from the above, not to be set
+    "EPOCHS": 1,  # follows from the above, not to be set
 }
-"""What SOLVER has in place of, and beside, the keys of classification."""
+"""Keys of SOLVER that classification does not have, or that differ here."""
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
@@ -89,19 +89,19 @@ def load_config(
         if cfg[name] != Config(DISTILLERS.config.get(name) or {}):
             raise UserError(f"{name}: set DETECTION.{name}, where this method's settings are")
         del cfg[name]
-    rounds = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
-    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], rounds):
+    epochs = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
+    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], epochs):
         raise UserError(
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}: detection counts iterations; set SOLVER.MAX_ITER, "
             "and SOLVER.EVAL_PERIOD for the iterations from one evaluation to the next"
         )
-    cfg.SOLVER.EPOCHS = rounds
+    cfg.SOLVER.EPOCHS = epochs
     cfg.freeze()
     return cfg
 
 
 def check(cfg: Config) -> None:
-    """Refuse values that have the right type and no meaning for detection."""
+    """Refuse values of the right type that detection cannot use."""
     solver = cfg.SOLVER
     for key, low in {"MAX_ITER": 1, "EVAL_PERIOD": 1, "WARMUP_ITERS": 0}.items():
         if solver[key] < low:
@@ -117,10 +117,10 @@ def check(cfg: Config) -> None:
     for name, allowed in {
         "SOLVER.SCHEDULE": ("multistep", "cosine", "constant"),
         "SOLVER.EMA": (0.0,),
-        "SOLVER.NORM_DECAY": (True,),  # WEIGHT_DECAY_NORM says it
+        "SOLVER.NORM_DECAY": (True,),  # set by WEIGHT_DECAY_NORM
         "DETECTION.EVALUATOR": ("pycocotools", "faster"),
     }.items():
         value = lookup(cfg, name)
         if value not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known} in detection, got {value}")
+            choices = ", ".join(map(str, allowed))
+            raise UserError(f"{name} must be one of {choices} in detection, got {value}")

@@ -81,7 +81,7 @@ class DetectionDistiller(Distiller):
             )
         self.own_state = tuple(
             f"methods.{name}.{prefix}"
-            for name, part in self.named_parts()
+            for name, part in self.named_methods()
             for prefix in part.own_state
         )
 
@@ -90,13 +90,13 @@ class DetectionDistiller(Distiller):
         """The methods."""
         return cast(list[Distiller], list(self.methods.values()))
 
-    def named_parts(self) -> list[tuple[str, Distiller]]:
+    def named_methods(self) -> list[tuple[str, Distiller]]:
         """The methods with their names."""
         return list(zip(self.methods, self.parts, strict=True))
 
     def try_methods(self) -> None:
         """Try each method on made-up outputs: what it lacks is an error before the first step."""
-        for name, part in self.named_parts():
+        for name, part in self.named_methods():
             try_method(name, part, self.images)
 
     def forward_train(  # type: ignore[override]  # images are of different sizes: lists
@@ -138,7 +138,7 @@ class DetectionDistiller(Distiller):
             labels: [R], 0 the background.
         """
         losses = {}
-        for name, part in self.named_parts():
+        for name, part in self.named_methods():
             own, other = (
                 part.standardized(Output(logits.float(), cast(DetectorView, net).features(maps)))
                 for net, (logits, maps) in ((part.student, student), (part.teacher, teacher))

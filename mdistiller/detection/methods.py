@@ -98,7 +98,7 @@ class DetectorView(nn.Module):
     """A detector as the classification network that methods take it for when they are built.
 
     Args:
-        detector: the network; this is no copy of it.
+        detector: the network itself, not a copy.
         levels: names of the pyramid's maps that the method compares, keys of LEVELS.
     """
 

@@ -161,7 +161,9 @@ def test_everything_must_be_known_and_there(mask18):
     with pytest.raises(UserError, match=r"4 rows for 3 classes; .* same for all classes"):
         converted(mask18 | {boxes: np.zeros((4, 1024), "f")})
     block = {"backbone.bottom_up.res5.2.conv1.weight": np.zeros((512, 512, 3, 3), "f")}
-    with pytest.raises(UserError, match=r"no ResNet with FPN .* stages have 2, 2, 2, 3 blocks"):
+    with pytest.raises(
+        UserError, match=r"not of a supported ResNet with FPN .* stages have 2, 2, 2, 3 blocks"
+    ):
         converted(mask18 | block)
     with pytest.raises(UserError, match=r"another shape \(rpn\.head\.conv\.0\.0\.bias is \[5\]"):
         converted(mask18 | {"proposal_generator.rpn_head.conv.bias": np.zeros(5, "f")})
@@ -273,10 +275,10 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, capsys, call, name):
 def test_damaged_files_get_one_line(tmp_path):
     whole = zoo.write(tmp_path / "zoo.pkl", {"a": np.zeros(99)}).read_bytes()
     cases = {
-        "cut.pkl": (whole[: len(whole) // 2], "is damaged or no pickle"),
-        "text.pkl": (b"<html>", "is damaged or no pickle"),
+        "cut.pkl": (whole[: len(whole) // 2], "is damaged or not a pickle"),
+        "text.pkl": (b"<html>", "is damaged or not a pickle"),
         "list.pkl": (pickle.dumps([1, 2]), "holds no weights under 'model'"),
-        "words.pkl": (pickle.dumps({"model": {"a": "b"}}), "'a' is no array of numbers"),
+        "words.pkl": (pickle.dumps({"model": {"a": "b"}}), "'a' is not an array of numbers"),
         "text.pth": (b"<html>", "is a web page .*, not a PyTorch file"),
     }
     for name, (data, error) in cases.items():

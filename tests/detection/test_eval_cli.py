@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
     assert "by --cfg" in refused(capsys, place, "-c", one, cfg=False)
     assert "name weights by -c" in refused(capsys, place)
     assert "name run folders by -c" in refused(capsys, place, cfg=False)
-    assert "is no run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
+    assert "is not a run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
     assert "TEACHER.WEIGHTS names no file" in refused(capsys, place, "--teacher")
     assert "none does not exist" in refused(capsys, place, "-c", str(tmp_path / "none"))
     (tmp_path / "cut").write_bytes((place / "one").read_bytes()[:5000])
@@ -160,7 +160,7 @@ def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
     )
     for key, value, text in (
         ("LABEL_SPACE", "coco91", "have 91: set DETECTION.DATA.LABEL_SPACE contiguous"),
-        ("VAL_ANNOTATIONS", "/none.json", "VAL_ANNOTATIONS: there is no annotation file"),
+        ("VAL_ANNOTATIONS", "/none.json", "VAL_ANNOTATIONS: there is not an annotation file"),
         ("VAL_IMAGES", "/none", "set DETECTION.DATA.VAL_IMAGES"),
     ):
         assert text in refused(capsys, place, "-c", one, f"DETECTION.DATA.{key}", value)

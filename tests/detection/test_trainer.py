@@ -13,7 +13,7 @@ from synth import make_coco
 from mdistiller.cli import report, train_detection
 from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.detection.config import load_config
-from mdistiller.detection.trainer import DetectionTrainer, Rounds, build_schedule
+from mdistiller.detection.trainer import DetectionTrainer, IterationEpochs, build_schedule
 from mdistiller.registry import UserError
 
 SMALL = {"ARCH": "resnet18", "CHANNELS": 16, "NORM": "batch", "FREEZE_AT": 0, "ROI_SAMPLES": 16}
@@ -249,7 +249,7 @@ class Numbers:
 
 
 def test_rounds_cut_the_stream_without_a_loss():
-    rounds = Rounds(Numbers(), period=3, total=7)
+    rounds = IterationEpochs(Numbers(), period=3, total=7)
     seen = []
     for epoch in (1, 2, 3):
         rounds.set_epoch(epoch)
@@ -259,12 +259,12 @@ def test_rounds_cut_the_stream_without_a_loss():
 
 
 def test_rounds_go_on_where_they_were():
-    rounds = Rounds(Numbers(), period=3, total=7)
+    rounds = IterationEpochs(Numbers(), period=3, total=7)
     rounds.set_epoch(1)
     assert list(rounds) == [1, 2, 3]
     rounds.set_epoch(2)
     assert next(iter(rounds)) == 4
-    other = Rounds(Numbers(), period=3, total=7)
+    other = IterationEpochs(Numbers(), period=3, total=7)
     other.load_state_dict(rounds.state_dict())
     other.set_epoch(2)
     assert list(other) == [5, 6]

@@ -1,4 +1,4 @@
-"""Pictures show the truth, the teacher and the students as they are; names do no harm."""
+"""ImageFiles show the truth, the teacher and the students as they are; names do no harm."""
 
 import json
 
@@ -112,13 +112,13 @@ def test_the_command_writes_a_png(runs, tmp_path, capsys):
 
 
 BAD = {
-    "nowhere": "there is no run folder nowhere; name run folders",
+    "nowhere": "there is not a run folder nowhere; name run folders",
     "": "name run folders of tools/train_detection.py",
     "RUN --threshold 2": "--threshold must be in 0..1",
     "RUN --classes disk": "no class 'disk'; did you mean 'disc'?",
     "RUN --checkpoint best": "has no checkpoint best (it has: latest)",
     "RUN --samples 0": "--samples must be at least 1",
-    "RUN --teacher DATA": "is no run folder: it has no config.yaml",
+    "RUN --teacher DATA": "is not a run folder: it has no config.yaml",
 }
 
 
