@@ -33,7 +33,7 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     while args.opts and Path(args.opts[0]).exists():
         paths.append(args.opts.pop(0))
     if not paths:
-        missing = f"there is not a run folder {args.opts[0]}; " if args.opts else ""
+        missing = f"there is no run folder {args.opts[0]}; " if args.opts else ""
         raise UserError(f"{missing}name run folders of tools/train_detection.py (see --help)")
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold must be in 0..1, got {args.threshold}")

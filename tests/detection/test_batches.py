@@ -251,7 +251,7 @@ def test_a_config_gives_both_streams(synth):
         ("TEST_BATCH_SIZE", 0, "TEST_BATCH_SIZE 0 must be at least 1"),
         ("FLIP", 1.5, "FLIP 1.5 is a probability"),
         ("BAD_ANNOTATIONS", "drop", "BAD_ANNOTATIONS 'drop' is unknown; use error or fix"),
-        ("TRAIN_ANNOTATIONS", "none.json", "TRAIN_ANNOTATIONS: there is not an annotation file"),
+        ("TRAIN_ANNOTATIONS", "none.json", "TRAIN_ANNOTATIONS: there is no annotation file"),
         ("TRAIN_IMAGES", "/none", "set DETECTION.DATA.TRAIN_IMAGES"),
     ],
 )

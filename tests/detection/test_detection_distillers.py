@@ -93,6 +93,7 @@ def test_every_method_takes_a_step_or_is_refused_in_a_line():
 
 
 def test_what_a_method_asks_for_in_vain():
+    pair = detector(), detector(seed=1)
     for kind, settings, reason in [
         ("CRLD", (), "it needs two views of each image"),
         ("USKD", (), "it has no teacher"),
@@ -106,11 +107,11 @@ def test_what_a_method_asks_for_in_vain():
         ("KD", ("DETECTION.KD.T", "0"), "DETECTION.KD: KD.TEMPERATURE must be positive"),
     ]:
         with pytest.raises(UserError, match=f"DISTILLER.TYPE {kind} cannot .*{re.escape(reason)}"):
-            join(kind, None, None, *settings).try_methods()
+            join(kind, *pair, *settings).try_methods()
     with pytest.raises(UserError, match=r"DIST.LOSS.CE_WEIGHT 0.5 has no effect in detection"):
-        join("DIST", None, None, "DIST.LOSS.CE_WEIGHT", "0.5")
+        join("DIST", *pair, "DIST.LOSS.CE_WEIGHT", "0.5")
     with pytest.raises(UserError, match=r"LSKD.ENABLE: NST has no use for standardised logits"):
-        join("NST", None, None, "LSKD.ENABLE", "True")
+        join("NST", *pair, "LSKD.ENABLE", "True")
     with pytest.raises(UserError, match=r"unknown config key DKD"):
         load_config("", ["DKD.BETA", "1.0"])
 
@@ -277,38 +278,36 @@ def test_a_method_from_elsewhere(tmp_path):
     assert {"loss_gap", "loss_dkd"} <= set(losses)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("TEACHER.WEIGHTS ''", "DKD needs a trained teacher: set DETECTION.TEACHER.WEIGHTS"),
-        ("TEACHER.WEIGHTS none.pth", "DETECTION.TEACHER.WEIGHTS: none.pth does not exist"),
-        ("TEACHER.INPUT upstream_r18", "upstream_r18 is for the student"),
-        ("STUDENT.INPUT upstream_r18_teacher", "upstream_r18_teacher is for the teacher"),
-        ("TEACHER.NEW_HEAD True", "NEW_HEAD starts the teacher's classifier anew, and DKD"),
-        ("STUDENT.INPUT bgr", None),
-        (
-            "TEACHER.INPUT bgr",
-            "is of a detector with INPUT rgb, but DETECTION.TEACHER.INPUT is bgr",
-        ),
-        ("TEACHER.FLAVOUR d2", "is of a detector with FLAVOUR tv"),
-    ],
-)
-def test_mixed_up_networks(tmp_path, words, message):
-    """Teacher and student of a config; the teacher's file is of a run and says what it is of."""
+SWAPPED = [
+    ("TEACHER.WEIGHTS ''", "DKD needs a trained teacher: set DETECTION.TEACHER.WEIGHTS"),
+    ("TEACHER.WEIGHTS none.pth", "DETECTION.TEACHER.WEIGHTS: none.pth does not exist"),
+    ("TEACHER.INPUT upstream_r18", "upstream_r18 is for the student"),
+    ("STUDENT.INPUT upstream_r18_teacher", "upstream_r18_teacher is for the teacher"),
+    ("TEACHER.NEW_HEAD True", "NEW_HEAD starts the teacher's classifier anew, and DKD"),
+    ("STUDENT.INPUT bgr", None),
+    (
+        "TEACHER.INPUT bgr",
+        "is of a detector with INPUT rgb, but DETECTION.TEACHER.INPUT is bgr",
+    ),
+    ("TEACHER.FLAVOUR d2", "is of a detector with FLAVOUR tv"),
+]
+
+
+def test_swapped_networks(tmp_path):
+    """Teacher and student of a config; the teacher's file is of a run and describes it."""
     net = detector(seed=1)
     path = tmp_path / "teacher.pth"
     torch.save({"model": net.state_dict(), "detector": net.facts}, path)
     keys = {key: value for key, value in node().items() if key != "WEIGHTS"}
-    small = [f"DETECTION.{r}.{key}" for r in ("STUDENT", "TEACHER") for key in keys]
-    pairs = [word for key in small for word in (key, keys[key.rpartition(".")[2]])]
-    key, value = words.split()
-    pairs += ["DETECTION.TEACHER.WEIGHTS", str(path), f"DETECTION.{key}", value.strip("'")]
-    cfg = load_config("", ["DISTILLER.TYPE", "DKD", *pairs])
-    if message is None:
-        assert same_state(
-            build_distiller(cfg, list("abcd"), torch.device("cpu")).teacher.state_dict(),
-            net.state_dict(),
-        )
-        return
-    with pytest.raises(UserError, match=re.escape(message)):
-        build_distiller(cfg, list("abcd"), torch.device("cpu"))
+    common = ["DISTILLER.TYPE", "DKD", "DETECTION.TEACHER.WEIGHTS", str(path)]
+    for role in ("STUDENT", "TEACHER"):
+        common += [word for k in keys for word in (f"DETECTION.{role}.{k}", keys[k])]
+    for words, message in SWAPPED:
+        key, value = words.split()
+        cfg = load_config("", [*common, f"DETECTION.{key}", value.strip("'")])
+        if message is None:
+            built = build_distiller(cfg, list("abcd"), torch.device("cpu"))
+            assert same_state(built.teacher.state_dict(), net.state_dict())
+            continue
+        with torch.device("meta"), pytest.raises(UserError, match=re.escape(message)):
+            build_distiller(cfg, list("abcd"), torch.device("cpu"))

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from nets import SMALL, detector
-from support import command
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
@@ -132,16 +131,12 @@ def test_pictures_are_drawn(place, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
-def test_two_processes_measure_what_one_does(place, tmp_path):
-    words = ["-c", str(place / "one"), "--json"]
-    assert run(place, *words, str(tmp_path / "one")) == 0
-    words = ["--cfg", place / "small.yaml", *words, tmp_path / "two"]
-    done = command(*words, module="eval_detection", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[EVAL]") == 1
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
-    assert one["networks"][0]["numbers"] == two["networks"][0]["numbers"]
-    assert one["networks"][0]["curves"] == two["networks"][0]["curves"]
+def test_only_the_first_process_writes(place, tmp_path, capsys, monkeypatch):
+    """What several processes measure together is tested in test_evaluate.py and test_trainer.py."""
+    monkeypatch.setattr("mdistiller.engine.utils.is_main_process", lambda: False)
+    assert run(place, "-c", str(place / "one"), "--json", str(tmp_path / "found.json")) == 0
+    assert not (tmp_path / "found.json").exists()
+    assert "[EVAL]" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
@@ -160,7 +155,7 @@ def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
     )
     for key, value, text in (
         ("LABEL_SPACE", "coco91", "have 91: set DETECTION.DATA.LABEL_SPACE contiguous"),
-        ("VAL_ANNOTATIONS", "/none.json", "VAL_ANNOTATIONS: there is not an annotation file"),
+        ("VAL_ANNOTATIONS", "/none.json", "VAL_ANNOTATIONS: there is no annotation file"),
         ("VAL_IMAGES", "/none", "set DETECTION.DATA.VAL_IMAGES"),
     ):
         assert text in refused(capsys, place, "-c", one, f"DETECTION.DATA.{key}", value)

@@ -342,7 +342,7 @@ def test_processes_measure_what_one_does(processes, data):
 
 def test_an_error_on_the_first_process_reaches_all(processes):
     for rank in range(3):
-        assert "there is not an annotation file" in (processes / f"error_{rank}").read_text()
+        assert "there is no annotation file" in (processes / f"error_{rank}").read_text()
 
 
 USELESS = ({"bbox": [5, 5, 0, 7]}, {"bbox": None}, {"iscrowd": 1, "bbox": []})

@@ -113,9 +113,7 @@ def read_contents(path: Path, key: str) -> dict[str, Any]:
         key: the config key that names the file, for errors.
     """
     if not path.is_file():
-        raise UserError(
-            f"{key}: there is not an annotation file {path}; name a COCO instances file"
-        )
+        raise UserError(f"{key}: there is no annotation file {path}; name a COCO instances file")
     try:
         contents = json.loads(path.read_bytes())
     except RecursionError:

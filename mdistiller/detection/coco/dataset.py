@@ -117,7 +117,7 @@ class CocoDetectionSet:
         self.annotations.counts["images without objects"] = len(self.positions) - len(filled)
         if not len(filled):
             raise UserError(
-                f"{self.annotations.path}: no image has an object other than a crowd region; name another "
+                f"{self.annotations.path}: every object is a crowd region; name another "
                 f"file by DETECTION.DATA.{self.split}_ANNOTATIONS"
             )
         self.positions = filled
