@@ -142,6 +142,19 @@ def test_levels_and_standardised_logits():
     assert losses[0] != pytest.approx(losses[1], rel=0.05)
 
 
+def test_wkd_compares_regions_and_maps():
+    weights = ["WKD.LOSS.WKD_LOGIT_WEIGHT", "30", "WKD.LOSS.WKD_FEAT_WEIGHT", "0.1"]
+    distiller = join("WKD", None, None, *weights)
+    loss = step(distiller)["loss_wkd"]
+    loss.backward()
+    assert loss.isfinite()
+    assert {"wkd_target", "wkd_logit", "wkd_feat"} <= distiller.metrics.keys()
+    assert distiller.methods["WKD"].class_cost.shape == (4, 4)
+    layer = distiller.student.roi_heads.box_predictor.cls_score.weight
+    assert layer.grad.abs().sum() > 0
+    assert distiller.student.backbone.fpn.layer_blocks[3][0].weight.grad.abs().sum() > 0  # P5
+
+
 def test_a_method_keeps_its_own_optimizer_settings():
     groups = join("CTKD+REVIEWKD", None, None, "CTKD.PARAM_WD", "0.25").param_groups()
     assert [group.get("weight_decay") for group in groups] == [None, 0.0, 0.25]
