@@ -94,7 +94,7 @@ def test_each_row_has_truth_teacher_and_student(runs, synth):
 def test_classes_and_threshold_choose(runs):
     every = figure(runs[0], "--samples", "2", "--threshold", "0.4")
     few = figure(runs[0], "--samples", "2", "--threshold", "0.4", "--classes", "box")
-    none = figure(runs[0], "--samples", "2", "--threshold", "1")
+    none = figure(runs[0], "--samples", "1", "--threshold", "1")
     seen = [
         {text.get_text().split()[0] for ax in one.axes for text in ax.texts} for one in (every, few)
     ]
