@@ -177,12 +177,12 @@ def _measure(
 def _draw(
     nets: Sequence[tuple[Subject, Detector]], loader: ValBatches, device: torch.device, path: Path
 ) -> None:
-    from mdistiller.detection.visualize import detections_picture
+    from mdistiller.detection.visualize import draw_detections
     from mdistiller.evaluation.draw import save
 
     titled = [(subject.label, net) for subject, net in nets]
     size = (loader.min_size, loader.max_size)
-    save(detections_picture(titled, loader.dataset, size, device), path)
+    save(draw_detections(titled, loader.dataset, size, device), path)
     print(f"wrote {path}")
 
 

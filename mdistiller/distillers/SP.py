@@ -43,6 +43,7 @@ class SP(Distiller):
 
     needs_teacher_classifier = False
     soft_labels = True
+    relates_images = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)

@@ -128,6 +128,7 @@ class Attention(nn.Module):
 class SemCKD(Distiller):
     """All student stages learn from all teacher stages, by learned attention; and soft targets."""
 
+    relates_images = True
     soft_labels = True
 
     def __init__(

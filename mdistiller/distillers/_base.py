@@ -55,6 +55,7 @@ class Distiller(Trainable):
             with `image_`; they get the views (:func:`view_names`).
         soft_labels: True if the method works on mixed images: `target` may be [N, C] class
             probabilities, and `index` is the number of one of the two images.
+        relates_images: True if the maps of one image are compared with those of the others.
         own_state: prefixes of buffers that the method itself keeps equal in all processes.
         teacher_facts: tensors to compute once from the frozen teacher and the training images, by
             name; a constructor may set them. See :meth:`take_fact`.
@@ -76,6 +77,7 @@ class Distiller(Trainable):
     needs_teacher_classifier = True
     two_views = False
     soft_labels = False
+    relates_images = False
     own_state: tuple[str, ...] = ()
     teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0

@@ -21,6 +21,7 @@ from mdistiller.engine.config.defaults import ENGINE_CONFIG
 from mdistiller.engine.config.node import ConfigNode, fill
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import coerce, flatten
+from mdistiller.engine.tasks import task_of
 from mdistiller.engine.user_code.forks import UserCode, sections_read
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError, is_builtin
@@ -39,7 +40,7 @@ class Config(ConfigNode):
         first = name.partition(".")[0]
         if first in DISTILLERS or first not in self:
             return is_builtin(DISTILLERS.get(first))
-        if "DETECTION" in self:
+        if task_of(self) is not None:
             return True
         return name in {*flatten(ENGINE_CONFIG), *flatten({"DATASET": DATASET_CONFIG})}
 
@@ -62,9 +63,9 @@ def add_defaults(cfg: CfgNode, code: UserCode) -> None:
         UserError: the library has a key of another type, or `cfg` is of another kind of run.
     """
     is_fork = code.name.endswith("/")
-    if "DETECTION" in cfg:
+    if task_of(cfg) is not None:
         if is_fork:
-            raise UserError(f"FORK {code.name}: forks are for classification, not for detection")
+            raise UserError(f"FORK {code.name}: forks are for classification alone")
         return
     for name in code.methods:
         cfg[name] = Config(code.defaults.get(name, {}), new_allowed=name not in code.defaults)

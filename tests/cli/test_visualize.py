@@ -1,4 +1,4 @@
-"""Pictures of networks: what they show, their files, and the notebooks that make the same."""
+"""ImageFiles of networks: what they show, their files, and the notebooks that make the same."""
 
 import json
 import sys

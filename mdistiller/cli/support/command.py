@@ -31,6 +31,8 @@ def guarded(command: Callable[[], object]) -> int:
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error (rank {rank})"
     try:
+        import mdistiller.detection  # noqa: F401  # registers what configs and reports have of it
+
         command()
     except UserError as error:
         return _end(f"{who}: {' '.join(str(error).split())}", BAD_INPUT)

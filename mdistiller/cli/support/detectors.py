@@ -25,7 +25,7 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     from mdistiller.cli.support.detection_tables import Subject
     from mdistiller.detection.data import build_set
     from mdistiller.detection.networks.models import build_detector
-    from mdistiller.detection.visualize import detections_picture
+    from mdistiller.detection.visualize import draw_detections
     from mdistiller.evaluation.samples import choose_classes
     from mdistiller.runtime import resolve_device
 
@@ -61,6 +61,4 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
     labels = choose_classes(data.class_names, chosen, 0)
     size = (cfg.DETECTION.DATA.TEST_MIN_SIZE, cfg.DETECTION.DATA.MAX_SIZE)
-    return detections_picture(
-        networks, data, size, device, labels, count, args.threshold, args.seed
-    )
+    return draw_detections(networks, data, size, device, labels, count, args.threshold, args.seed)

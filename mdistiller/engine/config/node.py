@@ -12,6 +12,7 @@ from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.config.files import read_yaml, resolve_fork, resolve_imports
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import DEEPEST, as_read, coerce, flatten, is_plain, literal
+from mdistiller.engine.tasks import task_of
 from mdistiller.registry import UserError, suggest
 
 
@@ -58,10 +59,9 @@ class ConfigNode(CfgNode):
             raise UserError(
                 f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
             )
-        if "DETECTION" in incoming and "DETECTION" not in self:
-            raise UserError(
-                "DETECTION: this is for a detector: run it with tools/train_detection.py"
-            )
+        task = task_of(incoming)
+        if task is not None and task.section not in self:
+            raise UserError(f"{task.section}: {task.runs_by}")
         modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
         if incoming.get("FORK") is not None:
             modules = [resolve_fork(incoming["FORK"], Path()), *modules]

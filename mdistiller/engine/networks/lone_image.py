@@ -103,7 +103,7 @@ def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | Non
 
 
 def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
-    """For detection, whose batches all have SOLVER.BATCH_SIZE images: refuse 1 if that fails.
+    """For batches that all have SOLVER.BATCH_SIZE images: refuse 1 if a step with one fails.
 
     Args:
         stream: of training batches; afterwards where it was.
