@@ -8,14 +8,14 @@ import importlib
 
 from mdistiller.dataset.build import (
     Data,
-    KnownData,
+    DataSpec,
     TestData,
+    data_spec,
+    eval_preprocessing,
     get_dataset,
-    known_data,
     load_data,
     load_test_loader,
     mixes_labels,
-    own_view,
 )
 from mdistiller.dataset.classes import are_numbers, first_difference, natural_key
 from mdistiller.dataset.data_source import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
@@ -28,17 +28,17 @@ __all__ = [
     "DATASET_CONFIG",
     "Data",
     "DataSource",
+    "DataSpec",
     "ImageSet",
-    "KnownData",
     "Options",
     "TestData",
     "are_numbers",
+    "data_spec",
+    "eval_preprocessing",
     "first_difference",
     "get_dataset",
-    "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",
     "natural_key",
-    "own_view",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mdistiller.dataset.classes import numbered, say_absent
+from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
     DATASET_CONFIG,
     DATASETS,
@@ -19,11 +19,11 @@ from mdistiller.dataset.data_source import (
     same_classes,
 )
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.sizing import check_keys, choose_preprocessing, keeps_shape
+from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocessing, keeps_shape
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
-from mdistiller.dataset.pipelines import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset.pipelines import InMemoryPipeline, Size, Statistics, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
 from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
@@ -84,27 +84,27 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     Args:
         cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
         device: in place of what DEVICE says.
-        two_views: training items are ((weak, strong), target, index), see `_two_views.py`.
+        two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
 
     Raises:
         UserError: a key cannot be satisfied, or the data are missing or broken.
     """
     node = _node(cfg)
-    feed = _feed(node, "train", _device(cfg, device))
-    train, test = feed.read("train"), feed.read("test")
-    same_classes(train.classes, test.classes, feed.root)
-    train, test = (numbered(images, node["CLASSES"]) for images in (train, test))
+    pipeline = _pipeline(node, "train", _device(cfg, device))
+    train, test = pipeline.read("train"), pipeline.read("test")
+    same_classes(train.classes, test.classes, pipeline.root)
+    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
     if node["CLASSES"]:
-        say_absent(train, feed.root)
+        report_empty_classes(train, pipeline.root)
     if len(train.classes) < 2:
-        raise UserError(f"{feed.root} has one class only ({train.classes[0]}); two are needed")
-    size = feed.size(train, test)
-    statistics = _statistics(node, feed.source) or feed.statistics(train)
-    val, test_loader = feed.eval_loader(test, size, statistics), None
+        raise UserError(f"{pipeline.root} has one class only ({train.classes[0]}); two are needed")
+    size = pipeline.size(train, test)
+    statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    val, test_loader = pipeline.eval_loader(test, size, statistics), None
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
-        val, test_loader = feed.eval_loader(held, size, statistics), val
-    train_loader = feed.train_loader(
+        val, test_loader = pipeline.eval_loader(held, size, statistics), val
+    train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
         size,
@@ -121,18 +121,20 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         num_data=len(train),
         num_classes=len(train.classes),
         classes=train.classes,
-        zoo=node["ZOO"] or feed.source.zoo,
+        zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
         std=statistics[1],
-        preprocessing=_whole(feed, size, statistics),
-        plain=lambda: feed.eval_loader(train, size, statistics),
+        preprocessing=_full_preprocessing(pipeline, size, statistics),
+        plain=lambda: pipeline.eval_loader(train, size, statistics),
     )
 
 
-def _whole(feed: MemoryFeed, size: tuple[int, int], statistics: Statistics) -> Preprocessing:
+def _full_preprocessing(
+    pipeline: InMemoryPipeline, size: Size, statistics: Statistics
+) -> Preprocessing:
     """What is done to an image for evaluation; image_size 0 if images are not square."""
-    how, side = feed.preprocessing, size[0] if size[0] == size[1] else 0
+    how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
@@ -163,29 +165,28 @@ class TestData(NamedTuple):
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, own: Preprocessing | None = None
+    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
 ) -> TestData:
     """The test set alone, for evaluation.
 
-    The training images are not read, with one exception: an image folder without DATASET.MEAN and
-    STD is normalised with statistics of its training images, so these must be there, unless `own`
-    has a mean and a std.
+    Training images are read only to compute the mean and std of an image folder for which neither
+    DATASET.MEAN and STD nor `network` give them.
 
     Args:
-        own: how the network that will be evaluated has its images prepared, for what the config
+        network: how the network that will be evaluated has its images prepared, for what the config
             leaves open; see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    feed = _feed(node, "test", _device(cfg, device), own)
-    statistics = _statistics(node, feed.source)
-    if statistics is None and own is not None and own.mean:
-        statistics = own.mean, own.std
+    pipeline = _pipeline(node, "test", _device(cfg, device), network)
+    statistics = _statistics(node, pipeline.source)
+    if statistics is None and network is not None and network.mean:
+        statistics = network.mean, network.std
     if statistics is None:
-        statistics = _training_statistics(feed)
-    test = numbered(feed.read("test"), node["CLASSES"])
-    size = feed.size(test)
-    loader = feed.eval_loader(test, size, statistics)
-    zoo = node["ZOO"] or feed.source.zoo
+        statistics = _training_statistics(pipeline)
+    test = renumber_classes(pipeline.read("test"), node["CLASSES"])
+    size = pipeline.size(test)
+    loader = pipeline.eval_loader(test, size, statistics)
+    zoo = node["ZOO"] or pipeline.source.zoo
     return TestData(
         loader,
         len(test.classes),
@@ -193,11 +194,11 @@ def load_test_loader(
         test.classes,
         size,
         *statistics,
-        preprocessing=_whole(feed, size, statistics),
+        preprocessing=_full_preprocessing(pipeline, size, statistics),
     )
 
 
-class KnownData(NamedTuple):
+class DataSpec(NamedTuple):
     """What the config and a registered data set say of images before any is read.
 
     Attributes:
@@ -215,11 +216,11 @@ class KnownData(NamedTuple):
     files: bool
 
 
-def known_data(cfg: Any) -> KnownData:
+def data_spec(cfg: Any) -> DataSpec:
     """The facts of `cfg.DATASET` that need no data."""
     node = _node(cfg)
     source = _source(node)
-    return KnownData(
+    return DataSpec(
         node["ZOO"] or source.zoo,
         _statistics(node, source),
         node["IMAGE_SIZE"],
@@ -228,11 +229,11 @@ def known_data(cfg: Any) -> KnownData:
     )
 
 
-def own_view(cfg: Any, own: Preprocessing | None = None) -> Preprocessing:
+def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
     """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
     node = _node(cfg)
     source = _source(node)
-    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), own)
+    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), network)
     return replace(how, interpolation=how.interpolation or "bilinear")
 
 
@@ -265,14 +266,14 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
     return resolve_device(cfg.get("DEVICE", "auto")) if device is None else device
 
 
-def _feed(
-    node: dict[str, Any], split: Split, device: torch.device, own: Preprocessing | None = None
-) -> MemoryFeed:
+def _pipeline(
+    node: dict[str, Any], split: Split, device: torch.device, network: Preprocessing | None = None
+) -> InMemoryPipeline:
     """The registered data set, its folder, and how it is read."""
     source = _source(node)
     root = _root(node, source)
     augment = _augment(node, source)
-    how = choose_preprocessing(node, source, root, augment, own)
+    how = choose_preprocessing(node, source, root, augment, network)
     options = Options(
         how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
         max(1, node["NUM_WORKERS"]),
@@ -283,7 +284,7 @@ def _feed(
         node["EXIF"],
         node["SCALE_16_BIT"],
     )
-    return choose_feed(node, split, source, root, options, augment, device)
+    return choose_pipeline(node, split, source, root, options, augment, device)
 
 
 def _root(node: dict[str, Any], source: DataSource) -> Path:
@@ -319,10 +320,10 @@ def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     return mean, std
 
 
-def _training_statistics(feed: MemoryFeed) -> Statistics:
+def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:
     """Mean and std of training images that are read for nothing else."""
     try:
-        return feed.statistics(feed.read("train"))
+        return pipeline.statistics(pipeline.read("train"))
     except UserError as error:
         raise UserError(f"{error}; or set DATASET.MEAN and DATASET.STD as in training") from error
 

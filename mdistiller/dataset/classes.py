@@ -49,7 +49,7 @@ def first_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
     return ""
 
 
-def numbered(images: Any, wanted: str | Sequence[Any]) -> Any:
+def renumber_classes(images: Any, wanted: str | Sequence[Any]) -> Any:
     """A split with its classes numbered as DATASET.CLASSES says.
 
     Args:
@@ -82,7 +82,7 @@ def numbered(images: Any, wanted: str | Sequence[Any]) -> Any:
     return found
 
 
-def say_absent(images: Any, where: Path | str) -> None:
+def report_empty_classes(images: Any, where: Path | str) -> None:
     """Print which classes of DATASET.CLASSES have no images in a split."""
     seen = set(images.targets.unique().tolist())
     absent = [name for number, name in enumerate(images.classes) if number not in seen]

@@ -22,7 +22,7 @@ from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.dataset.files.loader import WorkerEvalLoader, WorkerTrainLoader
-    from mdistiller.dataset.files.transforms import TestView
+    from mdistiller.dataset.files.transforms import EvalTransform
 
 Size = tuple[int, int]  # height, width
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
@@ -31,7 +31,7 @@ _SAMPLE = 1024  # images from which statistics are computed where reading all ta
 
 
 @dataclass
-class MemoryFeed:
+class InMemoryPipeline:
     """Splits held in memory, whole batches per operation.
 
     Attributes:
@@ -102,12 +102,12 @@ class MemoryFeed:
         return EvalLoader(images, self.node["TEST"]["BATCH_SIZE"], *statistics, self.device)
 
 
-class WorkerFeed(MemoryFeed):
+class FilePipeline(InMemoryPipeline):
     """Images that worker processes read in every epoch: files, or a set in memory."""
 
     def read(self, split: Split) -> Any:
         if isinstance(self.source, FileSource):
-            return self.source.usable(self.root, split, self.options)
+            return self.source.readable_files(self.root, split, self.options)
         return super().read(split)
 
     def size(self, *splits: Any) -> Size:
@@ -118,11 +118,11 @@ class WorkerFeed(MemoryFeed):
         return height, width
 
     def statistics(self, train: Any) -> Statistics:
-        fit = self._fit(train, self.size(train))
+        transform = self._eval_transform(train, self.size(train))
         chosen = torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long().tolist()
 
         def image(i: int) -> torch.Tensor:
-            return fit(train.image(i), _name(train, i))
+            return transform(train.image(i), _name(train, i))
 
         with ThreadPoolExecutor(self.options.workers) as pool:
             images = torch.stack(list(pool.map(image, chosen)))
@@ -137,7 +137,7 @@ class WorkerFeed(MemoryFeed):
         two_views: bool = False,
         **options: Any,
     ) -> TrainLoader:
-        from mdistiller.dataset.files.transforms import TrainView
+        from mdistiller.dataset.files.transforms import TrainTransform
 
         if two_views:
             raise UserError(
@@ -145,21 +145,21 @@ class WorkerFeed(MemoryFeed):
                 "memory only: set DATASET.LOADER memory (and MAX_MEMORY_GB), or take another method"
             )
 
-        view = TrainView(
-            self.augment(size), self._fit(train, size), tuple(self.node["RANDAUGMENT"])
+        transform = TrainTransform(
+            self.augment(size), self._eval_transform(train, size), tuple(self.node["RANDAUGMENT"])
         )
         options |= {
             "num_workers": self.node["NUM_WORKERS"],
             "timeout": self.node["WORKER_TIMEOUT"],
         }
         loader = self._loaders()[0]
-        return loader(train, batch_size, view, *statistics, self.device, **options)
+        return loader(train, batch_size, transform, *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
         return self._loaders()[1](
             images,
             self.node["TEST"]["BATCH_SIZE"],
-            self._fit(images, size),
+            self._eval_transform(images, size),
             *statistics,
             self.device,
             num_workers=self.node["NUM_WORKERS"],
@@ -171,15 +171,15 @@ class WorkerFeed(MemoryFeed):
 
         return _workers.WorkerTrainLoader, _workers.WorkerEvalLoader
 
-    def _fit(self, images: Any, size: Size) -> TestView:
+    def _eval_transform(self, images: Any, size: Size) -> EvalTransform:
         from mdistiller.dataset.files.transforms import (
-            TestView,  # brings torchvision: a slow import
+            EvalTransform,  # brings torchvision: a slow import
         )
 
-        return TestView(size, self.preprocessing, _name(images, 0))
+        return EvalTransform(size, self.preprocessing, _name(images, 0))
 
 
-class ShardFeed(WorkerFeed):
+class ShardPipeline(FilePipeline):
     """Images in shards, which workers read from front to back."""
 
     def read(self, split: Split) -> Any:
@@ -197,16 +197,16 @@ def _name(images: Any, index: int) -> str:
     return str(images.path(index)) if isinstance(images, FileSet) else f"image {index}"
 
 
-def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed:
-    """The feed that DATASET.LOADER asks for, or with "auto" the one that can.
+def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemoryPipeline:
+    """The pipeline that DATASET.LOADER asks for, or with "auto" the one that can.
 
     Args:
         split: which one has to fit into memory.
-        args: as for :class:`MemoryFeed`, behind its `node`.
+        args: as for :class:`InMemoryPipeline`, behind its `node`.
     """
-    memory = MemoryFeed(node, *args)
-    workers = (ShardFeed if isinstance(memory.source, Shards) else WorkerFeed)(node, *args)
-    kind, reason = node["LOADER"], _only_workers(memory)
+    memory = InMemoryPipeline(node, *args)
+    workers = (ShardPipeline if isinstance(memory.source, Shards) else FilePipeline)(node, *args)
+    kind, reason = node["LOADER"], _needs_workers(memory)
     if kind not in ("auto", "memory", "workers"):
         raise UserError(f"DATASET.LOADER must be auto, memory or workers, got {kind!r}")
     if kind == "memory" and reason:
@@ -215,19 +215,19 @@ def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed
         return workers
     if kind == "auto" and isinstance(memory.source, FileSource):
         side = memory.options.image_size
-        files = memory.source.usable(memory.root, split, memory.options)
+        files = memory.source.readable_files(memory.root, split, memory.options)
         height, width = (side, side) if side else files.image(0).shape[1:]
         if decoded_gigabytes(files, height, width) > memory.options.max_memory_gb:
             return workers
     return memory
 
 
-def _only_workers(feed: MemoryFeed) -> str:
+def _needs_workers(pipeline: InMemoryPipeline) -> str:
     """What cannot be done in memory, or ""."""
-    if feed.source.keep_shape:
-        return f"DATASET.TYPE {feed.node['TYPE']}"
-    if issubclass(feed.augment, ResizedCropFlip):
+    if pipeline.source.keep_shape:
+        return f"DATASET.TYPE {pipeline.node['TYPE']}"
+    if issubclass(pipeline.augment, ResizedCropFlip):
         return "DATASET.AUGMENT resized_crop_flip"
-    if feed.node["RANDAUGMENT"]:
+    if pipeline.node["RANDAUGMENT"]:
         return "DATASET.RANDAUGMENT"
     return ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mdistiller.registry import UserError
 
 
-def share(num: int, rank: int, world_size: int) -> tuple[int, int]:
+def rank_slice(num: int, rank: int, world_size: int) -> tuple[int, int]:
     """Start and stop of the part of `num` items that `rank` takes; sizes differ by at most 1."""
     small, larger = divmod(num, world_size)
     start = rank * small + min(rank, larger)
@@ -15,12 +15,12 @@ def share(num: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class DistributedBatchSampler:
     """Which positions of an epoch's order form each step's batch on each process.
 
     A global batch is `world_size * batch_size` consecutive positions, split evenly. The last one is
-    smaller; were it less than `least` for each process, it is joined to the one before. So
-    every position is taken exactly once and every process has at least `least` in each step.
+    smaller; were it less than `min_per_rank` for each process, it is joined to the one before. So
+    every position is taken exactly once and every process has at least `min_per_rank` in each step.
     """
 
     num_data: int
@@ -28,7 +28,7 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
-    least: int = 1
+    min_per_rank: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -41,7 +41,7 @@ class BatchPlan:
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_data, self.batch_size * self.world_size)
-        return full + (rest >= self.least * self.world_size and not self.drop_last)
+        return full + (rest >= self.min_per_rank * self.world_size and not self.drop_last)
 
     @property
     def smallest(self) -> int:
@@ -59,7 +59,7 @@ class BatchPlan:
     def local_batch(self, step: int) -> tuple[int, int]:
         """Start and stop of this process's share of that batch."""
         start, stop = self.batch(step)
-        first, last = share(stop - start, self.rank, self.world_size)
+        first, last = rank_slice(stop - start, self.rank, self.world_size)
         return start + first, start + last
 
     def loss_weight(self, step: int, accumulate: int = 1) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from data_support import MEAN, STD, collect, eval_loader, image_set, train_loader
 
-from mdistiller.dataset.sampler import BatchPlan, share
+from mdistiller.dataset.sampler import DistributedBatchSampler, rank_slice
 from mdistiller.registry import UserError
 
 WORLDS = [(num, batch, world) for world in (1, 2, 3) for num, batch in [(50, 8), (49, 8), (48, 8)]]
@@ -110,7 +110,7 @@ def test_processes_share_what_one_process_sees(num, batch, world):
 @pytest.mark.parametrize("num", range(24, 60))
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_process_has_something_in_every_step_and_weights_are_exact(num, world):
-    plans = [BatchPlan(num, 8, rank, world) for rank in range(world)]
+    plans = [DistributedBatchSampler(num, 8, rank, world) for rank in range(world)]
     for step in range(len(plans[0])):
         start, stop = plans[0].batch(step)
         sizes = [plan.local_batch(step)[1] - plan.local_batch(step)[0] for plan in plans]
@@ -153,7 +153,7 @@ def test_evaluation_counts_every_image_once_and_in_order(num, world):
 
 
 def test_a_share_is_contiguous_and_even():
-    assert [share(10, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 8), (8, 10)]
+    assert [rank_slice(10, rank, 4) for rank in range(4)] == [(0, 3), (3, 6), (6, 8), (8, 10)]
 
 
 def test_changing_a_batch_in_place_does_not_change_the_data():

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 from worker_support import photo
 
-from mdistiller.dataset import load_data, load_test_loader, own_view
+from mdistiller.dataset import eval_preprocessing, load_data, load_test_loader
 from mdistiller.dataset.files import corrupt as _corrupt
 from mdistiller.dataset.files.images import read_image
 from mdistiller.preprocessing import Preprocessing
@@ -43,7 +43,7 @@ def originals(root):
 
 def evaluated(root, own=None, **keys):
     """The test set as it is evaluated, values from 0 to 1."""
-    loader = load_test_loader(config("imagefolder", ROOT=root, **RAW, **keys), own=own).loader
+    loader = load_test_loader(config("imagefolder", ROOT=root, **RAW, **keys), network=own).loader
     return torch.cat([image for image, _ in loader])
 
 
@@ -124,7 +124,7 @@ def test_a_networks_own_preprocessing_is_timms_to_the_pixel(tmp_path, loader):
 )
 def test_keys_that_cannot_be_meant_are_one_line(tmp_path, keys, message):
     with pytest.raises(UserError, match=message) as error:
-        own_view(config("imagefolder", ROOT=photographs(tmp_path), **keys))
+        eval_preprocessing(config("imagefolder", ROOT=photographs(tmp_path), **keys))
     one_line(error)
 
 
@@ -133,7 +133,7 @@ def test_no_training_images_are_needed_where_the_constants_are_stated(tmp_path):
     for path in sorted((root / "train").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     (root / "train").rmdir()
-    data = load_test_loader(config("imagefolder", ROOT=root, NUM_WORKERS=0), own=OWN)
+    data = load_test_loader(config("imagefolder", ROOT=root, NUM_WORKERS=0), network=OWN)
     assert (data.mean, data.std, data.image_size) == (OWN.mean, OWN.std, (24, 24))
     assert data.preprocessing == OWN
     with pytest.raises(UserError, match=r"has no folder train/.*DATASET\.MEAN"):

@@ -13,7 +13,7 @@ from data_support import collect, config, one_line
 from PIL import Image
 
 from mdistiller.dataset import load_data, load_test_loader
-from mdistiller.dataset.files.shard_sampler import LANES, Lanes
+from mdistiller.dataset.files.shard_sampler import MAX_STREAMS, ShardSampler
 from mdistiller.registry import UserError
 
 wds = pytest.importorskip("webdataset")
@@ -137,20 +137,22 @@ def test_the_last_batch_is_dropped_if_asked(root):
 @pytest.mark.parametrize("window", [0, 10, 1000])
 def test_a_sample_moves_less_than_the_window(window):
     counts = torch.tensor([40] * 20)
-    lanes = Lanes(counts, [16] * 50, 0, 1, window)
-    assert lanes.num == LANES
-    tasks = lanes.draw(torch.Generator().manual_seed(0))
-    assert torch.cat([task.index for task in tasks]).sort().values.tolist() == list(range(800))
-    for lane in range(LANES):
-        own = [task for task in tasks if task.lane == lane]
-        moved = [abs(o - k) for k, o in enumerate(o for task in own for o in task.offsets)]
+    streams = ShardSampler(counts, [16] * 50, 0, 1, window)
+    assert streams.num_streams == MAX_STREAMS
+    requests = streams.draw(torch.Generator().manual_seed(0))
+    assert torch.cat([request.index for request in requests]).sort().values.tolist() == list(
+        range(800)
+    )
+    for stream in range(MAX_STREAMS):
+        own = [request for request in requests if request.stream == stream]
+        moved = [abs(o - k) for k, o in enumerate(o for request in own for o in request.offsets)]
         assert max(moved) <= max(window - 1, 0)
         assert (max(moved) > 3) == (window > 0)
-        waiting = {o for task in own for o in task.offsets}
-        for task in own:
-            waiting -= set(task.offsets)
-            assert task.floor <= min(waiting, default=task.floor)
-    assert [task.lane for task in tasks[:18]] == [*range(16), 0, 1]
+        waiting = {o for request in own for o in request.offsets}
+        for request in own:
+            waiting -= set(request.offsets)
+            assert request.oldest_needed <= min(waiting, default=request.oldest_needed)
+    assert [request.stream for request in requests[:18]] == [*range(16), 0, 1]
 
 
 def test_the_window_comes_from_the_config(root):
@@ -158,7 +160,7 @@ def test_the_window_comes_from_the_config(root):
     cfg.DATASET.SHARDS.SHUFFLE = 0
     index = collect(load_data(cfg).train)[2]
     steps = index[1:][(torch.arange(52) + 1) % 4 != 0] - index[:-1][(torch.arange(52) + 1) % 4 != 0]
-    assert (steps == 1).float().mean() > 0.6  # runs of neighbours, broken where shards end
+    assert (steps == 1).float().mean() > 0.6  # shard_ranges of neighbours, broken where shards end
 
 
 def test_samples_are_counted_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
@@ -283,7 +285,7 @@ def test_the_test_set_alone(root):
 
 
 def fails(cfg):
-    """The line that reading an epoch ends with."""
+    """The line that pass_number an epoch ends with."""
 
     def epoch():
         list(load_data(cfg).train)

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from mdistiller.dataset.memory.augment import AUGMENTS
 from mdistiller.dataset.memory.operations import OPERATIONS
-from mdistiller.dataset.memory.randaugment import StrongView, cut_out
+from mdistiller.dataset.memory.randaugment import StrongAugmentation, cut_out
 
 NAMES = list(OPERATIONS)
 
@@ -66,7 +66,7 @@ def rich_images(size):
 
 
 def strong(size=(32, 32), base="crop_flip"):
-    return StrongView(AUGMENTS[base](size))
+    return StrongAugmentation(AUGMENTS[base](size))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47)])

@@ -127,7 +127,7 @@ def test_cuda_gives_the_batches_of_the_cpu_without_waiting():
 def test_a_lone_image_joins_the_batch_before(small_blocks):
     loader = two_views(batch_size=7)  # 50 images
     assert len(loader) == 8
-    loader.join_last()
+    loader.merge_last_batch()
     sizes = [(len(weak), len(strong)) for (weak, strong), _, _ in loader]
     assert sizes == [(7, 7)] * 6 + [(8, 8)]
     assert sorted(collect_pairs(loader)[3].tolist()) == list(range(50))

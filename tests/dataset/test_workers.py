@@ -13,8 +13,13 @@ from data_support import collect, config, image_set, one_line, write_folders, wr
 from worker_support import STATISTICS, WNIDS, imagenet, photo
 
 from mdistiller.dataset import DATASETS, DataSource, load_data
-from mdistiller.dataset.files.loader import BatchMaker, Task, Workers, WorkerTrainLoader
-from mdistiller.dataset.files.transforms import TrainView
+from mdistiller.dataset.files.loader import (
+    BatchRequest,
+    ImageBatchBuilder,
+    WorkerPool,
+    WorkerTrainLoader,
+)
+from mdistiller.dataset.files.transforms import TrainTransform
 from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.registry import UserError
 
@@ -177,12 +182,12 @@ def test_the_global_generator_is_left_alone(folder):
 def test_a_view_may_be_a_stack_of_views(folder):
     """What a method that compares two views of an image needs."""
 
-    class Twice(TrainView):
+    class Twice(TrainTransform):
         def __call__(self, image, name, parameters):
             return super().__call__(image, name, parameters).expand(2, -1, -1, -1)
 
     train = imagenet(folder).train
-    view = Twice(train.augment.augment, train.augment.fit)
+    view = Twice(train.augment.augment, train.augment.resize)
     twice = WorkerTrainLoader(
         train.dataset, 4, view, *STATISTICS, torch.device("cpu"), num_workers=1
     )
@@ -197,9 +202,9 @@ def test_what_workers_get_can_be_sent_to_them(folder):
     """Where processes are spawned, it is pickled."""
     train = imagenet(folder, RANDAUGMENT=[1, 5]).train
     train.set_epoch(1)
-    task = train._task(0, train._drawn)
-    maker = train._workers._loader.dataset
-    assert torch.equal(pickle.loads(pickle.dumps(maker))[task], maker[task])
+    request = train._request(0, train._drawn)
+    builder = train._workers._loader.dataset
+    assert torch.equal(pickle.loads(pickle.dumps(builder))[request], builder[request])
 
 
 def test_only_loaders_over_memory_make_any_image_at_any_time(folder):
@@ -213,7 +218,7 @@ class Fails:
 
     sleeps: bool
 
-    def __call__(self, task):
+    def __call__(self, request):
         if self.sleeps:
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -227,9 +232,9 @@ class Fails:
     ],
 )
 def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(sleeps, says):
-    workers = Workers(BatchMaker(Fails(sleeps), None), 1, torch.device("cpu"), timeout=1)
+    workers = WorkerPool(ImageBatchBuilder(Fails(sleeps), None), 1, torch.device("cpu"), timeout=1)
     with pytest.raises(UserError, match=says) as error:
-        list(workers.batches([Task(torch.arange(2))]))
+        list(workers.batches([BatchRequest(torch.arange(2))]))
     assert "\n" not in str(error.value)
 
 

@@ -39,7 +39,7 @@ class FileSource(DataSource):
         """The files of one split; see :meth:`DataSource.load`."""
         raise NotImplementedError
 
-    def usable(self, root: Path, split: Split, options: Options) -> FileSet:
+    def readable_files(self, root: Path, split: Split, options: Options) -> FileSet:
         """`files`, without those that DATASET.SKIP_CORRUPT leaves out."""
         files = replace(
             self.files(root, split), upright=options.upright, scale_16_bit=options.scale_16_bit
@@ -49,7 +49,7 @@ class FileSource(DataSource):
         return drop_corrupt(files, options.workers)
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
-        return load_files(self.usable(root, split, options), options)
+        return load_files(self.readable_files(root, split, options), options)
 
 
 def is_image(name: str) -> bool:
@@ -108,7 +108,7 @@ def list_class_folders(
 _said: set[str] = set()  # lines of this process, which lists a folder several times
 
 
-def report_left_out(folder: Path, left_out: Counter[str]) -> None:
+def report_skipped(folder: Path, left_out: Counter[str]) -> None:
     """Print how many files of a folder are not read, once on each machine."""
     kinds = ", ".join(f"{number} x {suffix}" for suffix, number in left_out.most_common(5))
     line = (
@@ -131,7 +131,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     Raises:
         UserError: a file is broken, sizes differ, or the images would not fit.
     """
-    from mdistiller.dataset.files.images import fit_square
+    from mdistiller.dataset.files.images import resize_to_square
 
     side, how = options.image_size, options.preprocessing
     height, width = (side, side) if side else files.image(0).shape[1:]
@@ -148,7 +148,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
         for i in range(start, min(start + _CHUNK, len(files))):
             image = files.image(i)
             if side:
-                image = fit_square(image, side, how)
+                image = resize_to_square(image, side, how)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 

@@ -170,7 +170,7 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> T
     return resized
 
 
-def fit_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
+def resize_to_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
     """A uint8 image [3, H, W] at `side` x `side`: resized, then its middle, as `how` says.
 
     What is padded is black. For `crop` this is torchvision's ``Resize`` and ``CenterCrop``.

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from mdistiller.dataset.data_source import ImageSet
 from mdistiller.dataset.files.file_set import FileSet
-from mdistiller.dataset.files.transforms import TestView, TrainView
+from mdistiller.dataset.files.transforms import EvalTransform, TrainTransform
 from mdistiller.dataset.memory.loader import Epoch, EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 
@@ -29,7 +29,7 @@ PREFETCH = 4  # batches that each worker makes ahead
 
 
 @dataclass(frozen=True)
-class Task:
+class BatchRequest:
     """A batch to make: positions in the set, [B], and the parameters of their views, [B, P]."""
 
     index: Tensor
@@ -39,49 +39,49 @@ class Task:
 class Reader(Protocol):
     """Reads images, in a worker process."""
 
-    def __call__(self, task: Any) -> Iterable[tuple[Tensor, str]]:
-        """The images of a task, uint8 [3, H, W] of any size, each with its name for errors."""
+    def __call__(self, request: Any) -> Iterable[tuple[Tensor, str]]:
+        """The images of a request, uint8 [3, H, W] of any size, each with its name for errors."""
 
 
 @dataclass
-class SetReader:
+class ImageReader:
     """Reads from a set with random access: files, or images in memory."""
 
     dataset: FileSet | ImageSet
 
-    def __call__(self, task: Task) -> Iterator[tuple[Tensor, str]]:
-        for i in task.index.tolist():
+    def __call__(self, request: BatchRequest) -> Iterator[tuple[Tensor, str]]:
+        for i in request.index.tolist():
             name = str(self.dataset.path(i)) if isinstance(self.dataset, FileSet) else f"image {i}"
             yield self.dataset.image(i), name
 
 
-class Maker(Protocol):
-    """Makes the batch of a task, in a worker process."""
+class BatchBuilder(Protocol):
+    """Makes the batch of a request, in a worker process."""
 
-    def __getitem__(self, task: Any) -> Any:
+    def __getitem__(self, request: Any) -> Any:
         """Something with `to(device)` and `pin_memory()`, such as a tensor; or what is wrong."""
 
 
 @dataclass
-class BatchMaker:
-    """Makes the batch of a task; the `dataset` of a DataLoader, whose keys are tasks.
+class ImageBatchBuilder:
+    """Makes the batch of a request; the `dataset` of a DataLoader, whose keys are requests.
 
     Attributes:
         reader: gives the images.
-        view: of one image, from its name and, for training, its parameters. Several views may be
+        transform: of one image, its name and, for training, its parameters. Several views may be
             stacked, [V, 3, H, W]: a batch, normalised or not, then is [B, V, 3, H, W].
     """
 
     reader: Reader
-    view: Callable[..., Tensor]
+    transform: Callable[..., Tensor]
 
-    def __getitem__(self, task: Task) -> Tensor | str:
+    def __getitem__(self, request: BatchRequest) -> Tensor | str:
         """uint8, [B, 3, H, W]; or what is wrong, since an exception would lose its one line."""
-        rows = () if task.parameters is None else (task.parameters,)
+        rows = () if request.parameters is None else (request.parameters,)
         try:
             views = [
-                self.view(image, name, *row)
-                for (image, name), *row in zip(self.reader(task), *rows, strict=True)
+                self.transform(image, name, *row)
+                for (image, name), *row in zip(self.reader(request), *rows, strict=True)
             ]
         except UserError as error:
             return str(error)
@@ -89,40 +89,40 @@ class BatchMaker:
 
 
 @dataclass
-class _Tasks:
+class _RequestSampler:
     """The sampler of a DataLoader that lives for many epochs: whatever was put in last."""
 
-    tasks: Iterable[Any] = field(default_factory=tuple)
+    requests: Iterable[Any] = field(default_factory=tuple)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.tasks)
+        return iter(self.requests)
 
 
-class Workers:
-    """Worker processes that stay, and turn tasks into batches on the device, in order.
+class WorkerPool:
+    """Worker processes that stay, and turn requests into batches on the device, in order.
 
     Args:
-        maker: what a worker does; it must pickle where processes are spawned.
+        builder: what a worker does; it must pickle where processes are spawned.
         num: of workers; 0 makes the batches in this process.
         device: where batches go.
         timeout: seconds to wait for a batch; 0: for ever.
     """
 
-    def __init__(self, maker: Maker, num: int, device: torch.device, timeout: float = 0):
+    def __init__(self, builder: BatchBuilder, num: int, device: torch.device, timeout: float = 0):
         self.device = device
-        self._tasks = _Tasks()
+        self._sampler = _RequestSampler()
         staying: dict[str, Any] = {}
         if num:
             staying = {"persistent_workers": True, "prefetch_factor": PREFETCH, "timeout": timeout}
         self._loader: DataLoader[Any] = DataLoader(
-            maker,  # type: ignore[arg-type]
+            builder,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._tasks,
+            sampler=self._sampler,
             num_workers=num,
-            collate_fn=_as_it_is,
+            collate_fn=_identity_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_set_signal_handlers,
             **staying,
         )
         _open.add(self)
@@ -137,13 +137,13 @@ class Workers:
         if running is not None and hasattr(running, "_shutdown_workers"):
             running._shutdown_workers()
 
-    def batches(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """What the maker makes of each task (uint8, [B, 3, H, W], say), on the device.
+    def batches(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """What the builder makes of each request (uint8, [B, 3, H, W], say), on the device.
 
         Raises:
             UserError: an image cannot be read, or a worker process died or hangs.
         """
-        self._tasks.tasks = tasks
+        self._sampler.requests = requests
         batches = iter(self._loader)
         while True:
             try:
@@ -158,7 +158,7 @@ class Workers:
             yield made.to(self.device, non_blocking=True)
 
 
-_open: weakref.WeakSet[Workers] = weakref.WeakSet()
+_open: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
 @atexit.register
@@ -168,7 +168,7 @@ def _close_all() -> None:
         workers.close()
 
 
-def _as_it_is(made: Any) -> Any:
+def _identity_collate(made: Any) -> Any:
     return made
 
 
@@ -189,7 +189,7 @@ def _worker_failure(error: RuntimeError) -> Exception:
     return error
 
 
-def _outlive_signals(worker: int) -> None:
+def _set_signal_handlers(worker: int) -> None:
     """Let a signal to the whole process group end the run between two steps, not its workers.
 
     A second SIGTERM ends a worker: that is how one which hangs is got rid of.
@@ -204,30 +204,30 @@ def _outlive_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _FromWorkers:
+class _WorkerLoader:
     """What both loaders share: a set that stays where it is, and who reads it."""
 
     dataset: Any
-    _workers: Workers
+    _workers: WorkerPool
 
-    def _keep(self, dataset: Any, device: torch.device) -> None:
+    def _place_images(self, dataset: Any, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
         self._targets = dataset.targets.to(device)
 
     def _reader(self) -> Reader:
-        return SetReader(self.dataset)
+        return ImageReader(self.dataset)
 
     def close(self) -> None:
         """End the processes that read; another iteration starts new ones."""
         self._workers.close()
 
 
-class WorkerTrainLoader(_FromWorkers, TrainLoader):
+class WorkerTrainLoader(_WorkerLoader, TrainLoader):
     """Shuffled, augmented batches `(image, target, index)`; see :class:`TrainLoader`.
 
     Args:
         dataset: the training images.
-        view: makes a view of one.
+        transform: makes the view of an image.
         num_workers: processes that do; of each process of the run.
         timeout: seconds to wait for a batch; 0: for ever.
     """
@@ -238,7 +238,7 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         self,
         dataset: Any,
         batch_size: int,
-        view: TrainView,
+        transform: TrainTransform,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
@@ -247,8 +247,10 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         timeout: float = 0,
         **options: Any,
     ):
-        super().__init__(dataset, batch_size, view, mean, std, device, **options)  # type: ignore[arg-type]
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
+        super().__init__(dataset, batch_size, transform, mean, std, device, **options)  # type: ignore[arg-type]
+        self._workers = WorkerPool(
+            ImageBatchBuilder(self._reader(), transform), num_workers, device, timeout
+        )
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """The positions of an epoch, [N]; of other processes' shares they are not used."""
@@ -259,27 +261,27 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         parameters = self.augment.draw(self.num_data, generator)
         return Epoch(order, parameters, self.augment.views(parameters).to(self.device))
 
-    def _task(self, step: int, drawn: Epoch) -> Any:
+    def _request(self, step: int, drawn: Epoch) -> Any:
         """What a worker needs for the batch of a step."""
-        index = drawn.order[slice(*self.plan.local_batch(step))]
-        return Task(index, drawn.parameters[index])
+        index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
+        return BatchRequest(index, drawn.parameters[index])
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tasks = (self._task(step, drawn) for step in range(start, len(self.plan)))
-        for step, images in enumerate(self._workers.batches(tasks), start):
-            index = drawn.order[slice(*self.plan.local_batch(step))]
+        requests = (self._request(step, drawn) for step in range(start, len(self.batch_sampler)))
+        for step, images in enumerate(self._workers.batches(requests), start):
+            index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
             index = index.to(self.device, non_blocking=True)
             yield self.normalize(images), self._targets[index], index
 
 
-class WorkerEvalLoader(_FromWorkers, EvalLoader):
+class WorkerEvalLoader(_WorkerLoader, EvalLoader):
     """Batches `(image, target)` without augmentation; see :class:`EvalLoader`."""
 
     def __init__(
         self,
         dataset: Any,
         batch_size: int,
-        view: TestView,
+        transform: EvalTransform,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
@@ -289,14 +291,16 @@ class WorkerEvalLoader(_FromWorkers, EvalLoader):
         **options: Any,
     ):
         super().__init__(dataset, batch_size, mean, std, device, **options)
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
+        self._workers = WorkerPool(
+            ImageBatchBuilder(self._reader(), transform), num_workers, device, timeout
+        )
 
-    def _tasks(self) -> Iterator[Any]:
-        for start, stop in self._shares():
-            yield Task(torch.arange(start, stop))
+    def _batch_requests(self) -> Iterator[Any]:
+        for start, stop in self._slices():
+            yield BatchRequest(torch.arange(start, stop))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        tasks = list(self._tasks())
-        for task, images in zip(tasks, self._workers.batches(tasks), strict=True):
-            index = task.index.to(self.device, non_blocking=True)
+        requests = list(self._batch_requests())
+        for request, images in zip(requests, self._workers.batches(requests), strict=True):
+            index = request.index.to(self.device, non_blocking=True)
             yield self.normalize(images), self._targets[index]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.dataset.files.shard_sampler import LaneTask, Run
+from mdistiller.dataset.files.shard_sampler import ShardBatchRequest, ShardRange
 from mdistiller.registry import UserError
 
 INDEX = "mdistiller-index.json"  # where the samples of shards are remembered
@@ -135,53 +135,57 @@ def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
 
 
 @dataclass
-class StreamReader:
-    """Reads the images of :class:`LaneTask`; each lane goes on where the last batch ended."""
+class ShardStreamReader:
+    """Reads the images of a :class:`ShardBatchRequest`.
 
-    shards: ShardSet
-    _lanes: dict[int, tuple[int, _Lane]] = field(default_factory=dict)
-
-    def __call__(self, task: LaneTask) -> Iterator[tuple[Tensor, str]]:
-        reading, lane = self._lanes.get(task.lane, (0, None))
-        if lane is None or reading != task.reading:
-            lane = _Lane(self.shards, task.runs, min(task.floor, *task.offsets))
-            self._lanes[task.lane] = task.reading, lane
-        for offset in task.offsets:
-            data, name = lane.take(offset)
-            yield self.shards.decode(data, name), name
-        lane.forget(task.floor)
-
-
-class _Lane:
-    """A stream of samples, some held back until they are wanted.
-
-    Args:
-        start: the lowest offset that will be; what lies before it is left out.
+    Each stream continues after the batch before.
     """
 
-    def __init__(self, shards: ShardSet, runs: Sequence[Run], start: int = 0):
-        self._samples = self._read(shards, runs, start)
-        self._held: dict[int, tuple[bytes, str]] = {}
+    shards: ShardSet
+    _streams: dict[int, tuple[int, _Stream]] = field(default_factory=dict)
+
+    def __call__(self, request: ShardBatchRequest) -> Iterator[tuple[Tensor, str]]:
+        pass_number, stream = self._streams.get(request.stream, (0, None))
+        if stream is None or pass_number != request.pass_number:
+            start = min(request.oldest_needed, *request.offsets)
+            stream = _Stream(self.shards, request.shard_ranges, start)
+            self._streams[request.stream] = request.pass_number, stream
+        for offset in request.offsets:
+            data, name = stream.take(offset)
+            yield self.shards.decode(data, name), name
+        stream.discard(request.oldest_needed)
+
+
+class _Stream:
+    """A stream of samples with a buffer for those that a later batch needs.
+
+    Args:
+        start: the lowest offset that any batch needs; earlier samples are skipped.
+    """
+
+    def __init__(self, shards: ShardSet, ranges: Sequence[ShardRange], start: int = 0):
+        self._samples = self._read(shards, ranges, start)
+        self._buffer: dict[int, tuple[bytes, str]] = {}
 
     @staticmethod
     def _read(
-        shards: ShardSet, runs: Sequence[Run], start: int
+        shards: ShardSet, ranges: Sequence[ShardRange], start: int
     ) -> Iterator[tuple[int, tuple[bytes, str]]]:
         offset = 0
-        for shard, first, last in runs:
-            left_out = min(max(start - offset, 0), last - first)
-            if left_out < last - first:
-                samples = shards.read(shard, first + left_out, last)
-                yield from enumerate(samples, offset + left_out)
+        for shard, first, last in ranges:
+            skipped = min(max(start - offset, 0), last - first)
+            if skipped < last - first:
+                samples = shards.read(shard, first + skipped, last)
+                yield from enumerate(samples, offset + skipped)
             offset += last - first
 
     def take(self, offset: int) -> tuple[bytes, str]:
-        while offset not in self._held:
+        while offset not in self._buffer:
             number, sample = next(self._samples)
-            self._held[number] = sample
-        return self._held.pop(offset)
+            self._buffer[number] = sample
+        return self._buffer.pop(offset)
 
-    def forget(self, floor: int) -> None:
-        """Drop what another process serves."""
-        for offset in [offset for offset in self._held if offset < floor]:
-            del self._held[offset]
+    def discard(self, oldest_needed: int) -> None:
+        """Drop samples that another process takes."""
+        for offset in [offset for offset in self._buffer if offset < oldest_needed]:
+            del self._buffer[offset]

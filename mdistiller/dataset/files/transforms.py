@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.files.folder import check_size
-from mdistiller.dataset.files.images import fit_square
+from mdistiller.dataset.files.images import resize_to_square
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.preprocessing import Preprocessing
@@ -21,7 +21,7 @@ _FIRST = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass
-class TestView:
+class EvalTransform:
     """An image of any size at the size of the set: uint8, [3, height, width].
 
     Attributes:
@@ -38,21 +38,21 @@ class TestView:
         if self.how.resize == "keep":
             check_size(image, *self.size, name, self.first)
             return image
-        return fit_square(image, self.size[0], self.how)
+        return resize_to_square(image, self.size[0], self.how)
 
 
 @dataclass
-class TrainView:
+class TrainTransform:
     """A random view of an image, uint8, [3, height, width], that its parameters decide.
 
     Attributes:
         augment: of an image at the size of the set, or, of ResizedCropFlip, of any size.
-        fit: gives an image the size of the set.
+        resize: gives an image the size of the set.
         randaugment: operations and magnitude of RandAugment behind it; empty for none.
     """
 
     augment: Identity
-    fit: TestView
+    resize: EvalTransform
     randaugment: Sequence[int] = ()
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
@@ -64,9 +64,9 @@ class TrainView:
     def __call__(self, image: Tensor, name: str, parameters: Tensor) -> Tensor:
         with seeded(int(parameters[-1])):
             if isinstance(self.augment, ResizedCropFlip):
-                view = self.augment.view(image, self.fit.how.interpolation)
+                view = self.augment.view(image, self.resize.how.interpolation)
             else:
-                store = self.augment.store(self.fit(image, name)[None])
+                store = self.augment.store(self.resize(image, name)[None])
                 view = self.augment.apply(store, parameters[None, :-1], _FIRST)[0]
             return self._randaugment(view) if self.randaugment else view
 

@@ -24,7 +24,7 @@ _CUT_COLOUR = (125, 123, 114)
 
 
 @dataclass(frozen=True)
-class Groups:
+class OperationGroups:
     """Which images of a batch an operation is for, known before the batch is made.
 
     Attributes:
@@ -35,12 +35,12 @@ class Groups:
     order: Tensor
     counts: list[list[int]]
 
-    def to(self, device: torch.device) -> Groups:
+    def to(self, device: torch.device) -> OperationGroups:
         """The same with `order` on `device`."""
-        return Groups(self.order.to(device), self.counts)
+        return OperationGroups(self.order.to(device), self.counts)
 
 
-class StrongView:
+class StrongAugmentation:
     """The changes described above, on top of another augmentation's crop and mirror.
 
     Args:
@@ -84,14 +84,16 @@ class StrongView:
         return edges.round().long()  # of the pixels whose centres are inside
 
     @staticmethod
-    def group(parameters: Tensor) -> Groups:
+    def group(parameters: Tensor) -> OperationGroups:
         """The groups of a batch, from the parameters of its images, [B, P], on the CPU."""
         operations = parameters[:, : _EDGES.start : _ROW].T
         order = operations.sort(dim=1, stable=True).indices
         counts = [turn.bincount(minlength=len(OPERATIONS)).tolist() for turn in operations]
-        return Groups(order, counts)
+        return OperationGroups(order, counts)
 
-    def apply(self, store: Tensor, parameters: Tensor, index: Tensor, groups: Groups) -> Tensor:
+    def apply(
+        self, store: Tensor, parameters: Tensor, index: Tensor, groups: OperationGroups
+    ) -> Tensor:
         """Views of the images at `index`, uint8, [B, 3, H, W]; see :meth:`Identity.apply`.
 
         Args:

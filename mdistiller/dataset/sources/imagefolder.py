@@ -23,7 +23,7 @@ from mdistiller.dataset.files.folder import (
     FileSource,
     class_folders,
     list_class_folders,
-    report_left_out,
+    report_skipped,
 )
 from mdistiller.registry import UserError
 
@@ -47,5 +47,5 @@ class ImageFolder(FileSource):
         folder = train if split == "train" else test
         left_out: Counter[str] = Counter()
         found = list_class_folders(folder, class_folders(folder), left_out)
-        report_left_out(folder, left_out)
+        report_skipped(folder, left_out)
         return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.dataset import known_data, own_view
+from mdistiller.dataset import data_spec, eval_preprocessing
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.run.record import recorded_settings
@@ -66,10 +66,10 @@ def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
         recorded: its config.
         cfg: the same with the keys that it lacks.
     """
-    if "RESIZE" in recorded.get("DATASET", {}) or not known_data(cfg).files:
+    if "RESIZE" in recorded.get("DATASET", {}) or not data_spec(cfg).files:
         return False
-    view = own_view(cfg)
-    return not known_data(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
+    view = eval_preprocessing(cfg)
+    return not data_spec(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
 
 
 def _own_name(imported: str) -> str:

@@ -21,7 +21,7 @@ DEFAULT_SIDE = 224  # of images that are cut to a square, where DATASET.IMAGE_SI
 _SAMPLE = 1024  # files of a split whose headers are read
 
 
-class Shapes(NamedTuple):
+class ImageShapes(NamedTuple):
     """What the headers of files say.
 
     Attributes:
@@ -44,22 +44,22 @@ def choose_preprocessing(
     source: DataSource,
     root: Path,
     augment: type[Identity],
-    own: Preprocessing | None = None,
+    network: Preprocessing | None = None,
 ) -> Preprocessing:
     """How images of a data set are brought to `image_size` pixels square for evaluation.
 
-    Keys of the config come first, then `own`, then what fits the data: a set of square images is
-    resized as a whole, other files are resized by the shorter side and cut. Images that all have
-    one size keep it where nothing names another (`resize` is then "keep").
+    Keys of the config come first, then `network`, then defaults that fit the data: square images
+    are resized as a whole, others by the shorter side with a centre crop. Images of one size keep
+    it unless a key or the network names another (`resize` is then "keep").
 
     Args:
         node: `DATASET`.
-        own: that of the network to be evaluated. A library's does not count for square images that
-            are smaller than its input, CIFAR's for instance.
+        network: preprocessing of the network to evaluate. A library's is ignored for square images
+            smaller than the network's input, such as CIFAR's.
     """
-    if own is not None and own.resize in ("", "keep"):  # of a size at most
-        side = own.image_size if own.recorded else 0
-        own = Preprocessing(image_size=side, recorded=True) if side else None
+    if network is not None and network.resize in ("", "keep"):  # of a size at most
+        side = network.image_size if network.recorded else 0
+        network = Preprocessing(image_size=side, recorded=True) if side else None
     keys = Preprocessing(
         image_size=node["IMAGE_SIZE"],
         resize="" if node["RESIZE"] == "auto" else node["RESIZE"],
@@ -67,30 +67,30 @@ def choose_preprocessing(
         interpolation="" if node["INTERPOLATION"] == "auto" else node["INTERPOLATION"],
     )
     if keeps_shape(source, augment):
-        base = own or Preprocessing()
-        return _over(keys, base, Preprocessing(image_size=DEFAULT_SIDE, resize="crop"))
+        base = network or Preprocessing()
+        return _fill_unset(keys, base, Preprocessing(image_size=DEFAULT_SIDE, resize="crop"))
     if not isinstance(source, FileSource):  # arrays, which workers may enlarge
-        return _kept_without_size(_over(keys, Preprocessing(resize="stretch")))
+        return _kept_without_size(_fill_unset(keys, Preprocessing(resize="stretch")))
     whole = Preprocessing(resize="crop", crop_pct=1.0)
     decided = keys.resize and keys.image_size and (keys.resize != "crop" or keys.crop_pct)
-    if decided and own is None:
+    if decided and network is None:
         return keys
     shapes = read_shapes(source, root, node["EXIF"])
     usual = whole if shapes.square else Preprocessing(resize="crop")
-    if own is None or not _counts(own, shapes):
-        return _kept_without_size(_over(keys, usual))
-    rest = Preprocessing(resize="crop") if own.resize else usual
-    return _kept_without_size(_over(keys, own, rest))
+    if network is None or not _applies(network, shapes):
+        return _kept_without_size(_fill_unset(keys, usual))
+    rest = Preprocessing(resize="crop") if network.resize else usual
+    return _kept_without_size(_fill_unset(keys, network, rest))
 
 
-def _counts(own: Preprocessing, shapes: Shapes) -> bool:
+def _applies(network: Preprocessing, shapes: ImageShapes) -> bool:
     """Whether what a network states applies to images of these shapes."""
-    if not own.resize:  # nothing to do where they have its size
-        return not (shapes.square and shapes.same and shapes.shortest == own.image_size)
-    return own.recorded or not (shapes.square and shapes.shortest < own.image_size)
+    if not network.resize:  # nothing to do where they have its size
+        return not (shapes.square and shapes.same and shapes.shortest == network.image_size)
+    return network.recorded or not (shapes.square and shapes.shortest < network.image_size)
 
 
-def _over(*layers: Preprocessing) -> Preprocessing:
+def _fill_unset(*layers: Preprocessing) -> Preprocessing:
     """Each field from the first layer that has it; a ratio only from a layer of the same resize."""
     found = layers[0]
     for layer in layers[1:]:
@@ -108,7 +108,7 @@ def _kept_without_size(how: Preprocessing) -> Preprocessing:
     return how if how.image_size else replace(how, resize="keep", crop_pct=0.0)
 
 
-def read_shapes(source: FileSource, root: Path, upright: bool) -> Shapes:
+def read_shapes(source: FileSource, root: Path, upright: bool) -> ImageShapes:
     """The shapes of the images of both splits, as far as they are there.
 
     Read are the headers of up to 1,024 files of each, evenly spaced, until they differ.
@@ -119,7 +119,7 @@ def read_shapes(source: FileSource, root: Path, upright: bool) -> Shapes:
         if len(sizes) > 1 and any(height != width for height, width in sizes):
             break
     square = all(height == width for height, width in sizes)
-    return Shapes(square, len(sizes) < 2, min((min(size) for size in sizes), default=0))
+    return ImageShapes(square, len(sizes) < 2, min((min(size) for size in sizes), default=0))
 
 
 def _header_sizes(source: FileSource, root: Path, upright: bool) -> Iterator[tuple[int, int]]:
