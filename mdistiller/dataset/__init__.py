@@ -1,7 +1,7 @@
-"""Data sets and the loaders that feed them: from memory, or through worker processes.
+"""Data sets and their loaders, over images in memory or read by worker processes.
 
-A new data set is one new file in `sources/`, or one file anywhere that a config names in IMPORTS
-(see :class:`DataSource` for what to write in it).
+To add a data set, write a file in `sources/`, or a file anywhere and list it under IMPORTS; see
+:class:`DataSource`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""From a config to loaders."""
+"""Build data loaders from a config."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from mdistiller.runtime import project_root, resolve_device
 
 @dataclass
 class Data:
-    """The loaders of a run and what they hold.
+    """The loaders of a run and their properties.
 
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
-        val: what the best epoch is selected on. With `DATASET.VAL_SPLIT` 0 the test set, else the
-            held-out training images, without augmentation; items (image, target).
-        test: the test set if images are held out, else None.
+        val: images that the best epoch is selected on: the held-out training images, or the test
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+        test: the test set where images are held out, else None.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
-        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
+        zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
         image_size: (height, width) in pixels.
-        mean, std: what images are normalised with, per channel, for images in [0, 1].
-        preprocessing: all that is done to an image for evaluation.
-        plain: makes a loader of the images in `train` without augmentation, in their order; items
+        mean, std: normalisation constants per channel, for images in [0, 1].
+        preprocessing: the whole preprocessing for evaluation.
+        plain: returns a loader of the images in `train` in order, without augmentation; items
             (image, target).
     """
 
@@ -65,7 +65,7 @@ class Data:
     plain: Callable[[], EvalLoader] | None = None
 
     def close(self) -> None:
-        """End the processes that read images, if there are any."""
+        """End the worker processes, if any."""
         for loader in (self.train, self.val, self.test):
             close = getattr(loader, "close", None)
             if close is not None:
@@ -79,15 +79,15 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
 
 
 def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
-    """Read the data set that `cfg.DATASET` names and put it on the device.
+    """Read the data set of `cfg.DATASET` and build its loaders.
 
     Args:
-        cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
-        device: in place of what DEVICE says.
+        cfg: config; uses DATASET, SOLVER.BATCH_SIZE (per process), EXPERIMENT.SEED and DEVICE.
+        device: overrides DEVICE.
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
 
     Raises:
-        UserError: a key cannot be satisfied, or the data are missing or broken.
+        UserError: a key is invalid, or the data are missing or broken.
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
@@ -97,7 +97,9 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     if node["CLASSES"]:
         report_empty_classes(train, pipeline.root)
     if len(train.classes) < 2:
-        raise UserError(f"{pipeline.root} has one class only ({train.classes[0]}); two are needed")
+        raise UserError(
+            f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
+        )
     size = pipeline.size(train, test)
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
     val, test_loader = pipeline.eval_loader(test, size, statistics), None
@@ -133,7 +135,7 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
 def _full_preprocessing(
     pipeline: InMemoryPipeline, size: Size, statistics: Statistics
 ) -> Preprocessing:
-    """What is done to an image for evaluation; image_size 0 if images are not square."""
+    """The whole preprocessing for evaluation; image_size is 0 if images are not square."""
     how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
@@ -152,7 +154,7 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, and facts as in :class:`Data`."""
+    """The test set alone: its loader, and properties as in :class:`Data`."""
 
     loader: EvalLoader
     num_classes: int
@@ -173,8 +175,8 @@ def load_test_loader(
     DATASET.MEAN and STD nor `network` give them.
 
     Args:
-        network: how the network that will be evaluated has its images prepared, for what the config
-            leaves open; see :func:`choose_preprocessing`.
+        network: preprocessing of the network to evaluate, for keys that the config leaves open;
+            see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "test", _device(cfg, device), network)
@@ -199,13 +201,13 @@ def load_test_loader(
 
 
 class DataSpec(NamedTuple):
-    """What the config and a registered data set say of images before any is read.
+    """Properties of a data set that need no data: from the config and the registered class.
 
     Attributes:
         zoo: as of :class:`Data`.
-        statistics: mean and std of each channel; None if they are to be computed.
-        side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
-        keeps_shape: whether evaluation cuts the middle out of an image of any shape.
+        statistics: mean and std of each channel; None if they must be computed.
+        side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
+        keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
     """
 
@@ -217,7 +219,7 @@ class DataSpec(NamedTuple):
 
 
 def data_spec(cfg: Any) -> DataSpec:
-    """The facts of `cfg.DATASET` that need no data."""
+    """The properties of `cfg.DATASET` that need no data."""
     node = _node(cfg)
     source = _source(node)
     return DataSpec(
@@ -230,7 +232,7 @@ def data_spec(cfg: Any) -> DataSpec:
 
 
 def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
-    """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
+    """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
     node = _node(cfg)
     source = _source(node)
     how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), network)
@@ -238,7 +240,7 @@ def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Prepro
 
 
 def _node(cfg: Any) -> dict[str, Any]:
-    """cfg.DATASET over the defaults, so that a node written for the original will do."""
+    """cfg.DATASET merged over the defaults, since configs of the original lack keys."""
     node = {**DATASET_CONFIG, **cfg.DATASET}
     for key in (
         *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
@@ -247,7 +249,7 @@ def _node(cfg: Any) -> dict[str, Any]:
         if node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
     if node["ERASING"] > 1:
-        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability, at most 1")
+        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])
     check_keys(node)
     return node
@@ -269,7 +271,7 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
 def _pipeline(
     node: dict[str, Any], split: Split, device: torch.device, network: Preprocessing | None = None
 ) -> InMemoryPipeline:
-    """The registered data set, its folder, and how it is read."""
+    """The pipeline of the configured data set."""
     source = _source(node)
     root = _root(node, source)
     augment = _augment(node, source)
@@ -308,7 +310,7 @@ def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
 
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
-    """Mean and std of the config, else of the data set; None if they must be computed."""
+    """Mean and std from the config, else of the data set; None if they must be computed."""
     mean, std = tuple(node["MEAN"]), tuple(node["STD"])
     if not mean and not std:
         return (source.mean, source.std) if source.mean else None
@@ -321,7 +323,7 @@ def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
 
 
 def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:
-    """Mean and std of training images that are read for nothing else."""
+    """Mean and std of training images, read for this alone."""
     try:
         return pipeline.statistics(pipeline.read("train"))
     except UserError as error:
@@ -329,7 +331,7 @@ def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:
 
 
 def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
-    """(training images that remain, images held out for selection)."""
+    """(remaining training images, images held out for model selection)."""
     try:
         kept, held = hold_out(train.targets, node["VAL_SPLIT"], node["VAL_SEED"])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How a data set's images become batches: from memory, or through worker processes."""
+"""From a data set to loaders: over images in memory, files read by workers, or shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller.dataset.data_source import DataSource, ImageSet, Options, Split
-from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.dataset.files.file_set import image_name
 from mdistiller.dataset.files.folder import FileSource, decoded_gigabytes
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # height, width
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
-_SAMPLE = 1024  # images from which statistics are computed where reading all takes too long
+_SAMPLE = 1024  # images for mean and std where reading all takes too long
 
 
 @dataclass
 class InMemoryPipeline:
-    """Splits held in memory, whole batches per operation.
+    """Splits held in memory on the device and augmented in whole batches.
 
     Attributes:
         node: `DATASET`.
-        source, root, options: the data set, its folder, and how to read it.
-        augment: what DATASET.AUGMENT names.
-        device: where batches go.
+        source, root, options: the data set, its folder, and the options for reading it.
+        augment: class of the augmentation that DATASET.AUGMENT names.
+        device: of the batches.
     """
 
     node: Mapping[str, Any]
@@ -49,16 +49,16 @@ class InMemoryPipeline:
     device: torch.device
 
     def read(self, split: Split) -> Any:
-        """A split: with a length, `targets`, `classes`, `image` and `select`."""
+        """A split: an object with a length, `targets`, `classes`, `image` and `select`."""
         return self.source.load(self.root, split, self.options)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images are brought to their size."""
+        """How images are resized."""
         return self.options.preprocessing
 
     def size(self, *splits: Any) -> Size:
-        """The size of the images, the same in all splits."""
+        """Size of the images, which must be the same in all splits."""
         shapes = [tuple(images.images.shape[2:]) for images in splits]
         if len(set(shapes)) > 1:
             (height, width), (test_height, test_width) = shapes
@@ -82,28 +82,28 @@ class InMemoryPipeline:
         two_views: bool = False,
         **options: Any,
     ) -> TrainLoader:
-        """The loader of the training images, of pairs of views if wanted."""
+        """The training loader; with `two_views` its images are pairs of views."""
         loader = TrainLoader
         if two_views:
             from mdistiller.dataset.memory.two_views import (
-                TwoViewLoader,  # torchvision: slow to import
+                TwoViewLoader,  # imports torchvision, which is slow
             )
 
             if options["mix"] is not None:
                 raise UserError(
-                    "this method makes two views of every image in its own way: set "
-                    "DATASET.ERASING, MIXUP and CUTMIX to 0"
+                    "this method trains on two views of every image, which cannot be mixed or "
+                    "erased: set DATASET.ERASING, MIXUP and CUTMIX to 0"
                 )
             loader = TwoViewLoader
         return loader(train, batch_size, self.augment(size), *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
-        """A loader that takes every image once, as it is."""
+        """A loader that visits every image once, without augmentation."""
         return EvalLoader(images, self.node["TEST"]["BATCH_SIZE"], *statistics, self.device)
 
 
 class FilePipeline(InMemoryPipeline):
-    """Images that worker processes read in every epoch: files, or a set in memory."""
+    """Images that worker processes read in every epoch from files, or from a set in memory."""
 
     def read(self, split: Split) -> Any:
         if isinstance(self.source, FileSource):
@@ -122,7 +122,7 @@ class FilePipeline(InMemoryPipeline):
         chosen = torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long().tolist()
 
         def image(i: int) -> torch.Tensor:
-            return transform(train.image(i), _name(train, i))
+            return transform(train.image(i), image_name(train, i))
 
         with ThreadPoolExecutor(self.options.workers) as pool:
             images = torch.stack(list(pool.map(image, chosen)))
@@ -141,8 +141,8 @@ class FilePipeline(InMemoryPipeline):
 
         if two_views:
             raise UserError(
-                "this method trains on two views of every image, which are made of images held in "
-                "memory only: set DATASET.LOADER memory (and MAX_MEMORY_GB), or take another method"
+                "this method trains on two views of every image, which needs images in memory: set "
+                "DATASET.LOADER memory (and MAX_MEMORY_GB), or choose another method"
             )
 
         transform = TrainTransform(
@@ -173,14 +173,14 @@ class FilePipeline(InMemoryPipeline):
 
     def _eval_transform(self, images: Any, size: Size) -> EvalTransform:
         from mdistiller.dataset.files.transforms import (
-            EvalTransform,  # brings torchvision: a slow import
+            EvalTransform,  # imports torchvision, which is slow
         )
 
-        return EvalTransform(size, self.preprocessing, _name(images, 0))
+        return EvalTransform(size, self.preprocessing, image_name(images, 0))
 
 
 class ShardPipeline(FilePipeline):
-    """Images in shards, which workers read from front to back."""
+    """Images in tar shards, which workers read from front to back."""
 
     def read(self, split: Split) -> Any:
         assert isinstance(self.source, Shards)
@@ -192,17 +192,12 @@ class ShardPipeline(FilePipeline):
         return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
 
 
-def _name(images: Any, index: int) -> str:
-    """What an error calls an image."""
-    return str(images.path(index)) if isinstance(images, FileSet) else f"image {index}"
-
-
 def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemoryPipeline:
-    """The pipeline that DATASET.LOADER asks for, or with "auto" the one that can.
+    """The pipeline for DATASET.LOADER; "auto" takes memory where that is possible.
 
     Args:
-        split: which one has to fit into memory.
-        args: as for :class:`InMemoryPipeline`, behind its `node`.
+        split: the split that must fit into memory.
+        args: those of :class:`InMemoryPipeline` after `node`.
     """
     memory = InMemoryPipeline(node, *args)
     workers = (ShardPipeline if isinstance(memory.source, Shards) else FilePipeline)(node, *args)
@@ -223,7 +218,7 @@ def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemo
 
 
 def _needs_workers(pipeline: InMemoryPipeline) -> str:
-    """What cannot be done in memory, or ""."""
+    """The setting that needs workers, or ""."""
     if pipeline.source.keep_shape:
         return f"DATASET.TYPE {pipeline.node['TYPE']}"
     if issubclass(pipeline.augment, ResizedCropFlip):

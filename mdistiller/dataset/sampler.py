@@ -1,4 +1,4 @@
-"""Who takes which part of an epoch: pure arithmetic, the same in every process."""
+"""How an epoch is divided into batches and between processes; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mdistiller.registry import UserError
 
 
 def rank_slice(num: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Start and stop of the part of `num` items that `rank` takes; sizes differ by at most 1."""
+    """Start and stop of the contiguous part of `num` items of `rank`; sizes differ by at most 1."""
     small, larger = divmod(num, world_size)
     start = rank * small + min(rank, larger)
     return start, start + small + (rank < larger)
@@ -16,11 +16,11 @@ def rank_slice(num: int, rank: int, world_size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DistributedBatchSampler:
-    """Which positions of an epoch's order form each step's batch on each process.
+    """Which positions of an epoch's order form the batch of each step and process.
 
-    A global batch is `world_size * batch_size` consecutive positions, split evenly. The last one is
-    smaller; were it less than `min_per_rank` for each process, it is joined to the one before. So
-    every position is taken exactly once and every process has at least `min_per_rank` in each step.
+    A global batch has `world_size * batch_size` consecutive positions, split evenly. The last one
+    is smaller; with fewer than `min_per_rank` for each process it is merged into the one before.
+    Every position occurs exactly once, and every process has at least `min_per_rank` in each step.
     """
 
     num_data: int
@@ -45,7 +45,7 @@ class DistributedBatchSampler:
 
     @property
     def smallest(self) -> int:
-        """The fewest images that any process has in a step."""
+        """The smallest batch of any process in any step."""
         start, stop = self.batch(len(self) - 1)
         return min(self.batch_size, (stop - start) // self.world_size)
 
@@ -57,7 +57,7 @@ class DistributedBatchSampler:
         return step * size, (step + 1) * size
 
     def local_batch(self, step: int) -> tuple[int, int]:
-        """Start and stop of this process's share of that batch."""
+        """Start and stop of this process's part of that batch."""
         start, stop = self.batch(step)
         first, last = rank_slice(stop - start, self.rank, self.world_size)
         return start + first, start + last
@@ -69,8 +69,8 @@ class DistributedBatchSampler:
 
         Args:
             step: from 0.
-            accumulate: gradients of so many steps are added up, the epoch's last group perhaps of
-                fewer; n_global is then what the whole group holds.
+            accumulate: number of accumulation steps; n_global is then that of the whole group,
+                which may be shorter at the end of an epoch.
         """
         begin = step - step % accumulate
         end = min(begin + accumulate, len(self)) - 1

@@ -21,7 +21,7 @@ from mdistiller.registry import UserError
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setattr(_corrupt, "_known", {})
+    monkeypatch.setattr(_corrupt, "_cache", {})
 
 
 def jpeg(size=(16, 16)):
@@ -111,7 +111,7 @@ def test_they_are_left_out_of_folders(tmp_path, capsys, loader):
         assert (data.num_data, data.classes, len(data.val.dataset)) == (3, ["cat", "dog"], 5)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert "3 of 6 images cannot be read and are left out: " in said[0]
+    assert "3 of 6 images cannot be read and are skipped: " in said[0]
     assert f"{tmp_path}/train/cat/0.png, {tmp_path}/train/cat/2.png" in said[0]
     assert "1 of 6 images" in said[1]
 
@@ -124,8 +124,8 @@ def test_what_was_found_is_remembered_until_a_file_changes(tmp_path, monkeypatch
         raise AssertionError("the images are read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_corrupt, "_known", {})  # as in another process
-        patch.setattr(_corrupt, "_find", forbidden)
+        patch.setattr(_corrupt, "_cache", {})  # as in another process
+        patch.setattr(_corrupt, "_scan", forbidden)
         assert load_data(cfg).num_data == 3
     (tmp_path / "train" / "cat" / "0.png").write_bytes(png(0))
     assert load_data(cfg).num_data == 4

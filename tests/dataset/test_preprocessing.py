@@ -26,7 +26,7 @@ OWN = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 24, "crop", 0.8, "bicubic"
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setattr(_corrupt, "_known", {})
+    monkeypatch.setattr(_corrupt, "_cache", {})
 
 
 def photographs(root, sizes=((70, 90), (80, 60), (50, 50), (64, 100))):
@@ -142,7 +142,7 @@ def test_no_training_images_are_needed_where_the_constants_are_stated(tmp_path):
 
 @LOADERS
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def evaluated_are_turned_as_exif_says(tmp_path, loader, suffix):
+def test_images_are_turned_as_exif_says(tmp_path, loader, suffix):
     for k in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = k
@@ -180,8 +180,8 @@ def test_files_of_all_names_are_read_or_counted(tmp_path, capsys):
         (root / "val" / "cat" / name).write_text("not an image")
     loader = load_test_loader(config("imagefolder", ROOT=root, **RAW)).loader
     assert loader.num_data == 6 + 4
-    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    counts = "4 files do not have an image's name and are left out (2 x .txt, 1 x .heic, 1 x no"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "are skipped" in line]
+    counts = "4 files do not have an image suffix and are skipped (2 x .txt, 1 x .heic, 1 x no"
     assert len(lines) == 1
     assert f"{root}/val: {counts} suffix)" in lines[0]
 

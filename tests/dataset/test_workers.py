@@ -227,8 +227,8 @@ class Fails:
 @pytest.mark.parametrize(
     ("sleeps", "says"),
     [
-        (False, "a process that reads images has died .* killed, or out of memory"),
-        (True, "no batch of images came for long .*DATASET.WORKER_TIMEOUT"),
+        (False, "a data loading worker died .* killed, or out of memory"),
+        (True, "data loading timed out .*DATASET.WORKER_TIMEOUT"),
     ],
 )
 def test_a_dead_or_hanging_worker_ends_the_run_in_one_line(sleeps, says):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 
 @dataclass
 class FileSet:
-    """A split as files, read when they are needed.
+    """A split as image files that are read on demand.
 
     Attributes:
-        folder: where they are.
-        names: their paths below it, as an array of bytes: worker processes share it.
+        folder: root of the files.
+        names: paths below it, as an array of bytes, whose memory worker processes share.
         targets: class indices, int64, [N].
         classes: class names.
         upright: turn images as their EXIF orientation says.
@@ -36,7 +37,7 @@ class FileSet:
     def of(
         cls, folder: Path, names: Iterable[str], targets: Sequence[int], classes: Sequence[str]
     ) -> FileSet:
-        """The set of the files `names` below `folder`."""
+        """The files `names` below `folder`."""
         encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         return cls(folder, encoded, torch.tensor(targets), list(classes))
 
@@ -54,5 +55,10 @@ class FileSet:
         return read_image(self.path(index), self.upright, self.scale_16_bit)
 
     def select(self, indices: Tensor) -> FileSet:
-        """The files at `indices` (int64, [M]), as a set of their own."""
+        """The files at `indices` (int64, [M]), as a new set."""
         return replace(self, names=self.names[indices.numpy()], targets=self.targets[indices])
+
+
+def image_name(images: Any, index: int) -> str:
+    """Name of an image in errors: its file, or its number where the set is not files."""
+    return str(images.path(index)) if isinstance(images, FileSet) else f"image {index}"

@@ -1,9 +1,8 @@
-"""Loaders whose images are read in every epoch, by worker processes, for sets that fill no memory.
+"""Loaders whose images worker processes read in every epoch, for sets that do not fit in memory.
 
-They give what the loaders over memory give: the same order, the same views of the augmentations
-that both know, items on the device. Everything that is random is drawn in the main process, so no
-number of workers changes it. Workers return whole batches in bytes, which travel from pinned memory
-and are normalised on the device.
+They give the same batches as the loaders over memory: same order, same augmentation, items on the
+device. The main process draws all random numbers, so the number of workers does not matter. Workers
+return whole uint8 batches, which are copied from pinned memory and normalised on the device.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mdistiller.dataset.data_source import ImageSet
-from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.dataset.files.file_set import FileSet, image_name
 from mdistiller.dataset.files.transforms import EvalTransform, TrainTransform
 from mdistiller.dataset.memory.loader import Epoch, EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 
-PREFETCH = 4  # batches that each worker makes ahead
+PREFETCH = 4  # batches that each worker prepares ahead
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A batch to make: positions in the set, [B], and the parameters of their views, [B, P]."""
+    """A batch to build: positions in the set, [B], and augmentation parameters, [B, P]."""
 
     index: Tensor
     parameters: Tensor | None = None
@@ -45,29 +44,28 @@ class Reader(Protocol):
 
 @dataclass
 class ImageReader:
-    """Reads from a set with random access: files, or images in memory."""
+    """Reads images from a set with random access: files, or images in memory."""
 
     dataset: FileSet | ImageSet
 
     def __call__(self, request: BatchRequest) -> Iterator[tuple[Tensor, str]]:
         for i in request.index.tolist():
-            name = str(self.dataset.path(i)) if isinstance(self.dataset, FileSet) else f"image {i}"
-            yield self.dataset.image(i), name
+            yield self.dataset.image(i), image_name(self.dataset, i)
 
 
 class BatchBuilder(Protocol):
-    """Makes the batch of a request, in a worker process."""
+    """Builds the batch of a request in a worker process."""
 
     def __getitem__(self, request: Any) -> Any:
-        """Something with `to(device)` and `pin_memory()`, such as a tensor; or what is wrong."""
+        """An object with `to(device)` and `pin_memory()`, such as a tensor; or an error text."""
 
 
 @dataclass
 class ImageBatchBuilder:
-    """Makes the batch of a request; the `dataset` of a DataLoader, whose keys are requests.
+    """Builds the batch of a request: the `dataset` of a DataLoader whose keys are requests.
 
     Attributes:
-        reader: gives the images.
+        reader: reads the images.
         transform: of one image, its name and, for training, its parameters. Several views may be
             stacked, [V, 3, H, W]: a batch, normalised or not, then is [B, V, 3, H, W].
     """
@@ -76,7 +74,7 @@ class ImageBatchBuilder:
     transform: Callable[..., Tensor]
 
     def __getitem__(self, request: BatchRequest) -> Tensor | str:
-        """uint8, [B, 3, H, W]; or what is wrong, since an exception would lose its one line."""
+        """uint8, [B, 3, H, W]; or an error text: DataLoader adds a traceback to exceptions."""
         rows = () if request.parameters is None else (request.parameters,)
         try:
             views = [
@@ -90,7 +88,7 @@ class ImageBatchBuilder:
 
 @dataclass
 class _RequestSampler:
-    """The sampler of a DataLoader that lives for many epochs: whatever was put in last."""
+    """Sampler of a DataLoader that lives for many epochs; `requests` are set for each."""
 
     requests: Iterable[Any] = field(default_factory=tuple)
 
@@ -99,13 +97,13 @@ class _RequestSampler:
 
 
 class WorkerPool:
-    """Worker processes that stay, and turn requests into batches on the device, in order.
+    """Persistent worker processes that turn requests into batches on the device, in order.
 
     Args:
-        builder: what a worker does; it must pickle where processes are spawned.
-        num: of workers; 0 makes the batches in this process.
-        device: where batches go.
-        timeout: seconds to wait for a batch; 0: for ever.
+        builder: builds a batch; must be picklable where processes are spawned.
+        num: number of workers; 0 builds the batches in this process.
+        device: of the batches.
+        timeout: seconds to wait for a batch; 0: no limit.
     """
 
     def __init__(self, builder: BatchBuilder, num: int, device: torch.device, timeout: float = 0):
@@ -121,24 +119,23 @@ class WorkerPool:
             num_workers=num,
             collate_fn=_identity_collate,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # leaves the global one alone
             worker_init_fn=_set_signal_handlers,
             **staying,
         )
         _open.add(self)
 
     def close(self) -> None:
-        """End the processes; batches that are asked for later start new ones.
+        """End the processes; later batches start new ones.
 
-        Nothing public of torch does. The garbage collector, where it frees the queues before the
-        loader, and the interpreter's exit send one SIGTERM and wait.
+        torch has no public function for this. Without it, exit sends one SIGTERM and waits.
         """
         running, self._loader._iterator = self._loader._iterator, None
         if running is not None and hasattr(running, "_shutdown_workers"):
             running._shutdown_workers()
 
     def batches(self, requests: Iterable[Any]) -> Iterator[Any]:
-        """What the builder makes of each request (uint8, [B, 3, H, W], say), on the device.
+        """The batch of each request on the device, such as uint8 [B, 3, H, W].
 
         Raises:
             UserError: an image cannot be read, or a worker process died or hangs.
@@ -147,15 +144,15 @@ class WorkerPool:
         batches = iter(self._loader)
         while True:
             try:
-                made = next(batches)
+                batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
                 raise _worker_failure(error) from error
-            if isinstance(made, str):
+            if isinstance(batch, str):
                 self.close()
-                raise UserError(made)
-            yield made.to(self.device, non_blocking=True)
+                raise UserError(batch)
+            yield batch.to(self.device, non_blocking=True)
 
 
 _open: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
@@ -163,36 +160,36 @@ _open: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Before multiprocessing's hook, which signals once and then waits: it was registered first."""
+    """Runs before the exit hook of multiprocessing, which signals once and then waits."""
     for workers in list(_open):
         workers.close()
 
 
-def _identity_collate(made: Any) -> Any:
-    return made
+def _identity_collate(batch: Any) -> Any:
+    return batch
 
 
 def _worker_failure(error: RuntimeError) -> Exception:
-    """What torch says about a worker process, in a line; any other error as it is."""
+    """One line for torch's error about a worker process; any other error unchanged."""
     text = str(error)
     if "exited unexpectedly" in text or "killed by signal" in text:
         cause = " ".join(text.split()[:14])
         return UserError(
-            f"a process that reads images has died ({cause} ...): killed, or out of memory; "
-            "fewer DATASET.NUM_WORKERS take less"
+            f"a data loading worker died ({cause} ...): killed, or out of memory; a smaller "
+            "DATASET.NUM_WORKERS takes less memory"
         )
     if "timed out after" in text:
         return UserError(
-            f"no batch of images came for long ({' '.join(text.split())}): the storage hangs, or a "
-            "batch takes longer than DATASET.WORKER_TIMEOUT seconds"
+            f"data loading timed out ({' '.join(text.split())}): the storage hangs, or a batch "
+            "takes longer than DATASET.WORKER_TIMEOUT seconds"
         )
     return error
 
 
 def _set_signal_handlers(worker: int) -> None:
-    """Let a signal to the whole process group end the run between two steps, not its workers.
+    """Ignore signals to the process group, so that the run can end between two steps.
 
-    A second SIGTERM ends a worker: that is how one which hangs is got rid of.
+    A second SIGTERM ends a worker, also one that hangs.
     """
 
     def once(number: int, frame: Any) -> None:
@@ -205,7 +202,7 @@ def _set_signal_handlers(worker: int) -> None:
 
 
 class _WorkerLoader:
-    """What both loaders share: a set that stays where it is, and who reads it."""
+    """Shared by both loaders: a set that stays on the CPU or disk, and its workers."""
 
     dataset: Any
     _workers: WorkerPool
@@ -218,7 +215,7 @@ class _WorkerLoader:
         return ImageReader(self.dataset)
 
     def close(self) -> None:
-        """End the processes that read; another iteration starts new ones."""
+        """End the worker processes; another iteration starts new ones."""
         self._workers.close()
 
 
@@ -228,8 +225,8 @@ class WorkerTrainLoader(_WorkerLoader, TrainLoader):
     Args:
         dataset: the training images.
         transform: makes the view of an image.
-        num_workers: processes that do; of each process of the run.
-        timeout: seconds to wait for a batch; 0: for ever.
+        num_workers: worker processes for each process of the run.
+        timeout: seconds to wait for a batch; 0: no limit.
     """
 
     makes_images = False
@@ -253,7 +250,7 @@ class WorkerTrainLoader(_WorkerLoader, TrainLoader):
         )
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        """The positions of an epoch, [N]; of other processes' shares they are not used."""
+        """Order of the epoch, [N]; only this process's part is used."""
         return torch.randperm(self.num_data, generator=generator)
 
     def _draw(self, generator: torch.Generator) -> Epoch:
@@ -262,7 +259,7 @@ class WorkerTrainLoader(_WorkerLoader, TrainLoader):
         return Epoch(order, parameters, self.augment.views(parameters).to(self.device))
 
     def _request(self, step: int, drawn: Epoch) -> Any:
-        """What a worker needs for the batch of a step."""
+        """The request for the batch of a step."""
         index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
         return BatchRequest(index, drawn.parameters[index])
 

@@ -1,4 +1,4 @@
-"""How images of any shape are brought to one size: what the config says, else what fits them."""
+"""Choose how images of any shape are resized: by the config, else by what fits the data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mdistiller.dataset.memory.augment import Identity
 from mdistiller.preprocessing import INTERPOLATION, RESIZE, Preprocessing
 from mdistiller.registry import UserError
 
-DEFAULT_SIDE = 224  # of images that are cut to a square, where DATASET.IMAGE_SIZE says nothing
+DEFAULT_SIDE = 224  # of images cropped to a square, without DATASET.IMAGE_SIZE
 _SAMPLE = 1024  # files of a split whose headers are read
 
 
 class ImageShapes(NamedTuple):
-    """What the headers of files say.
+    """Shapes of the images, from the headers of files.
 
     Attributes:
         square, same: whether all images are square, and whether all have one size.
@@ -35,7 +35,7 @@ class ImageShapes(NamedTuple):
 
 
 def keeps_shape(source: DataSource, augment: type[Identity]) -> bool:
-    """Whether all images are cut to a square, whatever shapes they have."""
+    """Whether images of all shapes are cropped to a square, never stretched."""
     return source.keep_shape or issubclass(augment, ResizedCropFlip)
 
 
@@ -46,7 +46,7 @@ def choose_preprocessing(
     augment: type[Identity],
     network: Preprocessing | None = None,
 ) -> Preprocessing:
-    """How images of a data set are brought to `image_size` pixels square for evaluation.
+    """The preprocessing of a data set's images for evaluation.
 
     Keys of the config come first, then `network`, then defaults that fit the data: square images
     are resized as a whole, others by the shorter side with a centre crop. Images of one size keep
@@ -57,7 +57,7 @@ def choose_preprocessing(
         network: preprocessing of the network to evaluate. A library's is ignored for square images
             smaller than the network's input, such as CIFAR's.
     """
-    if network is not None and network.resize in ("", "keep"):  # of a size at most
+    if network is not None and network.resize in ("", "keep"):  # gives at most a size
         side = network.image_size if network.recorded else 0
         network = Preprocessing(image_size=side, recorded=True) if side else None
     keys = Preprocessing(
@@ -69,7 +69,7 @@ def choose_preprocessing(
     if keeps_shape(source, augment):
         base = network or Preprocessing()
         return _fill_unset(keys, base, Preprocessing(image_size=DEFAULT_SIDE, resize="crop"))
-    if not isinstance(source, FileSource):  # arrays, which workers may enlarge
+    if not isinstance(source, FileSource):  # arrays, which workers can enlarge
         return _kept_without_size(_fill_unset(keys, Preprocessing(resize="stretch")))
     whole = Preprocessing(resize="crop", crop_pct=1.0)
     decided = keys.resize and keys.image_size and (keys.resize != "crop" or keys.crop_pct)
@@ -84,24 +84,24 @@ def choose_preprocessing(
 
 
 def _applies(network: Preprocessing, shapes: ImageShapes) -> bool:
-    """Whether what a network states applies to images of these shapes."""
-    if not network.resize:  # nothing to do where they have its size
+    """Whether a network's preprocessing applies to images of these shapes."""
+    if not network.resize:  # nothing to do for images of its size
         return not (shapes.square and shapes.same and shapes.shortest == network.image_size)
     return network.recorded or not (shapes.square and shapes.shortest < network.image_size)
 
 
 def _fill_unset(*layers: Preprocessing) -> Preprocessing:
-    """Each field from the first layer that has it; a ratio only from a layer of the same resize."""
-    found = layers[0]
+    """Each field from the first layer that sets it; crop_pct only from one of the same resize."""
+    merged = layers[0]
     for layer in layers[1:]:
-        same = not (found.resize and layer.resize) or found.resize == layer.resize
-        found = Preprocessing(
-            image_size=found.image_size or layer.image_size,
-            resize=found.resize or layer.resize,
-            crop_pct=found.crop_pct or (layer.crop_pct if same else 0.0),
-            interpolation=found.interpolation or layer.interpolation,
+        same = not (merged.resize and layer.resize) or merged.resize == layer.resize
+        merged = Preprocessing(
+            image_size=merged.image_size or layer.image_size,
+            resize=merged.resize or layer.resize,
+            crop_pct=merged.crop_pct or (layer.crop_pct if same else 0.0),
+            interpolation=merged.interpolation or layer.interpolation,
         )
-    return found
+    return merged
 
 
 def _kept_without_size(how: Preprocessing) -> Preprocessing:
@@ -109,9 +109,9 @@ def _kept_without_size(how: Preprocessing) -> Preprocessing:
 
 
 def read_shapes(source: FileSource, root: Path, upright: bool) -> ImageShapes:
-    """The shapes of the images of both splits, as far as they are there.
+    """Shapes of the images of the splits that exist.
 
-    Read are the headers of up to 1,024 files of each, evenly spaced, until they differ.
+    Reads the headers of up to 1,024 evenly spaced files of each split, until they differ.
     """
     sizes: set[tuple[int, int]] = set()
     for size in _header_sizes(source, root, upright):
@@ -123,10 +123,10 @@ def read_shapes(source: FileSource, root: Path, upright: bool) -> ImageShapes:
 
 
 def _header_sizes(source: FileSource, root: Path, upright: bool) -> Iterator[tuple[int, int]]:
-    from mdistiller.dataset.files.images import header_size  # brings torchvision: a slow import
+    from mdistiller.dataset.files.images import header_size  # imports torchvision, which is slow
 
     for split in ("test", "train"):
-        with contextlib.suppress(UserError):  # a split that is missing is reported when it is read
+        with contextlib.suppress(UserError):  # a missing split is reported when it is read
             files = source.files(root, split)
             for i in torch.linspace(0, len(files) - 1, min(_SAMPLE, len(files))).long().tolist():
                 size = header_size(files.path(i), upright)
@@ -135,12 +135,12 @@ def _header_sizes(source: FileSource, root: Path, upright: bool) -> Iterator[tup
 
 
 def check_keys(node: Mapping[str, Any]) -> None:
-    """Refuse values of RESIZE, CROP_PCT and INTERPOLATION that cannot be meant."""
+    """Raise UserError for invalid values of RESIZE, CROP_PCT and INTERPOLATION."""
     for key, choices in (("RESIZE", RESIZE), ("INTERPOLATION", INTERPOLATION)):
         if node[key] not in ("auto", *choices):
             raise UserError(f"DATASET.{key} must be auto, {', '.join(choices)}, got {node[key]!r}")
     if node["CROP_PCT"] and not 0.1 <= node["CROP_PCT"] <= 2:
         raise UserError(
-            f"DATASET.CROP_PCT {node['CROP_PCT']:g} must be from 0.1 to 2 (0.875 cuts 224 pixels "
-            "out of 256), or 0 for the usual one"
+            f"DATASET.CROP_PCT {node['CROP_PCT']:g} must be from 0.1 to 2 (0.875 crops 224 pixels "
+            "from 256), or 0 for the default"
         )

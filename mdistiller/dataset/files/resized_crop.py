@@ -1,4 +1,4 @@
-"""The augmentation of ImageNet, for images of any size as they are read from files."""
+"""ImageNet's augmentation: a random resized crop and a flip of images of any size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 
 @AUGMENTS.register("resized_crop_flip")
 class ResizedCropFlip(Identity):
-    """A random part of the image, resized to a square, then a mirror, p = .5.
+    """A random crop of the image resized to a square, then a horizontal flip, p = .5.
 
-    torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, 3/4 to 4/3 of the
-    shape) and ``RandomHorizontalFlip``. For evaluation images are cut to the square about their
-    middle.
+    torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, aspect ratio 3/4
+    to 4/3) and ``RandomHorizontalFlip``. Evaluation uses the centre crop.
     """
 
     num_views = None
@@ -26,7 +25,7 @@ class ResizedCropFlip(Identity):
 
     @cached_property
     def _crop(self) -> Any:
-        from torchvision.transforms import v2  # a slow import that data in memory does not need
+        from torchvision.transforms import v2  # a slow import that images in memory do not need
 
         return v2.RandomResizedCrop((self.height, self.width), antialias=True)
 
@@ -37,7 +36,7 @@ class ResizedCropFlip(Identity):
         return v2.RandomHorizontalFlip()
 
     def view(self, image: Tensor, interpolation: str = "") -> Tensor:
-        """A view of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
+        """A crop of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
         if interpolation:
             self._crop.interpolation = type(self._crop.interpolation)(interpolation)
         view: Tensor = self._flip(self._crop(image))

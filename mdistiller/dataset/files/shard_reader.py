@@ -1,4 +1,4 @@
-"""Sets of images in tar files, read from front to back by the package webdataset."""
+"""Images in tar files, read from front to back with the package webdataset."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from mdistiller.dataset.files.shard_sampler import ShardBatchRequest, ShardRange
 from mdistiller.registry import UserError
 
-INDEX = "mdistiller-index.json"  # where the samples of shards are remembered
+INDEX = "mdistiller-index.json"  # number and classes of the samples of shards
 
 
 @dataclass
 class ShardSet:
-    """A split as shards, whose samples can only be read in order.
+    """A split as shards, whose samples are read in order.
 
     Attributes:
-        urls: files, or what webdataset opens.
+        urls: files, or URLs that webdataset opens.
         counts: samples of each, int64, [S].
         targets: classes of all samples, in the order of the shards, int64, [N].
         classes: class names.
-        image_keys: suffixes of the image in a sample, the first that is there.
-        target_key: suffix of its class; samples without one do not count.
-        window: places by which a sample may move within its stream.
+        image_keys: suffixes of the image in a sample; the first one present is used.
+        target_key: suffix of its class; samples without one are skipped.
+        window: shuffling distance of a sample within its stream.
         upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
-        skipped: by shard, places of samples that do not count either, as their images are broken.
+        skipped: by shard, positions of samples with unreadable images.
     """
 
     urls: list[str]
@@ -47,42 +47,42 @@ class ShardSet:
         return len(self.targets)
 
     def select(self, indices: Tensor) -> ShardSet:
-        """Refused: shards are read whole."""
+        """Raises UserError: shards are read whole."""
         raise UserError(
             "DATASET.VAL_SPLIT cannot be taken out of shards; leave some out of "
             "DATASET.SHARDS.TRAIN and name them in DATASET.SHARDS.VAL"
         )
 
     def read(self, shard: int, first: int, last: int) -> Iterator[tuple[bytes, str]]:
-        """Samples of a shard from `first` to `last`: the image's file, and a name for errors."""
+        """Samples `first` to `last` of a shard: bytes of the image file, and a name for errors."""
         url = self.urls[shard]
         samples = (sample for sample in read_shard(url) if self.target_key in sample)
         skipped = self.skipped.get(shard, ())
         samples = (sample for place, sample in enumerate(samples) if place not in skipped)
-        found = 0
+        count = 0
         for sample in islice(samples, first, last):
             yield self._file(sample), f"{url}: {sample['__key__']}"
-            found += 1
-        if found < last - first:
+            count += 1
+        if count < last - first:
             raise UserError(
                 f"shard {url} holds fewer samples than were counted; remove {INDEX} beside it to "
                 "count again"
             )
 
     def _file(self, sample: dict[str, Any]) -> bytes:
-        """The image's file in a sample."""
+        """The bytes of the image file in a sample."""
         for key in self.image_keys:
             if key in sample:
                 data: bytes = sample[key]
                 return data
-        found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
+        suffixes = ", ".join(sorted(key for key in sample if not key.startswith("__")))
         raise UserError(
-            f"{sample['__url__']}: {sample['__key__']} has {found}, but no "
+            f"{sample['__url__']}: {sample['__key__']} has {suffixes}, but no "
             f"{';'.join(self.image_keys)} (DATASET.SHARDS.IMAGE)"
         )
 
     def image(self, index: int) -> Tensor:
-        """The image at a position, for which its shard is read up to there: uint8, [3, H, W]."""
+        """The image at a position, uint8 [3, H, W]; reads its shard up to there."""
         shard = int((self.counts.cumsum(0) <= index).sum())
         place = index - int(self.counts[:shard].sum())
         data, name = next(self.read(shard, place, place + 1))
@@ -101,7 +101,7 @@ def as_tensor(data: bytes) -> Tensor:
 
 
 def import_webdataset() -> Any:
-    """The package, which only this data set needs."""
+    """The optional package webdataset, or a UserError that names it."""
     try:
         import webdataset
     except ImportError:
@@ -112,21 +112,21 @@ def import_webdataset() -> Any:
 
 
 def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
-    """The samples of a shard in order; of files with the suffix `only`, if that is given.
+    """The samples of a shard in order; with `only`, only files with that suffix.
 
-    What macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) is left out: webdataset
-    takes `folder/._1.png` for the sample `folder/`, which parts the files of sample 1.
+    Files that macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) are skipped:
+    webdataset takes `folder/._1.png` for the sample `folder/`, which splits sample 1.
     """
     wds = import_webdataset()
 
-    def wanted(name: str) -> bool:
+    def selected(name: str) -> bool:
         *folders, file = name.split("/")
-        added = file.startswith("._") or "__MACOSX" in folders
-        return not added and (not only or file.lower().endswith(f".{only}"))
+        macos = file.startswith("._") or "__MACOSX" in folders
+        return not macos and (not only or file.lower().endswith(f".{only}"))
 
     try:
         yield from wds.DataPipeline(
-            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=wanted)
+            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=selected)
         )
     except Exception as error:  # tarfile's, the system's, those of a command in a pipe
         texts = [arg for arg in error.args if isinstance(arg, str)]  # webdataset adds objects
