@@ -77,15 +77,16 @@ def test_round_trip(root):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_number_of_workers_changes_nothing(root, workers):
+def test_the_number_of_workers_changes_nothing(root):
+    """Three do not divide the eight streams, so two of them read the same one."""
     keys = {"AUGMENT": "crop_flip", "IMAGE_SIZE": 16}
-    alone, shared = shards(root, **keys), shards(root, workers, **keys)
-    for _ in range(2):
-        for ours, theirs in zip(collect(alone.train), collect(shared.train), strict=True):
+    alone, shared = shards(root, **keys), shards(root, 3, **keys)
+    for name in ("train", "train", "val"):
+        pair = [collect(getattr(data, name)) for data in (alone, shared)]
+        for ours, theirs in zip(*pair, strict=True):
             assert torch.equal(ours, theirs)
-        for ours, theirs in zip(collect(alone.val), collect(shared.val), strict=True):
-            assert torch.equal(ours, theirs)
+    list(alone.val)
+    assert torch.equal(collect(alone.val)[0], pair[0][0])  # the second pass
 
 
 def test_order_is_shuffled_and_another_in_every_epoch_and_for_every_seed(root):
@@ -100,7 +101,7 @@ def test_order_is_shuffled_and_another_in_every_epoch_and_for_every_seed(root):
 
 
 def test_an_epoch_left_half_way_starts_anew(root):
-    data = shards(root, workers=1)
+    data = shards(root)
     whole = collect(data.train)
     data.train.set_epoch(1)
     steps = iter(data.train)
@@ -110,7 +111,7 @@ def test_an_epoch_left_half_way_starts_anew(root):
         assert torch.equal(ours, again)
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("world", [2, 5])
 def test_processes_share_every_sample_once(root, world):
     keys = {"AUGMENT": "crop", "IMAGE_SIZE": 16}
     ranks = [shards(root, rank=r, world_size=world, **keys) for r in range(world)]
@@ -212,10 +213,9 @@ def check_twins(root, pattern):
 PATTERNS = ["{a,b}/0000.tar", "*/0000.tar", "b/0000.tar::a/0000.tar"]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_shards_of_one_name_in_two_folders_keep_their_own_labels(tmp_path, pattern):
+def test_shards_of_one_name_in_two_folders_keep_their_own_labels(tmp_path):
     write_twins(tmp_path)
-    for _ in range(2):  # counted, then remembered
+    for pattern in (PATTERNS[0], *PATTERNS):  # counted, then from the index
         check_twins(tmp_path, pattern)
 
 
@@ -320,7 +320,7 @@ def test_faults_are_one_line(root, tmp_path):
 def test_broken_shards_and_images_are_named(tmp_path):
     write_shards(tmp_path, num=14)
     write_shards(tmp_path, "val", 7)
-    cfg = config("webdataset", ROOT=tmp_path, NUM_WORKERS=1, IMAGE_SIZE=8)
+    cfg = config("webdataset", ROOT=tmp_path, NUM_WORKERS=0, IMAGE_SIZE=8)
     load_data(cfg)  # counts
     shard = tmp_path / "train-0001.tar"
     whole, facts = shard.read_bytes(), shard.stat()
