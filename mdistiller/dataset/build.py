@@ -285,6 +285,7 @@ def _pipeline(
         how,
         node["EXIF"],
         node["SCALE_16_BIT"],
+        node["JPEG_SCALING"],
     )
     return choose_pipeline(node, split, source, root, options, augment, device)
 

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 
 
 @dataclass
@@ -22,8 +25,9 @@ class FileSet:
         names: paths below it, as an array of bytes, whose memory worker processes share.
         targets: class indices, int64, [N].
         classes: class names.
-        upright: turn images as their EXIF orientation says.
-        scale_16_bit: bring grey images of 16 bits to 8.
+        upright: rotate images by their EXIF orientation.
+        scale_16_bit: scale grey images of 16 bits to 8.
+        jpeg_scaling: DATASET.JPEG_SCALING, see :class:`EncodedImage`.
     """
 
     folder: Path
@@ -32,6 +36,7 @@ class FileSet:
     classes: list[str]
     upright: bool = True
     scale_16_bit: bool = False
+    jpeg_scaling: str = "off"
 
     @classmethod
     def of(
@@ -53,6 +58,12 @@ class FileSet:
         from mdistiller.dataset.files.images import read_image
 
         return read_image(self.path(index), self.upright, self.scale_16_bit)
+
+    def encoded(self, index: int) -> EncodedImage:
+        """The image at a position, not decoded yet."""
+        from mdistiller.dataset.files.scaled_jpeg import read_encoded
+
+        return read_encoded(self.path(index), self.upright, self.scale_16_bit, self.jpeg_scaling)
 
     def select(self, indices: Tensor) -> FileSet:
         """The files at `indices` (int64, [M]), as a new set."""

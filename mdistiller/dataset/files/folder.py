@@ -42,7 +42,10 @@ class FileSource(DataSource):
     def readable_files(self, root: Path, split: Split, options: Options) -> FileSet:
         """`files`, without those that DATASET.SKIP_CORRUPT skips."""
         files = replace(
-            self.files(root, split), upright=options.upright, scale_16_bit=options.scale_16_bit
+            self.files(root, split),
+            upright=options.upright,
+            scale_16_bit=options.scale_16_bit,
+            jpeg_scaling=options.jpeg_scaling,
         )
         if not options.skip_corrupt:
             return files
@@ -128,8 +131,6 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     Raises:
         UserError: a file is broken, sizes differ, or the images do not fit in memory.
     """
-    from mdistiller.dataset.files.images import resize_to_square
-
     side, how = options.image_size, options.preprocessing
     height, width = (side, side) if side else files.image(0).shape[1:]
     gigabytes = decoded_gigabytes(files, height, width)
@@ -143,9 +144,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = files.image(i)
-            if side:
-                image = resize_to_square(image, side, how)
+            image = files.encoded(i).square(side, how) if side else files.image(i)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 

@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Formats that Pillow may read; others start programs (EPS) or are not photographs."""
 
 
-_ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnreadableError(UserError):
@@ -40,11 +40,15 @@ class UnreadableError(UserError):
 
 def read_image(path: Path, upright: bool = False, scale_16_bit: bool = False) -> Tensor:
     """The image in a file; see :func:`decode`."""
+    return decode(read_bytes(path), path, upright, scale_16_bit)
+
+
+def read_bytes(path: Path) -> Tensor:
+    """The bytes of a file: uint8, [bytes]."""
     try:
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise _unreadable(path, error) from error
-    return decode(data, path, upright, scale_16_bit)
 
 
 def decode(
@@ -64,9 +68,9 @@ def decode(
     Raises:
         UnreadableError: it is not an image, or broken, or has more than 8 bits a channel.
     """
-    size = _jpeg_size(data)
+    size = jpeg_size(data)
     if size is not None:
-        _check_pixels(*size, name)
+        check_pixels(*size, name)
     if decode_jpeg is not None and size is not None:
         with contextlib.suppress(RuntimeError):  # Pillow reports the error more clearly
             pixels: Tensor = decode_jpeg(
@@ -76,7 +80,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes()), formats=FORMATS) as file:
             width, height = file.size
-            _check_pixels(width, height, name)
+            check_pixels(width, height, name)
             image = _upright(file) if upright else file
             if file.mode == "F" or file.mode.startswith("I"):  # Pillow clips such values at 255
                 image = _eight_bits(image, file.mode, name, scale_16_bit)
@@ -116,13 +120,13 @@ def header_size(path: Path, upright: bool) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
-            turned = upright and file.getexif().get(_ORIENTATION, 1) >= 5
+            turned = upright and file.getexif().get(ORIENTATION, 1) >= 5
     except Exception:  # the error is reported when the image is read
         return None
     return (width, height) if turned else (height, width)
 
 
-def _jpeg_size(data: Tensor) -> tuple[int, int] | None:
+def jpeg_size(data: Tensor) -> tuple[int, int] | None:
     """Width and height from the header of a JPEG; None for other data."""
     file = io.BytesIO(data.numpy().data)
     if file.read(2) != b"\xff\xd8":
@@ -139,7 +143,8 @@ def _jpeg_size(data: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _check_pixels(width: int, height: int, name: Path | str) -> None:
+def check_pixels(width: int, height: int, name: Path | str) -> None:
+    """Raise UnreadableError for an image with more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise UnreadableError(
             f"{name} announces {width}x{height} pixels, more than the limit of {MAX_PIXELS} (a "
@@ -171,21 +176,28 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> T
     return resized
 
 
+def resized_shape(height: int, width: int, side: int, how: Preprocessing) -> tuple[int, int]:
+    """Height and width of an image before the centre crop or the padding to `side`."""
+    scaled = how.resized_side(side)
+    if how.resize == "stretch":
+        return scaled, scaled
+    if (height <= width) == (how.resize == "crop"):  # the height is the side that decides
+        return scaled, max(1, int(scaled * width / height))
+    return max(1, int(scaled * height / width)), scaled
+
+
 def resize_to_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
     """A uint8 image [3, H, W] resized to `side` x `side`; the centre crop, or padded with black.
 
     For `crop` this is torchvision's ``Resize`` and ``CenterCrop``.
     """
-    height, width = image.shape[1:]
-    scaled = how.resized_side(side)
-    if how.resize == "stretch":
-        height, width = scaled, scaled
-    elif (height <= width) == (how.resize == "crop"):  # the height is the side that decides
-        height, width = scaled, max(1, int(scaled * width / height))
-    else:
-        height, width = max(1, int(scaled * height / width)), scaled
-    image = resize(image, height, width, how.interpolation)
-    if (height, width) == (side, side):
+    height, width = resized_shape(image.shape[1], image.shape[2], side, how)
+    return crop_or_pad(resize(image, height, width, how.interpolation), side)
+
+
+def crop_or_pad(image: Tensor, side: int) -> Tensor:
+    """The centre of an image [3, H, W], with black where it is smaller: [3, side, side]."""
+    if image.shape[1:] == (side, side):
         return image
     cropped: Tensor = transforms.center_crop(image, [side, side])
     return cropped

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from mdistiller.dataset.data_source import ImageSet
 from mdistiller.dataset.files.file_set import FileSet, image_name
-from mdistiller.dataset.files.transforms import EvalTransform, TrainTransform
+from mdistiller.dataset.files.transforms import EvalTransform, Picture, TrainTransform
 from mdistiller.dataset.memory.loader import Epoch, EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 
@@ -38,8 +38,8 @@ class BatchRequest:
 class Reader(Protocol):
     """Reads images, in a worker process."""
 
-    def __call__(self, request: Any) -> Iterable[tuple[Tensor, str]]:
-        """The images of a request, uint8 [3, H, W] of any size, each with its name for errors."""
+    def __call__(self, request: Any) -> Iterable[tuple[Picture, str]]:
+        """The images of a request, uint8 [3, H, W] or files, each with its name for errors."""
 
 
 @dataclass
@@ -48,9 +48,11 @@ class ImageReader:
 
     dataset: FileSet | ImageSet
 
-    def __call__(self, request: BatchRequest) -> Iterator[tuple[Tensor, str]]:
+    def __call__(self, request: BatchRequest) -> Iterator[tuple[Picture, str]]:
         for i in request.index.tolist():
-            yield self.dataset.image(i), image_name(self.dataset, i)
+            data = self.dataset
+            image = data.encoded(i) if isinstance(data, FileSet) else data.image(i)
+            yield image, image_name(data, i)
 
 
 class BatchBuilder(Protocol):

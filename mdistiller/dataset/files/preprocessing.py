@@ -135,10 +135,14 @@ def _header_sizes(source: FileSource, root: Path, upright: bool) -> Iterator[tup
 
 
 def check_keys(node: Mapping[str, Any]) -> None:
-    """Raise UserError for invalid values of RESIZE, CROP_PCT and INTERPOLATION."""
+    """Raise UserError for invalid values of RESIZE, CROP_PCT, INTERPOLATION and JPEG_SCALING."""
     for key, choices in (("RESIZE", RESIZE), ("INTERPOLATION", INTERPOLATION)):
         if node[key] not in ("auto", *choices):
             raise UserError(f"DATASET.{key} must be auto, {', '.join(choices)}, got {node[key]!r}")
+    if node["JPEG_SCALING"] not in ("off", "train", "all"):
+        raise UserError(
+            f"DATASET.JPEG_SCALING must be off, train or all, got {node['JPEG_SCALING']!r}"
+        )
     if node["CROP_PCT"] and not 0.1 <= node["CROP_PCT"] <= 2:
         raise UserError(
             f"DATASET.CROP_PCT {node['CROP_PCT']:g} must be from 0.1 to 2 (0.875 crops 224 pixels "

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
+
+CROP_MARGIN = 1
+"""A crop is decoded to at least this many times its final size."""
 
 
 @AUGMENTS.register("resized_crop_flip")
@@ -35,9 +42,29 @@ class ResizedCropFlip(Identity):
 
         return v2.RandomHorizontalFlip()
 
-    def view(self, image: Tensor, interpolation: str = "") -> Tensor:
-        """A crop of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
+    def view(self, image: Tensor | EncodedImage, interpolation: str = "") -> Tensor:
+        """A crop of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W].
+
+        The crop of a file is the same; with DATASET.JPEG_SCALING its pixels come from the smallest
+        sufficient scale of a JPEG.
+        """
         if interpolation:
             self._crop.interpolation = type(self._crop.interpolation)(interpolation)
-        view: Tensor = self._flip(self._crop(image))
+        if isinstance(image, Tensor):
+            part: Tensor = self._crop(image)
+        else:
+            part = self._crop_encoded(image, interpolation)
+        view: Tensor = self._flip(part)
         return view
+
+    def _crop_encoded(self, image: EncodedImage, interpolation: str) -> Tensor:
+        size = None
+        if image.scaling != "off":
+            size = image.large_size(self.height, self.width, CROP_MARGIN)
+        if size is None:
+            whole: Tensor = self._crop(image.pixels())
+            return whole
+        place = self._crop.make_params([torch.empty(3, *size, device="meta")])
+        box = place["top"], place["left"], place["height"], place["width"]
+        part = image.region(box, self.height, self.width, interpolation, CROP_MARGIN)
+        return self._crop.transform(image.pixels(), place) if part is None else part

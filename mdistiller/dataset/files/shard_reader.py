@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mdistiller.dataset.files.shard_sampler import ShardBatchRequest, ShardRange
 from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 
 INDEX = "mdistiller-index.json"  # number and classes of the samples of shards
 
@@ -28,7 +31,7 @@ class ShardSet:
         image_keys: suffixes of the image in a sample; the first one present is used.
         target_key: suffix of its class; samples without one are skipped.
         window: shuffling distance of a sample within its stream.
-        upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
+        upright, scale_16_bit, jpeg_scaling: see :class:`EncodedImage`.
         skipped: by shard, positions of samples with unreadable images.
     """
 
@@ -42,6 +45,7 @@ class ShardSet:
     skipped: dict[int, set[int]] = field(default_factory=dict)
     upright: bool = True
     scale_16_bit: bool = False
+    jpeg_scaling: str = "off"
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -86,13 +90,14 @@ class ShardSet:
         shard = int((self.counts.cumsum(0) <= index).sum())
         place = index - int(self.counts[:shard].sum())
         data, name = next(self.read(shard, place, place + 1))
-        return self.decode(data, name)
+        return self.encoded(data, name).pixels()
 
-    def decode(self, data: bytes, name: str) -> Tensor:
-        """The image in the bytes of a file: uint8, [3, H, W]."""
-        from mdistiller.dataset.files.images import decode
+    def encoded(self, data: bytes, name: str) -> EncodedImage:
+        """The image in the bytes of a file, not decoded yet."""
+        from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 
-        return decode(as_tensor(data), name, self.upright, self.scale_16_bit)
+        settings = self.upright, self.scale_16_bit, self.jpeg_scaling
+        return EncodedImage(as_tensor(data), name, *settings)
 
 
 def as_tensor(data: bytes) -> Tensor:
@@ -144,7 +149,7 @@ class ShardStreamReader:
     shards: ShardSet
     _streams: dict[int, tuple[int, _Stream]] = field(default_factory=dict)
 
-    def __call__(self, request: ShardBatchRequest) -> Iterator[tuple[Tensor, str]]:
+    def __call__(self, request: ShardBatchRequest) -> Iterator[tuple[EncodedImage, str]]:
         pass_number, stream = self._streams.get(request.stream, (0, None))
         if stream is None or pass_number != request.pass_number:
             start = min(request.oldest_needed, *request.offsets)
@@ -152,7 +157,7 @@ class ShardStreamReader:
             self._streams[request.stream] = request.pass_number, stream
         for offset in request.offsets:
             data, name = stream.take(offset)
-            yield self.shards.decode(data, name), name
+            yield self.shards.encoded(data, name), name
         stream.discard(request.oldest_needed)
 
 

@@ -14,8 +14,12 @@ from torch import Tensor
 from mdistiller.dataset.files.folder import check_size
 from mdistiller.dataset.files.images import resize_to_square
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
+from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.preprocessing import Preprocessing
+
+Picture = Tensor | EncodedImage
+"""An image as a worker reads it: pixels, uint8 [3, H, W], or the bytes of its file."""
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
 
@@ -34,7 +38,11 @@ class EvalTransform:
     preprocessing: Preprocessing
     first: str = ""
 
-    def __call__(self, image: Tensor, name: str) -> Tensor:
+    def __call__(self, image: Picture, name: str) -> Tensor:
+        if isinstance(image, EncodedImage):
+            if self.preprocessing.resize != "keep":
+                return image.square(self.size[0], self.preprocessing)
+            image = image.pixels()
         if self.preprocessing.resize == "keep":
             check_size(image, *self.size, name, self.first)
             return image
@@ -61,7 +69,7 @@ class TrainTransform:
         seeds = torch.randint(2**62, (num, 1), generator=generator)
         return torch.cat([drawn, seeds], dim=1)
 
-    def __call__(self, image: Tensor, name: str, parameters: Tensor) -> Tensor:
+    def __call__(self, image: Picture, name: str, parameters: Tensor) -> Tensor:
         with seeded(int(parameters[-1])):
             if isinstance(self.augment, ResizedCropFlip):
                 view = self.augment.view(image, self.resize.preprocessing.interpolation)

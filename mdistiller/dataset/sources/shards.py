@@ -75,6 +75,7 @@ class Shards(DataSource):
             skipped,
             options.upright,
             options.scale_16_bit,
+            options.jpeg_scaling,
         )
 
 
