@@ -34,7 +34,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
     "EXIF": True,  # rotate images by their EXIF orientation
     "SCALE_16_BIT": False,  # scale grey images of 16 bits to 8; else they are unreadable
-    "JPEG_SCALING": "train",  # decode large JPEGs at reduced scale: off; train: random crops; all
+    "JPEG_SCALING": "train",  # decode large JPEGs at reduced scale: none; train: random crops; all
     "AUGMENT": "default",  # default, none, crop, crop_flip, rotate_flip or resized_crop_flip
     "RANDAUGMENT": [],  # [operations, magnitude of 0 to 30], such as [2, 9]; empty: none
     "ERASING": 0.0,  # probability of random erasing
@@ -139,7 +139,7 @@ class Options:
         preprocessing: how images are resized to `image_size`.
         upright: rotate images by their EXIF orientation.
         scale_16_bit: scale grey images of 16 bits to 8.
-        jpeg_scaling: where large JPEGs are decoded at a reduced scale: "off", "train" or "all".
+        jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
     image_size: int = 0
@@ -150,7 +150,7 @@ class Options:
     preprocessing: Preprocessing = STRETCH
     upright: bool = True
     scale_16_bit: bool = False
-    jpeg_scaling: str = "off"
+    jpeg_scaling: str = "none"
 
 
 class DataSource:

@@ -37,7 +37,7 @@ def encoded(orientation=1, size=SIZE, scaling="all", kind="JPEG", mode="RGB"):
 
 
 def in_full(image):
-    return EncodedImage(image.data, "x", upright=True, scaling="off")
+    return EncodedImage(image.data, "x", upright=True, scaling="none")
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def test_the_decoded_part_is_large_enough(scales):
 @pytest.mark.parametrize(
     "image",
     [
-        encoded(scaling="off"),
+        encoded(scaling="none"),
         encoded(scaling="train"),
         encoded(size=(120, 127)),
         encoded(kind="PNG"),
         encoded(kind="WEBP"),
     ],
-    ids=["off", "train", "small", "png", "webp"],
+    ids=["none", "train", "small", "png", "webp"],
 )
 def test_other_images_are_decoded_in_full(image, scales):
     how = Preprocessing(resize="stretch")
@@ -134,6 +134,6 @@ def test_the_key_reaches_memory_workers_and_training(tmp_path, scales):
     assert used(LOADER="workers", JPEG_SCALING="all") == 4
     keys["AUGMENT"] = "resized_crop_flip"
     assert used() == 2
-    assert used(JPEG_SCALING="off") == 0
-    with pytest.raises(UserError, match=r"JPEG_SCALING must be off, train or all, got 'on'"):
+    assert used(JPEG_SCALING="none") == 0
+    with pytest.raises(UserError, match=r"JPEG_SCALING must be none, train or all, got 'on'"):
         used(JPEG_SCALING="on")

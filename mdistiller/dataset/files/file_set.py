@@ -36,7 +36,7 @@ class FileSet:
     classes: list[str]
     upright: bool = True
     scale_16_bit: bool = False
-    jpeg_scaling: str = "off"
+    jpeg_scaling: str = "none"
 
     @classmethod
     def of(

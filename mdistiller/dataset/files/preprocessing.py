@@ -139,9 +139,9 @@ def check_keys(node: Mapping[str, Any]) -> None:
     for key, choices in (("RESIZE", RESIZE), ("INTERPOLATION", INTERPOLATION)):
         if node[key] not in ("auto", *choices):
             raise UserError(f"DATASET.{key} must be auto, {', '.join(choices)}, got {node[key]!r}")
-    if node["JPEG_SCALING"] not in ("off", "train", "all"):
+    if node["JPEG_SCALING"] not in ("none", "train", "all"):
         raise UserError(
-            f"DATASET.JPEG_SCALING must be off, train or all, got {node['JPEG_SCALING']!r}"
+            f"DATASET.JPEG_SCALING must be none, train or all, got {node['JPEG_SCALING']!r}"
         )
     if node["CROP_PCT"] and not 0.1 <= node["CROP_PCT"] <= 2:
         raise UserError(

@@ -59,7 +59,7 @@ class ResizedCropFlip(Identity):
 
     def _crop_encoded(self, image: EncodedImage, interpolation: str) -> Tensor:
         size = None
-        if image.scaling != "off":
+        if image.scaling != "none":
             size = image.large_size(self.height, self.width, CROP_MARGIN)
         if size is None:
             whole: Tensor = self._crop(image.pixels())

@@ -49,14 +49,14 @@ class EncodedImage:
         data: uint8, [bytes].
         name: of the file, for errors.
         upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
-        scaling: DATASET.JPEG_SCALING: "off", "train" or "all".
+        scaling: DATASET.JPEG_SCALING: "none", "train" or "all".
     """
 
     data: Tensor
     name: Path | str
     upright: bool = False
     scale_16_bit: bool = False
-    scaling: str = "off"
+    scaling: str = "none"
 
     def pixels(self) -> Tensor:
         """The whole image: uint8, [3, H, W]."""
@@ -141,7 +141,7 @@ class EncodedImage:
 
 
 def read_encoded(
-    path: Path, upright: bool = False, scale_16_bit: bool = False, scaling: str = "off"
+    path: Path, upright: bool = False, scale_16_bit: bool = False, scaling: str = "none"
 ) -> EncodedImage:
     """The image file at `path`, not decoded yet.
 

@@ -45,7 +45,7 @@ class ShardSet:
     skipped: dict[int, set[int]] = field(default_factory=dict)
     upright: bool = True
     scale_16_bit: bool = False
-    jpeg_scaling: str = "off"
+    jpeg_scaling: str = "none"
 
     def __len__(self) -> int:
         return len(self.targets)

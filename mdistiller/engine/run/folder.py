@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.dataset import data_spec, eval_preprocessing
+from mdistiller.dataset import DATASET_CONFIG, data_spec, eval_preprocessing
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.run.record import recorded_settings
@@ -54,7 +54,23 @@ def recorded_config(
         cfg.defrost()
         cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
         cfg.freeze()
+    if load is load_config and "DATASET.JPEG_SCALING" not in overrides[0::2]:
+        keep_full_decoding(table, cfg)
     return cfg
+
+
+def keep_full_decoding(recorded: Mapping[str, Any], cfg: Config) -> None:
+    """Turn DATASET.JPEG_SCALING off for a run from before it was a key, unless it is set.
+
+    Args:
+        recorded: the run's config.
+        cfg: the same with the keys that it lacks; changed in place.
+    """
+    unset = DATASET_CONFIG["JPEG_SCALING"] == cfg.DATASET.JPEG_SCALING
+    if unset and "JPEG_SCALING" not in recorded.get("DATASET", {}):
+        cfg.defrost()
+        cfg.DATASET.JPEG_SCALING = "none"
+        cfg.freeze()
 
 
 def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
