@@ -4,6 +4,9 @@ losses   every classical method's loss, forward and backward, against the textbo
          the tests keep: time, ratio, and with --memory the peak memory of both
 loader   images per second of ImageNet's training pipeline on 500 generated JPEGs, against
          torchvision's plain one with as many --workers
+photographs
+         images per second of CPU time from JPEGs of 12 megapixels and of 500 x 400 pixels, with
+         and without DATASET.JPEG_SCALING
 step     a training step of --cfg CONFIG [KEY VALUE ...] on generated images: its parts, its share
          of the machine's peak, and the same step in a bare and in a classic loop
 """
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loaders import loader
+from benchmarks.photographs import photographs
 from benchmarks.step import add_step_arguments, step
 from mdistiller.cli.support.command import add_overrides, guarded
 from mdistiller.registry import UserError
@@ -102,6 +106,7 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 SUITES: dict[str, Callable[[argparse.Namespace, str], list[dict[str, Any]]]] = {
     "losses": losses,
     "loader": loader,
+    "photographs": photographs,
     "step": step,
 }
 

@@ -98,14 +98,14 @@ def find_student(args: argparse.Namespace) -> Student:
     named = bool(args.dataset or args.cfg or "DATASET.TYPE" in args.opts[::2])
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
     check_early(args.cfg, [*dataset, *args.opts], args.imports)
-    from mdistiller.dataset import known_data
+    from mdistiller.dataset import data_spec
     from mdistiller.engine.cfg import load_config
     from mdistiller.export import from_checkpoint, recorded_side
 
     cfg = load_config(args.cfg, [*dataset, *args.opts], args.imports)
     if args.num_classes is None and not named:
         raise UserError("-m needs -d, the data set it was trained on, or --num-classes")
-    known = known_data(cfg)
+    known = data_spec(cfg)
     side = args.image_size
     if side is None and args.num_classes is not None:
         side = known.side or recorded_side(cfg, args.model, args.ckpt) or SIZES[known.zoo]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mdistiller import runtime
-from mdistiller.dataset.files.loader import Workers
-from mdistiller.dataset.sampler import share
+from mdistiller.dataset.files.loader import WorkerPool
+from mdistiller.dataset.sampler import rank_slice
 from mdistiller.detection.coco.dataset import CocoDetectionSet, View
 from mdistiller.detection.sampler import AspectRatioSampler, BatchRequests
 from mdistiller.registry import UserError
@@ -84,7 +84,9 @@ class _Batches:
         self.dataset, self.batch_size = dataset, batch_size
         self.rank = runtime.rank() if rank is None else rank
         self.world_size = runtime.world_size() if world_size is None else world_size
-        self._workers = Workers(_BatchBuilder(dataset), num_workers, torch.device(device), timeout)
+        self._workers = WorkerPool(
+            _BatchBuilder(dataset), num_workers, torch.device(device), timeout
+        )
 
     def close(self) -> None:
         """End the processes that read; another iteration starts new ones."""
@@ -177,7 +179,7 @@ class ValBatches(_Batches):
     ):
         super().__init__(dataset, batch_size, **common)
         self.min_size, self.max_size = min_size, max_size
-        self.start, self.stop = share(len(dataset), self.rank, self.world_size)
+        self.start, self.stop = rank_slice(len(dataset), self.rank, self.world_size)
 
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.dataset import known_data, load_test_loader
+from mdistiller.dataset import data_spec, load_test_loader
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.class_order import stated_classes
@@ -93,7 +93,7 @@ def from_checkpoint(
     elif min(num_classes, side) < 1:
         raise UserError("--num-classes and --image-size must be at least 1")
     else:
-        known = known_data(cfg)
+        known = data_spec(cfg)
         given = known.statistics if dataset or cfg.DATASET.MEAN else None
         mean, std = given or ((), ())
         data = {
@@ -119,7 +119,7 @@ def _own(cfg: Config, name: str, checkpoint: str) -> Preprocessing | None:
     """How the images of a network in a file are prepared, as far as that is not the data's."""
     released = checkpoint == "pretrain"
     stated = None if released else recorded_facts(checkpoint)
-    entry = get_model_entry(name, known_data(cfg).zoo)
+    entry = get_model_entry(name, data_spec(cfg).zoo)
     weights = PRETRAINED if released else checkpoint
     return own_preprocessing(cfg, "STUDENT", entry, weights, stated)
 

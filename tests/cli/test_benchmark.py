@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import loaders
+from benchmarks import loaders, photographs
 from benchmarks import main as benchmark
 from mdistiller.cli.support import timing
 
@@ -52,6 +52,21 @@ def test_both_pipelines_read_every_training_image(tmp_path, monkeypatch):
         targets = torch.cat([batch[1] for batch in batches])
         assert sorted(targets.tolist()) == sorted(i % 10 for i in range(10, 26))
         assert batches[0][0].shape == (8, 3, 224, 224)
+
+
+def test_large_jpegs_are_timed_with_and_without_scaling(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(photographs, "SIZES", {(1200, 900): 8})
+    monkeypatch.setattr(photographs, "DISTINCT", 4)
+    path = tmp_path / "photographs.json"
+    words = ["photographs", "--device", "cpu", "--batch", "4", "--rounds", "1"]
+    assert benchmark.main([*words, "--json", str(path)]) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[3:]] == [
+        "train",
+        "eval",
+    ]
+    train, evaluation = json.loads(path.read_text())["photographs"]
+    assert set(train["images_per_second"]) == {"none", "train"}
+    assert set(evaluation["images_per_second"]) == {"none", "all"}
 
 
 def test_forms_take_turns_and_are_warmed_up():

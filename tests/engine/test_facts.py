@@ -103,6 +103,7 @@ def test_images_that_are_resized_or_decoded_otherwise_give_other_costs(tmp_path)
     path = config(tmp_path, WKD + text)
     changes = ((), ("RESIZE", "stretch"), ("RESIZE", "crop", "CROP_PCT", 0.5))
     changes += (("INTERPOLATION", "nearest"), ("EXIF", False), ("SCALE_16_BIT", True))
+    changes += (("JPEG_SCALING", "all"),)
     for count, change in enumerate(changes, start=1):
         words = [f"DATASET.{x}" if k % 2 == 0 else x for k, x in enumerate(change)]
         built(path, "SOLVER.BATCH_SIZE", 4, *words)

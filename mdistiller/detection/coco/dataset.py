@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller.dataset.files.corrupt import corrupt
+from mdistiller.dataset.files.corrupt import find_corrupt
 from mdistiller.dataset.files.file_set import FileSet
 from mdistiller.dataset.files.images import read_image, resize
 from mdistiller.detection.coco.annotations import read_annotations
@@ -125,7 +125,7 @@ class CocoDetectionSet:
     def _drop_corrupt(self, threads: int) -> None:
         names = self.annotations.names[self.positions]
         files = FileSet(self.folder, names, torch.zeros(len(names)), [])
-        bad = corrupt(files, threads)
+        bad = find_corrupt(files, threads)
         self.annotations.counts["unreadable images"] = len(bad)
         self.positions = np.delete(self.positions, bad)
         if not len(self):

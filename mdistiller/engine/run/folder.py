@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.dataset import known_data, own_view
+from mdistiller.dataset import DATASET_CONFIG, data_spec, eval_preprocessing
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.config.files import require_run
 from mdistiller.engine.config.safe_yaml import shown
@@ -51,7 +51,23 @@ def recorded_config(
         cfg.defrost()
         cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
         cfg.freeze()
+    if load is load_config and "DATASET.JPEG_SCALING" not in overrides[0::2]:
+        keep_full_decoding(table, cfg)
     return cfg
+
+
+def keep_full_decoding(recorded: Mapping[str, Any], cfg: Config) -> None:
+    """Turn DATASET.JPEG_SCALING off for a run from before it was a key, unless it is set.
+
+    Args:
+        recorded: the run's config.
+        cfg: the same with the keys that it lacks; changed in place.
+    """
+    unset = DATASET_CONFIG["JPEG_SCALING"] == cfg.DATASET.JPEG_SCALING
+    if unset and "JPEG_SCALING" not in recorded.get("DATASET", {}):
+        cfg.defrost()
+        cfg.DATASET.JPEG_SCALING = "none"
+        cfg.freeze()
 
 
 def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
@@ -63,10 +79,10 @@ def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
         recorded: its config.
         cfg: the same with the keys that it lacks.
     """
-    if "RESIZE" in recorded.get("DATASET", {}) or not known_data(cfg).files:
+    if "RESIZE" in recorded.get("DATASET", {}) or not data_spec(cfg).files:
         return False
-    view = own_view(cfg)
-    return not known_data(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
+    view = eval_preprocessing(cfg)
+    return not data_spec(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
 
 
 def _own_name(imported: str) -> str:

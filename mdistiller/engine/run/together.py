@@ -233,10 +233,10 @@ class SharedLoader:
         """The epoch of this run."""
         return self._epoch
 
-    def join_last(self) -> None:
-        """As the loader's, for this run and those that join as well."""
+    def merge_last_batch(self) -> None:
+        """As the loader's, for this run and those that merge it as well."""
         loader, key = copy.copy(self._loader), ("joined", id(self._loader))
-        loader.join_last()
+        loader.merge_last_batch()
         self._loader, self._memo = self._turn.share(key, lambda: (loader, {}))
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:

@@ -29,7 +29,8 @@ def test_auto_takes_memory_where_images_fit(tmp_path):
 
 def test_a_resized_crop_has_the_usual_size_unless_told(tmp_path):
     write_folders(tmp_path)
-    data = load_data(config("imagefolder", ROOT=tmp_path, AUGMENT="resized_crop_flip"))
+    keys = {"AUGMENT": "resized_crop_flip", "NUM_WORKERS": 0}
+    data = load_data(config("imagefolder", ROOT=tmp_path, **keys))
     assert data.image_size == (224, 224)
     assert next(iter(data.val))[0].shape == (6, 3, 224, 224)
 
@@ -37,9 +38,8 @@ def test_a_resized_crop_has_the_usual_size_unless_told(tmp_path):
 def test_images_of_other_sizes_are_refused_by_name(tmp_path):
     write_folders(tmp_path)
     path = write_image(tmp_path / "train" / "dog" / "1.png", photo(0, (8, 9)))
-    data = load_data(
-        config("imagefolder", ROOT=tmp_path, LOADER="workers", MEAN=[0.5] * 3, STD=[1.0] * 3)
-    )
+    keys = {"LOADER": "workers", "NUM_WORKERS": 0, "MEAN": [0.5] * 3, "STD": [1.0] * 3}
+    data = load_data(config("imagefolder", ROOT=tmp_path, **keys))
     with pytest.raises(UserError, match=r"cat/0\.png is 8x8 pixels but .*dog/1\.png is 9x8;"):
         list(data.train)
     assert path.is_file()
