@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
+
+
+def unpadded(text):
+    """Markdown tables with one space around each cell."""
+    return re.sub(" +[|]", " |", text)
 
 
 def golden_values(shape, seed):

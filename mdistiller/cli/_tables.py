@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mdistiller.files.markdown import markdown_table
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
         numbers = [f"{quality.top1:.2f}", f"{quality.top5:.2f}", f"{quality.nll:.4f}"]
         numbers.append(f"{quality.ece:.2f}")
         rows.append([*_names(one), *numbers, *ends, one.subject.source.note or "-"])
-    return table([*head, "lowest class %", "highest class %", "note"], rows)
+    return markdown_table([*head, "lowest class %", "highest class %", "note"], rows)
 
 
 def _comparison(found: Sequence[Evaluation]) -> str:
@@ -60,7 +61,7 @@ def _comparison(found: Sequence[Evaluation]) -> str:
         numbers = [c.gap, c.agreement, c.both_right, c.only_teacher, c.only_student]
         numbers += [c.both_wrong_same, c.both_wrong_other]
         rows.append([_names(one)[1], *(f"{v:.2f}" for v in numbers), f"{c.kl:.4f}"])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _collapse(found: Sequence[Evaluation]) -> str:
@@ -71,7 +72,7 @@ def _collapse(found: Sequence[Evaluation]) -> str:
         assert c is not None
         numbers = (c.within, c.between, c.nc1, c.norm_spread)
         rows.append([_names(one)[1], *(f"{v:.4g}" for v in numbers)])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _alignment(found: Sequence[Evaluation]) -> str:
@@ -80,19 +81,11 @@ def _alignment(found: Sequence[Evaluation]) -> str:
     for one in found:
         stages = [f"{name}: {v:.3f}" for name, v in one.cka.items() if name != "pooled"]
         rows.append([_names(one)[1], ", ".join(stages), f"{one.cka['pooled']:.3f}"])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _names(one: Evaluation) -> list[str]:
     return [one.subject.source.name, one.subject.source.label]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; nothing without rows."""
-    if not rows:
-        return ""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def json_text(facts: dict[str, Any], found: Sequence[Evaluation]) -> str:

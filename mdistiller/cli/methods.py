@@ -12,6 +12,7 @@ from typing import Any
 
 from mdistiller.cli._probe import random_step, untrained
 from mdistiller.cli.command import guarded
+from mdistiller.files.markdown import markdown_table
 from mdistiller.registry import UserError
 
 PAIR = ("resnet32x4", "resnet8x4")
@@ -227,9 +228,7 @@ def row(name: str) -> list[str]:
 
 def table(names: list[str]) -> str:
     """The methods as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row(name)) + " |" for name in names]
-    return "\n".join(lines) + "\n"
+    return markdown_table(COLUMNS, map(row, names)) + "\n"
 
 
 def feature_only() -> str:

@@ -9,7 +9,10 @@ import argparse
 import fnmatch
 from typing import Any
 
+from tqdm import tqdm
+
 from mdistiller.cli.command import guarded
+from mdistiller.files.markdown import markdown_table
 from mdistiller.registry import UserError
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
@@ -81,21 +84,19 @@ def show(args: argparse.Namespace) -> None:
         raise UserError("--size and --classes must be at least 1")
     names = chosen(args.names, args.zoo)
     print(f"one {size}x{size} image, {classes} classes\n")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for name in names:
+    rows: list[list[object]] = []
+    for name in tqdm(names, disable=None):
         try:
             found = facts(name, args.zoo, size, classes)
         except UserError as error:
             if name in args.names:
                 raise
-            print(f"| {name} | refused: {error} " + "| " * (len(COLUMNS) - 1) + "|", flush=True)
+            rows.append([name, f"refused: {error}", *[""] * (len(COLUMNS) - 2)])
             continue
         stem, *stages = (by(shape) for shape in (found["stem"], *found["stages"]))
-        print(
-            f"| {name} | {found['parameters']:,} | {found['flops'] / 1e6:,.1f} | {stem} | "
-            f"{' '.join(stages)} | {found['embedding']} |",
-            flush=True,
-        )
+        counts = f"{found['parameters']:,}", f"{found['flops'] / 1e6:,.1f}"
+        rows.append([name, *counts, stem, " ".join(stages), found["embedding"]])
+    print(markdown_table(COLUMNS, rows))
 
 
 def by(shape: tuple[int, ...] | None) -> str:

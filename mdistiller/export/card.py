@@ -16,6 +16,7 @@ from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.student import Student
 from mdistiller.export.usage import interface, snippet
+from mdistiller.files.markdown import markdown_table
 from mdistiller.models import count_cost
 
 _TEST_SET = "test set"
@@ -164,13 +165,14 @@ def accuracy(student: Student) -> str:
     found = accuracies(student)
     if student.run is None or not found:
         return "Not known: the weights came without the record of a run."
-    lines = ["| weights | epoch | top-1 % | measured on |", "|---|---|---|---|"]
+    rows = []
     for item in found:
         mark = " (these files)" if item.weights == student.run.choice else ""
-        lines.append(f"| {item.weights}{mark} | {item.epoch} | {item.value:.2f} | {item.images} |")
+        rows.append([f"{item.weights}{mark}", item.epoch, f"{item.value:.2f}", item.images])
     selected = f"The best epoch was selected on the {found[0].images}"
     flattered = ", which flatters its accuracy" if found[0].images == _TEST_SET else ""
-    lines += ["", f"{selected}{flattered}."]
+    head = ["weights", "epoch", "top-1 %", "measured on"]
+    lines = [markdown_table(head, rows), "", f"{selected}{flattered}."]
     if any(item.weights.startswith(_EMA) for item in found):
         decay = student.cfg.SOLVER.EMA
         lines.append(f"Rows {_EMA}* are of the moving average of the weights (decay {decay}).")
@@ -182,15 +184,13 @@ def accuracy(student: Student) -> str:
 
 def file_table(files: Sequence[Exported]) -> str:
     """Each file, its size, and how far it is from PyTorch."""
-    lines = [
-        "| file | MB | input | largest difference of a logit from PyTorch |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for file in files:
         size = file.path.stat().st_size / 1e6
         values = "0 to 1" if file.raw else "normalised"
-        lines.append(f"| `{file.path.name}` | {size:.2f} | {values} | {file.difference:.1e} |")
-    return "\n".join(lines)
+        rows.append([f"`{file.path.name}`", f"{size:.2f}", values, f"{file.difference:.1e}"])
+    head = ["file", "MB", "input", "largest difference of a logit from PyTorch"]
+    return markdown_table(head, rows)
 
 
 def cost(student: Student, latencies: Sequence[Latency], machine: str) -> str:
@@ -203,14 +203,14 @@ def cost(student: Student, latencies: Sequence[Latency], machine: str) -> str:
         "addition counted as two)."
     ]
     if latencies:
-        lines += ["", "| run by | batch | median ms | quartiles | images/s | runs |"]
-        lines.append("|---|---|---|---|---|---|")
+        head = ["run by", "batch", "median ms", "quartiles", "images/s", "runs"]
+        rows = []
         for row in latencies:
-            lines.append(
-                f"| {row.what} | {row.batch} | {row.ms:.2f} | {row.low:.2f} to {row.high:.2f} | "
-                f"{1e3 * row.batch / row.ms:,.0f} | {row.rounds} |"
+            times = [f"{row.ms:.2f}", f"{row.low:.2f} to {row.high:.2f}"]
+            rows.append(
+                [row.what, row.batch, *times, f"{1e3 * row.batch / row.ms:,.0f}", row.rounds]
             )
-        lines += ["", f"Wall-clock time on {machine}."]
+        lines += ["", markdown_table(head, rows), "", f"Wall-clock time on {machine}."]
     return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mdistiller.files.markdown import markdown_table
+
 
 @dataclass
 class Table:
@@ -80,17 +82,10 @@ def markdown(report: Report) -> str:
         parts.append(f"## {_safe(section.title)}")
         for table in section.tables:
             parts += [f"**{_safe(table.caption)}**"] if table.caption else []
-            parts.append(_table(table))
+            rows = [map(_safe, row) for row in table.rows]
+            parts += [markdown_table(map(_safe, table.head), rows)] if rows else []
         parts += map(_safe, section.notes)
     return "\n\n".join(parts) + "\n"
-
-
-def _table(table: Table) -> str:
-    lines = [table.head, ["---"] * len(table.head), *table.rows]
-    texts = [lines[0], *lines[2:]]
-    safe = [[_safe(cell).replace("|", "\\|") for cell in row] for row in texts]
-    safe.insert(1, lines[1])
-    return "\n".join(f"| {' | '.join(row)} |" for row in safe)
 
 
 def _safe(text: str) -> str:

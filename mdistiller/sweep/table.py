@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mdistiller.files.markdown import markdown_table
 from mdistiller.sweep.fields import METRICS
 
 if TYPE_CHECKING:
@@ -109,20 +110,21 @@ def markdown(plan: Plan, table: Sequence[Row]) -> str:
     head = ["trial" if plan.space else "cell", *(LABELS[m] for m in columns), "best selected on"]
     head += ["loss, first → last epoch", "training top-1 %", "loss fell"] if plan.loss_falls else []
     head += ["runs", "failed"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in table:
-        cells = [row.name, *(mean_std(row.values(m)) for m in columns), row.selected_on() or "-"]
-        cells += _loss_cells(row) if plan.loss_falls else []
-        cells += [str(len(row.runs)), str(len(row.failed))]
-        lines.append(f"| {' | '.join(cells)} |")
+        means = (mean_std(row.values(m)) for m in columns)
+        losses = _loss_cells(row) if plan.loss_falls else []
+        end = (len(row.runs), len(row.failed))
+        lines.append([row.name, *means, row.selected_on() or "-", *losses, *end])
+    text = [markdown_table(head, lines)]
     several = any(len(row.runs) > 1 for row in table)
-    lines += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
-    failures = [f"- {name} failed: {text}" for row in table for name, text in row.failed.items()]
-    lines += ["", *failures] if failures else []
+    text += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
+    failures = [f"- {name} failed: {error}" for row in table for name, error in row.failed.items()]
+    text += ["", *failures] if failures else []
     missing = {state: sum(r.unfinished.get(state, 0) for r in table) for state in _STATES}
     counts = [f"{count} {state}" for state, count in missing.items() if count]
-    lines += ["", f"Not finished: {', '.join(counts)}."] if counts else []
-    return "\n".join(lines)
+    text += ["", f"Not finished: {', '.join(counts)}."] if counts else []
+    return "\n".join(text)
 
 
 _STATES = ("running", "open", "pruned")

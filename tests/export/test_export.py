@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support import REPO, TOY, same_state, saved_teacher, write_config
+from support import REPO, TOY, same_state, saved_teacher, unpadded, write_config
 from torch import nn
 
 from mdistiller.cli import eval as eval_command
@@ -141,7 +141,7 @@ def test_the_cards_code_runs(exported, monkeypatch):
 
 def test_the_card_of_a_run_tells_how_it_was_made(exported, simkd):
     net, folder = exported
-    text = (folder / "README.md").read_text()
+    text = unpadded((folder / "README.md").read_text())
     if "SIMKD" not in text:
         assert "Not known: the weights came without the record of a run." in text
         return
@@ -215,7 +215,7 @@ def test_another_checkpoint_of_a_run(tmp_path, choice):
     for net, path in zip(nets, (run / file, run / "export" / "student.safetensors"), strict=True):
         load_network(net, path, "resnet8")
     assert torch.equal(nets[0].fc.weight, nets[1].fc.weight)
-    text = (run / "export" / "README.md").read_text()
+    text = unpadded((run / "export" / "README.md").read_text())
     assert f"| {choice} (these files) |" in text
     assert "The best epoch was selected on the 40 held-out training images." in text
     summary = json.loads((run / "summary.json").read_text())
@@ -234,7 +234,7 @@ def test_the_moving_average_of_a_run(tmp_path, choice):
     }
     assert same_state(exported, states[choice])
     assert not same_state(exported, states["latest"])
-    text = (run / "export" / "README.md").read_text()
+    text = unpadded((run / "export" / "README.md").read_text())
     summary = json.loads((run / "summary.json").read_text())
     which = {"ema_best": "best", "ema_latest": "last"}[choice]
     epoch = summary["ema_best_epoch"] if which == "best" else 3
@@ -261,7 +261,7 @@ def test_of_equal_accuracies_the_card_names_the_epoch_whose_weights_the_files_ha
     best = load_checkpoint(run / "student_best")["model"]
     assert same_state(best, load_checkpoint(run / "student_latest")["model"])
     assert export(run, *TINY) == 0
-    text = (run / "export" / "README.md").read_text()
+    text = unpadded((run / "export" / "README.md").read_text())
     assert "| best (these files) | 3 | 30.00 |" in text
     assert "| ema_best | 2 | 40.00 |" in text
 
@@ -273,7 +273,7 @@ def test_an_unfinished_run_and_one_that_recorded_no_data_facts(tmp_path):
     (run / "run.json").write_text(json.dumps({"starts": recorded["starts"]}))
     (run / "summary.json").unlink()
     assert export(run, *TINY, "SOLVER.EPOCHS", "3") == 0
-    text = (run / "export" / "README.md").read_text()
+    text = unpadded((run / "export" / "README.md").read_text())
     assert "The run was not finished: 1 of 3 epochs." in text
     assert f"mean {[MEAN] * 3}" in text
 
