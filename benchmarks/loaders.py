@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 
 IMAGES, CLASSES, SIZE = 500, 10, (500, 400)  # JPEGs of that width and height
 QUALITY = 90

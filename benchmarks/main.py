@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.loaders import loader
 from benchmarks.step import add_step_arguments, step
 from mdistiller.cli.command import add_overrides, guarded
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 
 LOOPS = ("ours", "bare", "classic")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 
 if TYPE_CHECKING:
     from mdistiller.detection.batches import ValBatches

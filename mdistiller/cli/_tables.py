@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -11,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import csv_table, markdown_table
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -108,13 +106,7 @@ def _finite(value: Any) -> Any:
 
 def csv_text(found: Sequence[Evaluation]) -> str:
     """A row a network, the teacher's last; nested values are columns such as `teacher.kl`."""
-    rows = [dict(_flat(one.record())) for one in found]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_table([dict(_flat(one.record())) for one in found])
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -127,11 +119,10 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def confusion_text(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
     """A row a network and true class: its images, its accuracy in percent, images by prediction."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["weights", "class", "images", "accuracy", *classes])
+    rows = []
     for one in found:
         accuracies = one.quality.class_accuracy
         for name, row, accuracy in zip(classes, one.quality.confusion, accuracies, strict=True):
-            writer.writerow([_names(one)[1], name, sum(row), accuracy, *row])
-    return out.getvalue()
+            first = {"weights": _names(one)[1], "class": name, "images": sum(row)}
+            rows.append({**first, "accuracy": accuracy, **dict(zip(classes, row, strict=True))})
+    return csv_table(rows)

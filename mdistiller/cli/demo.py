@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli.command import guarded
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from mdistiller.cli._probe import random_step, untrained
 from mdistiller.cli.command import guarded
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 PAIR = ("resnet32x4", "resnet8x4")

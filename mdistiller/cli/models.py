@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdistiller.cli.command import guarded
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mdistiller.cli._probe import CIFAR, random_step, untrained
 from mdistiller.cli.command import guarded
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 BATCH = 4

@@ -16,7 +16,7 @@ from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.student import Student
 from mdistiller.export.usage import interface, snippet
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 from mdistiller.models import count_cost
 
 _TEST_SET = "test set"

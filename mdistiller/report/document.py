@@ -1,15 +1,12 @@
-"""A report's parts, apart from how they are shown; Markdown and CSV of them."""
+"""A report's parts, apart from how they are shown; Markdown of them."""
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import markdown_table
 
 
 @dataclass
@@ -94,21 +91,3 @@ def _safe(text: str) -> str:
     for sign in "`*[":
         escaped = escaped.replace(sign, f"\\{sign}")
     return escaped
-
-
-def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
-
-
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the columns of them all; what is missing or None is empty.
-
-    Text that a spreadsheet would take for a formula gets a quotation mark before it.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _no_formula(value) for key, value in row.items()})
-    return out.getvalue()

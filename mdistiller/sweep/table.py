@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.files.markdown import markdown_table
+from mdistiller.files.tables import csv_table, markdown_table
 from mdistiller.sweep.fields import METRICS
 
 if TYPE_CHECKING:
@@ -143,18 +141,16 @@ def _loss_cells(row: Row) -> list[str]:
 
 def csv_text(plan: Plan, table: Sequence[Row]) -> str:
     """The same numbers, unrounded; empty where there is none."""
-    columns = metrics(plan, table)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    pairs = [f"{metric}_{kind}" for metric in columns for kind in ("mean", "std")]
-    ends = [f"{n}_{end}" for n in ("train_loss", "train_acc") for end in ("first", "last")]
-    writer.writerow(["name", *pairs, *ends, "selected_on", "runs", "failed"])
+    rows = []
     for row in table:
-        numbers: list[Any] = []
-        for values in map(row.values, columns):
-            numbers.append(statistics.mean(values) if values else "")
-            numbers.append(statistics.stdev(values) if len(values) > 1 else "")
+        cells: dict[str, Any] = {"name": row.name}
+        for metric in metrics(plan, table):
+            values = row.values(metric)
+            cells[f"{metric}_mean"] = statistics.mean(values) if values else None
+            cells[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
         for number in ("train_loss", "train_acc"):
-            numbers += row.ends(number) if row.runs else ["", ""]
-        writer.writerow([row.name, *numbers, row.selected_on(), len(row.runs), len(row.failed)])
-    return out.getvalue()
+            ends = row.ends(number) if row.runs else (None, None)
+            cells |= {f"{number}_first": ends[0], f"{number}_last": ends[1]}
+        counts = {"runs": len(row.runs), "failed": len(row.failed)}
+        rows.append({**cells, "selected_on": row.selected_on(), **counts})
+    return csv_table(rows)

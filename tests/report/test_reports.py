@@ -20,10 +20,11 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page
 from mdistiller.report.build import build_report
-from mdistiller.report.document import Chart, Line, csv_text, markdown
+from mdistiller.report.document import Chart, Line, markdown
 from mdistiller.report.groups import find_baselines, grids, group, varying_keys
 from mdistiller.report.numbers import difference, estimate, holm, verdict
 from mdistiller.report.published import Published, beside, departures, published
@@ -360,7 +361,7 @@ def test_axes_enclose_the_values_with_round_numbers():
 
 
 def test_numbers_for_a_spreadsheet_are_not_rounded(two):
-    plain, kd = csv.DictReader(io.StringIO(csv_text(build_report([two]).numbers)))
+    plain, kd = csv.DictReader(io.StringIO(csv_table(build_report([two]).numbers)))
     assert float(kd["p"]) == stats.ttest_rel(ENDS["KD"], ENDS["plain"]).pvalue
     assert (plain["p"], plain["group"], kd["failed"]) == ("", "plain", "0")
 
@@ -553,7 +554,7 @@ def test_the_report_sets_a_run_beside_its_published_number(tmp_path):
 
 def test_no_cell_of_a_table_is_a_formula():
     rows = [{"name": "=1+2", "other": "-x", "number": -1.5}, {"name": "@a", "number": None}]
-    lines = csv_text(rows).splitlines()
+    lines = csv_table(rows).splitlines()
     assert lines == ["name,other,number", "'=1+2,'-x,-1.5", "'@a,,"]
 
 
