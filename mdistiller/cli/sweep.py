@@ -63,7 +63,7 @@ def sweep(args: argparse.Namespace) -> bool:
     study = Study(plan, url, create=not args.table)
     study.check_settings()
     if args.retry:
-        study.forgive()
+        study.reset()
     if not args.table:
         run_sweep(study, args.jobs)
     rows = table.rows(plan, study.status())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,7 +140,7 @@ def _standardised(config: Mapping[str, Any]) -> bool:
 @lru_cache
 def _shipped(line: Published, standardised: bool, variant: str) -> dict[str, Any]:
     """The settings of the config for a published line; empty if there is none."""
-    for file in _configs(line.dataset).get((line.type, line.teacher, line.student), ()):
+    for file in _configs(line.dataset, line.type).get((line.teacher, line.student), ()):
         cfg = load_config(file)
         whole = {key: lookup(cfg, key) for key in flatten(cfg)}
         alike = _standardised(whole) == standardised and _variant(whole) == variant
@@ -154,13 +155,15 @@ def _shipped(line: Published, standardised: bool, variant: str) -> dict[str, Any
 
 
 @lru_cache
-def _configs(dataset: str) -> dict[tuple[str, str, str], list[Path]]:
-    """Shipped configs of a data set by method, teacher ("" without one) and student."""
-    found: dict[tuple[str, str, str], list[Path]] = {}
+def _configs(dataset: str, method: str) -> dict[tuple[str, str], list[Path]]:
+    """Shipped configs of a data set for a method, by teacher ("" without one) and student."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    typed = re.compile(rf"\bTYPE:\s*[\"']?{re.escape(method)}\b")
     for file in sorted((config_root() / dataset).rglob("*.yaml")):
+        if not typed.search(file.read_text(encoding="utf-8")):  # spares parsing most files
+            continue
         named = read_yaml(file).get("DISTILLER", {})  # a sweep has none
-        method, student = named.get("TYPE", "NONE"), named.get("STUDENT", "")
         teacher = "" if method in ALONE else named.get("TEACHER", "")
-        if student:
-            found.setdefault((method, teacher, student), []).append(file)
+        if named.get("TYPE", "NONE") == method and named.get("STUDENT"):
+            found.setdefault((teacher, named["STUDENT"]), []).append(file)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,25 +193,12 @@ def _of_study(folder: Path) -> Iterator[Run]:
 
 def _trials(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
     """Of each trial of a sweep: run folder, config, state, error."""
-    import optuna
-    import sqlalchemy
+    from mdistiller.sweep.study import connect
+    from mdistiller.sweep.trial_state import attempts_by_trial, trial_states
 
-    from mdistiller.sweep.judge import status
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.db').resolve()}")
-        studies = storage.get_all_studies()
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{folder / 'study.db'} cannot be read: {first}") from error
-    for study in studies:
-        forgiven = int(storage.get_study_user_attrs(study._study_id).get("forgiven", -1))
-        attempts: dict[str, list[Any]] = defaultdict(list)
-        for attempt in storage.get_all_trials(study._study_id, deepcopy=False):
-            if "trial" in attempt.user_attrs:
-                attempts[attempt.user_attrs["trial"]].append(attempt)
-        for group in attempts.values():
-            config = Config(parse_yaml(group[-1].user_attrs["config"]))
-            now = status(group, forgiven)
-            yield experiment_name(config), config, now.state, now.error
+    storage = connect(f"sqlite:///{(folder / 'study.db').resolve()}")
+    for study in storage.get_all_studies():
+        states = trial_states(storage, study._study_id)
+        for name, attempts in attempts_by_trial(storage, study._study_id).items():
+            config = Config(parse_yaml(attempts[-1].user_attrs["config"]))
+            yield experiment_name(config), config, states[name].state, states[name].error

@@ -88,7 +88,7 @@ def read_plan(
         reader = _Reader(file.parent, table, list(overrides), list(imports), out)
         space = reader.space()
         trials = tuple(reader.points() if space else reader.cells())
-        _refuse_twins(trials)
+        _refuse_duplicates(trials)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     name, metric, loss_falls = table["SWEEP"], table["METRIC"], table["LOSS_FALLS"]
@@ -188,7 +188,7 @@ class _Reader:
         return own
 
 
-def _refuse_twins(trials: Sequence[Trial]) -> None:
+def _refuse_duplicates(trials: Sequence[Trial]) -> None:
     """Refuse trials or run folders that share a name."""
     names = Counter(trial.name for trial in trials)
     folders = Counter(experiment_name(cfg) for trial in trials for cfg in trial.configs)

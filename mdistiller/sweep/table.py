@@ -11,8 +11,8 @@ from mdistiller.files.tables import csv_table, markdown_table
 from mdistiller.sweep.fields import METRICS
 
 if TYPE_CHECKING:
-    from mdistiller.sweep.judge import Status
     from mdistiller.sweep.plan import Plan
+    from mdistiller.sweep.trial_state import Status
 
 LABELS = dict(
     zip(

@@ -29,8 +29,8 @@ from mdistiller.registry import UserError
 from mdistiller.runtime import resolve_device
 from mdistiller.sweep.plan import Plan
 from mdistiller.sweep.study import Attempt, Study
+from mdistiller.sweep.trial_state import HEARTBEAT
 
-HEARTBEAT = 10.0  # seconds between signs of life
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
@@ -39,10 +39,10 @@ def run_sweep(study: Study, jobs: int | None = None) -> None:
     jobs = jobs or default_jobs(study.plan)
     while waiting := study.open_trials():
         count = min(jobs, len(waiting))
-        before = study.attempts()
+        before = study.storage.get_n_trials(study.id)
         if count == 1:
             work(study)
-        elif not _run_processes(study, count) and study.attempts() == before:
+        elif not _run_processes(study, count) and study.storage.get_n_trials(study.id) == before:
             raise UserError("every worker process died before it began a trial; see above")
 
 
@@ -129,7 +129,7 @@ def _run_trial(study: Study, attempt: Attempt) -> None:
     """Run an attempt to its end, whatever that is, record it and print a line."""
     plan, trial = study.plan, attempt.trial
     started = time.perf_counter()
-    with _signs_of_life(attempt):
+    with _heartbeats(attempt):
         try:
             params = attempt.choose() if plan.space else {}
             results = []
@@ -198,8 +198,8 @@ class _Report(Hook):
 
 
 @contextlib.contextmanager
-def _signs_of_life(attempt: Attempt) -> Iterator[None]:
-    """Tell the study now and then that this process lives; end it if its parent does not."""
+def _heartbeats(attempt: Attempt) -> Iterator[None]:
+    """Record heartbeats; end this process if its parent is gone."""
     stop = threading.Event()
     thread = threading.Thread(target=_beat, args=(attempt, stop), daemon=True)
     thread.start()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,9 +26,10 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.run import teacher
 from mdistiller.registry import UserError
-from mdistiller.sweep import judge, table, work
+from mdistiller.sweep import table, trial_state, work
 from mdistiller.sweep.plan import read_plan
 from mdistiller.sweep.study import Study
+from mdistiller.sweep.trial_state import Status, attempts_by_trial
 
 SHIPPED = [p for p in sorted((REPO / "configs").rglob("*.yaml")) if "\nSWEEP:" in p.read_text()]
 IMPORTS = f"IMPORTS: [{json.dumps(str(REPO / 'tests' / 'sweep' / 'sweep_toy.py'))}]\n"
@@ -211,7 +213,7 @@ def test_the_command_line_may_not_set_what_the_trials_set(sweep, capsys):
     assert "there is no study" in capsys.readouterr().err
     assert command.main([*words(path), "--storage", "oracel://x:secret@y/z"]) == 2
     error = capsys.readouterr().err
-    assert "no database there" in error
+    assert "cannot be opened as a database" in error
     assert "secret" not in error
 
 
@@ -255,35 +257,42 @@ def study(sweep):
 
 def test_the_later_of_two_attempts_withdraws(study, monkeypatch):
     """Another process enters its attempt after this one has seen none."""
-    trial, enter = study.plan.trials[0], study._enter
+    trial, add = study.plan.trials[0], study._add
 
     def late(*args):
-        monkeypatch.setattr(study, "_enter", enter)
+        monkeypatch.setattr(study, "_add", add)
         rival.append(study.take(trial))
-        return enter(*args)
+        return add(*args)
 
     rival = []
-    monkeypatch.setattr(study, "_enter", late)
+    monkeypatch.setattr(study, "_add", late)
     assert study.take(trial) is None
     assert study.status()[trial.name].state == "running"
     rival[0].finish([{"last_acc": 50.0}])
     assert study.status()[trial.name].results == [{"last_acc": 50.0}]
-    states = [(a.state, a.user_attrs.get("end")) for a in study.attempts()[trial.name]]
+    states = [
+        (a.state, a.user_attrs.get("end"))
+        for a in attempts_by_trial(study.storage, study.id)[trial.name]
+    ]
     assert states == [(TrialState.COMPLETE, None), (TrialState.FAIL, "withdrawn")]
 
 
-def elsewhere(study, attempt, alive):
-    """Make an attempt that of a process on another machine."""
+def elsewhere(study, attempt, seconds):
+    """Make an attempt that of a process on another machine, silent for some seconds."""
     study.storage.set_trial_user_attr(attempt.id, "place", "elsewhere")
-    study.storage.set_trial_user_attr(attempt.id, "alive", alive)
+    with sqlite3.connect(study.url.removeprefix("sqlite:///")) as database:
+        database.execute(
+            f"UPDATE trial_heartbeats SET heartbeat = datetime('now', '-{seconds} seconds')"
+        )
+    database.close()
 
 
 def test_another_machines_attempt_is_taken_over_once_it_is_silent(study):
     trial = study.plan.trials[0]
     lost = study.take(trial)
-    elsewhere(study, lost, time.time() - judge.GRACE / 2)
+    elsewhere(study, lost, trial_state.GRACE // 2)
     assert study.take(trial) is None
-    elsewhere(study, lost, time.time() - judge.GRACE - 1)
+    elsewhere(study, lost, trial_state.GRACE + 2)
     assert study.status()[trial.name].state == "open"
     own = study.take(trial)
     assert own is not None
@@ -312,11 +321,11 @@ def test_a_trial_that_keeps_killing_its_process_has_failed(study):
         attempt = study.take(trial)
         for epoch in range(epochs):
             attempt.report(epoch + 1, 10.0)
-        attempt.end(TrialState.FAIL, end="died")
+        study.storage.set_trial_state_values(attempt.id, TrialState.FAIL)
     status = study.status()[trial.name]
     assert status.state == "failed"
-    assert "died 3 times within an epoch" in status.error
-    study.forgive()
+    assert "crashed 3 times within an epoch" in status.error
+    study.reset()
     assert study.take(trial) is not None
 
 
@@ -373,7 +382,7 @@ def test_two_sweeps_share_a_study_and_resume_when_both_are_killed(sweep, capsys)
         sweeping.send_signal(signal.SIGKILL)
         sweeping.wait()
     orphans = workers - {os.getpid()}
-    wait_for(lambda: not any(judge._process_exists(pid) for pid in orphans))
+    wait_for(lambda: not any(trial_state.process_exists(pid) for pid in orphans))
     (sweep.folder / "go").touch()
     other = process(path, "--jobs", 1)
     assert command.main([*words(path), "--jobs", "1"]) == 0
@@ -557,12 +566,12 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(sweep):
         "b,seed:0": (50, 60),
     }
     status = {
-        name: judge.Status("done", [result(*numbers[name])], {})
+        name: Status("done", [result(*numbers[name])], {})
         if name in numbers
-        else judge.Status("open", [], {})
+        else Status("open", [], {})
         for name in names(plan)
     }
-    status["b,seed:1"] = judge.Status("failed", [], {}, "non-finite loss")
+    status["b,seed:1"] = Status("failed", [], {}, "non-finite loss")
     rows = table.rows(plan, status)
     text = unpadded(table.markdown(plan, rows))
     # mean 93, squared deviations 9 + 1 + 16, over n - 1 = 2
@@ -583,9 +592,7 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(sweep):
 def test_a_loss_that_did_not_fall_in_one_run_is_no_success(sweep):
     plan = read_plan(sweep("SEEDS: 2\nLOSS_FALLS: True\n"), out=sweep.out)
     runs = [result(1, 1), result(1, 1, last_loss=2.0)]
-    status = {
-        name: judge.Status("done", [run], {}) for name, run in zip(names(plan), runs, strict=True)
-    }
+    status = {name: Status("done", [run], {}) for name, run in zip(names(plan), runs, strict=True)}
     rows = table.rows(plan, status)
     assert "| NO | 2 | 0 |" in unpadded(table.markdown(plan, rows))
     assert not table.all_well(plan, rows)
@@ -595,7 +602,7 @@ def test_a_loss_that_did_not_fall_in_one_run_is_no_success(sweep):
 def test_held_out_images_add_the_test_columns(sweep):
     plan = read_plan(sweep("OVERRIDES: {DATASET.VAL_SPLIT: 40}\nMETRIC: test_acc_best\n"))
     run = {**result(80, 82), "test_acc_last": 70.0, "test_acc_best": 71.0, "selected_on": "40 held"}
-    rows = table.rows(plan, {names(plan)[0]: judge.Status("done", [run], {})})
+    rows = table.rows(plan, {names(plan)[0]: Status("done", [run], {})})
     lines = unpadded(table.markdown(plan, rows)).splitlines()
     assert lines[0].split(" | ")[1:5] == [
         *("best, on the test set", "last top-1 %", "best top-1 %", "last, on the test set")
