@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli.command import guarded
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 _MINUTES = 10
 _KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # torch may not start without them
@@ -146,7 +146,7 @@ def _write(found: dict[str, Any], out: Path) -> None:
         part.replace(out)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {out}: {first_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mdistiller.cli.command import guarded
 from mdistiller.files.tables import markdown_table
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
@@ -42,7 +42,7 @@ def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     try:
         parameters, flops, features = count_cost(net, (size, size))
     except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
     shapes = [tuple(feature.shape[1:]) for feature in features["feats"]]
     stages = len(getattr(net, "stages", shapes[1:]))

@@ -57,7 +57,7 @@ def sweep(args: argparse.Namespace) -> bool:
 
     file = plan.out / "study.db"
     if args.table and not args.storage and not file.is_file():
-        raise UserError(f"there is no study {file} yet")
+        raise UserError(f"no study {file} yet")
     plan.out.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{file.resolve()}"
     study = Study(plan, url, create=not args.table)

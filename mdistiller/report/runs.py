@@ -24,13 +24,13 @@ class Run:
 
     Attributes:
         config: values by dotted key; empty if the run recorded none.
-        state: "finished", "failed", "unfinished", or what a sweep says of it ("pruned", ...).
+        state: "finished", "failed", "unfinished", or the state in its sweep ("pruned", ...).
         why: the error, or how far it got.
         summary: of a finished run, else empty.
         epochs: rows of `metrics.jsonl`, those of the stages before the main one left out.
         stages: those.
         record: `run.json`.
-        evaluations: what `eval` found of the student, by epoch ("last", "best").
+        evaluations: results of `eval` for the student, by epoch ("last", "best").
     """
 
     folder: Path
@@ -69,18 +69,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs in and below some folders, each once.
 
     Raises:
-        UserError: a path is no folder, or there is no run in or below it.
+        UserError: a path is not a folder, or has no run in or below it.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder; give run folders, sweeps, or folders of runs")
-        own = list(_below(path))
-        if not own:
-            raise UserError(f"there is no run in or below {path} (no config.yaml, no study.db)")
-        for run in own:
-            found.setdefault(run.folder.resolve(), run)
-    return list(found.values())
+            raise UserError(f"{path} is not a folder; give run folders, sweeps, or folders of runs")
+        below = list(_below(path))
+        if not below:
+            raise UserError(f"no runs found in or below {path} (no config.yaml, no study.db)")
+        for run in below:
+            runs.setdefault(run.folder.resolve(), run)
+    return list(runs.values())
 
 
 def _below(path: Path) -> Iterator[Run]:
@@ -116,7 +116,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_run(folder: Path) -> Run | None:
-    """A run folder; None if its `config.yaml` is that of something else."""
+    """A run folder; None if its `config.yaml` belongs to another program."""
     config: Any = {}
     why = ""
     try:
@@ -137,12 +137,12 @@ def read_run(folder: Path) -> Run | None:
         record=read_record(folder),
     )
     if config:
-        _judge(run)
+        _set_state(run)
     return run
 
 
-def _judge(run: Run) -> None:
-    """Set what a run has come to."""
+def _set_state(run: Run) -> None:
+    """Set a run's state, and why it did not finish."""
     try:
         summary = json.loads((run.folder / "summary.json").read_text())
         run.summary = summary if isinstance(summary, dict) else {}
@@ -177,18 +177,18 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_study(folder: Path) -> Iterator[Run]:
-    """The runs of a sweep's folder, with what its study says of those that are not finished."""
-    known = {}
+    """The runs of a sweep's folder; those that did not finish get their state from the study."""
+    runs = {}
     for child in sorted(folder.iterdir(), key=lambda path: _natural(path.name)):
         for run in _below(child) if child.is_dir() else ():
-            known[run.folder.resolve()] = run
+            runs[run.folder.resolve()] = run
     for place, config, state, error in _trials(folder):
-        run = known.setdefault((folder / place).resolve(), Run(folder / place))
+        run = runs.setdefault((folder / place).resolve(), Run(folder / place))
         run.config = run.config or {key: lookup(config, key) for key in flatten(config)}
         if not run.finished:
             run.state = UNFINISHED if state in ("done", "open") else state
             run.why = error or run.why or "not begun"
-    yield from known.values()
+    yield from runs.values()
 
 
 def _trials(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:

@@ -19,7 +19,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.sweep.fields import Range
 from mdistiller.sweep.plan import Plan, Trial
 from mdistiller.sweep.settings import changes, noted
@@ -49,7 +49,7 @@ class Study:
         create: make the study if it is not there.
 
     Raises:
-        UserError: no database there, or no study in it.
+        UserError: the database or the study in it does not exist.
     """
 
     def __init__(self, plan: Plan, url: str, create: bool = True):
@@ -58,7 +58,7 @@ class Study:
         try:
             self.id = self._find_or_create(create)
         except KeyError:
-            raise UserError(f"there is no study {plan.name!r} in {shown(url)} yet") from None
+            raise UserError(f"no study {plan.name!r} in {shown(url)} yet") from None
         self.optuna = optuna.load_study(
             study_name=plan.name,
             storage=self.storage,
@@ -139,7 +139,7 @@ class Study:
 
 
 class Attempt:
-    """This process at work on a trial."""
+    """A trial that this process runs."""
 
     def __init__(self, study: Study, trial: Trial, number: int):
         self.study, self.trial, self.id = study, trial, number
@@ -217,7 +217,7 @@ def connect(url: str) -> optuna.storages.RDBStorage:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 return optuna.storages.RDBStorage(url, options, **beats)
         except (ImportError, RuntimeError, sqlalchemy.exc.SQLAlchemyError, _OptunaError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if isinstance(error, (ImportError, sqlalchemy.exc.ArgumentError)):
                 break
             time.sleep(min(left, 1.0))

@@ -1,4 +1,4 @@
-"""What came of a sweep: a Markdown table and a CSV file, a row a cell (or a searched point)."""
+"""Results of a sweep: a Markdown table and a CSV file, a row a cell (or a searched point)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _loss_cells(row: Row) -> list[str]:
 
 
 def csv_text(plan: Plan, table: Sequence[Row]) -> str:
-    """The same numbers, unrounded; empty where there is none."""
+    """The same numbers, unrounded; empty where a number is missing."""
     rows = []
     for row in table:
         cells: dict[str, Any] = {"name": row.name}

@@ -133,16 +133,16 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     old = evaluation(tmp_path / "old.json", retrained)
     cut = detections(tmp_path / "cut.json", (runs / "plain,seed:0" / "student_best", 70.0, None))
     for words, message in {
-        ("none",): "none is no folder",
-        (tmp_path,): "there is no run in or below",
+        ("none",): "none is not a folder",
+        (tmp_path,): "no runs found in or below",
         (runs, "--baseline", "plane"): "--baseline 'plane'; did you mean 'plain'?",
         (runs, "--reach", "0"): "--reach must be above 0 and at most 100, got 0",
         (runs, "--csv", tmp_path / "file" / "r.csv"): "r.csv cannot be written",
         (runs, "--evaluation", tmp_path / "none"): "none cannot be read: No such file",
-        (runs, "--evaluation", tmp_path / "bad.json"): "bad.json is not what eval writes",
-        (runs, "--evaluation", cut): "cut.json is not what eval writes",
-        (runs, "--evaluation", strange): "strange.json is about none of these runs",
-        (runs, "--evaluation", old): "student_best, the run 70.00 %: it is of other data",
+        (runs, "--evaluation", tmp_path / "bad.json"): "bad.json is not a JSON file of eval",
+        (runs, "--evaluation", cut): "cut.json is not a JSON file of eval",
+        (runs, "--evaluation", strange): "strange.json has results for other runs only",
+        (runs, "--evaluation", old): "student_best, the run recorded 70.00 %: the data differ",
     }.items():
         assert command.main([str(word) for word in words]) == 2
         error = capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_the_card_of_a_run_tells_how_it_was_made(exported, simkd):
     net, folder = exported
     text = unpadded((folder / "README.md").read_text())
     if "SIMKD" not in text:
-        assert "Not known: the weights came without the record of a run." in text
+        assert "Unknown: the weights came without the record of a run." in text
         return
     summary = json.loads((simkd / "summary.json").read_text())
     header = yaml.safe_load(text.split("---\n")[1])

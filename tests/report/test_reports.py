@@ -27,7 +27,7 @@ from mdistiller.report.build import build_report
 from mdistiller.report.document import Chart, Line, markdown
 from mdistiller.report.groups import find_baselines, grids, group, varying_keys
 from mdistiller.report.numbers import difference, estimate, holm, verdict
-from mdistiller.report.published import Published, beside, departures, published
+from mdistiller.report.published import Published, departures, published, published_for
 from mdistiller.report.runs import read_runs
 
 METHODS = {"plain": ("DISTILLER.TYPE", "NONE"), "KD": ("DISTILLER.TYPE", "KD")}
@@ -474,7 +474,7 @@ def pair(method, *pairs, teacher="resnet32x4", student="resnet8x4"):
 
 def test_a_run_finds_what_is_published_for_it():
     def found(*words, **names):
-        return [(line.method, line.top1) for line in beside(pair(*words, **names))]
+        return [(line.method, line.top1) for line in published_for(pair(*words, **names))]
 
     assert found("DKD") == [("DKD", 76.32)]
     assert found("DKD", "LSKD.ENABLE", True) == [("LSKD-DKD", 77.01)]
@@ -499,7 +499,7 @@ def test_a_shipped_config_has_the_protocol_of_its_published_line():
             if "\nSWEEP:" in path.read_text():
                 continue
             own = flat(load_config(path))
-            for line in beside(own):
+            for line in published_for(own):
                 seen += 1
                 if departures(own, line):
                     others[path.relative_to(REPO / "configs").as_posix()] = departures(own, line)
@@ -513,7 +513,7 @@ def test_another_protocol_is_named():
     def shipped(*changes, name="cifar100/dkd/res32x4_res8x4"):
         return flat(load_config(f"configs/{name}.yaml", list(changes)))
 
-    (line,) = beside(shipped())
+    (line,) = published_for(shipped())
     for _ in range(2):  # what is remembered of the shipped config stays as it is
         assert departures(shipped(), line, processes=2) == ["images a step 128 instead of 64"]
     other = ("SOLVER.EPOCHS", 10, "SOLVER.ACCUMULATE", 2, "DATASET.VAL_SPLIT", 5000)
@@ -533,9 +533,9 @@ def test_another_protocol_is_named():
         "DISTILLER.STUDENT_ARGS.num_filters [1, 1, 1, 1] instead of the default"
     ]
     large = shipped("SOLVER.LR", 3.0, name="imagenet/r34_r18/kd")
-    assert all("lr 3.0 instead of 0.2" in departures(large, line) for line in beside(large))
+    assert all("lr 3.0 instead of 0.2" in departures(large, line) for line in published_for(large))
     alone = flat(load_config("configs/cifar100/vanilla.yaml", ["DISTILLER.STUDENT", "vgg8"]))
-    (line,) = beside(alone)
+    (line,) = published_for(alone)
     assert departures(alone, line) == [
         "other settings were not compared: no config of this line is shipped"
     ]

@@ -169,9 +169,9 @@ BAD = {
     "SEEDS: none": "SEEDS wants their number or a list of whole numbers, got 'none'",
     "SEEDS: [1, 1]": "SEEDS [1, 1] has one twice",
     "SEEDS: 0": "SEEDS wants their number",
-    "METRIC: last_ac": "METRIC 'last_ac' is none of last_acc, best_acc",
+    "METRIC: last_ac": "METRIC 'last_ac' must be one of last_acc, best_acc",
     "METRIC: test_acc_last": "wants held-out images: set DATASET.VAL_SPLIT",
-    "TRIALS: 3": "TRIALS belongs to a search, and there is no SPACE",
+    "TRIALS: 3": "TRIALS belongs to a search: add SPACE",
     "SPACE: {SOLVER.LR: [1]}": "SPACE wants TRIALS",
     "TRIALS: 2\nSPACE: {SOLVER.LR: {LOW: 1, HIGH: 0.1}}": "LOW 1.0 is not below HIGH 0.1",
     "TRIALS: 2\nSPACE: {SOLVER.LR: {LOW: -1, HIGH: 1}}": "SOLVER.LR must be positive, got -1",
@@ -210,7 +210,7 @@ def test_the_command_line_may_not_set_what_the_trials_set(sweep, capsys):
         assert reason in capsys.readouterr().err
     assert command.main([*words(path), "--jobs", "0"]) == 2
     assert command.main([*words(path), "--table"]) == 2
-    assert "there is no study" in capsys.readouterr().err
+    assert "no study" in capsys.readouterr().err
     assert command.main([*words(path), "--storage", "oracel://x:secret@y/z"]) == 2
     error = capsys.readouterr().err
     assert "cannot be opened as a database" in error

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 from mdistiller.models._base import LIBRARIES, ModelEntry
 from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
-from mdistiller.models.external._wrapper import ExternalNet, first_line
+from mdistiller.models.external._wrapper import ExternalNet
 from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError, suggest
+from mdistiller.registry import UserError, first_line, suggest
 
 
 def import_timm() -> Any:

@@ -17,14 +17,13 @@ from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
     ExternalNet,
-    first_line,
     keep_input,
     keep_output,
     share_state,
     stage_indices,
     take,
 )
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 
 class PlainNet(ExternalNet):
