@@ -1,15 +1,14 @@
 """Sweeps: the file's trials, sharing them out, failures, death and resumption, the table."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from optuna.trial import TrialState
 from support import REPO, unpadded, write_config
 
 from mdistiller.cli import sweep as command
+from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.run import teacher
@@ -32,6 +32,8 @@ from mdistiller.sweep.study import Study
 from mdistiller.sweep.trial_state import Status, attempts_by_trial
 
 SHIPPED = [p for p in sorted((REPO / "configs").rglob("*.yaml")) if "\nSWEEP:" in p.read_text()]
+forks = "fork" in multiprocessing.get_all_start_methods()
+needs_fork = pytest.mark.skipif(not forks, reason="needs fork")
 IMPORTS = f"IMPORTS: [{json.dumps(str(REPO / 'tests' / 'sweep' / 'sweep_toy.py'))}]\n"
 
 
@@ -233,19 +235,19 @@ def claims(path, queue):
     queue.put(taken)
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@needs_fork
 def test_processes_in_a_race_never_take_the_same_trial(sweep):
-    path = sweep("SEEDS: 12\n")
+    path = sweep("SEEDS: 8\n")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    racers = [context.Process(target=claims, args=(path, queue)) for _ in range(4)]
+    racers = [context.Process(target=claims, args=(path, queue)) for _ in range(3)]
     for racer in racers:  # they also create the database all at once
         racer.start()
     taken = [queue.get(timeout=60) for _ in racers]
     for racer in racers:
         racer.join()
     assert Counter(name for names in taken for name in names) == {
-        f"s,seed:{seed}": 1 for seed in range(12)
+        f"s,seed:{seed}": 1 for seed in range(8)
     }
 
 
@@ -332,19 +334,20 @@ def test_a_trial_that_keeps_killing_its_process_has_failed(study):
 # Whole sweeps
 
 
-def process(path, *more):
-    script = str(REPO / "tools" / "sweep.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.Popen(
-        [sys.executable, script, *words(path, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
+def fork(main, argv, out):
+    """Run a command in a process of its own, which imports nothing anew."""
+
+    def run():
+        os.setpgid(0, 0)
+        with out.open("w", buffering=1) as log, contextlib.redirect_stdout(log):
+            os._exit(main(argv))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=100):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited in vain"
@@ -355,40 +358,34 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_sweeps_share_a_study_and_resume_when_both_are_killed(sweep, capsys):
-    """Both are held in epoch 2 of their trials while a third does the rest; then both die."""
+@needs_fork
+def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(sweep, capsys, monkeypatch):
+    """One is held in epoch 2 of its trials while the other does the rest; then it is killed."""
     path = sweep(
         f"OVERRIDES: {{LOGGED.GATE: {sweep.folder / 'go'}}}\n"
-        "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 3\n"
+        "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 2\n"
     )
-    held = [sweep.out / "toy" / f"held,seed:{seed}" for seed in range(3)]
-
-    def start(jobs, runs):
-        begun = process(path, "--jobs", jobs)
-        there = lambda: all((run / "latest").is_file() for run in runs)  # noqa: E731
-        wait_for(lambda: there() or begun.poll() is not None)
-        return begun
-
-    both = [start(2, held[:2]), start(1, held)]
+    held = [sweep.out / "toy" / f"held,seed:{seed}" for seed in range(2)]
+    forked = multiprocessing.get_context("fork")
+    monkeypatch.setattr(work.multiprocessing, "get_context", lambda method: forked)
+    other = fork(command.main, words(path, "--jobs", 2), sweep.folder / "printed")
+    there = lambda: all((run / "latest").is_file() for run in held)  # noqa: E731
+    wait_for(lambda: there() or not other.is_alive())
     assert command.main([*words(path), "--jobs", "1"]) == 0
     out = capsys.readouterr().out
-    assert "Not finished: 3 running." in out
+    assert "Not finished: 2 running." in out
     assert "| free " in out
-    once = {f"{cell},seed:{seed}": 1 for cell in ("held", "free") for seed in range(3)}
+    once = {f"{cell},seed:{seed}": 1 for cell in ("held", "free") for seed in range(2)}
     assert started(sweep.folder) == once  # nothing twice, nothing left out
     workers = {int(line.split()[0]) for line in (sweep.folder / "log").read_text().splitlines()}
-    assert len(workers) == 4
-    for sweeping in both:
-        sweeping.send_signal(signal.SIGKILL)
-        sweeping.wait()
+    assert len(workers) == 3
+    other.kill()
+    other.join()
     orphans = workers - {os.getpid()}
     wait_for(lambda: not any(trial_state.process_exists(pid) for pid in orphans))
     (sweep.folder / "go").touch()
-    other = process(path, "--jobs", 1)
     assert command.main([*words(path), "--jobs", "1"]) == 0
-    rest, _ = other.communicate(timeout=300)
-    assert other.returncode == 0, rest
-    assert "[6/6]" in rest + capsys.readouterr().out
+    assert "[4/4]" in capsys.readouterr().out
     assert started(sweep.folder) == {**once, **{run.name: 2 for run in held}}
     whole = rows(sweep.out / "toy" / "free,seed:0")  # the same run, uninterrupted
     assert [r["train_loss"] for r in rows(held[0])] == [r["train_loss"] for r in whole]
@@ -517,28 +514,32 @@ def test_a_resumed_point_of_a_search_keeps_its_values(sweep):
     assert study.take(study.plan.trials[0]).choose() == values
 
 
+@needs_fork
 def test_a_teacher_is_trained_by_one_while_others_wait(sweep):
     path = sweep("", TEACHER="Dot", TEACHER_CFG="teacher.yaml")
     text = "_BASE_: toy.yaml\nEXPERIMENT: {NAME: teacher}\nDISTILLER: {TYPE: NONE}\n"
     (path.parent / "teacher.yaml").write_text(text)
     cfg = load_config(path.parent / "toy.yaml", ["DISTILLER.TYPE", "KD"])
     folder = path.parent / "out" / "toy" / "teacher"
-    others = []
+    printed = path.parent / "printed"
+    argv = ["--cfg", str(path.parent / "toy.yaml"), "DISTILLER.TYPE", "KD"]
+
+    def student(argv):
+        wait_for(lambda: teacher.being_trained(cfg))
+        return train_command.main(argv)
 
     def train(own, name, resume, device):
         assert teacher.being_trained(cfg) == folder
-        student = ["DISTILLER.TYPE", "KD", "EXPERIMENT.NAME", "student"]
-        words = [str(REPO / "tools" / "train.py"), "--cfg", str(path.parent / "toy.yaml"), *student]
-        others.append(subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True))
-        said = iter(others[0].stdout.readline, "")
-        assert any("waiting for another process to train" in line for line in said)
+        waits = "waiting for another process to train"
+        wait_for(lambda: printed.is_file() and waits in printed.read_text())
         work.train_or_continue(own)
 
     assert teacher.being_trained(cfg) is None
+    other = fork(student, [*argv, "EXPERIMENT.NAME", "student"], printed)
     assert teacher.train_teacher(cfg, None, train) == folder / "student_latest"
-    rest, _ = others[0].communicate(timeout=300)
-    assert others[0].returncode == 0
-    assert "training the teacher" not in rest
+    other.join(300)
+    assert other.exitcode == 0
+    assert "training the teacher" not in printed.read_text()
     assert len(rows(folder)) == cfg.SOLVER.EPOCHS
     assert teacher.being_trained(cfg) is None
 
