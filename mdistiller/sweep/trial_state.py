@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def stale_attempts(storage: Any, study_id: int) -> list[int]:
     running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
     here = [a for a in running if a.user_attrs.get("place") == place()]
     gone = [a._trial_id for a in here if not process_exists(a.user_attrs["pid"])]
+    now = time.time()  # earlier versions recorded it, and no heartbeats
+    gone += [a._trial_id for a in running if now - a.user_attrs.get("alive", now) > GRACE]
     return [*gone, *storage._get_stale_trial_ids(study_id)]
 
 

@@ -18,7 +18,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from support import REPO, unpadded, write_config
+from support import REPO, cache_yaml, unpadded, write_config
 
 from mdistiller.cli import sweep as command
 from mdistiller.cli import train as train_command
@@ -110,6 +110,7 @@ def test_text_of_a_sweep_is_kept_as_it_is_written(sweep):
 
 
 def test_all_methods_are_those_registered_now(sweep, monkeypatch):
+    cache_yaml(monkeypatch)
     path = sweep("GRID: {DISTILLER.TYPE: all}\n", TEACHER="Dot", TEACHER_CFG="toy.yaml")
     monkeypatch.setitem(distiller_dict, "BRANDNEW", distiller_dict["KD"])
     cells = {trial.cell for trial in read_plan(path).trials}
@@ -118,7 +119,8 @@ def test_all_methods_are_those_registered_now(sweep, monkeypatch):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(REPO).as_posix())
-def test_every_shipped_sweep_can_be_planned(path):
+def test_every_shipped_sweep_can_be_planned(path, monkeypatch):
+    cache_yaml(monkeypatch)
     text = path.read_text()
     if "MODE:" in text and "MODE" not in default_config().DKD:
         pytest.skip("DKD.MODE is not there yet")
@@ -128,7 +130,8 @@ def test_every_shipped_sweep_can_be_planned(path):
         load_config(path)
 
 
-def test_the_guides_examples_can_be_planned(tmp_path):
+def test_the_guides_examples_can_be_planned(tmp_path, monkeypatch):
+    cache_yaml(monkeypatch)
     guide = (REPO / "docs" / "sweeps.md").read_text()
     plans = []
     for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL):
