@@ -19,10 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.loaders import loader
 from benchmarks.photographs import photographs
 from benchmarks.step import add_step_arguments, step
 from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 
@@ -71,7 +74,7 @@ def step_of(case: Any, form: str) -> Callable[[], None]:
 
 
 def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """One row a case, printed as it comes."""
+    """One row a case."""
     from mdistiller.cli.support.timing import peak_growth, race
     from mdistiller.registry import Registry
 
@@ -81,8 +84,8 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     titles = ["loss", "ours, ms", "textbook, ms", "ratio"]
     if args.memory:
         titles += ["ours, MiB", "textbook, MiB"]
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
-    for name in args.only or list(cases):
+    lines = []
+    for name in tqdm(args.only or list(cases), disable=None):
         steps = {form: step_of(cases[name], form) for form in ("ours", "textbook")}
         times = race(steps, device, args.rounds)
         row: dict[str, Any] = {"loss": name, **times}
@@ -98,8 +101,9 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
                 for form in steps
             }
             cells += [f"{value:.0f}" for value in row["peak_mib"].values()]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        lines.append(cells)
         rows.append(row)
+    print(markdown_table(titles, lines))
     return rows
 
 

@@ -40,7 +40,7 @@ def write_photographs(root: Path, width: int, height: int, number: int) -> None:
 
 def photographs(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row for each size and use: images per second of CPU time, decoded in this process."""
-    from mdistiller.cli.timing import race
+    from mdistiller.cli.support.timing import race
 
     rows = []
     print("| JPEGs | use | none, images/s | scaled, images/s | ratio |\n|---|---|---|---|---|")

@@ -7,6 +7,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from mdistiller.files.tables import markdown_table
+
 LOOPS = ("ours", "bare", "classic")
 
 
@@ -156,19 +158,17 @@ def show(row: dict[str, Any]) -> None:
     titles = ["loop", "ms/step", "quartiles", "wall ms", "images/s", "time over ours"]
     memory = "peak_mib" in loops["ours"]
     titles += ["peak, MiB"] if memory else []
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    lines = []
     for name, taken in loops.items():
         label = f"{name} ({row['classic_loss']} loss)" if name == "classic" else name
-        print(
-            f"| {label} | {taken['ms']:.2f} | {taken['low']:.2f}-{taken['high']:.2f} "
-            f"| {taken['wall_ms']:.2f} | {taken['images_per_second']:.0f} "
-            f"| {taken['ms'] / loops['ours']['ms']:.3f} |"
-            + (f" {taken['peak_mib']:.0f} |" if memory else "")
-        )
+        cells = [label, f"{taken['ms']:.2f}", f"{taken['low']:.2f}-{taken['high']:.2f}"]
+        cells += [f"{taken['wall_ms']:.2f}", f"{taken['images_per_second']:.0f}"]
+        cells += [f"{taken['ms'] / loops['ours']['ms']:.3f}"]
+        lines.append(cells + ([f"{taken['peak_mib']:.0f}"] if memory else []))
+    print(markdown_table(titles, lines))
     whole = sum(row["parts"].values())
-    print("| part of ours | ms/step | share |\n|---|---|---|")
-    for part, value in row["parts"].items():
-        print(f"| {part} | {value:.3f} | {100 * value / whole:.1f} % |")
+    parts = [[k, f"{v:.3f}", f"{100 * v / whole:.1f} %"] for k, v in row["parts"].items()]
+    print(markdown_table(["part of ours", "ms/step", "share"], parts))
     if "data" in row:
         own, classic = (row["data"][key]["ms"] for key in ("ours", "classic"))
         print(f"data alone, ms/step: ours {own:.3f}, classic {classic:.3f} ({classic / own:.1f}x)")

@@ -1,8 +1,10 @@
 """What several test files share."""
 
+import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,29 @@ import torch
 import warm_start
 from PIL import Image
 
+from mdistiller.engine.config.safe_yaml import parse_yaml
+
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
+
+
+def unpadded(text):
+    """Markdown tables with one space around each cell."""
+    return re.sub(" +[|]", " |", text)
+
+
+@functools.cache
+def _parsed(text, source=None):
+    return parse_yaml(text, source)
+
+
+def cache_yaml(patch):
+    """Parse each YAML text once: for tests that load hundreds of configs on a few bases."""
+
+    def parse(text, source=None):
+        return copy.deepcopy(_parsed(text, source))
+
+    patch.setattr("mdistiller.engine.config.files.parse_yaml", parse)
 
 
 def golden_values(shape, seed):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from filelock import FileLock
 
 from mdistiller.cli.support.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
+from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
@@ -150,9 +150,8 @@ class Store:
                 f"{self.path(RECORD)} says {before['size']} and {before['sha256'][:16]}...: it is "
                 "damaged or was replaced; remove it, or its entry there if you trust the new one"
             )
-        part = self.path(f"{RECORD}.part")
-        part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, self.path(RECORD))
+        with replacing(self.path(RECORD)) as part:
+            part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def get(release: Release, store: Store, source: str) -> Path:

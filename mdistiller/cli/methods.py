@@ -12,6 +12,7 @@ from typing import Any
 
 from mdistiller.cli.support.command import guarded
 from mdistiller.cli.support.probe import random_step, untrained
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import page_file
 
@@ -214,9 +215,7 @@ def row(name: str) -> list[str]:
 
 def table(names: list[str]) -> str:
     """The methods as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row(name)) + " |" for name in names]
-    return "\n".join(lines) + "\n"
+    return markdown_table(COLUMNS, map(row, names)) + "\n"
 
 
 def feature_only() -> str:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mdistiller.cli.support.command import guarded
+from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 
 
@@ -51,7 +52,7 @@ def report(args: argparse.Namespace) -> None:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give run folders, or folders above them")
     from mdistiller.report.build import build_report
-    from mdistiller.report.document import csv_text, markdown
+    from mdistiller.report.document import markdown
     from mdistiller.report.page import page
 
     if args.reach is not None and not 0 < args.reach <= 100:
@@ -61,7 +62,7 @@ def report(args: argparse.Namespace) -> None:
     )
     texts = {
         args.md: lambda: markdown(found),
-        args.csv: lambda: csv_text(found.numbers),
+        args.csv: lambda: csv_table(found.numbers),
         args.html: lambda: page(found),
     }
     files = {file: text for file, text in texts.items() if file is not None}

@@ -64,13 +64,13 @@ def sweep(args: argparse.Namespace) -> bool:
 
     file = plan.out / "study.db"
     if args.table and not args.storage and not file.is_file():
-        raise UserError(f"there is no study {file} yet")
+        raise UserError(f"no study {file} yet")
     plan.out.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{file.resolve()}"
     study = Study(plan, url, create=not args.table)
     study.check_settings()
     if args.retry:
-        study.forgive()
+        study.reset()
     if not args.table:
         run_sweep(study, args.jobs)
     rows = table.rows(plan, study.status())

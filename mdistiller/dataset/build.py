@@ -23,10 +23,10 @@ from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocess
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
-from mdistiller.dataset.pipelines import InMemoryPipeline, Size, Statistics, choose_pipeline
+from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
+from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
 

@@ -17,7 +17,7 @@ from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.sources.shards import Shards
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mdistiller.dataset.files.transforms import EvalTransform
 
 Size = tuple[int, int]  # height, width
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
 _SAMPLE = 1024  # images for mean and std where reading all takes too long
 

@@ -96,15 +96,15 @@ def run_teachers(
     Raises:
         UserError: the weights of one are not where they were.
     """
-    found: dict[str, tuple[Source, dict[Path, float | None]]] = {}
+    teachers: dict[str, tuple[Source, dict[Path, float | None]]] = {}
     for one in {source.run: source for source in sources}.values():
         assert one.run is not None
         teacher = _run_teacher(one.run, one.cfg, data)
         settings = [teacher.cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
         weights = teacher.weights if teacher.weights == PRETRAINED else teacher.weights.resolve()
-        accuracies = found.setdefault(repr((settings, weights)), (teacher, {}))[1]
+        accuracies = teachers.setdefault(repr((settings, weights)), (teacher, {}))[1]
         accuracies[one.run] = recorded_teacher_acc(one.run)
-    return list(found.values())
+    return list(teachers.values())
 
 
 def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
@@ -139,17 +139,17 @@ def file_source(
 
     Args:
         path: the file, or "pretrain" for released weights.
-        name: its name in the zoo; empty for a file of a run folder, which says it itself.
+        name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
     if name:
-        own = cfg.clone()
-        own.defrost()
-        own.DISTILLER[role] = name
-        own.freeze()
+        node = cfg.clone()
+        node.defrost()
+        node.DISTILLER[role] = name
+        node.freeze()
         if path == "pretrain":
-            return Source(f"{name} released", own, PRETRAINED, role=role)
-        return Source(path, own, Path(path), role=role)
+            return Source(f"{name} released", node, PRETRAINED, role=role)
+        return Source(path, node, Path(path), role=role)
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
         raise UserError(f"-m must name the network of {path}, which is of no run folder")
@@ -157,7 +157,7 @@ def file_source(
 
 
 def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overrides) -> Config:
-    """The config that says what data runs are looked at on: their own, if they share them.
+    """The config of the data to evaluate runs on: that of the runs, if they share it.
 
     Raises:
         UserError: they do not.

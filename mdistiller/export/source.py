@@ -35,8 +35,7 @@ from mdistiller.engine.run.record import data_facts
 from mdistiller.engine.utils import log_msg
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
-from mdistiller.models.normalize import Statistics
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network, recorded_facts
 
@@ -52,7 +51,7 @@ def from_run(
         imports: further user files.
 
     Raises:
-        UserError: it is no run folder, or has no such checkpoint.
+        UserError: it is not a run folder, or lacks the checkpoint.
     """
     cfg = recorded_config(folder, overrides, imports)
     refuse_commands(folder, cfg, overrides)
@@ -81,12 +80,12 @@ def from_checkpoint(
     """The student in a file.
 
     Args:
-        cfg: says what the data are.
+        cfg: names the data.
         checkpoint: the file, or "pretrain" for the released weights.
         num_classes: of the data. None: the data set is read, as for evaluation.
         side: of the images in pixels, where the data are not read.
         dataset: whether `cfg` names the data that it was trained on. If not, and the data are not
-            read, normalisation is only known if DATASET.MEAN says so.
+            read, normalisation is known from DATASET.MEAN alone.
     """
     if num_classes is None:
         data = data_facts(load_test_loader(cfg, torch.device("cpu"), _own(cfg, name, checkpoint)))

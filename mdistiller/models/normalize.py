@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.preprocessing import Statistics
+
 #: Mean and standard deviation of each channel, for images in [0, 1].
-Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 def renormalize_input(net: nn.Module, given: Statistics, wanted: Statistics) -> None:

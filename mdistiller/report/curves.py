@@ -7,7 +7,7 @@ from statistics import fmean
 
 from mdistiller.engine.tasks import TASKS
 from mdistiller.report.document import Chart, Line, Section, Table
-from mdistiller.report.groups import Group, family
+from mdistiller.report.groups import Group, comparable_groups
 from mdistiller.report.numbers import estimate
 from mdistiller.report.runs import Run
 from mdistiller.report.tables import NONE, plus_minus
@@ -48,7 +48,7 @@ def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
 
 def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
     """Groups that fit into one chart, and what to say of the others, a teacher's longer run say."""
-    drawn = family(groups, base)
+    drawn = comparable_groups(groups, base)
     left = ", ".join(g.name for g in groups if g not in drawn)
     notes = [f"Not drawn, as they do not compare with {base.name}: {left}."] if base else []
     return drawn, notes if left else []
@@ -108,10 +108,10 @@ def convergence(groups: Sequence[Group], base: Group | None, reach: float | None
         return Section("Convergence")
     rows = []
     for g in groups:
-        found = [hit for run in g.finished if (hit := reached(run, wanted))]
+        hits = [hit for run in g.finished if (hit := reached(run, wanted))]
         if g.finished:
-            epochs, seconds = ([float(hit[i]) for hit in found] for i in (0, 1))
-            row = [g.name, f"{len(found)} of {len(g.finished)}", plus_minus(estimate(epochs))]
+            epochs, seconds = ([float(hit[i]) for hit in hits] for i in (0, 1))
+            row = [g.name, f"{len(hits)} of {len(g.finished)}", plus_minus(estimate(epochs))]
             rows.append([*row, f"{fmean(seconds):.1f}" if seconds else NONE])
     whose = base.name if base else "the best group"
     why = "" if reach is not None else f", {SHARE:.0%} of what {whose} ends at"

@@ -136,7 +136,7 @@ def test_the_report_has_loops_parts_and_operations(tmp_path, capsys, monkeypatch
     assert benchmark.main([*words, *pair, "DATASET.TYPE", "cifar10"]) == 0
     printed = capsys.readouterr().out
     for name in ("ours", "bare", "classic (textbook loss)", *PARTS):
-        assert f"| {name} |" in printed
+        assert f"| {name} " in printed
     report = json.loads(path.read_text())
     (row,) = report["step"]
     assert list(row["loops"]) == ["ours", "bare", "classic"]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from support import REPO, TOY, command, image_folder, saved_teacher, write_config
+from support import REPO, TOY, command, image_folder, saved_teacher, unpadded, write_config
 
 from mdistiller.cli import COMMANDS
 from mdistiller.cli import eval as eval_command
@@ -254,7 +254,7 @@ def test_demo_tables_and_plots(tmp_path, capsys):
     from mdistiller.cli import demo
 
     runs = [{"last_acc": acc, "parameters": 1234, "seconds": 2.0} for acc in (90.0, 92.0)]
-    assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in demo.table({"KD": runs})
+    assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in unpadded(demo.table({"KD": runs}))
     demo.plot({"KD": [[10.0, 20.0], [12.0, 22.0]]}, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size > (500, 300)
 

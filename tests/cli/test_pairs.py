@@ -1,6 +1,7 @@
 """Every method on pairs of every kind, by its default config: runs, or is refused with a reason."""
 
 import pytest
+from support import unpadded
 
 from mdistiller.cli import pairs
 from mdistiller.distillers import distiller_dict
@@ -62,7 +63,7 @@ def test_all_methods_run_where_the_mathematics_allows(pair):
 def test_the_table_is_printed_with_each_reason_once(capsys):
     words = ["--teachers", "vgg8", "--students", "resnet8", "resnet14", "--methods", "KD", "KDSVD"]
     assert pairs.main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = unpadded(capsys.readouterr().out).splitlines()
     assert lines[0].startswith("one step of 4 random 32x32 images of 100 classes; torch ")
     assert lines[2] == "| pair | KD | KDSVD |"
     assert lines[4] == "| vgg8 -> resnet8 | ok | refused |"

@@ -131,10 +131,10 @@ def test_bad_input_is_one_line(words, tmp_path, capsys, monkeypatch):
     for line, says in [
         (["tsne", *words], "name the file for the picture by --out"),
         (["tsne", *words, "--out", "a.gif"], "--out a.gif must end in .png or .svg"),
-        (["tsne", *words, "--out", str(tmp_path / "no" / "a.png")], "there is no folder"),
+        (["tsne", *words, "--out", str(tmp_path / "no" / "a.png")], "does not exist"),
         (["tsne", *words, *out, "--samples", "0"], "--samples must be at least 1, got 0"),
         (["tsne", *words, *out, "--samples", "3"], "t-SNE needs at least 4 images, got 3"),
-        (["tsne", *words, *out, "--classes", "cat"], "--classes: there is no class 'cat'"),
+        (["tsne", *words, *out, "--classes", "cat"], "--classes: unknown class 'cat'"),
         (["correlation", *words, *out, "--classes", "1"], "between at least two classes"),
         (["correlation", *alone, *out], "a difference of correlations needs --teacher"),
     ]:

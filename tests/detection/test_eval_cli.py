@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from nets import SMALL, detector
+from support import unpadded
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
@@ -65,7 +66,7 @@ def test_numbers_are_those_of_the_evaluator(place, tmp_path, capsys):
     assert one["parameters"] == sum(p.numel() for p in detector().parameters())
     assert one["curves"]["bbox"]["classes"].keys() == {"disc", "box", "triangle"}
     assert (found["images"], found["classes"]) == (3, ["disc", "box", "triangle"])
-    out = capsys.readouterr().out
+    out = unpadded(capsys.readouterr().out)
     assert f"| {place / 'one'} | mobilenet_v2 | {numbers['bbox/AP']:.2f} |" in out
     assert f"| triangle | {numbers['bbox/AP/triangle']:.2f} |" in out
     assert f"AP {numbers['bbox/AP']:.2f}" in out
@@ -83,7 +84,7 @@ def test_a_run_folder_says_itself_what_it_holds(place, tmp_path, capsys):
     words = ["-c", str(folder), "-c", str(folder / "student_latest"), "--teacher"]
     teacher = ["DETECTION.TEACHER.WEIGHTS", str(place / "two")]
     assert run(place, *words, *teacher, cfg=False) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = unpadded(capsys.readouterr().out).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ")[2:] for line in lines if "mobilenet" in line}
     assert list(rows) == ["| detection/run best", "| detection/run latest", "| teacher"]
     assert rows["| detection/run latest"] == rows["| teacher"]
@@ -117,7 +118,7 @@ def test_masks_are_measured_beside_boxes(place, tmp_path, capsys):
     val = make_coco(tmp_path, 1, split="val", size=(64, 96), empty=0)
     words = ["-c", str(place / "masks"), "DETECTION.STUDENT.MASK", "True", *val.keys("val")]
     assert run(place, *words) == 0
-    out = capsys.readouterr().out
+    out = unpadded(capsys.readouterr().out)
     assert "| masks | network | AP |" in out
     assert "mask AP" in out
     assert run(place, *words, "--boxes") == 0

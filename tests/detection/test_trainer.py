@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from support import command, same_state
+from support import command, same_state, unpadded
 from synth import make_coco
 
 from mdistiller.cli import report, train_detection
@@ -52,7 +52,7 @@ def words(tmp_path_factory):
 
 def test_a_report_says_what_is_compared(run, capsys):
     assert report.main([str(run)]) == 0
-    text = capsys.readouterr().out
+    text = unpadded(capsys.readouterr().out)
     assert "| last epoch, test box AP % |" in text
     assert "top-1" not in text
 

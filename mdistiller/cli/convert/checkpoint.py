@@ -20,7 +20,7 @@ from typing import Any
 
 from mdistiller.cli.support.command import guarded
 from mdistiller.files.names import split_key
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 _MINUTES = 10
 _KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # torch may not start without them
@@ -149,7 +149,7 @@ def _write(found: dict[str, Any], out: Path) -> None:
         part.replace(out)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot write {out}: {first_line(error)}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.cli.support.tables import table
+from mdistiller.files.tables import markdown_table
 
 if TYPE_CHECKING:
     from mdistiller.detection.batches import ValBatches
@@ -47,13 +47,13 @@ def tables(subjects: Sequence[Subject]) -> str:
             [s.label, s.node.ARCH, *(_percent(s, f"{kind}/{name}") for name in STATISTICS)]
             for s in having
         ]
-        parts.append(table([title, "network", *STATISTICS], rows))
+        parts.append(markdown_table([title, "network", *STATISTICS], rows))
         keys = dict.fromkeys(k for s in having for k in s.numbers if k.startswith(f"{kind}/AP/"))
         rows = [
             [key.removeprefix(f"{kind}/AP/"), *(_percent(one, key) for one in having)]
             for key in keys
         ]
-        parts.append(table([f"AP of {title}", *(one.label for one in having)], rows))
+        parts.append(markdown_table([f"AP of {title}", *(one.label for one in having)], rows))
     return "\n\n".join(parts)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mdistiller.files.tables import csv_table, markdown_table
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
         numbers = [f"{quality.top1:.2f}", f"{quality.top5:.2f}", f"{quality.nll:.4f}"]
         numbers.append(f"{quality.ece:.2f}")
         rows.append([*_names(one), *numbers, *ends, one.subject.source.note or "-"])
-    return table([*head, "lowest class %", "highest class %", "note"], rows)
+    return markdown_table([*head, "lowest class %", "highest class %", "note"], rows)
 
 
 def _comparison(found: Sequence[Evaluation]) -> str:
@@ -60,7 +59,7 @@ def _comparison(found: Sequence[Evaluation]) -> str:
         numbers = [c.gap, c.agreement, c.both_right, c.only_teacher, c.only_student]
         numbers += [c.both_wrong_same, c.both_wrong_other]
         rows.append([_names(one)[1], *(f"{v:.2f}" for v in numbers), f"{c.kl:.4f}"])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _collapse(found: Sequence[Evaluation]) -> str:
@@ -71,7 +70,7 @@ def _collapse(found: Sequence[Evaluation]) -> str:
         assert c is not None
         numbers = (c.within, c.between, c.nc1, c.norm_spread)
         rows.append([_names(one)[1], *(f"{v:.4g}" for v in numbers)])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _alignment(found: Sequence[Evaluation]) -> str:
@@ -80,19 +79,11 @@ def _alignment(found: Sequence[Evaluation]) -> str:
     for one in found:
         stages = [f"{name}: {v:.3f}" for name, v in one.cka.items() if name != "pooled"]
         rows.append([_names(one)[1], ", ".join(stages), f"{one.cka['pooled']:.3f}"])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _names(one: Evaluation) -> list[str]:
     return [one.subject.source.name, one.subject.source.label]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; nothing without rows."""
-    if not rows:
-        return ""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def json_text(facts: dict[str, Any], found: Sequence[Evaluation]) -> str:
@@ -115,13 +106,7 @@ def _finite(value: Any) -> Any:
 
 def csv_text(found: Sequence[Evaluation]) -> str:
     """A row a network, the teacher's last; nested values are columns such as `teacher.kl`."""
-    rows = [dict(_flat(one.record())) for one in found]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_table([dict(_flat(one.record())) for one in found])
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -134,11 +119,10 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
 
 def confusion_text(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
     """A row a network and true class: its images, its accuracy in percent, images by prediction."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["weights", "class", "images", "accuracy", *classes])
+    rows = []
     for one in found:
         accuracies = one.quality.class_accuracy
         for name, row, accuracy in zip(classes, one.quality.confusion, accuracies, strict=True):
-            writer.writerow([_names(one)[1], name, sum(row), accuracy, *row])
-    return out.getvalue()
+            first = {"weights": _names(one)[1], "class": name, "images": sum(row)}
+            rows.append({**first, "accuracy": accuracy, **dict(zip(classes, row, strict=True))})
+    return csv_table(rows)

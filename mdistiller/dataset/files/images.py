@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 try:  # deprecated since torchvision 0.29, so a later version will remove it
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -153,7 +153,7 @@ def check_pixels(width: int, height: int, name: Path | str) -> None:
 
 
 def _unreadable(name: Path | str, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if "cannot identify image file" in reason:
         reason = "no image of a known format"
     return UnreadableError(f"{name} cannot be read as an image ({reason}); replace or remove it")

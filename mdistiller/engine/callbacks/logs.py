@@ -20,6 +20,7 @@ from torch import Tensor
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.utils import log_msg
+from mdistiller.registry import first_line
 
 EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
@@ -221,5 +222,5 @@ class Wandb(Hook):
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)

@@ -22,10 +22,10 @@ from torch import nn
 from mdistiller.engine.checkpoints.write import (
     load_checkpoint,
     network_contents,
-    replacing,
     write_checkpoint,
 )
 from mdistiller.engine.utils import log_msg
+from mdistiller.files.atomic import replacing
 from mdistiller.manifest import MANIFEST, Entry, read_manifest, sha256
 from mdistiller.registry import UserError
 

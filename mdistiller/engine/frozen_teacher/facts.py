@@ -24,12 +24,12 @@ from mdistiller.distillers import Distiller
 from mdistiller.distillers.helpers.numerics import full_precision
 from mdistiller.distillers.helpers.shapes import missing_feature, preserve_state
 from mdistiller.distillers.helpers.teacher_facts import TeacherFact
-from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.utils import log_msg
-from mdistiller.registry import UserError
+from mdistiller.files.atomic import replacing
+from mdistiller.registry import UserError, first_line
 
 
 def supply_facts(distiller: Distiller, cfg: Any, data: Data, device: torch.device) -> None:
@@ -162,7 +162,7 @@ def _read(path: Path, key: str) -> Any:
             return value
         reason = "its contents and their hash disagree"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     _say(f"{path} is damaged ({reason}) and made anew")
     return None
 

@@ -18,7 +18,7 @@ from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.runtime import rank
 
 
@@ -150,7 +150,7 @@ def try_step(
             with autocast(device, amp):
                 _, losses = trial(**inputs)
         except Exception as error:  # whatever a user's method raises
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         finite = all(bool(torch.isfinite(loss).all()) for loss in losses.values())
         return None if finite else "its losses are not finite"
 

@@ -21,12 +21,12 @@ import torch
 
 from mdistiller import __version__
 from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
-from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.config.values import flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.tasks import TASKS
+from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 

@@ -19,7 +19,7 @@ from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
-from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint, replacing
+from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
 from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
 from mdistiller.engine.hooks import Hook
@@ -58,6 +58,7 @@ from mdistiller.engine.run.together import (
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg, validate
+from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
 

@@ -20,11 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mdistiller.models.external._wrapper import ExternalNet, first_line
+from mdistiller.models.external._wrapper import ExternalNet
 from mdistiller.models.released import TORCHVISION, Pretrained, pretrained_on
 from mdistiller.models.zoo import LIBRARIES, ModelEntry
 from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError, suggest
+from mdistiller.registry import UserError, first_line, suggest
 
 
 def import_timm() -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.models.staged import StagedNet, UnsupportedError
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 _QUARTERS = 4
 MOST_WITHOUT_STEM = 4
@@ -264,11 +264,6 @@ def _keep_output(layer: Any, inputs: Any, output: Any) -> None:
 
 def _keep_input(layer: Any, inputs: Any) -> None:
     layer.kept = inputs[0]
-
-
-def first_line(error: Exception) -> str:
-    """An error's text, cut to a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def share_state(wrapper: nn.Module) -> None:

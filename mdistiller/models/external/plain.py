@@ -15,14 +15,13 @@ from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
     HookedNet,
-    first_line,
     recorded_outputs,
     run_blank,
     share_state,
     stage_indices,
 )
 from mdistiller.models.staged import StagedNet, UnsupportedError
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
 
 class PlainNet(HookedNet):
