@@ -61,7 +61,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             processes "cuda" means the GPU with this process's local rank.
 
     Raises:
-        UserError: the name is no device, or the machine does not have it.
+        UserError: the name is not a device, or the machine lacks it.
     """
     import torch
 
@@ -75,7 +75,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"DEVICE {name!r} is no device; use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"DEVICE {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is None and count:

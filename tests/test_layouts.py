@@ -305,7 +305,7 @@ def test_a_key_of_a_plain_file_is_written_apart(tmp_path):
         (b"\x89HDF\r\n\x1a\n0000", "an HDF5 file"),
         (b"<!DOCTYPE html>", "a web page"),
         (b'{"a": 1}', "a JSON file"),
-        (pickle.dumps([1])[:-2], "truncated, damaged or no PyTorch file"),
+        (pickle.dumps([1])[:-2], "truncated, damaged or not a PyTorch file"),
     ],
 )
 def test_files_of_other_kinds_are_called_what_they_are(tmp_path, contents, what):

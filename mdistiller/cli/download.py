@@ -217,7 +217,7 @@ def _from_archive(release: Release, store: Store, source: str) -> None:
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
         if release.file not in found:
-            raise UserError(f"{release.archive} of {source} holds no {release.file}")
+            raise UserError(f"{release.archive} of {source} does not contain {release.file}")
         check_network(release, found[release.file])
         for name, file in found.items():
             if not store.path(name).exists():

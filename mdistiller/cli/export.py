@@ -88,7 +88,7 @@ def find_student(args: argparse.Namespace) -> Student:
         folder, *overrides = args.opts
         given = [f"--{name}" for name in _WITHOUT_RUN if getattr(args, name.replace("-", "_"))]
         if given:
-            raise UserError(f"{given[0]} goes with -m; {folder} says itself what it holds")
+            raise UserError(f"{given[0]} goes with -m; {folder} states its network and data")
         require_run(Path(folder))
         from mdistiller.export import from_run
 

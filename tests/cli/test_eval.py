@@ -223,8 +223,8 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         ([run, other], "different data (DATASET.TYPE 'toy' and 'tiny16'); name the data"),
         ([run, "--json", tmp_path / "no" / "x.json"], "there is no folder"),
         ([run, "--csv", tmp_path], "is a folder"),
-        (["nothere"], "there is not a run folder or file nothere"),
-        ([run, tmp_path / "typo"], f"there is not a run folder or file {tmp_path / 'typo'}"),
+        (["nothere"], "run folder or file nothere does not exist"),
+        ([run, tmp_path / "typo"], f"run folder or file {tmp_path / 'typo'} does not exist"),
     ]
     for words, says in cases:
         assert says in refused(capsys, *words), words

@@ -112,7 +112,7 @@ def test_the_command_writes_a_png(runs, tmp_path, capsys):
 
 
 BAD = {
-    "nowhere": "there is not a run folder nowhere; name run folders",
+    "nowhere": "there is no run folder nowhere; name run folders",
     "": "name run folders of tools/train_detection.py",
     "RUN --threshold 2": "--threshold must be in 0..1",
     "RUN --classes disk": "no class 'disk'; did you mean 'disc'?",

@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> None:
         found = _read(args.file, "run")
         how = "its code was run"
     if found is None:
-        raise UserError(f"{args.file} holds no weights that can be found, or is damaged")
+        raise UserError(f"{args.file} is damaged, or weights were not found in it")
     _write(found, args.out)
     tensors = len(found["model"])
     print(f"{args.out}: {tensors} tensors of {args.file}; {how}")
@@ -101,7 +101,7 @@ def _ask(path: Path, trust: bool) -> None:
 
 
 def _read(path: Path, mode: str) -> dict[str, Any] | None:
-    """`{"model": state, ...}` of a file, read in a process of its own; None if there is none."""
+    """`{"model": state, ...}` of a file, read in a separate process; None without weights."""
     from mdistiller.layouts import find_states
     from mdistiller.weights import GATHERING, load_checkpoint, network_state
 
@@ -128,7 +128,7 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
                 )
             if done.returncode or not target.is_file():
                 return None
-            contents = load_checkpoint(target)  # safely: what it wrote is no more to be trusted
+            contents = load_checkpoint(target)  # safely: what it wrote is as little trusted
         except subprocess.TimeoutExpired:
             return None
     if not find_states(contents):

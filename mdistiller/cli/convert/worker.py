@@ -55,7 +55,7 @@ _DEEPEST = 100
 
 
 class ShardedError(Exception):
-    """A tensor of which the file has a part."""
+    """A tensor that the file has a part of."""
 
 
 def _wrapped() -> None:
@@ -186,7 +186,7 @@ def _without_code(source: str, target: str) -> bool:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """`value` made of tensors, mappings, lists and plain values; None for what is none of these."""
+    """`value` made of tensors, mappings, lists and plain values; None for anything else."""
     if depth > _DEEPEST:
         return None
     if isinstance(value, torch.Tensor):

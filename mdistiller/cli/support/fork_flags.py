@@ -80,7 +80,7 @@ def _find(cfg: Any, nodes: Sequence[str], keys: Sequence[str], flag: str) -> tup
             if value is not None:
                 return f"{name}.{key}", value
     raise UserError(
-        f"{flag}: DISTILLER.TYPE {cfg.DISTILLER.TYPE} has none of the keys {', '.join(keys)} in "
+        f"{flag}: DISTILLER.TYPE {cfg.DISTILLER.TYPE} lacks the keys {', '.join(keys)} in "
         f"{' or '.join(nodes)}; give the setting as KEY VALUE"
     )
 

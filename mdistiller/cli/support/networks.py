@@ -160,7 +160,7 @@ def _sources(
             raise UserError("name run folders or files by -c, or networks by -m (see --help)")
         files = paths = ["pretrain"] * len(args.model)
     if args.model and not files:
-        raise UserError("-m goes with a file of weights; a run folder says itself what it holds")
+        raise UserError("-m goes with a file of weights; a run folder states its network")
     names = args.model * len(files) if len(args.model) < 2 else list(args.model)
     if len(names) not in (0, len(files)):
         raise UserError(
@@ -179,7 +179,7 @@ def _sources(
 
 
 def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:
-    """The teacher that the arguments name; None if there is none, or it is the runs' own."""
+    """The teacher that the arguments name; None without one, or if it is the runs' own."""
     from mdistiller.evaluation.subjects import file_source, run_sources
 
     if args.teacher in ("", "none"):

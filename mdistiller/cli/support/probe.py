@@ -20,7 +20,7 @@ def untrained(
     """The distiller of a method over two networks.
 
     Args:
-        num_data: number of training images it is told of.
+        num_data: number of training images it assumes.
         settings: config keys and values, in turn.
         data: what :data:`CIFAR` is for CIFAR.
 

@@ -96,7 +96,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def json_text(facts: dict[str, Any], found: Sequence[Evaluation]) -> str:
-    """All of it; null for what is no finite number."""
+    """All of it; null for NaN and infinity."""
     contents = {**facts, "networks": [one.record() for one in found]}
     text = json.dumps(_finite(contents), indent=1, allow_nan=False)
     return _LISTS.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"

@@ -61,9 +61,9 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
+        raise UserError(f"{path} is not a config (expected sections of KEY: VALUE)")
     bases = table.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -106,7 +106,7 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     """IMPORTS with files as absolute paths: beside the config that names them, or in the cwd.
 
     Raises:
-        UserError: a file is not there, or `names` is no list of names.
+        UserError: a file is not there, or `names` is not a list of names.
     """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)):

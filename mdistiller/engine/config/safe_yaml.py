@@ -103,7 +103,7 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
         source: the file; if it is given, numbers and truth values come as :class:`Written`.
 
     Raises:
-        ValueError: it is no YAML, or too large, also by aliases of aliases; the text says why.
+        ValueError: it is not valid YAML, or too large, also by aliases of aliases.
     """
     if len(text) > LIMIT:
         raise ValueError(f"it has {len(text)} characters, at most {LIMIT} are read")

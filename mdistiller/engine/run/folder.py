@@ -32,7 +32,7 @@ def recorded_config(
         load: `load_config` of this kind of run.
 
     Raises:
-        UserError: it is no run folder, or it names other code.
+        UserError: it is not a run folder, or it names other code.
     """
     require_run(folder)
     table = recorded_settings(folder)
@@ -93,7 +93,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """The file with the student's weights of a checkpoint that was asked for by name.
 
     Raises:
-        UserError: the name is none, or the run has no such checkpoint.
+        UserError: the name is not a checkpoint, or the run has no such checkpoint.
     """
     if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
         raise UserError(
@@ -112,7 +112,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty if there is none.
+    """A file's mapping; empty without a file.
 
     Raises:
         UserError: it holds something else.
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping")
+        raise UserError(f"{path} is damaged: it is not a mapping")
     return found
 
 

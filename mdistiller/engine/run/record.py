@@ -64,7 +64,7 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
 class RunRecord(Hook):
     """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
 
-    The entry of a start that an exception ends says so under `ended`.
+    The entry of a start that an exception ends has the reason under `ended`.
 
     Args:
         facts: of what the student is trained on, for `run.json`.
