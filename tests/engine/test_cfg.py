@@ -135,15 +135,11 @@ BAD_FILES = {
 }
 
 
-LAUGHS = "a: &a [x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
 BAD_FILES |= {
-    LAUGHS: "its aliases spell more than 20000 values",
-    "SOLVER: &a {LR: *a}\n": "an alias leads back to itself",
+    "SOLVER: &a {LR: *a}\n": "SOLVER.LR wants a finite number",
     "KD: " + "[" * 3000: "is not valid YAML",
-    "KD: " + "[" * 60 + "]" * 60: "nested deeper than 50 levels",
-    "# " + "x" * 300_000: "characters, at most 262144 are read",
+    "KD: " + "[" * 60 + "]" * 60: "KD is a section with keys",
+    "KD: " + "[" * 999 + "]" * 999: "nested too deeply",
     "SOLVER: {LR: !!float x}\n": "is not valid YAML",
     "SOLVER: {EPOCHS: 0x" + "F" * 5000 + "}\n": "a int too large to print",
     "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR wants a finite number",

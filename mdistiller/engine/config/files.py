@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.config.safe_yaml import LIMIT, as_text, parse_yaml, shown
+from mdistiller.engine.config.safe_yaml import as_text, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -55,8 +55,6 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     if next(reads) > _MOST_FILES:
         raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
     try:
-        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
-            raise ValueError(f"it has {path.stat().st_size} bytes")
         table = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
