@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -212,10 +213,19 @@ def test_two_runs_never_write_one_folder(tmp_path, capsys):
 
 
 def test_a_process_enters_its_own_lock_again(tmp_path):
-    """A teacher's folder is locked by who needs it, and by its run."""
+    """A teacher's folder is locked by who needs it, and by its run; in lock-step, by threads."""
     with lock.locked(tmp_path):
         with lock.locked(tmp_path):
             pass
+
+        def enter():
+            with lock.locked(tmp_path):
+                pass
+
+        entered = threading.Thread(target=enter, daemon=True)
+        entered.start()
+        entered.join(10)
+        assert not entered.is_alive()
         with pytest.raises(Timeout):  # still locked for others
             FileLock(tmp_path / ".lock").acquire(timeout=0)
     assert not lock.is_locked(tmp_path)

@@ -51,5 +51,6 @@ def is_locked(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> FileLock:
-    """The same object for the same folder: a teacher's is locked by who needs it and by its run."""
-    return FileLock(folder.absolute() / ".lock", is_singleton=True)
+    """The same object for a folder in all threads: a teacher's is locked by who needs it and by its
+    run, and runs in lock-step, each in a thread, may share one."""
+    return FileLock(folder.absolute() / ".lock", is_singleton=True, thread_local=False)
