@@ -76,7 +76,7 @@ def epoch(loader: Iterable[Any], device: str) -> Callable[[], None]:
 
 def loader(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row a pipeline: images per second of whole epochs, in turns."""
-    from mdistiller.cli.timing import race
+    from mdistiller.cli.support.timing import race
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.loaders import loader
 from benchmarks.step import add_step_arguments, step
-from mdistiller.cli.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, guarded
 from mdistiller.registry import UserError
 
 
@@ -68,7 +68,7 @@ def step_of(case: Any, form: str) -> Callable[[], None]:
 
 def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row a case, printed as it comes."""
-    from mdistiller.cli.timing import peak_growth, race
+    from mdistiller.cli.support.timing import peak_growth, race
     from mdistiller.registry import Registry
 
     cases = Registry("loss case")
@@ -110,7 +110,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Measure, print a table, write JSON if asked."""
     import torch
 
-    from mdistiller.cli.timing import surroundings
+    from mdistiller.cli.support.timing import surroundings
     from mdistiller.runtime import resolve_device
 
     if args.suite != "step":

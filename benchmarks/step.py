@@ -26,7 +26,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row: the loops, the parts, the operations. Printed as tables."""
     from benchmarks.clock import PARTS, Clock, put_on_clock
-    from mdistiller.cli.timing import peak_growth, race
+    from mdistiller.cli.support.timing import peak_growth, race
     from mdistiller.registry import UserError
 
     if min(args.steps, args.images) < 1:
@@ -128,7 +128,7 @@ def measured_peaks(device: str, amp: str) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from mdistiller.cli.timing import seconds
+    from mdistiller.cli.support.timing import seconds
 
     dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     side, images = (8192, 256) if device.startswith("cuda") else (1024, 16)

@@ -1,4 +1,7 @@
-"""Where the process runs: device, rank among processes, project folder. Imports nothing of ours."""
+"""Where the process runs: device, rank among processes, project folder.
+
+torch is imported where it is needed: a command's --help and errors about files come without it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 LONGEST = datetime.timedelta(days=7)
 """What processes wait for one another where one has long work to do."""
@@ -42,6 +46,13 @@ def results_root() -> Path:
     return checkout / "docs" / "results" if inside else _PACKAGE / "results"
 
 
+def page_file() -> Path:
+    """The table of methods: `docs/methods.md` of the checkout, or the package's copy."""
+    checkout = _PACKAGE.parent
+    inside = (checkout / "pyproject.toml").is_file()
+    return (checkout / "docs" if inside else _PACKAGE / "pages") / "methods.md"
+
+
 def resolve_device(name: str = "auto") -> torch.device:
     """The torch device for a config value.
 
@@ -50,8 +61,10 @@ def resolve_device(name: str = "auto") -> torch.device:
             processes "cuda" means the GPU with this process's local rank.
 
     Raises:
-        UserError: the name is no device, or the machine does not have it.
+        UserError: the name is not a device, or the machine lacks it.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -62,7 +75,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"DEVICE {name!r} is no device; use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"DEVICE {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is None and count:
@@ -81,16 +94,22 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def distributed() -> bool:
     """Whether a process group of torch.distributed is up."""
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Rank of this process, 0 without a process group."""
+    import torch.distributed as dist
+
     return dist.get_rank() if distributed() else 0
 
 
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
+    import torch.distributed as dist
+
     return dist.get_world_size() if distributed() else 1
 
 
@@ -101,6 +120,8 @@ def side_group() -> dist.ProcessGroup:
     another run trains) must not look like a process that hangs. Nothing of it waits for a GPU. All
     processes have to ask for it first at the same point.
     """
+    import torch.distributed as dist
+
     world = dist.group.WORLD
     if _side.get("of") is not world:
         _side.update(of=world, group=dist.new_group(backend="gloo", timeout=LONGEST))
@@ -113,6 +134,8 @@ _side: dict[str, Any] = {}
 def wait_for_all() -> None:
     """Wait until all processes are here, for days if need be."""
     if distributed():
+        import torch.distributed as dist
+
         dist.barrier(group=side_group())
 
 

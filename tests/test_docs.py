@@ -8,7 +8,7 @@ import re
 
 from support import REPO
 
-from mdistiller.cli import COMMANDS, train
+from mdistiller.cli import COMMANDS, module_of
 from mdistiller.detection.config import default_config as detection_config
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG
@@ -156,9 +156,9 @@ def test_pages_name_no_private_modules():
 
 def options(name):
     """The options of a command."""
-    script = (REPO / "tools" / f"{name}.py").read_text()
-    module = importlib.import_module(re.search(r"from (\S+) import main", script)[1])
-    parser = getattr(module, "parser", train.parser)()  # train_detection has that of train
+    module = {"benchmark": "benchmarks.main", "faults": "faults.main"}
+    module["train_detection"] = "mdistiller.cli.train"
+    parser = importlib.import_module(module.get(name) or module_of(name)).parser()
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

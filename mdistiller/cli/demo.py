@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.registry import UserError
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}

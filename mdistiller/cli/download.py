@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def releases() -> Registry:
     """All released weights, by ZOO/NAME."""
     from mdistiller.models import get_model_entry, zoo_names
-    from mdistiller.models._released import TORCHVISION
+    from mdistiller.models.released import TORCHVISION
 
     usual, found = project_root() / "download_ckpts", Registry("released network")
     for zoo in DATA:
@@ -157,7 +157,7 @@ class Store:
 
 def get(release: Release, store: Store, source: str) -> Path:
     """The file of a release, fetched if it is not there, and compared with its record."""
-    from mdistiller.models._released import released_file
+    from mdistiller.models.released import released_file
 
     if not release.file:
         return released_file(release.checkpoint, release.name)
@@ -217,7 +217,7 @@ def _from_archive(release: Release, store: Store, source: str) -> None:
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
         if release.file not in found:
-            raise UserError(f"{release.archive} of {source} holds no {release.file}")
+            raise UserError(f"{release.archive} of {source} does not contain {release.file}")
         check_network(release, found[release.file])
         for name, file in found.items():
             if not store.path(name).exists():
@@ -268,7 +268,7 @@ def verify(release: Release, path: Path) -> None:
 
 def published_accuracy(release: Release, dataset: str) -> float | None:
     """Top-1 in % that those who released weights report, if they do."""
-    from mdistiller.models._released import torchvision_accuracy
+    from mdistiller.models.released import torchvision_accuracy
     from mdistiller.report.published import published
 
     if not release.file:
@@ -285,7 +285,7 @@ def show(known: Registry, store: Path) -> None:
             there = (store / release.file).is_file()
             origin = release.archive or "no address known, --from only"
         else:
-            from mdistiller.models._released import place_of
+            from mdistiller.models.released import place_of
 
             there, origin = place_of(release.checkpoint).is_file(), release.checkpoint
         print(f"{name:<26}{'here' if there else '-':<6}{origin}")

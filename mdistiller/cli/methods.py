@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli._probe import random_step, untrained
-from mdistiller.cli.command import guarded
-from mdistiller.registry import UserError
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.probe import random_step, untrained
+from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import page_file
 
 PAIR = ("resnet32x4", "resnet8x4")
 COLUMNS = [
@@ -233,17 +234,28 @@ def feature_only() -> str:
     )
 
 
-def methods(args: argparse.Namespace) -> None:
-    """Print the table, or write the page."""
-    from mdistiller.distillers import distiller_dict
+def stored() -> tuple[list[str], dict[str, str]]:
+    """The two lines of the table's head, and the row of each method, from the page."""
+    lines = [line for line in page_file().read_text("utf-8").splitlines() if line[:1] == "|"]
+    return lines[:2], {line.split("`")[1]: line for line in lines[2:]}
 
-    names = args.only or sorted(name for name in distiller_dict if name != "NONE")
-    text = table([name for name in names if distiller_dict[name]])
+
+def methods(args: argparse.Namespace) -> None:
+    """Print the stored table, or make the page anew."""
     if args.write is None:
-        print(text, end="")
+        head, rows = stored()
+        for name in args.only or rows:
+            if name not in rows:
+                raise UserError(
+                    f"unknown method {name!r}{suggest(name, rows)} (methods: {', '.join(rows)})"
+                )
+        print(*head, *(rows[name] for name in args.only or rows), sep="\n")
         return
     if args.only:
         raise UserError("--write makes the whole page: leave out --only")
+    from mdistiller.distillers import distiller_dict
+
+    text = table(sorted(name for name in distiller_dict if name != "NONE"))
     try:
         head, mark, _ = args.write.read_text().partition(MARK)
         if not mark:

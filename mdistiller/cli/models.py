@@ -9,7 +9,7 @@ import argparse
 import fnmatch
 from typing import Any
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.registry import UserError
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from mdistiller.cli._probe import CIFAR, random_step, untrained
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.probe import CIFAR, random_step, untrained
 from mdistiller.registry import UserError
 
 BATCH = 4

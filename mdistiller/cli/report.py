@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.registry import UserError
 
 
@@ -47,6 +47,9 @@ def write(file: Path, text: str) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Run the command."""
+    for path in args.runs:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder; give run folders, or folders above them")
     from mdistiller.report.build import build_report
     from mdistiller.report.document import csv_text, markdown
     from mdistiller.report.page import page

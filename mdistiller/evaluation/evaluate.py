@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.distillers._base import Output
-from mdistiller.distillers._stages import pair_by_height
+from mdistiller.distillers import Output
+from mdistiller.distillers.helpers.stages import pair_by_height
 from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (

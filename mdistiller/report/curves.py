@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from mdistiller.engine.tasks import TASKS
 from mdistiller.report.document import Chart, Line, Section, Table
 from mdistiller.report.groups import Group, family
 from mdistiller.report.numbers import estimate
@@ -21,15 +22,14 @@ _LEARNING = (
     ("train_acc", "Accuracy in training", "top-1 %"),
     ("test_loss", "Cross-entropy after each epoch", "nats"),
     ("train_loss", "Training loss, all terms", "loss"),
-    ("test_bbox/AP", "Box AP after each round", "AP %"),
-    ("test_segm/AP", "Mask AP after each round", "AP %"),
 )
 
 
 def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
     """Accuracy and loss by epoch, of the groups that compare with the baseline if there is one."""
     drawn, notes = _drawn(groups, base)
-    charts = [_chart(drawn, *words) for words in _LEARNING]
+    curves = (*_LEARNING, *(curve for task in TASKS.values() for curve in task.curves))
+    charts = [_chart(drawn, *words) for words in curves]
     longest = max((len(line.mean) for line in charts[0].lines), default=0)
     if longest >= 2 * FEW:
         half = _chart(drawn, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
@@ -92,10 +92,11 @@ def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> fl
 
 def reached(run: Run, accuracy: float) -> tuple[int, float] | None:
     """Epochs and seconds until a run's accuracy is there, earlier stages' seconds included."""
+    scores = ["test_acc", *(task.score for task in TASKS.values())]
     seconds = sum(row.get("seconds", 0.0) for row in run.stages)
     for row in run.epochs:
         seconds += row.get("seconds", 0.0)
-        if row.get("test_acc", row.get("test_bbox/AP", 0.0)) >= accuracy:
+        if max(row.get(key, 0.0) for key in scores) >= accuracy:
             return int(row["epoch"]), seconds
     return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
 
@@ -23,12 +24,11 @@ _PLACES = (
     *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
     *("DATASET.WORKER_TIMEOUT", "SOLVER.RANK_TIMEOUT", "SOLVER.FIND_UNUSED_PARAMETERS"),
 )
-_PATHS = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS", "DISTILLER.TEACHER_CKPT")
+_PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_CKPT")
 # What accuracies are accuracies of.
 _SUBJECT = (
-    *("DISTILLER.STUDENT", "DETECTION.STUDENT.ARCH", "DATASET.TYPE", "DATASET.ROOT"),
+    *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT"),
     *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
-    "DETECTION.DATA.VAL_ANNOTATIONS",
 )
 _SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
 
@@ -112,7 +112,7 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {key.partition(".")[0] for key in config}
     defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
     whole = {**defaults, **config}
-    for key in _PATHS:
+    for key in (*_PATHS, *(key for task in TASKS.values() for key in task.paths)):
         if whole.get(key):
             whole[key] = str(Path(whole[key]).resolve())
     seed = config.get("EXPERIMENT.SEED", 0)
@@ -169,14 +169,16 @@ def family(groups: Sequence[Group], base: Group | None) -> list[Group]:
 
 def measure(groups: Sequence[Group]) -> str:
     """What their accuracy is."""
-    kinds = ["box AP" if run.detects else "top-1" for g in groups for run in g.runs]
+    tasks = [task_of(run.config) for g in groups for run in g.runs]
+    kinds = ["top-1" if task is None else task.score_name for task in tasks]
     return " or ".join(dict.fromkeys(kinds))
 
 
 def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
     ours, theirs = _whole(first.config), _whole(second.config)
-    return all(ours.get(key) == theirs.get(key) for key in {*_SUBJECT, *_network(ours, theirs)})
+    subject = {*_SUBJECT, *(key for task in TASKS.values() for key in task.subject)}
+    return all(ours.get(key) == theirs.get(key) for key in subject | {*_network(ours, theirs)})
 
 
 def _network(*configs: Mapping[str, Any]) -> Iterator[str]:

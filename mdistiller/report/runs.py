@@ -56,11 +56,6 @@ class Run:
         """Accuracy on the test set in %, of the "last" or the "best" epoch."""
         return self.summary.get(f"test_acc_{which}", self.summary.get(f"{which}_acc"))
 
-    @property
-    def detects(self) -> bool:
-        """Whether it trained a detector, whose accuracy is its box AP."""
-        return "DETECTION.STUDENT.ARCH" in self.config
-
     def held_out(self, which: str) -> float | None:
         """Accuracy on held-out images in %, None for a run that holds out none."""
         return self.summary.get(f"{which}_acc") if "test_acc_best" in self.summary else None

@@ -8,18 +8,18 @@ import torch
 
 from benchmarks import loaders
 from benchmarks import main as benchmark
-from mdistiller.cli import timing
+from mdistiller.cli.support import timing
 
 
 def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
     path = tmp_path / "losses.json"
-    words = ["losses", "--device", "cpu", "--batch", "8", "--rounds", "3", "--only", "KD", "NST"]
+    words = ["losses", "--device", "cpu", "--batch", "4", "--rounds", "1", "--only", "KD", "NST"]
     assert benchmark.main([*words, "--json", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in printed[1:]] == ["loss", "---", "KD", "NST"]
     report = json.loads(path.read_text())
     assert report["device"] == "cpu"
-    assert report["batch"] == 8
+    assert report["batch"] == 4
     assert {"hardware", "torch", "threads"} <= set(report)
     for row in report["losses"]:
         assert row["ratio"] == pytest.approx(row["textbook"]["ms"] / row["ours"]["ms"])
@@ -30,7 +30,7 @@ def test_losses_are_timed_against_the_textbook(tmp_path, capsys):
 def test_loaders_are_timed_against_torchvisions(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loaders, "IMAGES", 26)
     path = tmp_path / "loader.json"
-    words = ["loader", "--device", "cpu", "--batch", "8", "--rounds", "2", "--workers", "1"]
+    words = ["loader", "--device", "cpu", "--batch", "8", "--rounds", "1", "--workers", "1"]
     assert benchmark.main([*words, "--json", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in printed[1:]]
@@ -67,9 +67,7 @@ def allocate(megabytes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from Linux's /proc")
 def test_peak_memory_is_that_of_the_step():
-    small, large = (timing.peak_growth(allocate, size, device="cpu") for size in (40, 200))
-    assert small == pytest.approx(40, abs=15)
-    assert large == pytest.approx(200, abs=15)
+    assert timing.peak_growth(allocate, 200, device="cpu") == pytest.approx(200, abs=15)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def refused(capsys, words, main=train_command.main):
 
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
-    "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD has none of the keys ALPHA_T in KD;",
+    "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD lacks the keys ALPHA_T in KD;",
     "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number",
     "DISTILLER.STUDENT resnet9": "DISTILLER.STUDENT: unknown CIFAR model 'resnet9'; did you mean",
     "DISTILLER.TYPE KDD": "unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean 'KD'?",
@@ -45,7 +45,7 @@ BAD = {
     "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CKPT none.pth": "TEACHER_CKPT: none.pth does not exist",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CFG none.yaml": "config file 'none.yaml' not found",
-    "DEVICE tpu": "DEVICE 'tpu' is no device",
+    "DEVICE tpu": "DEVICE 'tpu' is not a device",
     "SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0",
     "DISTILLER.STUDENT BabyStudent DATASET.TYPE tiny16": "take 32x32 images, not 16x16",
     "EXPERIMENT.PROJECT a/../../b": "make no folder name",
@@ -108,7 +108,7 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
         (run / name).write_bytes(before[name][:-100])
     error = refused(capsys, ["--cfg", config, "--resume"])
     assert "latest is not what its run wrote (damaged" in error
-    assert "nor can any other here be used" in error
+    assert "the other checkpoints there are damaged as well" in error
 
 
 README = (REPO / "README.md").read_text()

@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     cases = [
         ([], "name run folders or files by -c, or networks by -m"),
         (["-c", path], f"-m must name the network of {path}"),
-        (["-c", tmp_path], f"{tmp_path} is no run folder"),
+        (["-c", tmp_path], f"{tmp_path} is not a run folder"),
         ([run, "-m", "resnet8"], "-m goes with a file"),
         (["-m", "resnet8", "-m", "vgg8", "-c", path], "-m names 2 networks for 1 files"),
         ([run, "--checkpoint", "epoch_9"], "has no checkpoint epoch_9 (it has: best, latest)"),
@@ -223,8 +223,8 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         ([run, other], "different data (DATASET.TYPE 'toy' and 'tiny16'); name the data"),
         ([run, "--json", tmp_path / "no" / "x.json"], "there is no folder"),
         ([run, "--csv", tmp_path], "is a folder"),
-        (["nothere"], "there is no run folder or file nothere"),
-        ([run, tmp_path / "typo"], f"there is no run folder or file {tmp_path / 'typo'}"),
+        (["nothere"], "run folder or file nothere does not exist"),
+        ([run, tmp_path / "typo"], f"run folder or file {tmp_path / 'typo'} does not exist"),
     ]
     for words, says in cases:
         assert says in refused(capsys, *words), words

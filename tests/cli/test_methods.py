@@ -55,7 +55,7 @@ def test_needs_and_extras():
 
 def test_bad_input_is_one_line(capsys, tmp_path):
     for words, message in [
-        (["--only", "DKDD"], "unknown distiller (DISTILLER.TYPE) 'DKDD'; did you mean 'DKD'?"),
+        (["--only", "DKDD"], "unknown method 'DKDD'; did you mean 'DKD'?"),
         (["--only", "KD", "--write", str(tmp_path / "x.md")], "leave out --only"),
     ]:
         assert methods.main(words) == 2

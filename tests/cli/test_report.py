@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     old = evaluation(tmp_path / "old.json", retrained)
     cut = detections(tmp_path / "cut.json", (runs / "plain,seed:0" / "student_best", 70.0, None))
     for words, message in {
-        ("none",): "none is no folder",
+        ("none",): "none is not a folder",
         (tmp_path,): "there is no run in or below",
         (runs, "--baseline", "plane"): "--baseline 'plane'; did you mean 'plain'?",
         (runs, "--reach", "0"): "--reach must be above 0 and at most 100, got 0",

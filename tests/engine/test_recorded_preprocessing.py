@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from support import image_folder, write_config
 
-from mdistiller.cli import convert_checkpoint
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.networks.build import build_distiller, measure_teacher, teacher_test_loader

@@ -399,7 +399,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     unknown_data = ["-m", "resnet8", "-c", file, "--num-classes", 10, "--out", tmp_path / "new"]
     for words, message in [
         ([], "name a run folder, or a network and a checkpoint by -m and -c"),
-        ([tmp_path / "nowhere"], "is no run folder: it has no config.yaml"),
+        ([tmp_path / "nowhere"], "is not a run folder: it has no config.yaml"),
         (
             [run, "--checkpoint", "worst"],
             "--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got",

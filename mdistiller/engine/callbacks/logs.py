@@ -18,12 +18,10 @@ from tensorboardX.summary import scalar
 from torch import Tensor
 
 from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.utils import log_msg
 
-EPOCH_KEYS = (
-    *("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"),
-    *("test_bbox/AP", "test_bbox/AP50", "test_segm/AP"),
-)
+EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
 
 def plain(value: Any) -> Any:
@@ -85,7 +83,8 @@ class WorkLog(AppendedFile):
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         values = numbers_of(record)
-        numbers = [f"{key}: {values[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in values]
+        keys = ["lr", *EPOCH_KEYS, *(key for task in TASKS.values() for key in task.logged)]
+        numbers = [f"{key}: {values[key]:.2f}" for key in keys if key in values]
         rule = "-" * 25
         title = f"{trainer.stage} epoch: {epoch}".strip()
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))

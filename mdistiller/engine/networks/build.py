@@ -21,8 +21,7 @@ from mdistiller.dataset import (
     own_view,
 )
 from mdistiller.dataset.memory.loader import EvalLoader
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
-from mdistiller.distillers._compose import part_names
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller, part_names
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher

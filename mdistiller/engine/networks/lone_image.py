@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset.sampler import BatchPlan
-from mdistiller.distillers._common import undisturbed
+from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -103,7 +103,7 @@ def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | Non
 
 
 def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
-    """For detection, whose batches all have SOLVER.BATCH_SIZE images: refuse 1 if that fails.
+    """For batches that all have SOLVER.BATCH_SIZE images: refuse 1 if a step with one fails.
 
     Args:
         stream: of training batches; afterwards where it was.
@@ -133,7 +133,7 @@ def try_step(
     Args:
         stage: name of the initialisation stage that the step is of; "" for the main one.
     """
-    with undisturbed(distiller):
+    with preserve_state(distiller):
         try:
             trial = copy.deepcopy(distiller)
         except (RuntimeError, TypeError):  # holds what cannot be copied: the first step will tell

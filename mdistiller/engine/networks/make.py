@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data, TestData
-from mdistiller.models import ModelEntry
-from mdistiller.models.external.plain import as_staged
+from mdistiller.models import ModelEntry, as_staged
 from mdistiller.registry import UserError
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mdistiller.dataset import known_data, own_view
 from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.config.files import require_run
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.run.record import recorded_settings
 from mdistiller.engine.user_code.imports import is_imported
@@ -31,13 +32,9 @@ def recorded_config(
         load: `load_config` of this kind of run.
 
     Raises:
-        UserError: it is no run folder, or it names other code.
+        UserError: it is not a run folder, or it names other code.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
-            "the network and the file by -m and -c"
-        )
+    require_run(folder)
     table = recorded_settings(folder)
     named = table.pop("IMPORTS", None) or []
     given = {_own_name(name) for name in imports}
@@ -96,7 +93,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """The file with the student's weights of a checkpoint that was asked for by name.
 
     Raises:
-        UserError: the name is none, or the run has no such checkpoint.
+        UserError: the name is not a checkpoint, or the run has no such checkpoint.
     """
     if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
         raise UserError(
@@ -115,7 +112,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty if there is none.
+    """A file's mapping; empty without a file.
 
     Raises:
         UserError: it holds something else.
@@ -127,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping")
+        raise UserError(f"{path} is damaged: it is not a mapping")
     return found
 
 
