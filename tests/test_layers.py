@@ -118,8 +118,8 @@ def test_the_modules_that_forks_import_from_have_their_names():
         "models._base": ["ModelEntry", "StagedNet", "register_model"],
     }
     for module, names in doors.items():
-        found = vars(importlib.import_module(f"mdistiller.{module}"))
-        assert [name for name in names if name not in found] == []
+        available = vars(importlib.import_module(f"mdistiller.{module}"))
+        assert [name for name in names if name not in available] == []
 
 
 def method_files():

@@ -302,10 +302,10 @@ class SharedTeacher:
             raise AttributeError(name)
         return getattr(self._teacher, name)
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Take over the teacher's weights before the next forward."""
         if not self.plain:
-            self._teacher.renew()
+            self._teacher.refresh()
 
     def __call__(self, image: Tensor) -> Any:
         at = getattr(image, "batch_of_group", None)
