@@ -35,8 +35,7 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT).square().mean()
 
-    own, other, cross = ((student, student), (teacher, teacher), (student, teacher))
-    return kernel(*own) + kernel(*other) - 2 * kernel(*cross)
+    return kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher)
 
 
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:

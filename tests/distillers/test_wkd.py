@@ -209,7 +209,10 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", -3.0], "neither may be negative"),
         (["WKD.LAMBDA", 0.0], "WKD.LAMBDA must be positive, got 0"),
         ([f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.HINT_LAYER", 9], "WKD.HINT_LAYER 9: the networks"),
-        ([f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"], "WKD.PROJECTOR 'mlp' is none"),
+        (
+            [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"],
+            "WKD.PROJECTOR 'mlp' is not one of",
+        ),
         (
             [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "DISTILLER.TEACHER_CACHE", "memory"],
             "DISTILLER.TEACHER_CACHE memory: it remembers logits, but",
