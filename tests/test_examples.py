@@ -161,5 +161,7 @@ def test_own_backbone(folder):
     assert "import_user_modules(['own_backbone.py'])  # where plain_small is registered" in text
     shutil.copy(folder / "own_backbone.py", deploy)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = "\n".join([*blocks, "print(tuple(logits.shape))"])
-    assert python(deploy, "-c", code) == "(4, 10)\n"
+    script = deploy / "check.py"
+    script.write_text("\n".join([*blocks, "print(tuple(logits.shape))"]))
+    done = run_script(script, cwd=deploy)
+    assert done.stdout == "(4, 10)\n", done.stderr
