@@ -114,7 +114,7 @@ def distilled(distiller: Any) -> Any:
 
     Stages of cross-entropy alone add nothing.
     """
-    from mdistiller.engine.init_stage import running
+    from mdistiller.engine.stages import running
 
     terms: list[Any] = []
     for stage in distiller.init_stages():

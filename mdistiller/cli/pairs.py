@@ -37,7 +37,7 @@ def one_step(
     method: str, teacher: str, student: str, data: tuple[str, tuple[int, int], int] = CIFAR
 ) -> str:
     """Try a step of every stage on random images: "ok", or why it does not work."""
-    from mdistiller.engine.init_stage import running
+    from mdistiller.engine.stages import running
 
     try:
         distiller = untrained(method, teacher, student, 200, ["CRD.NCE.K", 32], data)

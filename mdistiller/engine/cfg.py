@@ -130,9 +130,9 @@ def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) 
     """The error for a key that does not exist: the nearest beside it, else the nearest of all."""
     siblings = [".".join((*path, key)) for key in node]
     nearest = suggest(name, siblings) or (suggest(name, flatten(root)) if not path else "")
-    known = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
+    keys = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
     plain = name if name.isprintable() and len(name) <= 120 else shown(name)
-    return f"unknown config key {plain}{nearest}{known}"
+    return f"unknown config key {plain}{nearest}{keys}"
 
 
 def add_registered_nodes(cfg: CfgNode) -> None:

@@ -71,20 +71,20 @@ def is_main_process() -> bool:
 
 def from_main_process(find: Callable[[], T]) -> T:
     """What the first process finds, in all of them."""
-    found: list[Any] = [find() if rank() == 0 else None]
+    box: list[Any] = [find() if rank() == 0 else None]
     if distributed():
-        dist.broadcast_object_list(found, src=0, group=side_group())
-    result: T = found[0]
+        dist.broadcast_object_list(box, src=0, group=side_group())
+    result: T = box[0]
     return result
 
 
-def of_all_processes(own: T) -> list[T]:
+def of_all_processes(value: T) -> list[T]:
     """What every process has, by rank, in all of them."""
     if not distributed():
-        return [own]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own, group=side_group())
-    return found
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=side_group())
+    return values
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""What happens around the training loop is done by hooks, in list order; this is their base."""
+"""Hooks act at named moments of the training loop, in list order; this is their base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,7 +20,8 @@ class Trainer(Protocol):
     Attributes:
         cfg: the whole config.
         model: the distiller, never wrapped; `distiller` may be wrapped for several processes.
-        epoch: the last finished epoch; `step`: micro-batches of the one under way.
+        epoch: the last finished epoch, of `epochs`; `step`: micro-batches of the one under way.
+        progress: of the epoch under way: its meters and what it has taken.
         best_acc: percent, in `best_epoch`.
         history: one record per epoch.
         stage: name of a method's initialisation stage, "" in the main one.
@@ -40,22 +41,26 @@ class Trainer(Protocol):
     accumulate: int
     epoch: int
     step: int
+    progress: Any
     stage: str
     best_acc: float
     best_epoch: int
     history: list[dict[str, Any]]
     init_state: dict[str, Any] | None
     position: dict[str, Any] | None
-    teacher_cache: Any
-    guard: Any
     hooks: list[Hook]
 
+    @property
+    def epochs(self) -> int: ...
     @property
     def fresh(self) -> bool: ...
     @property
     def global_step(self) -> int: ...
     @property
     def begins_step(self) -> bool: ...
+    @property
+    def ends_step(self) -> bool: ...
+    def call(self, moment: str, *args: Any) -> None: ...
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None: ...
     def evaluate(self) -> dict[str, float]: ...
     def progress_line(self, record: Record) -> str: ...
@@ -67,7 +72,18 @@ class Trainer(Protocol):
 
 
 class Hook:
-    """Base of all hooks: does nothing. A subclass overrides the moments it cares about."""
+    """Base of all hooks: does nothing. A subclass overrides the moments it cares about.
+
+    Class attributes:
+        moments: names of the methods that a subclass overrides; only these are called.
+    """
+
+    moments: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        names = [name for name in vars(Hook) if not name.startswith("_")]
+        cls.moments = frozenset(n for n in names if getattr(cls, n) is not getattr(Hook, n))
 
     def before_train(self, trainer: Trainer) -> None:
         """Once, before the first epoch of this process."""
@@ -78,11 +94,27 @@ class Hook:
     def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         """After a checkpoint was loaded: take what :meth:`state` once gave, if it is there."""
 
+    def before_epoch(self, trainer: Trainer, saved: Mapping[str, Any]) -> None:
+        """Before the first step of an epoch, or the first after resuming within one.
+
+        `saved` then holds what :meth:`epoch_state` gave in this process; else it is empty.
+        """
+
+    def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
+        """Before the forward pass of a micro-batch; `inputs` go to the distiller."""
+
+    def after_forward(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
+        """After it, with the loss terms, before the backward pass."""
+
     def after_update(self, trainer: Trainer) -> None:
         """After every step of the optimizer in the main stage."""
 
-    def after_steps(self, trainer: Trainer, meters: Mapping[str, Any]) -> None:
-        """Every LOG.TENSORBOARD_FREQ steps, with the means of the epoch so far."""
+    def after_step(self, trainer: Trainer, meters: Any) -> None:
+        """After every micro-batch, with the means of the epoch so far (`meters.flush()` first)."""
+
+    def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
+        """Numbers for the epoch's record, after its last step and before the evaluation."""
+        return {}
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         """After each epoch; `record` holds its numbers and may be added to."""
@@ -94,25 +126,29 @@ class Hook:
         """Before a checkpoint is written: make durable what was logged."""
 
     def save(self, trainer: Trainer) -> None:
-        """Between two steps, when the state of the run is to be kept."""
+        """Save a checkpoint, after an epoch or within one."""
 
     def sizes(self, trainer: Trainer) -> dict[str, int]:
         """Bytes of the log files that this hook appends to, by name."""
         return {}
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
-        """What a checkpoint is to hold beside the trainer's own entries."""
+        """What a checkpoint holds beside the trainer's own entries."""
+        return {}
+
+    def epoch_state(self, trainer: Trainer) -> dict[str, Any]:
+        """What this process needs to continue within the epoch; called in every process."""
         return {}
 
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
-        """Networks to be kept in files of their own after an epoch, by the files' names."""
+        """Networks to save in files of their own after an epoch, by the files' names."""
         return {}
 
     def after_train(self, trainer: Trainer) -> None:
         """Once, after the last epoch."""
 
     def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
-        """What the run's summary is to hold beside the trainer's own entries."""
+        """What the run's summary holds beside the trainer's own entries."""
         return {}
 
     def abandon(self, trainer: Trainer) -> None:

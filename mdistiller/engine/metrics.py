@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mdistiller.engine.distributed import sum_over_ranks
-from mdistiller.engine.utils import AverageMeter
 from mdistiller.registry import UserError
 
 
@@ -26,6 +25,54 @@ class NonFiniteLossError(UserError):
         self.ago = ago
 
 
+class AverageMeter:
+    """A running weighted mean. Attributes: `val` (last value), `sum`, `count`, `avg`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = 0.0
+        self.sum = 0.0
+        self.count = 0.0
+
+    def update(self, val: float, n: float = 1) -> None:
+        """Add `val`, the mean over `n` items."""
+        self.val = float(val)
+        self.sum += self.val * n
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        return self.sum / self.count if self.count else 0.0
+
+
+def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+    """How many samples have their class among the k largest logits, for each k.
+
+    A k above the number of classes counts as that number.
+
+    Args:
+        logits: [N, C].
+        target: [N] class indices, or [N, C] class probabilities, whose largest is taken.
+
+    Returns:
+        [len(topk)] float32 counts, on the device of `logits`.
+    """
+    if target.is_floating_point():
+        target = target.argmax(dim=1)
+    largest = min(max(topk), logits.shape[1])
+    ranked = logits.detach().topk(largest, dim=1).indices
+    hits = (ranked == target[:, None]).float()
+    return torch.stack([hits[:, :k].sum() for k in topk])
+
+
+def count_cells(cells: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Add a batch to a confusion matrix, flat: [C * C], of floats, whose sums every device has."""
+    cell = target * logits.shape[1] + logits.argmax(dim=1)
+    cells.index_add_(0, cell, torch.ones_like(cell, dtype=cells.dtype))
+
+
 @dataclass
 class _Step:
     """One step's scalars, still on the device."""
@@ -35,12 +82,6 @@ class _Step:
     names: list[str]
     num_terms: int  # the first of the names are terms of the loss
     values: Tensor
-
-
-def _scalar(value: Tensor) -> Tensor:
-    """The mean of a tensor in full precision; of one number, without an operation."""
-    value = value.detach().float()
-    return value.mean() if value.ndim else value
 
 
 def show_terms(terms: Mapping[str, float]) -> str:
@@ -76,7 +117,10 @@ class Meters(dict[str, AverageMeter]):
             terms: the terms of the loss, which must be finite; means over the batch.
             others: anything else to average, means over the batch.
         """
-        values = [_scalar(value) for value in (*terms.values(), *others.values())]
+        values = []
+        for value in (*terms.values(), *others.values()):
+            number = value.detach().float()
+            values.append(number.mean() if number.ndim else number)
         step = _Step(label, batch_size, [*terms, *others], len(terms), torch.stack(values))
         self._waiting.append(step)
         if len(self._waiting) >= self.interval:
@@ -105,6 +149,11 @@ class Meters(dict[str, AverageMeter]):
                 self[name].update(value, step.batch_size)
             self["losses"].update(sum(terms.values()), step.batch_size)
 
+    @property
+    def loss(self) -> float:
+        """The mean of the summed terms so far; 0 before any were read."""
+        return self["losses"].avg
+
     def sums(self) -> dict[str, list[float]]:
         """Last value, sum and count of every mean, by name: what :meth:`restore` takes."""
         return {name: [meter.val, float(meter.sum), meter.count] for name, meter in self.items()}
@@ -120,7 +169,7 @@ class Meters(dict[str, AverageMeter]):
         """Means over all processes, by name."""
         self.flush()
         if not math.isfinite(self["losses"].avg):  # of a trainer that keeps its own meters
-            raise NonFiniteLossError("non-finite loss: the mean over the epoch is no number")
+            raise NonFiniteLossError("non-finite loss: the epoch's mean loss is NaN or infinite")
         names = sorted(self)
         sums = [[self[name].sum, self[name].count] for name in names]
         totals = sum_over_ranks(torch.tensor(sums, device=device).reshape(-1, 2)).tolist()

@@ -47,7 +47,7 @@ def adamw(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
 
 
 def _maskable(groups: list[dict[str, Any]], solver: Any) -> dict[str, Any]:
-    """The option that lets a GPU decide by itself to leave a step out (see `guards.py`)."""
+    """The option that lets a GPU decide by itself to leave a step out (see `non_finite.py`)."""
     on_gpu = any(param.is_cuda for group in groups for param in group["params"])
     return {"fused": True} if solver.SKIP_NONFINITE and on_gpu else {}
 
@@ -61,9 +61,9 @@ def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
     """
     seen: set[int] = set()
     for group in groups:  # a parameter in two places would be stepped twice
-        own = {id(p): p for p in group["params"] if id(p) not in seen}
-        seen |= set(own)
-        group["params"] = list(own.values())
+        params = {id(p): p for p in group["params"] if id(p) not in seen}
+        seen |= set(params)
+        group["params"] = list(params.values())
     return OPTIMIZERS[solver.TYPE](decay_groups(groups, solver), solver)
 
 

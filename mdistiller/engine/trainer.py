@@ -1,9 +1,11 @@
-"""The training loop. Other trainers replace a seam: `batch_inputs`, or `backward` and `update`."""
+"""The training loop. Other trainers replace a seam: `batch_inputs`, or `backward` and `update`.
+
+How the gradients of micro-batches become steps of the optimizer is in `optimization.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,15 +16,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.distillers._returned import logits_of, metrics_of, step_of
-from mdistiller.engine.callbacks.default import complete_record, default_hooks
-from mdistiller.engine.callbacks.guards import Guard
-from mdistiller.engine.callbacks.logs import plain
-from mdistiller.engine.callbacks.preemption import Pauses, shielded
+from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
+from mdistiller.engine.callbacks.logs import AppendedFile, plain
+from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
+from mdistiller.engine.callbacks.preemption import PreemptionHandler, defer_signals
 from mdistiller.engine.checkpoints.resume import (
-    Progress,
     begin_epoch,
     capture,
     restore,
+    restore_position,
+    restore_schedule,
+    schedule_state,
     seed_everything,
 )
 from mdistiller.engine.distributed import (
@@ -30,6 +34,7 @@ from mdistiller.engine.distributed import (
     is_main_process,
     unsynchronized,
     unwrap,
+    wrap,
 )
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
@@ -39,9 +44,10 @@ from mdistiller.engine.optim import (
     autocast,
     build_optimizer,
     build_scheduler,
-    step_scheduler,
     step_settings,
 )
+from mdistiller.engine.optimization import Optimization
+from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, validate
 from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError
@@ -52,7 +58,7 @@ trainer_dict = Registry("trainer (SOLVER.TRAINER)")
 
 @trainer_dict.register("crd")  # CRD needs no trainer of its own here; the name stays valid
 @trainer_dict.register("base")
-class BaseTrainer:
+class BaseTrainer(Optimization):
     """Trains a distiller by the sum of its loss terms.
 
     A batch of the loader is a micro-batch: SOLVER.ACCUMULATE of them in a row, the epoch's last
@@ -112,11 +118,12 @@ class BaseTrainer:
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
         self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
-        self.teacher_cache = self.make_cache() if is_wanted(cfg) else None
-        self.position: dict[str, Any] | None = None  # in an epoch: to go on from, or to save
-        self.guard = Guard(cfg.SOLVER.SKIP_NONFINITE, self.device)
-        self.pauses = Pauses(cfg.LOG.SAVE_EVERY_MINUTES, cfg.SOLVER.RANK_TIMEOUT)
-        self.hooks = self.make_hooks(cfg)
+        self.progress: Any = None  # of the epoch under way
+        self.position: dict[str, Any] | None = None  # in an epoch: to continue from, or to save
+        self.autocast = autocast(self.device, cfg.SOLVER.AMP)
+        self.guard = NonFiniteGuard(cfg.SOLVER.SKIP_NONFINITE, self.device)
+        self.preemption = PreemptionHandler(cfg.LOG.SAVE_EVERY_MINUTES, cfg.SOLVER.RANK_TIMEOUT)
+        self.hooks = [self.guard, *self.make_hooks(cfg), self.preemption]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -153,41 +160,13 @@ class BaseTrainer:
                 )
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
-        """What happens beside the steps, in order."""
-        return default_hooks(cfg, writes=is_main_process())
+        """What happens beside the steps, in order, between the guard and the signals."""
+        hooks = default_hooks(cfg, writes=is_main_process())
+        return [self.make_cache(), *hooks] if is_wanted(cfg) else hooks
 
     def make_cache(self) -> TeacherCache:
-        """What remembers the teacher's logits."""
+        """The cache of the teacher's logits."""
         return TeacherCache(self.cfg, self.model, self.train_loader)
-
-    def init_optimizer(self, cfg: Any) -> Optimizer:
-        """The optimizer over the distiller's parameter groups."""
-        return build_optimizer(self.model.param_groups(), cfg.SOLVER)
-
-    def init_scheduler(self, cfg: Any) -> LRScheduler:
-        """The schedule of the learning rate, which :meth:`end_epoch` moves on."""
-        return build_scheduler(self.optimizer, cfg.SOLVER)
-
-    def end_epoch(self, train_loss: float) -> None:
-        """Move the schedule on by an epoch, whose mean training loss was `train_loss`."""
-        step_scheduler(self.scheduler, train_loss)
-
-    def step_settings(self) -> dict[str, Any]:
-        """What of the config decides about steps and rates.
-
-        A run that is resumed with other values goes on by them, its schedule begun anew.
-        """
-        return step_settings(self.cfg.SOLVER)
-
-    def restart_schedule(self, losses: Sequence[float]) -> None:
-        """Begin the schedule anew, and bring it to where it is after epochs with these losses."""
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = group["initial_lr"] = rate
-        self.scheduler = self.init_scheduler(self.cfg)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for loss in losses:
-                self.end_epoch(loss)
 
     @property
     def global_step(self) -> int:
@@ -200,89 +179,42 @@ class BaseTrainer:
             self.resume()
         if is_main_process():
             self.log_path.mkdir(parents=True, exist_ok=True)
-        for hook in self.hooks:
-            hook.before_train(self)
-        with shielded():
+        self.call("before_train")
+        with defer_signals():
             if self.epoch == 0 and self.position is None:
                 self.initialize()
-            epochs = self.cfg.SOLVER.EPOCHS
-            for epoch in range(self.epoch + 1, epochs + 1):
+            for epoch in range(self.epoch + 1, self.epochs + 1):
                 self.train_epoch(epoch)
                 self.epoch, self.step = epoch, 0
-                if epoch < epochs or self.stage:
-                    self.pauses.after_epoch(self, epoch)
-        for hook in self.hooks:
-            hook.after_train(self)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing of the run has been trained and saved yet."""
-        return self.epoch == 0 and self.init_state is None and self.position is None
-
-    def initialize(self) -> None:
-        """Run the stages that the method has before the main one."""
-        from mdistiller.engine.init_stage import run_init_stages  # which builds on this trainer
-
-        run_init_stages(self)
-
-    def seed_epoch(self, epoch: int) -> None:
-        """Settle all randomness of an epoch by (seed, epoch, rank): a resumed run repeats it."""
-        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank())
-        if hasattr(self.train_loader, "set_epoch"):
-            self.train_loader.set_epoch(epoch)
+                if epoch < self.epochs or self.stage:
+                    self.preemption.between_epochs(self, epoch)
+        self.call("after_train")
 
     def train_epoch(self, epoch: int) -> None:
         """One pass over the training data, then the hooks: evaluate, log, save."""
-        progress = begin_epoch(self, epoch)
-        if self.teacher_cache is not None:
-            self.teacher_cache.begin(self.step, progress.known)
+        meters, batches = self.start_epoch(epoch)
+        first = self.step + 1
         try:
-            self._take_steps(progress)
-            means = progress.meters.averages(self.device)
-            self.guard.read()
+            for self.step, data in enumerate(batches, start=first):
+                message = self.train_iter(data, epoch, meters)
+                batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
+                self.call("after_step", meters)  # step curves, timed saves, signals
+            record = self.epoch_record(meters)
         except NonFiniteLossError as error:
             raise self.guard.report(self, error) from None
-        cached = {} if self.teacher_cache is None else self.teacher_cache.finish()
-        seconds = progress.seconds
-        record = {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **self.train_numbers(means),
-            "images_per_second": len(self.train_loader.dataset) / seconds,
-            "seconds": seconds,
-            **cached,
-        }
         self.end_epoch(record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
-        complete_record(self, epoch, record)
-
-    def _take_steps(self, progress: Progress) -> None:
-        """The batches that are left of an epoch."""
-        epoch, meters = progress.epoch, progress.meters
-        title, batches = f"{self.stage} epoch {epoch}".strip(), len(self.train_loader)
-        first = self.step + 1
-        bar = progress_bar(progress.batches, title, batches, first - 1)
-        for self.step, data in enumerate(bar, start=first):
-            message = self.train_iter(data, epoch, meters)
-            bar.set_postfix_str(message or f"loss {meters['losses'].avg:.3f}", refresh=False)
-            if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
-                meters.flush()
-                self.guard.read()
-                for hook in self.hooks:
-                    hook.after_steps(self, meters)
-            if self.ends_step:
-                self.pauses.after_step(self, progress)
+        complete_record(self, epoch, record)  # the hooks' `after_epoch`
 
     def train_iter(self, data: Sequence[Any], epoch: int, train_meters: Meters) -> str:
         """Learn from a micro-batch; returns what to show beside the bar ("" for the mean loss)."""
         inputs = self.batch_inputs(data, epoch)
-        if self.teacher_cache is not None:
-            inputs["teacher_logits"] = self.teacher_cache.logits(self.step - 1)
-        self.guard.begin(self, inputs)
+        self.call("before_forward", inputs)  # the teacher's cached logits
         with contextlib.nullcontext() if self.ends_step else unsynchronized(self.distiller):
-            with autocast(self.device, self.cfg.SOLVER.AMP):
+            with self.autocast:
                 output, losses = step_of(self.model, self.distiller(**inputs))
-            self.guard.see(losses)
+            self.call("after_forward", losses)  # the guard against non-finite losses
             numbers, samples = self.measure(output, inputs)
             train_meters.add(
                 f"{self.stage} epoch {epoch}, step {self.step}".strip(),
@@ -290,8 +222,63 @@ class BaseTrainer:
                 {**numbers, **metrics_of(self.model, self.device)},
                 samples,
             )
-            self.optimize(losses)
+            self.optimize(losses)  # backward; at a group's end clip and step
         return ""
+
+    def start_epoch(self, epoch: int) -> tuple[Meters, Any]:
+        """The epoch's means and, behind a progress bar, its batches; also within an epoch."""
+        self.progress = begin_epoch(self, epoch)
+        title, batches = f"{self.stage} epoch {epoch}".strip(), len(self.train_loader)
+        bar = progress_bar(self.progress.batches, title, batches, self.step)
+        return self.progress.meters, bar
+
+    def epoch_record(self, meters: Meters) -> dict[str, Any]:
+        """The numbers of the epoch's steps."""
+        means = meters.averages(self.device)
+        of_hooks: dict[str, float] = {}
+        for hook in self.hooks:
+            of_hooks |= hook.epoch_numbers(self)
+        seconds = self.progress.seconds
+        return {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self.train_numbers(means),
+            "images_per_second": len(self.train_loader.dataset) / seconds,
+            "seconds": seconds,
+            **of_hooks,
+        }
+
+    def call(self, moment: str, *args: Any) -> None:
+        """Call a method of every hook that has it, in order (see `hooks.py`)."""
+        for hook in self.hooks:
+            if moment in hook.moments:
+                getattr(hook, moment)(self, *args)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the stage."""
+        epochs: int = self.cfg.SOLVER.EPOCHS
+        return epochs
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of the run has been trained and saved yet."""
+        return self.epoch == 0 and self.init_state is None and self.position is None
+
+    def initialize(self) -> None:
+        """Train the stages that the method has before the main one, or what is left of them."""
+        saved = self.init_state
+        for stage in stages_left(self.model, saved, self.cfg.SOLVER):
+            trainer = InitTrainer(self, stage)
+            if saved is not None and saved["stage"] == stage.name:
+                trainer.load(saved)
+            trainer.train()
+        self.init_state = None
+
+    def seed_epoch(self, epoch: int) -> None:
+        """Derive all randomness of an epoch from (seed, epoch, rank): a resumed run repeats it."""
+        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank())
+        if hasattr(self.train_loader, "set_epoch"):
+            self.train_loader.set_epoch(epoch)
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         """Means over a micro-batch to average over an epoch, and the number of its samples.
@@ -318,12 +305,12 @@ class BaseTrainer:
 
     def progress_line(self, record: dict[str, Any]) -> str:
         """What is printed of an epoch, between its learning rate and its speed."""
-        known = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
+        hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
         averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         return (
             f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
             f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-            f"(best {self.best_acc:.2f})  {averaged}{known}"
+            f"(best {self.best_acc:.2f})  {averaged}{hits}"
         )
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
@@ -337,61 +324,6 @@ class BaseTrainer:
         names = ("image", "target", "index", "contrastive_index")
         return {"epoch": epoch, **dict(zip(names, map(move, data), strict=False))}
 
-    def optimize(self, losses: dict[str, Tensor]) -> None:
-        """Add the gradients of a micro-batch; the last one of a step moves the weights."""
-        if self.begins_step:
-            self.optimizer.zero_grad(set_to_none=True)
-        self.backward(losses)
-        if self.ends_step and self.guard.passes(self, self.gradients()):
-            self.update()
-            for hook in self.hooks:
-                hook.after_update(self)
-
-    @property
-    def begins_step(self) -> bool:
-        """Whether this micro-batch is the first one of its optimizer step."""
-        return (self.step - 1) % self.accumulate == 0
-
-    @property
-    def ends_step(self) -> bool:
-        """Whether this micro-batch is the last one of its optimizer step."""
-        return self.step % self.accumulate == 0 or self.step == len(self.train_loader)
-
-    def backward(self, losses: dict[str, Tensor]) -> None:
-        """Add the gradients of the summed terms to those at hand."""
-        total = torch.stack([loss.mean() for loss in losses.values()]).sum() * self.loss_weight()
-        self.scaler.scale(total).backward()
-
-    def gradients(self) -> list[Tensor]:
-        """All that the coming step moves the weights by."""
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [p.grad for p in params if p.grad is not None]
-
-    def update(self) -> None:
-        """One optimizer step by the gradients at hand."""
-        self.clip_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def loss_weight(self) -> float:
-        """Share of this process's micro-batch in the optimizer step, times the processes."""
-        weight = getattr(self.train_loader, "loss_weight", None)
-        if weight is not None:
-            share: float = weight(self.step - 1, self.accumulate)
-            return share
-        if self.accumulate == 1:
-            return 1.0
-        done = (self.step - 1) // self.accumulate * self.accumulate
-        return 1 / min(self.accumulate, len(self.train_loader) - done)  # taken as equally large
-
-    def clip_gradients(self) -> None:
-        """Scale the gradients down to SOLVER.CLIP_GRAD_NORM, if that is set."""
-        limit = self.cfg.SOLVER.CLIP_GRAD_NORM
-        if limit:
-            self.scaler.unscale_(self.optimizer)
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(params, limit)
-
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
         """Keep an epoch's numbers, and write them to every log; override to add your own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
@@ -399,8 +331,7 @@ class BaseTrainer:
         if accuracy >= self.best_acc:  # ties: the later one, as the files have it
             self.best_acc, self.best_epoch = accuracy, epoch
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
-        for hook in self.hooks:
-            hook.write(self, epoch, {"lr": lr, **log_dict})
+        self.call("write", epoch, {"lr": lr, **log_dict})
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""
@@ -411,9 +342,70 @@ class BaseTrainer:
         restore(self)
 
     def save(self) -> None:
-        """Have the hooks keep the state, between two steps."""
-        for hook in self.hooks:
-            hook.save(self)
+        """Save a checkpoint within an epoch, between two steps of the optimizer."""
+        self.call("save")
+
+
+class InitTrainer(BaseTrainer):
+    """Trains an initialisation stage for the trainer of the run, with an optimizer of its own.
+
+    Whatever that trainer is, a step here is a plain one, SOLVER.TYPE on the sum of the stage's
+    terms; only `batch_inputs` is the other's. Epochs, rate and schedule are the stage's,
+    everything else in SOLVER holds.
+    """
+
+    own_inputs: ClassVar[bool] = False
+
+    def __init__(self, main: BaseTrainer, stage: Stage):
+        self.main, self.plan = main, stage
+        wrapped = wrap(main.model, main.cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+        super().__init__("", wrapped, main.train_loader, main.val_loader, main.cfg)
+        self.log_path, self.stage = main.log_path, stage.name
+
+    def make_hooks(self, cfg: Any) -> list[Hook]:
+        return stage_hooks(writes=is_main_process())
+
+    def init_optimizer(self, cfg: Any) -> Optimizer:
+        return build_optimizer(self.plan.groups, self.plan.solver)
+
+    def init_scheduler(self, cfg: Any) -> LRScheduler:
+        return build_scheduler(self.optimizer, self.plan.solver)
+
+    def step_settings(self) -> dict[str, Any]:
+        return step_settings(self.plan.solver)
+
+    @property
+    def epochs(self) -> int:
+        epochs: int = self.plan.solver.EPOCHS
+        return epochs
+
+    def initialize(self) -> None:
+        """Nothing: this is the initialisation."""
+
+    def seed_epoch(self, epoch: int) -> None:
+        seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank(), self.plan.number)
+        if hasattr(self.train_loader, "set_epoch"):
+            self.train_loader.set_epoch(self.plan.number * STRIDE + epoch)
+
+    def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
+        return self.main.batch_inputs(data, epoch)
+
+    def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
+        """Write an epoch's numbers to the files of the run and to TensorBoard."""
+        files = [hook for hook in self.main.hooks if isinstance(hook, AppendedFile)]
+        for hook in [*files, *self.hooks]:
+            hook.write(self, epoch, {"lr": lr, **log_dict})
+
+    def state(self) -> dict[str, Any]:
+        """The run's state, and under "init" what the stage adds to it."""
+        names = {"stage": self.stage, "epoch": self.epoch, "position": self.position}
+        return {**self.main.state(), "init": {**names, **schedule_state(self)}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Continue from what :meth:`state` holds under "init"."""
+        self.epoch = saved["epoch"]
+        restore_schedule(self, saved, self.log_path)
+        restore_position(self, saved.get("position"))
 
 
 __all__ = ["BaseTrainer", "Meters", "NonFiniteLossError", "seed_everything", "trainer_dict"]

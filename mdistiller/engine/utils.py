@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mdistiller.engine.checkpoints.write import load_checkpoint, save_checkpoint
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks, unwrap
+from mdistiller.engine.metrics import AverageMeter, correct_counts, count_cells
 
 __all__ = [
     "AverageMeter",
@@ -27,58 +28,10 @@ __all__ = [
 ]
 
 
-class AverageMeter:
-    """A running weighted mean. Attributes: `val` (last value), `sum`, `count`, `avg`."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.val = 0.0
-        self.sum = 0.0
-        self.count = 0.0
-
-    def update(self, val: float, n: float = 1) -> None:
-        """Add `val`, the mean over `n` items."""
-        self.val = float(val)
-        self.sum += self.val * n
-        self.count += n
-
-    @property
-    def avg(self) -> float:
-        return self.sum / self.count if self.count else 0.0
-
-
-def correct_counts(logits: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
-    """How many samples have their class among the k largest logits, for each k.
-
-    A k above the number of classes counts as that number.
-
-    Args:
-        logits: [N, C].
-        target: [N] class indices, or [N, C] class probabilities, whose largest is taken.
-
-    Returns:
-        [len(topk)] float32 counts, on the device of `logits`.
-    """
-    if target.is_floating_point():
-        target = target.argmax(dim=1)
-    largest = min(max(topk), logits.shape[1])
-    ranked = logits.detach().topk(largest, dim=1).indices
-    hits = (ranked == target[:, None]).float()
-    return torch.stack([hits[:, :k].sum() for k in topk])
-
-
 def accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[Tensor]:
     """Accuracy in percent over the k largest logits, for each k; each a tensor of shape [1]."""
     counts = correct_counts(output, target, topk)
     return [(100.0 * count / len(output)).reshape(1) for count in counts]
-
-
-def count_cells(cells: Tensor, logits: Tensor, target: Tensor) -> None:
-    """Add a batch to a confusion matrix, flat: [C * C], of floats, whose sums every device has."""
-    cell = target * logits.shape[1] + logits.argmax(dim=1)
-    cells.index_add_(0, cell, torch.ones_like(cell, dtype=cells.dtype))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
 from mdistiller.distillers._common import cross_entropy, warmup_factor
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 

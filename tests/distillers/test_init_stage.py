@@ -12,7 +12,7 @@ from mdistiller.distillers import DISTILLERS, Distiller, get_distiller
 from mdistiller.distillers._base import Output
 from mdistiller.distillers._init_stage import InitPlan, stage_modules
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 

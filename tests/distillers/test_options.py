@@ -13,7 +13,7 @@ from mdistiller.distillers.FT import ft_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
 
 

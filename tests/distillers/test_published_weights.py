@@ -31,7 +31,7 @@ from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.config.values import lookup
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 
 
 def stages(s, t):

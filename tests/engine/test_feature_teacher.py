@@ -11,7 +11,7 @@ from mdistiller.cli import eval as evaluate
 from mdistiller.cli import train
 from mdistiller.cli._probe import random_step, untrained
 from mdistiller.distillers import Distiller, distiller_dict, get_distiller
-from mdistiller.engine.init_stage import running
+from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
 
 SIZE = (16, 16)

@@ -9,7 +9,7 @@ from support import saved_teacher, write_config
 from test_training import load, untimed
 
 from mdistiller.cli import train as train_command
-from mdistiller.engine.callbacks.guards import Guard
+from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
 from mdistiller.engine.metrics import NonFiniteLossError
 
 BAD = """
@@ -100,13 +100,13 @@ def test_gradients_of_a_skipped_step_are_in_no_later_one(tmp_path, trainer):
 
 
 def test_more_than_may_be_skipped_end_the_run():
-    guard = Guard(1, torch.device("cpu"))
+    guard = NonFiniteGuard(1, torch.device("cpu"))
     guard.skipped, guard._terms = 1, [{"loss": torch.tensor(float("nan"))}]
     trainer = types.SimpleNamespace(
         stage="", epoch=0, step=4, scaler=torch.amp.GradScaler("cpu", enabled=False)
     )
     with pytest.raises(NonFiniteLossError, match="step 4 after 1 skipped steps: loss=nan"):
-        guard.passes(trainer, [])
+        guard.allows(trainer, [])
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
@@ -116,7 +116,7 @@ def test_a_device_leaves_a_step_out_by_itself(kind):
     options = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = getattr(torch.optim, kind)([param], lr=0.1, fused=True, **options)
     model = types.SimpleNamespace(buffers=lambda: [buffer])
-    guard = Guard(1, torch.device("cpu"))
+    guard = NonFiniteGuard(1, torch.device("cpu"))
     guard.waits = False
     trainer = types.SimpleNamespace(
         begins_step=True, model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu")
@@ -124,11 +124,11 @@ def test_a_device_leaves_a_step_out_by_itself(kind):
     trainer.scaler._enabled = False
     seen = []
     for gradient in (1.0, float("nan"), 1.0, float("inf")):
-        guard.begin(trainer, {})
+        guard.before_forward(trainer, {})
         buffer += gradient
         param.grad = torch.full((3,), gradient)
-        guard.see({"loss": torch.tensor(1.0)})
-        assert guard.passes(trainer, [param.grad])
+        guard.after_forward(trainer, {"loss": torch.tensor(1.0)})
+        assert guard.allows(trainer, [param.grad])
         optimizer.step()
         seen.append((param[0].item(), buffer[0].item()))
     assert seen[0] == seen[1] != seen[2] == seen[3]
@@ -138,13 +138,13 @@ def test_a_device_leaves_a_step_out_by_itself(kind):
 
 
 def test_numbers_read_late_name_the_samples_and_say_so(tmp_path):
-    guard = Guard(0, torch.device("cpu"))
+    guard = NonFiniteGuard(0, torch.device("cpu"))
     guard._remembered = 50  # as on CUDA
     trainer = types.SimpleNamespace(
         begins_step=True, stage="", epoch=2, step=7, log_path=tmp_path, model=None
     )
     for number in range(7):
-        guard.begin(trainer, {"index": torch.tensor([number])})
+        guard.before_forward(trainer, {"index": torch.tensor([number])})
     error = guard.report(trainer, NonFiniteLossError("non-finite loss", ago=3))
     assert "1 samples (3)" in str(error)
     assert "noticed 3 steps later: without inputs and weights" in str(error)

@@ -13,9 +13,9 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.init_stage import STRIDE, InitTrainer
 from mdistiller.engine.networks.build import build_distiller
-from mdistiller.engine.trainer import BaseTrainer, seed_everything
+from mdistiller.engine.stages import STRIDE, Stage, stage_solver
+from mdistiller.engine.trainer import BaseTrainer, InitTrainer, seed_everything
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path, monkeypatch, whole, stop):
 
 KILL = """
 import os, signal
-from mdistiller.engine.init_stage import InitTrainer
+from mdistiller.engine.trainer import InitTrainer
 
 whole = InitTrainer.train_iter
 
@@ -313,7 +313,8 @@ def test_seeds_of_stages_epochs_and_processes_are_apart(tmp_path):
     drawn = []
     for number in (0, 1, 2):
         groups = distiller.init_param_groups()
-        trainer = InitTrainer(main, "init", number, groups) if number else main
+        stage = Stage("init", number, groups, stage_solver(distiller, "init", cfg.SOLVER))
+        trainer = InitTrainer(main, stage) if number else main
         for epoch in (1, 2):
             trainer.seed_epoch(epoch)
             order = next(iter(data.train))[2].tolist()

@@ -93,7 +93,7 @@ def test_numbers_that_a_hook_replaces_by_text_stay(tmp_path, capsys):
 
     class Last(Labels):
         def before_train(self, trainer):  # behind the one that evaluates
-            trainer.hooks.insert(3, Labels())
+            trainer.hooks.insert(4, Labels())
 
     summary = train(load_config(write_config(tmp_path)), hooks=[Last()])
     rows = (tmp_path / "out" / "toy" / "run" / "metrics.jsonl").read_text().splitlines()
@@ -103,5 +103,5 @@ def test_numbers_that_a_hook_replaces_by_text_stay(tmp_path, capsys):
         assert all(isinstance(number, float) for number in numbers)
     assert summary["last_acc"] == records[-1]["test_acc"]
     text = capsys.readouterr().out
-    assert "the hook Last made 'lr' of the record no number: it stays 0.05" in text
-    assert "the hook Labels made 'test_acc' of the record no number" in text
+    assert "the hook Last replaced the number 'lr': it stays 0.05" in text
+    assert "the hook Labels replaced the number 'test_acc'" in text

@@ -14,7 +14,7 @@ from test_training import load, untimed
 from mdistiller.cli import train as train_command
 from mdistiller.engine.callbacks import preemption
 from mdistiller.engine.callbacks.default import Checkpoint
-from mdistiller.engine.callbacks.guards import Guard
+from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
@@ -140,7 +140,7 @@ def test_weights_that_are_none_end_a_run_that_would_save_them(tmp_path, monkeypa
     def spoilt(self, trainer):
         raise NonFiniteLossError("weights are not finite after epoch 0, step 1")
 
-    monkeypatch.setattr(Guard, "check_weights", spoilt)
+    monkeypatch.setattr(NonFiniteGuard, "before_save", spoilt)
     text = "LOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
     assert main(write_config(tmp_path, text, epochs=1, student="BabyStudent")) == 2
     said = capsys.readouterr()

@@ -57,8 +57,7 @@ def test_no_step_waits_for_the_gpu(tmp_path, solver):
             hook.before_train(trainer)
     meters = Meters(interval=10**6)
     data.train.set_epoch(1)
-    if trainer.teacher_cache is not None:
-        trainer.teacher_cache.begin()
+    trainer.call("before_epoch", {})
     batches = iter(data.train)
     for trainer.step in (1, 2):  # warm-up: cuDNN and the optimizer set themselves up
         trainer.train_iter(next(batches), 1, meters)

@@ -28,12 +28,14 @@ def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
     """
     numbers = numbers_of(record)
     for hook in trainer.hooks:
+        if "after_epoch" not in hook.moments:
+            continue
         hook.after_epoch(trainer, epoch, record)
         now = numbers_of(record)
         for key in numbers.keys() - now.keys():
             name, value = type(hook).__name__, numbers[key]
             if is_main_process():
-                text = f"the hook {name} made {key!r} of the record no number: it stays {value:.4g}"
+                text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
                 print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
             record[key] = now[key] = value
         numbers = now
@@ -100,8 +102,8 @@ class Checkpoint(Hook):
         this = (store.entry(LATEST) or store.entry(PREVIOUS) or {}).get("sha256", "")
         if not this:  # a run of the original, whose files stay as they are
             return
-        found = {name: store.entry(name) or {} for name in (*wholes, *networks)}
-        done = [name for name in found if found[name].get("of") == this]
+        entries = {name: store.entry(name) or {} for name in (*wholes, *networks)}
+        done = [name for name in entries if entries[name].get("of") == this]
         for name in wholes:
             if name not in done:
                 store.save(saved_state(trainer), name, epoch=epoch, of=this)
@@ -118,10 +120,8 @@ class Checkpoint(Hook):
 
 
 def saved_state(trainer: Trainer) -> dict[str, Any]:
-    """The state of a run whose logs, up to here, are durable, and whose weights are numbers."""
-    trainer.guard.check_weights(trainer)
-    for hook in trainer.hooks:
-        hook.before_save(trainer)
+    """The state of a run, whose logs are now durable and whose weights are finite."""
+    trainer.call("before_save")
     return trainer.state()
 
 
@@ -134,3 +134,35 @@ def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     if cfg.LOG.WANDB:
         writers.append(Wandb())
     return [*common, *writers, Checkpoint(cfg)]
+
+
+class LogStage(Hook):
+    """Prints a line for each epoch of an initialisation stage, and hands it to the logs."""
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        # Accuracy says nothing here: the classifier is not trained, or did not run.
+        numbers = {key: record[key] for key in record if key not in ("train_acc", "train_top5")}
+        trainer.log(numbers.pop("lr"), epoch, plain(numbers))
+        if is_main_process():
+            line = (
+                f"{trainer.stage} epoch {epoch}/{trainer.epochs}  "
+                f"lr {record['lr']:.3g}  train loss {record['train_loss']:.4f}  "
+                f"{record['images_per_second']:.0f} images/s"
+            )
+            print(log_msg(line, "TRAIN"), flush=True)
+
+
+class CheckpointStage(Hook):
+    """Saves `latest`, from which an initialisation stage continues."""
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        facts = {"stage": trainer.stage, "stage_epoch": trainer.epoch, "step": trainer.step}
+        Store(trainer.log_path).save(saved_state(trainer), LATEST, **facts)
+
+
+def stage_hooks(writes: bool = True) -> list[Hook]:
+    """The hooks of an initialisation stage; only one of its processes `writes` files."""
+    return [LogStage(), *([TensorBoard(), CheckpointStage()] if writes else [])]

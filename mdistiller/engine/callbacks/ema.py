@@ -26,14 +26,14 @@ def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     device in every step.
     """
     pairs = [
-        (own, value)
+        (averaged, value)
         for of in (nn.Module.parameters, nn.Module.buffers)
-        for own, value in zip(of(average), of(net), strict=True)
+        for averaged, value in zip(of(average), of(net), strict=True)
     ]
     smooth = [pair for pair in pairs if pair[0].is_floating_point()]
     if smooth:
-        own, values = map(list, zip(*smooth, strict=True))
-        get_ema_multi_avg_fn(decay)(own, values, None)
+        averaged, values = map(list, zip(*smooth, strict=True))
+        get_ema_multi_avg_fn(decay)(averaged, values, None)
     for count, value in pairs:
         if not count.is_floating_point():
             count.copy_(value)
@@ -94,29 +94,29 @@ class AverageStudent(Hook):
     def state(self, trainer: Trainer) -> dict[str, Any]:
         assert self.average is not None
         names = ("updates", "best_acc", "best_epoch")
-        own = {name: getattr(self, name) for name in names}
-        return {"ema": {"model": self.average.state_dict(), **own}}
+        facts = {name: getattr(self, name) for name in names}
+        return {"ema": {"model": self.average.state_dict(), **facts}}
 
     def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         if "ema" in state:  # not in checkpoints of the original: those start an average
-            own = dict(state["ema"])
-            self._begin(trainer).load_state_dict(own.pop("model"))
-            vars(self).update(own)
+            facts = dict(state["ema"])
+            self._begin(trainer).load_state_dict(facts.pop("model"))
+            vars(self).update(facts)
 
     def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
         assert self.average is not None
         last = trainer.history[-1].get("ema_test_acc") if trainer.history else None
-        found = {
+        summary = {
             "ema_last_acc": last,
             "ema_best_acc": self.best_acc,
             "ema_best_epoch": self.best_epoch,
         }
         if data.test is not None:
             student = self.average
-            found["ema_test_acc_last"] = validate(data.test, Vanilla(student))[0]
+            summary["ema_test_acc_last"] = validate(data.test, Vanilla(student))[0]
             last_state = {key: value.clone() for key, value in student.state_dict().items()}
             best = load_checkpoint(trainer.log_path / "student_ema_best")
             student.load_state_dict(best["model"])
-            found["ema_test_acc_best"] = validate(data.test, Vanilla(student))[0]
+            summary["ema_test_acc_best"] = validate(data.test, Vanilla(student))[0]
             student.load_state_dict(last_state)
-        return found
+        return summary

@@ -84,8 +84,8 @@ class WorkLog(AppendedFile):
     name = "worklog.txt"
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        found = numbers_of(record)
-        numbers = [f"{key}: {found[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in found]
+        values = numbers_of(record)
+        numbers = [f"{key}: {values[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in values]
         rule = "-" * 25
         title = f"{trainer.stage} epoch: {epoch}".strip()
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
@@ -153,8 +153,9 @@ class TensorBoard(Hook):
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)
 
-    def after_steps(self, trainer: Trainer, meters: Mapping[str, Any]) -> None:
-        if self.steps is not None:
+    def after_step(self, trainer: Trainer, meters: Any) -> None:
+        if self.steps is not None and trainer.global_step % trainer.cfg.LOG.TENSORBOARD_FREQ == 0:
+            meters.flush()
             for name, meter in meters.items():
                 self.steps.add(f"step/{name}", meter.avg, trainer.global_step)
 
@@ -202,8 +203,8 @@ class Wandb(Hook):
         if self.run is None:
             return
         try:
-            found = numbers_of(record)
-            named = {"current lr" if key == "lr" else key: value for key, value in found.items()}
+            values = numbers_of(record)
+            named = {"current lr" if key == "lr" else key: value for key, value in values.items()}
             self.run.log(named, step=epoch)
             self.run.summary["best_acc"] = trainer.best_acc
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Signals that end a run between two steps, its state saved; and saving by the clock.
+"""Signals save a run and end it between two steps; checkpoints within an epoch, by the clock.
 
-SIGTERM, SIGINT and SIGUSR1 set a flag while steps are taken. Of several processes each looks at its
-own; now and then, at a step that all know, they tell one another, and stop at the same one.
+SIGTERM, SIGINT and SIGUSR1 set a flag while steps are taken. Each of several processes checks its
+own flag; every few steps they exchange them, and all stop at the same step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mdistiller.engine.checkpoints.resume import Progress, current_position
+from mdistiller.engine.checkpoints.resume import current_position
 from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
-from mdistiller.engine.hooks import Trainer
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -74,8 +74,8 @@ _asked = _Asked()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Take the signals, in here; in a thread, or where that is done already, nothing changes."""
+def handle_signals() -> Iterator[None]:
+    """Handle signals in this context; no change in a thread, or where that is done already."""
     if _asked.listens or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,8 +92,8 @@ def listening() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shielded() -> Iterator[None]:
-    """Signals wait for the end of a step, in here; elsewhere they end the process at once."""
+def defer_signals() -> Iterator[None]:
+    """Signals wait for the end of a step in this context; outside they end the process at once."""
     _asked.shields, _asked.begun = _asked.shields + 1, True
     try:
         yield
@@ -101,31 +101,34 @@ def shielded() -> Iterator[None]:
         _asked.shields -= 1
 
 
-class Pauses:
-    """Decides between two steps, or epochs, whether to save and whether to stop.
+class PreemptionHandler(Hook):
+    """Decides after each optimizer step, and epoch, whether to save and whether to stop.
 
     Args:
-        minutes: from one save to the next within epochs; 0: none.
+        minutes: from one save to the next within epochs; 0: only on signals.
         patience: minutes to wait for the other processes.
     """
 
     def __init__(self, minutes: float, patience: float):
         self.every, self.patience = minutes * 60, patience * 60
+        self.processes = world_size()
         self._saved = self._looked = time.monotonic()
         self._interval = self._left = 1  # steps from one exchange to the next, and to the next one
 
-    def after_step(self, trainer: Trainer, progress: Progress) -> None:
+    def after_step(self, trainer: Trainer, meters: Any) -> None:
         """Save or stop, if it is time to.
 
         Raises:
             Preempted: the state is saved.
-            UserError: it should have been, and could not.
-            NonFiniteLossError: there is nothing to save: the weights are none.
+            UserError: the state could not be saved.
+            NonFiniteLossError: the weights are not finite, so they are not saved.
         """
+        if not trainer.ends_step:
+            return
         stop, save = self._agree()
         if not (stop or save):
             return
-        trainer.position = current_position(trainer, progress)
+        trainer.position = current_position(trainer)
         try:
             trainer.save()
         except UserError as error:
@@ -135,29 +138,30 @@ class Pauses:
         trainer.position = None
         self._saved = time.monotonic()
         if stop:
-            wait_for_all()  # a launcher ends all when one has ended
-            where = f"{trainer.stage} epoch {progress.epoch}, step {trainer.step}".strip()
-            raise Preempted(f"stopped by {_asked_name()} in {where}: continue with --resume")
+            self._stop(f"in {trainer.stage} epoch {trainer.epoch + 1}, step {trainer.step}")
 
-    def after_epoch(self, trainer: Trainer, epoch: int) -> None:
+    def between_epochs(self, trainer: Trainer, epoch: int) -> None:
         """Stop, if it is time to; the epoch's hooks have saved."""
         self._saved, self._left = time.monotonic(), 1
         if self._agree()[0]:
-            wait_for_all()
-            where = f"{trainer.stage} epoch {epoch}".strip()
-            raise Preempted(f"stopped by {_asked_name()} after {where}: continue with --resume")
+            self._stop(f"after {trainer.stage} epoch {epoch}")
+
+    def _stop(self, where: str) -> None:
+        wait_for_all()  # a launcher ends all when one has ended
+        words = " ".join(where.split())
+        raise Preempted(f"stopped by {_asked_name()} {words}: continue with --resume")
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, in all processes alike."""
         now = time.monotonic()
         stop, save = bool(_asked.signal), bool(self.every) and now - self._saved >= self.every
-        if world_size() == 1:
+        if self.processes == 1:
             return stop, save
         self._left -= 1
         if self._left > 0:
             return False, False
-        own = [stop, save and is_main_process(), (now - self._looked) / self._interval]
-        shared = torch.tensor(own, dtype=torch.float64)
+        flags = [stop, save and is_main_process(), (now - self._looked) / self._interval]
+        shared = torch.tensor(flags, dtype=torch.float64)
         wait_with_patience(shared, self.patience)
         stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
         self._looked = time.monotonic()

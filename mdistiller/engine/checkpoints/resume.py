@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mdistiller.dataset import first_difference
 from mdistiller.dataset.memory.loader import TrainLoader
@@ -31,6 +33,22 @@ from mdistiller.models.normalize import input_norm
 from mdistiller.registry import UserError
 
 Position = dict[str, Any]
+
+
+_waited = threading.local()
+
+
+def run_clock() -> float:
+    """Seconds, as of `time.perf_counter`, in which the run of this thread did not wait for others.
+
+    Of runs that take turns each counts its own time.
+    """
+    return time.perf_counter() - getattr(_waited, "seconds", 0.0)
+
+
+def add_waited(seconds: float) -> None:
+    """Leave seconds out of :func:`run_clock`."""
+    _waited.seconds = getattr(_waited, "seconds", 0.0) + seconds
 
 
 def seed_everything(*parts: int) -> None:
@@ -73,77 +91,80 @@ class Progress:
     Attributes:
         epoch: which.
         meters: its means so far.
-        started: when it would have begun, had it not been interrupted (of `time.perf_counter`).
+        started: when it would have begun, had it not been interrupted (of :func:`run_clock`).
         batches: those that are left.
-        known: to the teacher cache, of the images behind.
     """
 
     epoch: int
     meters: Meters
     started: float
     batches: Iterable[Any] = field(default_factory=tuple)
-    known: int = 0
 
     @property
     def seconds(self) -> float:
         """What it has taken so far."""
-        return time.perf_counter() - self.started
+        return run_clock() - self.started
 
 
 def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
-    """Seed an epoch and begin it, or go on in it where the checkpoint says so."""
+    """Seed an epoch and begin it, or continue in it where the checkpoint was written."""
     trainer.seed_epoch(epoch)
     meters = Meters(
         interval=1 if trainer.device.type == "cpu" else 50,
         tolerant=trainer.cfg.SOLVER.SKIP_NONFINITE > 0,
     )
-    progress = Progress(epoch, meters, time.perf_counter(), trainer.train_loader)
+    progress = Progress(epoch, meters, run_clock(), trainer.train_loader)
     position, trainer.position = trainer.position, None
     trainer.distiller.train()
     if position is None or position["epoch"] != epoch:
         trainer.step = 0
+        trainer.call("before_epoch", {})
         return progress
-    loader, start = trainer.train_loader, trainer.step
-    if isinstance(loader, TrainLoader):
-        loader.set_epoch(loader.epoch, start)
-        progress.batches = iter(loader)
-    elif hasattr(loader, "load_state_dict"):  # knows where it is
-        progress.batches = iter(loader)
-    else:  # of someone else: the batches are made, and left out
-        progress.batches = iter(loader)
-        for _ in islice(progress.batches, start):
-            pass
+    progress.batches = _batches_after(trainer.train_loader, trainer.step)
     progress.started -= position["seconds"]
     processes = position["processes"]
+    saved: Mapping[str, Any] = {}
     if len(processes) == world_size():
-        own = processes[rank()]
-        meters.restore([own["meters"]])
-        progress.known = own.get("known", 0)
-        set_random_state(own["random"], trainer.device)
+        saved = processes[rank()]
+        meters.restore([saved["meters"]])
+        set_random_state(saved["random"], trainer.device)
     else:  # other processes draw other numbers
-        seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), start)
+        seed_everything(trainer.cfg.EXPERIMENT.SEED, epoch, rank(), trainer.step)
         sums = [process["meters"] for process in processes]
         meters.restore(sums if rank() == 0 else [dict.fromkeys(sums[0], (0.0, 0.0, 0.0))])
+    trainer.call("before_epoch", saved)
     return progress
 
 
-def current_position(trainer: Trainer, progress: Progress) -> Position:
+def _batches_after(loader: Any, start: int) -> Iterable[Any]:
+    """The batches of an epoch without the first `start`."""
+    if isinstance(loader, TrainLoader):
+        loader.set_epoch(loader.epoch, start)
+        return iter(loader)
+    batches = iter(loader)
+    if not hasattr(loader, "load_state_dict"):  # a loader that cannot skip makes them all
+        for _ in islice(batches, start):
+            pass
+    return batches
+
+
+def current_position(trainer: Trainer) -> Position:
     """Where all processes are in an epoch, between two optimizer steps; all have to call this.
 
     Raises:
-        NonFiniteLossError: a step behind had a loss that is none.
+        NonFiniteLossError: a step before had a non-finite loss.
     """
+    progress = trainer.progress
     progress.meters.flush()
-    trainer.guard.read()
-    own: dict[str, Any] = {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
-    if trainer.teacher_cache is not None:
-        trainer.teacher_cache.keep(trainer.step)
-        own["known"] = trainer.teacher_cache.known(trainer.step)
+    state: dict[str, Any] = {}
+    for hook in trainer.hooks:
+        state |= hook.epoch_state(trainer)
+    state |= {"meters": progress.meters.sums(), "random": random_state(trainer.device)}
     return {
         "epoch": progress.epoch,
         "updates": -(-trainer.step // trainer.accumulate),
         "seconds": progress.seconds,
-        "processes": of_all_processes(own),
+        "processes": of_all_processes(state),
     }
 
 
@@ -159,7 +180,6 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
         "history": trainer.history,
-        "skipped": trainer.guard.skipped,
         "log_sizes": {
             name: size for hook in trainer.hooks for name, size in hook.sizes(trainer).items()
         },
@@ -170,8 +190,8 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 def schedule_state(trainer: Trainer) -> dict[str, Any]:
     """Of what moves the weights, and the settings that it is of."""
     names = ("optimizer", "scheduler", "scaler")
-    own = {name: getattr(trainer, name).state_dict() for name in names}
-    return {**own, "settings": _settings(trainer)}
+    state = {name: getattr(trainer, name).state_dict() for name in names}
+    return {**state, "settings": _settings(trainer)}
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
@@ -186,7 +206,7 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
     """
     optimizer, now = trainer.optimizer, _settings(trainer)
     before = saved.get("settings", now)  # older files do not say
-    own = [dict(group) for group in optimizer.param_groups]
+    configured = [dict(group) for group in optimizer.param_groups]
     if before["optimizer"] == now["optimizer"]:
         try:
             optimizer.load_state_dict(saved["optimizer"])
@@ -198,11 +218,11 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
     if "scheduler" in saved and before == now:
         trainer.scheduler.load_state_dict(saved["scheduler"])
         return
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update({key: settings[key] for key in settings if key != "params"})
     losses = [record.get("train_loss", 0.0) for record in trainer.history]
     unknown = trainer.epoch - len(losses)  # of runs of the original, and in stages
-    if unknown and trainer.cfg.SOLVER.SCHEDULE == "plateau":
+    if unknown and isinstance(trainer.scheduler, ReduceLROnPlateau):
         raise UserError(
             f"{path} holds no schedule, and a plateau depends on all epochs before: choose another "
             "SOLVER.SCHEDULE"
@@ -225,7 +245,6 @@ def restore(trainer: Trainer) -> None:
     trainer.best_epoch = int(state.get("best_epoch", 0))
     trainer.history = state.get("history", [])
     trainer.init_state = state.get("init")
-    trainer.guard.skipped = int(state.get("skipped", 0))
     restore_position(trainer, state.get("position"))
     restore_schedule(trainer, state, path)
     for hook in trainer.hooks:

@@ -11,6 +11,7 @@ be, for which a row's bits are the same whatever the others are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mdistiller.engine.frozen_teacher.fingerprint import (
 )
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -40,8 +42,8 @@ _PROBES = 8  # images whose logits a file holds to be compared
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
 
 
-class TeacherCache:
-    """The teacher's logits for the batches of a run.
+class TeacherCache(Hook):
+    """Gives the distiller the teacher's logits of every batch, so that the teacher need not run.
 
     Each epoch: :meth:`begin`, :meth:`logits` of every step in order, :meth:`finish`.
 
@@ -49,6 +51,10 @@ class TeacherCache:
         cfg: the whole config.
         distiller: the method, unwrapped, its teacher frozen.
         loader: of the training images.
+
+    Attributes:
+        teacher_runs: whether the teacher runs on every batch anyway, for other runs that take turns
+            with this one (`run/together.py`).
 
     Raises:
         UserError: the config asks for what cannot be.
@@ -68,12 +74,32 @@ class TeacherCache:
         self.teacher = teacher
         self._store: LogitStore | None = None
         self._writes = True
+        self._epoch = 0  # the one begun
+        self.teacher_runs: Callable[[], bool] = lambda: False
 
-    def begin(self, step: int = 0, known: int = 0) -> None:
-        """Take what is known of the epoch that the loader has drawn, and go on behind `step`.
+    def before_epoch(self, trainer: Trainer, saved: Mapping[str, Any]) -> None:
+        self.loader = trainer.train_loader
+        if self._epoch != self.loader.epoch:  # else another run of the group has begun it
+            self.begin(trainer.step, saved.get("known", 0))
+            self._epoch = self.loader.epoch
+
+    def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
+        if self.teacher_runs():
+            self._take_batch(trainer.step - 1, inputs["image"])
+        inputs["teacher_logits"] = self.logits(trainer.step - 1)
+
+    def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
+        return self.finish()
+
+    def epoch_state(self, trainer: Trainer) -> dict[str, Any]:
+        self.keep(trainer.step)
+        return {"known": self.known(trainer.step)}
+
+    def begin(self, step: int = 0, hits: int = 0) -> None:
+        """Read the stored logits of the epoch that the loader has drawn, and continue after `step`.
 
         Args:
-            known: images before, as :meth:`known` gave it.
+            hits: how many images before `step` were stored, as :meth:`known` gave it.
         """
         if self._store is None:
             self._store = self._open()
@@ -83,16 +109,16 @@ class TeacherCache:
         index = torch.cat(batches)
         self._slots = (index * self.views + loader.views.cpu()[index]).numpy()
         self._storable = (index < self.kept).numpy()
-        found = np.zeros(len(index), dtype=bool)
+        stored = np.zeros(len(index), dtype=bool)
         rows = np.zeros((len(index), self.width), dtype=np.float32)
         chosen = self._slots[self._storable]
-        found[self._storable], rows[self._storable] = self._store.read(chosen)
+        stored[self._storable], rows[self._storable] = self._store.read(chosen)
         if self._store.replaced:
             self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
             self._store.replaced = ""
         left_out = self._before(step)
-        found[:left_out] = np.arange(left_out) < known  # as they were when the epoch began
-        self._missing, self._found = np.flatnonzero(~found), found
+        stored[:left_out] = np.arange(left_out) < hits  # as they were when the epoch began
+        self._missing, self._found = np.flatnonzero(~stored), stored
         self._first = self._done = int(np.searchsorted(self._missing, left_out))  # of the missing
         self._rows = torch.from_numpy(rows).to(self.device)
         self._index = index.to(self.device)
@@ -108,6 +134,15 @@ class TeacherCache:
             self._rows.index_copy_(0, part, rows[: len(part)])
             self._done += len(part)
         return self._rows[start:stop].clone()  # the method may write into it
+
+    def _take_batch(self, step: int, images: Tensor) -> None:
+        """Take what is missing for a step from a run of the teacher on its whole batch."""
+        start, stop = self._before(step), self._before(step + 1)
+        needed = int(np.searchsorted(self._missing, stop))
+        if self._done < needed and stop - start == self.loader.batch_size:
+            part = self._todo[self._done : needed]
+            self._rows.index_copy_(0, part, self._run(images)[part - start])
+            self._done = needed
 
     def _before(self, step: int) -> int:
         """Images in the batches before a step."""
@@ -201,8 +236,8 @@ class TeacherCache:
         slots = np.arange(first, first + len(probes))
         try:
             store = FileStore(path, first + _PROBES, self.width, key)
-            found, rows = store.read(slots)
-            if not self._close(rows[found], probes[found]):
+            stored, rows = store.read(slots)
+            if not self._close(rows[stored], probes[stored]):
                 store.open(anew=True)
                 store.replaced = "the teacher says something else now"
             store.write(slots, probes)

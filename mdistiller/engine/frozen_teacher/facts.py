@@ -156,8 +156,8 @@ def _read(path: Path, key: str) -> Any:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            value, found, check = file["value"], str(file["key"]), str(file["check"])
-        if found == key and check == _check(key, value):
+            value, stored, check = file["value"], str(file["key"]), str(file["check"])
+        if stored == key and check == _check(key, value):
             return value
         reason = "its contents and their hash disagree"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -77,7 +77,7 @@ def view_digest(loader: TrainLoader) -> str:
 def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
     """How the teacher is computed, in words: all that moves its logits by rounding or more."""
     frozen = distiller.frozen
-    if frozen is None:
+    if frozen is None or getattr(frozen, "plain", False):
         form, dtype = "plain", cfg.SOLVER.AMP
     else:
         form = f"folded {frozen.folded}, channels_last {frozen.channels_last}, fuses {frozen.fuses}"

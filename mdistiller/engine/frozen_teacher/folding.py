@@ -84,8 +84,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    known = type(module) in _NORMS or _has_activation(module)
-    return known and module.running_var is not None and module.running_mean is not None
+    is_norm = type(module) in _NORMS or _has_activation(module)
+    return is_norm and module.running_var is not None and module.running_mean is not None
 
 
 def _has_activation(module: nn.Module) -> bool:

@@ -218,15 +218,15 @@ class FrozenTeacher:
         self._watched = count_hooks(self.teacher) != self._hooks
         some = self._tensors[0]
         self.net.to(some.device)
-        own = dict(named_tensors(self.net))
-        before = [tensor.clone() for tensor in own.values()] if self._fused else []
-        values = list(own.values())
+        tensors = dict(named_tensors(self.net))
+        before = [tensor.clone() for tensor in tensors.values()] if self._fused else []
+        values = list(tensors.values())
         for layer_name, norm_name in self.pairs:
             names = [f"{layer_name}.{part}" for part in ("weight", "bias")]
             layer, norm = (self.teacher.get_submodule(name) for name in (layer_name, norm_name))
             for name, value in zip(names, folded_weights(layer, norm), strict=True):
-                own.pop(name).copy_(value)
-        for name, tensor in own.items():
+                tensors.pop(name).copy_(value)
+        for name, tensor in tensors.items():
             tensor.copy_(source[name])
         if not all(map(torch.equal, before, values)):
             self._fused.clear()  # they have the weights that were

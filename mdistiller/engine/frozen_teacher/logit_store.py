@@ -63,10 +63,10 @@ class MemoryStore:
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
         """See :class:`LogitStore`."""
-        found = self._known[slots]
+        stored = self._known[slots]
         rows = np.zeros((len(slots), self._rows.shape[1]), dtype=np.float32)
-        rows[found] = self._rows[slots[found]]
-        return found, rows
+        rows[stored] = self._rows[slots[stored]]
+        return stored, rows
 
     def write(self, slots: Slots, rows: Floats) -> None:
         """See :class:`LogitStore`."""
@@ -134,9 +134,9 @@ class FileStore:
             self.open()
         rows = self._table[slots]
         logits = np.ascontiguousarray(rows["logits"])
-        found = rows["check"] == self._sum(slots, logits)
-        logits[~found] = 0
-        return found, logits
+        stored = rows["check"] == self._sum(slots, logits)
+        logits[~stored] = 0
+        return stored, logits
 
     def write(self, slots: Slots, rows: Floats) -> None:
         """See :class:`LogitStore`.

@@ -123,8 +123,8 @@ def build_network(
     net: Any
     with first_on_machine() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
-    known = entry.pretrained_on(settings) if wanted and any_head else None
-    if known is not None and known.classes != data.num_classes:
+    facts = entry.pretrained_on(settings) if wanted and any_head else None
+    if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
     check_input(net, name, data)
     given, stated = (data.mean, data.std), None
@@ -134,12 +134,12 @@ def build_network(
         )
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
-    own = own_preprocessing(cfg, role, entry, weights, stated)
-    renormalize_input(net, given, (own.mean, own.std) if own and own.mean else given)
-    if weights and own and states_nothing(entry, weights, stated) and rank() == 0:
+    how = own_preprocessing(cfg, role, entry, weights, stated)
+    renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
+    if weights and how and states_nothing(entry, weights, stated) and rank() == 0:
         if data.preprocessing.resize == "keep":
-            own = Preprocessing(own.mean, own.std)
-        print(log_msg(taken_line(name, role, own, weights)), flush=True)
+            how = Preprocessing(how.mean, how.std)
+        print(log_msg(taken_line(name, role, how, weights)), flush=True)
     return net
 
 
@@ -220,22 +220,22 @@ def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"
     if cfg.DISTILLER.TEACHER_CKPT:
         path = Path(cfg.DISTILLER.TEACHER_CKPT)
         places = (path, project_root() / path)
-        found = next((p for p in places if split_key(p)[0].is_file()), None)
-        if found is None:
+        file = next((p for p in places if split_key(p)[0].is_file()), None)
+        if file is None:
             raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
-        return found
+        return file
     entry = model_entry(cfg, "TEACHER", data)
-    own = bool(cfg.DISTILLER.TEACHER_CFG)
+    trained_here = bool(cfg.DISTILLER.TEACHER_CFG)
     classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
     wanted = classes if get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier else None
     settings = arguments(cfg, "TEACHER")
-    if entry.loads_itself and settings.get("pretrained") and not own:
+    if entry.loads_itself and settings.get("pretrained") and not trained_here:
         if wanted is not None:
             require_classes(entry, settings, wanted)
         return PRETRAINED
     with first_on_machine():
-        released = entry.released(wanted, fetch=not own)
-    misfits = released and own and entry.default_classes() != classes
+        released = entry.released(wanted, fetch=not trained_here)
+    misfits = released and trained_here and entry.default_classes() != classes
     return None if misfits else released
 
 
@@ -262,23 +262,23 @@ def teacher_test_loader(
         return None
     entry = model_entry(cfg, "TEACHER", data)
     stated = None if weights == PRETRAINED else recorded_facts(weights)
-    own = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if own is None:
+    how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
+    if how is None:
         return None
     sized = cfg.clone()
     sized.defrost()
     sized.DATASET.IMAGE_SIZE = used.image_size
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
-    if own_view(sized, own) == replace(used, mean=(), std=()):
+    if own_view(sized, how) == replace(used, mean=(), std=()):
         return None
-    if own.image_size not in (0, used.image_size) and rank() == 0:
-        whose = "its checkpoint records" if own.recorded else "its library evaluates it at"
+    if how.image_size not in (0, used.image_size) and rank() == 0:
+        whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but {whose} {own.image_size} "
-            f"(DATASET.IMAGE_SIZE {own.image_size} gives it these)"
+            f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
+            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these)"
         )
         print(log_msg(message), flush=True)
-    return load_test_loader(sized, device, own).loader
+    return load_test_loader(sized, device, how).loader
 
 
 def measure_teacher(

@@ -121,8 +121,8 @@ def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) 
         wanted = net(images)[0][:, order]
         for param, rows in zip(params, kept, strict=True):
             param.copy_(rows[order])
-        found = net(images)[0]
-    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5):
+        logits = net(images)[0]
+    if logits.shape == wanted.shape and torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5):
         return True
     for param, rows in zip(params, kept, strict=True):
         param.copy_(rows)
@@ -152,10 +152,10 @@ def doubts(
         confusion: images by class and predicted class, [C, C]; None: not counted.
         targets: of the images, int64 [N].
     """
-    found = []
+    lines = []
     guess = 100.0 * targets.bincount().max().item() / max(1, len(targets))
     if top1 <= guess or (top1 < 200.0 / len(classes) and len(classes) > 2):
-        found.append(
+        lines.append(
             f"is near chance on this data: {top1:.2f} %, and naming the most frequent class has "
             f"{guess:.2f} %; is it the right file?"
         )
@@ -163,11 +163,11 @@ def doubts(
     if moved:
         pairs = [f"{classes[k]!r} for {classes[other]!r}" for k, other in sorted(moved.items())]
         shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
-        found.append(
+        lines.append(
             "takes classes for one another, as a file with another order of classes does: "
             f"{shown}; DATASET.CLASSES sets the order (natural: that of timm)"
         )
-    return found
+    return lines
 
 
 def swapped_classes(confusion: Tensor) -> dict[int, int]:

@@ -23,17 +23,17 @@ def arguments(cfg: Any, role: str) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
-    found: dict[str, Any] = plain(cfg.DISTILLER[f"{role}_ARGS"])
-    return found
+    arguments: dict[str, Any] = plain(cfg.DISTILLER[f"{role}_ARGS"])
+    return arguments
 
 
 def require_classes(entry: ModelEntry, settings: Mapping[str, Any], num_classes: int) -> None:
     """Refuse released weights, to be used as they are, of another number of classes."""
-    known = entry.pretrained_on(settings)
-    if known and known.classes != num_classes:
+    facts = entry.pretrained_on(settings)
+    if facts and facts.classes != num_classes:
         name = entry.constructor.__name__
         raise UserError(
-            f"the released weights of {name} are for {known.classes} classes, but "
+            f"the released weights of {name} are for {facts.classes} classes, but "
             f"{num_classes} are wanted: train it on the data first, as DISTILLER.STUDENT with "
             "STUDENT_ARGS {pretrained: True}, and name that run's file in DISTILLER.TEACHER_CKPT "
             "(or its config in TEACHER_CFG)"
@@ -68,16 +68,16 @@ def own_preprocessing(
     released = settings.get("pretrained") or weights == PRETRAINED
     if weights and not released and recorded_norm is None:
         released = entry.is_release(weights) or states_nothing(entry, weights, stated)
-    known = None
+    preprocessing = None
     if released or norm == "own":
-        known = entry.preprocessing(settings, weights or "")
-    if norm == "own" and known is None:
+        preprocessing = entry.preprocessing(settings, weights or "")
+    if norm == "own" and preprocessing is None:
         raise UserError(
             f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
             "how their images were normalised; give [[mean], [std]], or data"
         )
     trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
-    rest = recorded or (Preprocessing() if trained_here or known is None else known)
+    rest = recorded or (Preprocessing() if trained_here or preprocessing is None else preprocessing)
     if norm == "data":
         return replace(rest, mean=(), std=())
     statistics: Any = None if isinstance(norm, str) else norm
@@ -89,9 +89,9 @@ def own_preprocessing(
                 f"which is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
             )
     if statistics is None:
-        if known is None:
+        if preprocessing is None:
             return recorded
-        statistics = known.mean, known.std
+        statistics = preprocessing.mean, preprocessing.std
     mean, std = (tuple(part) for part in statistics)
     return replace(rest, mean=mean, std=std)
 
@@ -110,8 +110,8 @@ def own_statistics(
         given: those of the data.
         (others): see :func:`own_preprocessing`.
     """
-    own = own_preprocessing(cfg, role, entry, weights, stated)
-    return (own.mean, own.std) if own is not None and own.mean else given
+    how = own_preprocessing(cfg, role, entry, weights, stated)
+    return (how.mean, how.std) if how is not None and how.mean else given
 
 
 def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessing | None:
@@ -163,16 +163,16 @@ def in_run_folder(weights: str | Path) -> bool:
     return any(line.startswith("DISTILLER:") for line in text.splitlines())
 
 
-def taken_line(name: str, role: str, own: Preprocessing, weights: str | Path) -> str:
+def taken_line(name: str, role: str, how: Preprocessing, weights: str | Path) -> str:
     """What is taken of a library for a file that does not record it, and what changes that.
 
     Args:
         name: of the network in its library.
-        own: what is taken; mean and std alone where images keep their size.
+        how: what is taken; mean and std alone where images keep their size.
     """
     keys = ", and for evaluation DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT"
     return (
         f"{weights} does not record how images are prepared; taken from {name.partition('/')[0]} "
-        f"for {name}: {own.describe()} (to change it: DISTILLER.{role}_NORM"
-        f"{keys if own.resize else ''})"
+        f"for {name}: {how.describe()} (to change it: DISTILLER.{role}_NORM"
+        f"{keys if how.resize else ''})"
     )

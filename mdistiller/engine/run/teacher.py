@@ -36,9 +36,9 @@ def resolve_teacher(
     Args:
         run_folder: of the student, where the teacher must not be.
     """
-    found = find_teacher(cfg, data)
-    if found is not None:
-        return found
+    weights = find_teacher(cfg, data)
+    if weights is not None:
+        return weights
     if not cfg.DISTILLER.TEACHER_CFG:
         raise UserError(no_teacher(cfg, data))
     if teacher_folder(teacher_config(cfg)) == run_folder:
@@ -56,13 +56,13 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
     Its last epoch is taken, so that no test accuracy selects it. Of several processes that need
     it, one trains and the others wait.
     """
-    own = teacher_config(cfg)
-    folder = teacher_folder(own)
+    teacher_cfg = teacher_config(cfg)
+    folder = teacher_folder(teacher_cfg)
     with _only_one(folder):
         started = bool(Store(folder).candidates())
-        finished = from_main_process(lambda: _is_finished(folder, own))
+        finished = from_main_process(lambda: _is_finished(folder, teacher_cfg))
         if started or (folder / "student_latest").is_file():
-            changes = changed_settings(folder, own)
+            changes = changed_settings(folder, teacher_cfg)
             if changes:
                 raise UserError(
                     f"the teacher in {folder} was trained with other settings "
@@ -73,47 +73,47 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
             if rank() == 0:
                 message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
                 print(log_msg(message), flush=True)
-            train_run(own, experiment_name(own), started, device)
+            train_run(teacher_cfg, experiment_name(teacher_cfg), started, device)
     return folder / "student_latest"
 
 
-def _is_finished(folder: Path, own: Config) -> bool:
+def _is_finished(folder: Path, teacher_cfg: Config) -> bool:
     """Whether a run has come to its end and its last student is there; checkpoints need not be."""
     epochs = read_json(folder / "summary.json").get("epochs", 0)
-    return epochs >= own.SOLVER.EPOCHS and (folder / "student_latest").is_file()
+    return epochs >= teacher_cfg.SOLVER.EPOCHS and (folder / "student_latest").is_file()
 
 
 def teacher_config(cfg: Config) -> Config:
     """The config of the teacher that DISTILLER.TEACHER_CFG trains.
 
-    It sees the student's data, device and output folder; the rest is its own config.
+    It sees the student's data, device and output folder; the rest is its teacher_cfg config.
     """
     settings = cfg.DISTILLER
     with active():  # what it imports counts when it is trained
-        own = load_config(find_config(settings.TEACHER_CFG)).clone()
-    own.defrost()
-    own.DATASET, own.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
-    own.LOG.PREFIX, own.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB
-    own.freeze()
-    if own.DISTILLER.STUDENT != settings.TEACHER:
+        teacher_cfg = load_config(find_config(settings.TEACHER_CFG)).clone()
+    teacher_cfg.defrost()
+    teacher_cfg.DATASET, teacher_cfg.DEVICE = cfg.DATASET.clone(), cfg.DEVICE
+    teacher_cfg.LOG.PREFIX, teacher_cfg.LOG.WANDB = cfg.LOG.PREFIX, cfg.LOG.WANDB
+    teacher_cfg.freeze()
+    if teacher_cfg.DISTILLER.STUDENT != settings.TEACHER:
         raise UserError(
-            f"DISTILLER.TEACHER_CFG trains a {own.DISTILLER.STUDENT}, "
+            f"DISTILLER.TEACHER_CFG trains a {teacher_cfg.DISTILLER.STUDENT}, "
             f"but DISTILLER.TEACHER is {settings.TEACHER}"
         )
     for kind in ("ARGS", "NORM"):
-        trained = own.DISTILLER[f"STUDENT_{kind}"]
+        trained = teacher_cfg.DISTILLER[f"STUDENT_{kind}"]
         if trained != settings[f"TEACHER_{kind}"]:
             shown = dict(trained) if kind == "ARGS" else trained
             raise UserError(
                 f"DISTILLER.TEACHER_CFG trains a {settings.TEACHER} with STUDENT_{kind} {shown}; "
                 f"set DISTILLER.TEACHER_{kind} to the same"
             )
-    return own
+    return teacher_cfg
 
 
-def teacher_folder(own: Config) -> Path:
+def teacher_folder(teacher_cfg: Config) -> Path:
     """The run folder of a teacher with this config."""
-    return Path(own.LOG.PREFIX) / experiment_name(own)
+    return Path(teacher_cfg.LOG.PREFIX) / experiment_name(teacher_cfg)
 
 
 def being_trained(cfg: Config) -> Path | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +16,7 @@ import torch
 from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
-from mdistiller.engine.callbacks.preemption import listening
+from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint, replacing
@@ -43,7 +45,17 @@ from mdistiller.engine.run.record import (
     side_settings,
 )
 from mdistiller.engine.run.teacher import resolve_teacher
-from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.run.together import (
+    Outcome,
+    PrefixedStream,
+    current_turn,
+    measured_once,
+    run_together,
+    share_cache,
+    share_teacher,
+    shared_data,
+)
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.registry import UserError
@@ -101,8 +113,51 @@ def train(
     set_determinism(cfg.SOLVER.DETERMINISTIC)
     if resume == "auto":
         resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
-    with listening(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
+    with handle_signals(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
         return _train(cfg, name, resume, device, hooks, allow_changes, prepare)
+
+
+def data_key(cfg: Config) -> str:
+    """All that decides about a run's batches, as text; runs with the same can train together."""
+    views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
+    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
+    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
+
+
+def train_together(
+    configs: Sequence[Config],
+    overrides: Sequence[str] = (),
+    resume: bool | Literal["auto"] = False,
+    allow_changes: bool = False,
+) -> list[Outcome[dict[str, Any]]]:
+    """Train several configs in lock-step (see `together.py`); arguments as of :func:`train`.
+
+    Returns:
+        The summary of each run, or the error that ended it.
+
+    Raises:
+        UserError: the configs have different data, or runs have the same folder.
+    """
+    names = [experiment_name(cfg, overrides) for cfg in configs]
+    for name, cfg in zip(names, configs, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"two configs have the run folder {name}: set EXPERIMENT.NAME in one")
+        if data_key(cfg) != data_key(configs[0]):
+            raise UserError(
+                f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and the views of a batch "
+                "must be the same"
+            )
+
+    def job(name: str, cfg: Config) -> dict[str, Any]:
+        sys.stdout = PrefixedStream(sys.stdout, name)
+        return train(cfg, overrides, resume, allow_changes=allow_changes)
+
+    device = resolve_device(configs[0].DEVICE)
+    jobs = [functools.partial(job, name, cfg) for name, cfg in zip(names, configs, strict=True)]
+    patience = max(cfg.SOLVER.RANK_TIMEOUT for cfg in configs)
+    with handle_signals(), process_group(device, patience):
+        return run_together(jobs, device)
 
 
 def train_or_continue(
@@ -146,10 +201,10 @@ def _train_with(
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
     changes = check_folder(folder, cfg, resume, allow_changes)
-    known = recorded_teacher_acc(folder) if resume and not changes else None
-    if known is not None and rank() == 0:
-        print(log_msg(f"teacher: {known:.2f} %, as measured when the run began"), flush=True)
-    prepared = (prepare or prepare_classifier)(cfg, name, device, known)
+    teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
+    if teacher_acc is not None and rank() == 0:
+        print(log_msg(f"teacher: {teacher_acc:.2f} %, as measured when the run began"), flush=True)
+    prepared = (prepare or prepare_classifier)(cfg, name, device, teacher_acc)
     trainer, data, facts, teacher_acc, teacher = prepared
     record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
@@ -180,13 +235,16 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
-    data = load_data(cfg, device, items.two_views)
+    data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
     if method.uses_teacher:
-        teacher_ckpt = resolve_teacher(cfg, data, device, _train, Path(cfg.LOG.PREFIX) / name)
+        folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
+        train_teacher = turn.alone(_train) if turn else _train
+        teacher_ckpt = resolve_teacher(cfg, data, device, train_teacher, folder)
     distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    share_teacher(distiller, cfg, device)
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
     if rank() == 0:
         show_cfg(cfg)
@@ -194,7 +252,9 @@ def prepare_classifier(
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
-        teacher_acc = measure_teacher(distiller, data, loader, label)
+        teacher_acc = measured_once(
+            distiller, lambda: measure_teacher(distiller, data, loader, label)
+        )
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
@@ -203,6 +263,7 @@ def prepare_classifier(
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+    share_cache(trainer)
     return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
 
 

@@ -1,9 +1,9 @@
-"""What becomes of a step whose loss or gradient is not finite: a report, or a step that is none."""
+"""Non-finite losses and gradients: stop with a report, or skip the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mdistiller.engine.checkpoints.write import save_checkpoint
-from mdistiller.engine.hooks import Trainer
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError, show_terms
 from mdistiller.registry import UserError
 from mdistiller.runtime import distributed, rank
@@ -19,16 +19,16 @@ from mdistiller.runtime import distributed, rank
 _SHOWN = 8  # sample numbers in an error
 
 
-class Guard:
-    """Looks at every step's loss and gradient before it moves the weights.
+class NonFiniteGuard(Hook):
+    """Checks every step's loss and gradient before it moves the weights.
 
-    To look from the host is to wait for the device. On CUDA losses are therefore read every 50
-    steps, and gradients show in the losses that follow. With SOLVER.SKIP_NONFINITE each step is
-    looked at: one that is skipped leaves weights, optimizer and buffers as they were. On CUDA that
-    is decided on the device, and `skipped` follows when numbers are read.
+    Reading a value on the host waits for the device. On CUDA losses are therefore read every 50
+    steps, and a bad gradient shows in the losses that follow. With SOLVER.SKIP_NONFINITE each step
+    is checked: one that is skipped leaves weights, optimizer and buffers as they were. On CUDA the
+    device decides, and `skipped` follows when numbers are read.
 
     Args:
-        limit: SOLVER.SKIP_NONFINITE, the steps that may be skipped in a run; 0: none.
+        limit: SOLVER.SKIP_NONFINITE, how many steps of a run may be skipped.
         device: of the networks.
 
     Attributes:
@@ -47,8 +47,7 @@ class Guard:
         self._terms: list[dict[str, Tensor]] = []
         self._buffers: list[Tensor] = []
 
-    def begin(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
-        """Before the forward pass of a micro-batch."""
+    def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
         self._recent = [*self._recent, inputs.get("index")][-self._remembered :]
         self._inputs = inputs if self._remembered == 1 else {}
         if trainer.begins_step:
@@ -56,16 +55,15 @@ class Guard:
             if self.limit:
                 self._buffers = [buffer.clone() for buffer in trainer.model.buffers()]
 
-    def see(self, losses: dict[str, Tensor]) -> None:
-        """After it."""
+    def after_forward(self, trainer: Trainer, losses: Mapping[str, Tensor]) -> None:
         if self.looks:
             self._terms.append({name: loss.detach().mean() for name, loss in losses.items()})
 
-    def passes(self, trainer: Trainer, gradients: Sequence[Tensor]) -> bool:
+    def allows(self, trainer: Trainer, gradients: Sequence[Tensor]) -> bool:
         """Whether the optimizer may step by these gradients.
 
         Raises:
-            NonFiniteLossError: it may not, and no more steps may be skipped.
+            NonFiniteLossError: a value is not finite, and no more steps may be skipped.
         """
         if not self.looks:
             return True
@@ -73,9 +71,7 @@ class Guard:
             return True
         finite = torch.stack([term for terms in self._terms for term in terms.values()]).isfinite()
         good = finite.all()
-        if (
-            gradients and not trainer.scaler.is_enabled()
-        ):  # fp16: an overflow is the scaler's matter
+        if gradients and not trainer.scaler.is_enabled():  # fp16: the scaler handles overflow
             largest = torch._foreach_norm(list(gradients), math.inf)
             good &= torch.stack([norm.to(good.device) for norm in largest]).isfinite().all()
         if self.limit and distributed():
@@ -129,8 +125,27 @@ class Guard:
         many = f" after {self.skipped} skipped steps" if self.skipped else ""
         raise NonFiniteLossError(f"non-finite {what} in {where}{many}: {show_terms(terms)}")
 
-    def check_weights(self, trainer: Trainer) -> None:
-        """Before they are saved: a bad gradient may have come in the very last step.
+    def after_step(self, trainer: Trainer, meters: Any) -> None:
+        if trainer.global_step % trainer.cfg.LOG.TENSORBOARD_FREQ == 0:
+            meters.flush()
+            self.read()
+
+    def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
+        self.read()
+        return {}
+
+    def epoch_state(self, trainer: Trainer) -> dict[str, Any]:
+        self.read()
+        return {}
+
+    def state(self, trainer: Trainer) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        self.skipped = int(state.get("skipped", 0))
+
+    def before_save(self, trainer: Trainer) -> None:
+        """Check the weights: a bad gradient may have come in the very last step.
 
         Raises:
             NonFiniteLossError: a trained weight is not finite.
@@ -146,9 +161,10 @@ class Guard:
         """The error with the samples of the step, and a file to look at.
 
         Where the step was noticed at once, the file holds its inputs, and the weights that it did
-        not move. Where numbers are read later they have moved: it has the sample numbers alone.
+        not move. Where numbers are read later the weights have moved: it has the sample numbers
+        alone.
         """
-        if error.ago >= len(self._recent):  # of a trainer that makes its steps without this guard
+        if error.ago >= len(self._recent):  # a trainer that makes its steps without this guard
             return error
         ago = error.ago
         index, step = self._recent[-1 - ago], trainer.step - ago

@@ -1,0 +1,158 @@
+"""Runs that train in lock-step compute what each computes alone, to the bit."""
+
+import json
+
+import pytest
+import torch
+from support import same_state, saved_teacher, write_config
+
+from mdistiller.engine.cfg import load_config
+from mdistiller.engine.run.together import SharedTeacher
+from mdistiller.engine.run.train import train, train_together
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.registry import UserError
+
+# name -> method, and what its config has beside
+RUNS = {
+    "plain": ("NONE", {}),
+    "kd": ("KD", {}),
+    "cached": ("KD", {"TEACHER_CACHE": "memory"}),
+    "maps": ("AT", {}),
+    "bank": ("CRD", {}),
+    "staged": ("FSP", {}),
+}
+OVERRIDES = {"staged": ["FSP.INIT.EPOCHS", 1], "maps": ["SOLVER.EMA", 0.9, "SOLVER.ACCUMULATE", 2]}
+
+
+def configs(folder, names=tuple(RUNS), **more):
+    made = []
+    for name in names:
+        method, settings = RUNS[name]
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        if method != "NONE":
+            weights = saved_teacher(folder.parent, "resnet8")
+            settings = {"TEACHER": "resnet8", "TEACHER_CKPT": str(weights), **settings}
+        path = write_config(place, method=method, epochs=2, **settings, **more)
+        made.append(load_config(path, ["EXPERIMENT.NAME", name, *OVERRIDES.get(name, [])]))
+    return made
+
+
+def left_by(folder, name):
+    """Weights, optimizer and records of a run, without times."""
+    (path,) = folder.glob(f"{name}/out/toy/{name}/latest")
+    state = torch.load(path, weights_only=True)
+    clock = ("seconds", "images_per_second", "teacher_hits", "time")
+    rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    records = [{key: row[key] for key in row if key not in clock} for row in rows]
+    return state["model"], state["optimizer"]["state"], records
+
+
+def same_runs(first, second, names):
+    for name in names:
+        (model, momenta, rows), (other, others, other_rows) = (
+            left_by(folder, name) for folder in (first, second)
+        )
+        assert rows == other_rows, name
+        assert same_state(model, other), name
+        for key in momenta:
+            assert same_state(momenta[key], others[key]), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    for cfg in configs(folder):
+        train(cfg)
+    return folder
+
+
+def test_every_run_is_as_alone_and_the_teacher_runs_once(alone, monkeypatch):
+    steps, forwards = [], []
+    whole, call = BaseTrainer.train_iter, SharedTeacher.__call__
+
+    def train_iter(self, data, epoch, meters):
+        if not self.stage:
+            steps.append((epoch, self.step))
+        return whole(self, data, epoch, meters)
+
+    def count(self, image):
+        if hasattr(image, "batch_of_group") and self.plain is False:
+            before = image.batch_of_group in self._outputs
+            output = call(self, image)
+            forwards.extend([] if before else [image.batch_of_group])
+            return output
+        return call(self, image)
+
+    monkeypatch.setattr(BaseTrainer, "train_iter", train_iter)
+    monkeypatch.setattr(SharedTeacher, "__call__", count)
+    together = alone.parent / "together"
+    outcomes = train_together(configs(together))
+    assert [outcome.error for outcome in outcomes] == [None] * len(RUNS)
+    same_runs(alone, together, RUNS)
+    assert steps == sorted(steps)  # no run is a step ahead
+    main = [at for at in forwards if at[0] < 10**6]
+    assert sorted(main) == [(epoch, step) for epoch in (1, 2) for step in range(5)]
+
+
+def test_a_run_that_fails_leaves_the_others_untouched(alone, monkeypatch):
+    folder = alone.parent / "failing"
+    whole = BaseTrainer.train_iter
+
+    def train_iter(self, data, epoch, meters):
+        if self.log_path.name == "kd" and (epoch, self.step) == (1, 3):
+            raise RuntimeError("broken")
+        return whole(self, data, epoch, meters)
+
+    monkeypatch.setattr(BaseTrainer, "train_iter", train_iter)
+    names = ["plain", "kd", "maps"]
+    failed = train_together(configs(folder, names))[1].error
+    assert isinstance(failed, RuntimeError)
+    same_runs(alone, folder, ["plain", "maps"])
+
+
+def test_runs_stopped_in_the_middle_all_resume(alone, monkeypatch):
+    """One is a step further than the other when both stop; one has ended its first epoch."""
+    folder = alone.parent / "stopped"
+    names = ["cached", "bank"]
+    whole = BaseTrainer.train_iter
+
+    def train_iter(self, data, epoch, meters):
+        if (epoch, self.step) == (2, 2 + (self.log_path.name == "bank")):
+            raise KeyboardInterrupt
+        self.position = None
+        message = whole(self, data, epoch, meters)
+        if self.log_path.name == "bank" and (epoch, self.step) == (2, 2):
+            from mdistiller.engine.checkpoints.resume import current_position
+
+            self.position = current_position(self)
+            self.save()
+            self.position = None
+        return message
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseTrainer, "train_iter", train_iter)
+        outcomes = train_together(configs(folder, names))
+    assert all(isinstance(outcome.error, KeyboardInterrupt) for outcome in outcomes)
+    outcomes = train_together(configs(folder, names), resume=True)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    same_runs(alone, folder, names)
+
+
+def test_each_run_counts_its_own_time(alone):
+    """The sum over the runs is not what each of them took on the clock."""
+    seconds = {}
+    for name in RUNS:
+        (path,) = (alone.parent / "together").glob(f"{name}/out/toy/{name}/summary.json")
+        seconds[name] = json.loads(path.read_text())["seconds"]
+    assert seconds["plain"] < sum(seconds.values()) / 3
+
+
+def test_runs_with_other_data_are_refused(tmp_path):
+    first, second = configs(tmp_path, ["plain", "kd"])
+    second.defrost()
+    second.SOLVER.BATCH_SIZE = 16
+    with pytest.raises(UserError, match=r"cannot train together: .*SOLVER\.BATCH_SIZE"):
+        train_together([first, second])
+    with pytest.raises(UserError, match="two configs have the run folder toy/plain"):
+        train_together([first, first])
