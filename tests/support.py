@@ -18,6 +18,7 @@ from mdistiller.engine.config.safe_yaml import parse_yaml
 
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
+DATA = "toy"  # what the configs of write_config train on; tests of the engine take tiny16
 
 
 def unpadded(text):
@@ -50,14 +51,15 @@ def golden_values(shape, seed):
 def write_config(folder, text="", method="NONE", student="resnet8", epochs=2, **distiller):
     """A config over the toy data that trains in seconds; returns its path.
 
-    The run folder is `folder/out/toy/run`.
+    The run folder is `folder/out/toy/run`. The Baby networks take images of 32 pixels alone.
     """
+    data = "toy" if "Baby" in f"{student} {distiller.get('TEACHER')}" else DATA
     lines = "".join(f"  {key}: {json.dumps(value)}\n" for key, value in distiller.items())
     folder = Path(folder)
     (folder / "toy_base.yaml").write_text(
         f"IMPORTS: [{json.dumps(TOY)}]\nDEVICE: cpu\n"
         "EXPERIMENT:\n  PROJECT: toy\n  NAME: run\n"
-        "DATASET:\n  TYPE: toy\n  TEST:\n    BATCH_SIZE: 60\n"
+        f"DATASET:\n  TYPE: {data}\n  TEST:\n    BATCH_SIZE: 60\n"
         f"DISTILLER:\n  TYPE: {method}\n  STUDENT: {student}\n{lines}"
         f"SOLVER:\n  BATCH_SIZE: 32\n  EPOCHS: {epochs}\n  LR: 0.05\n"
         "  LR_DECAY_STAGES: [1]\n  WEIGHT_DECAY: 0.0005\n"

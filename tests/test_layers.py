@@ -1,6 +1,7 @@
 """Imports point one way: the table below is DESIGN's, and every module is held to it."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import re
@@ -54,6 +55,7 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def imports_of(path):
     """What a file imports, also within functions and for types alone."""
     return set(imported(ast.parse(path.read_text()), path.relative_to(REPO).parts[:-1]))

@@ -1,13 +1,12 @@
 """Forked commands end as real ones do."""
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import warm_start
+import support
 from support import run_script
 
 
@@ -65,7 +64,7 @@ def test_a_thread_is_waited_for(script):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_what_takes_too_long_is_an_error_and_leaves_nothing(script, tmp_path):
-    server = warm_start.Server({**os.environ, "WARM_START_TIMEOUT": "1"})
+    server = support._server()
     path = script(
         "import os, sys, time\n"
         "for _ in range(2):\n"
@@ -74,8 +73,7 @@ def test_what_takes_too_long_is_an_error_and_leaves_nothing(script, tmp_path):
         "time.sleep(60)\n"
     )
     with pytest.raises(subprocess.TimeoutExpired):
-        server.run([str(path), str(tmp_path)], server.environment, tmp_path)
-    server.process.kill()
+        server.run([str(path), str(tmp_path)], server.environment, tmp_path, timeout=1)
     left = [int(name.name) for name in tmp_path.iterdir() if name.name.isdigit()]
     assert len(left) == 4
     deadline = time.monotonic() + 10

@@ -1,6 +1,17 @@
-"""A data set for tests, registered from outside the package: 160 + 60 real digits."""
+"""Data sets for tests, registered from outside the package: 160 + 60 real digits."""
+
+import functools
 
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
+
+
+@functools.cache
+def _digits(split, step):
+    """The first digits of a split, every `step`-th of their 32 x 32 pixels."""
+    digits = DATASETS["digits"]().load(".", split, {})
+    count = 160 if split == "train" else 60
+    images = digits.images[:count, :, ::step, ::step].contiguous()
+    return ImageSet(images, digits.targets[:count], digits.classes)
 
 
 @DATASETS.register("toy")
@@ -9,20 +20,18 @@ class Toy(DataSource):
     mean, std = (0.3, 0.3, 0.3), (0.4, 0.4, 0.4)
     augment = "crop"
     zoo = "cifar"
+    step = 1
 
     def load(self, root, split, options):
-        digits = DATASETS["digits"]().load(root, split, options)
-        count = 160 if split == "train" else 60
-        return ImageSet(digits.images[:count], digits.targets[:count], digits.classes)
+        digits = _digits(split, self.step)
+        return ImageSet(digits.images.clone(), digits.targets.clone(), list(digits.classes))
 
 
 @DATASETS.register("tiny16")
 class Tiny16(Toy):
-    """The same at 16 x 16 pixels."""
+    """The same at 16 x 16 pixels: an epoch takes a third of the time."""
 
-    def load(self, root, split, options):
-        whole = super().load(root, split, options)
-        return ImageSet(whole.images[:, :, ::2, ::2].contiguous(), whole.targets, whole.classes)
+    step = 2
 
 
 @DATASETS.register("toy_imagenet")

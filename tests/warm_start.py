@@ -33,7 +33,7 @@ IMPORTED = (
     "mdistiller.detection.run",
     "mdistiller.engine.run.train",
 )
-TIMEOUT = float(os.environ.get("WARM_START_TIMEOUT", 300))
+TIMEOUT = 300.0  # seconds
 
 
 class Server:
@@ -53,13 +53,13 @@ class Server:
         )
         atexit.register(self.process.kill)
 
-    def run(self, script, environment, cwd=None, processes=0):
+    def run(self, script, environment, cwd=None, processes=0, timeout=TIMEOUT):
         """Run a script as `subprocess.run` would, or as so many processes of one training.
 
         Of several, the output is that of all, and the code that of the first to fail.
 
         Raises:
-            subprocess.TimeoutExpired: it takes more than TIMEOUT seconds.
+            subprocess.TimeoutExpired: it takes more than `timeout` seconds.
         """
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
@@ -69,17 +69,19 @@ class Server:
                 "cwd": str(cwd or os.getcwd()),
                 "out": str(out),
                 "err": str(err),
+                "timeout": timeout,
             }
             try:
                 self.process.stdin.write(json.dumps(request).encode() + b"\n")
                 self.process.stdin.flush()
-                assert select.select([self.process.stdout], [], [], 2 * TIMEOUT)[0], "no answer"
+                answered, _, _ = select.select([self.process.stdout], [], [], 2 * timeout + 10)
+                assert answered, "no answer"
                 code = json.loads(self.process.stdout.readline())
             except BaseException:
                 self.process.kill()  # or the next request would get the answer to this one
                 raise
             if code is None:
-                raise subprocess.TimeoutExpired(script, TIMEOUT, out.read_text(), err.read_text())
+                raise subprocess.TimeoutExpired(script, timeout, out.read_text(), err.read_text())
             return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
 
 
@@ -107,15 +109,15 @@ def _serve():
             if pid == 0:
                 _become(request, environment)
             running.append(pid)
-        print(json.dumps(_code(running)), flush=True)
+        print(json.dumps(_code(running, request["timeout"])), flush=True)
 
 
-def _code(running):
+def _code(running, timeout):
     """Exit code of the first process to fail, or 0; once one has, the others get ten seconds.
 
     None where time is up.
     """
-    code, end = 0, time.monotonic() + TIMEOUT
+    code, end = 0, time.monotonic() + timeout
     late = False
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)

@@ -65,14 +65,14 @@ def test_a_method_that_takes_soft_labels_does(method):
     from mdistiller.models import get_model_entry
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, 32, 32, generator=generator)
+    images = torch.randn(4, 3, 16, 16, generator=generator)
     targets = torch.tensor([3, 1, 3, 9])
     soft = torch.nn.functional.one_hot(targets, 10).float()
     terms = []
     for target in (targets, soft):
         torch.manual_seed(0)
         nets = [get_model_entry(name, "cifar")(num_classes=10) for name in ("resnet8", "resnet14")]
-        distiller = distiller_dict[method].build(*nets, default_config(), 64, image_size=(32, 32))
+        distiller = distiller_dict[method].build(*nets, default_config(), 64, image_size=(16, 16))
         _, losses = distiller.train()(image=images, target=target, index=torch.arange(4), epoch=1)
         terms.append(losses)
     assert terms[0].keys() == terms[1].keys()

@@ -44,9 +44,9 @@ def lies_last(tensor):
 def run(folder, last, *words, resume=False, **config):
     """History of a run, what its spy saw, and its `latest`."""
     folder.mkdir(exist_ok=True)
-    teacher = saved_teacher(folder, "resnet14")
+    teacher = saved_teacher(folder, "resnet8")
     config = {"student": "BabyStudent", "epochs": 1, **config}  # no batch norm to blow up rounding
-    path = write_config(folder, TEACHER="resnet14", TEACHER_CKPT=str(teacher), **config)
+    path = write_config(folder, TEACHER="resnet8", TEACHER_CKPT=str(teacher), **config)
     cfg = load_config(path, ["SOLVER.CHANNELS_LAST", last, "SOLVER.LR", 0.01, *words])
     spy = Spy()
     train(cfg, resume=resume, hooks=[spy])

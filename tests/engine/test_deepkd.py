@@ -5,7 +5,7 @@ import json
 import pytest
 import textbook_relations as textbook
 import torch
-from support import command, golden_values, saved_teacher, write_config
+from support import golden_values, saved_teacher, write_config
 from test_distillers import batch, networks
 
 from mdistiller.cli import train as train_command
@@ -209,20 +209,6 @@ def test_a_run_in_two_parts_is_the_whole_run(tmp_path, form):
     files = [tmp_path / "out" / "toy" / n / "student_latest" for n in ("whole", "parts")]
     one, two = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-@pytest.mark.parametrize("form", ["coded", "written"])
-def test_two_processes_follow_one(tmp_path, form):
-    for name, size, processes in (("one", 48, 0), ("two", 24, 2)):
-        solver = f"  BATCH_SIZE: {size}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0"
-        path = config(tmp_path / name, ", TOPK: 4", "KD", "BabyStudent", 2, form, solver)
-        with (path.parent / "toy.yaml").open("a") as file:
-            file.write("DATASET:\n  VAL_SPLIT: 7\n")
-        done = command("--cfg", path, processes=processes)
-        assert done.returncode == 0, done.stderr
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in ("train_loss", "train_loss_nckd", "test_loss"):
-            assert two[key] == pytest.approx(one[key], rel=5e-5), key
 
 
 @pytest.mark.parametrize(

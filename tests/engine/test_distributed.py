@@ -1,10 +1,10 @@
-"""Two gloo processes under torchrun on this machine."""
+"""Two gloo processes on this machine; test_failure.py starts such by torchrun."""
 
 import json
 
 import pytest
 import torch
-from support import command, same_state, saved_teacher, torchrun, write_config
+from support import command, same_state, saved_teacher, write_config
 
 RECORDER = """
 import json
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
     teacher = str(saved_teacher(folder))
-    for name, batch, prefix in (("one", 48, ()), ("two", 24, torchrun(2))):
+    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
         (folder / name / "seen").mkdir(parents=True)
         config = write_config(
             folder / name,
@@ -53,7 +53,8 @@ def runs(tmp_path_factory):
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SEEN", str(folder / name / "seen"))
-            done = command("--cfg", config, "--import", folder / "recorder.py", prefix=prefix)
+            words = ["--import", folder / "recorder.py"]
+            done = command("--cfg", config, *words, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder
 

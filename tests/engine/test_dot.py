@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import command, golden_values, saved_teacher, write_config
+from support import golden_values, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
@@ -148,22 +148,6 @@ def test_plain_training_has_one_loss_and_is_refused(tmp_path, capsys):
     assert train_command.main(["--cfg", str(config)]) == 2
     error = capsys.readouterr().err
     assert "needs the two terms loss_ce and loss_kd, but NONE gives loss_ce" in error
-
-
-def test_two_processes_follow_one(tmp_path):
-    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
-        (tmp_path / name).mkdir()
-        text = (
-            f"SOLVER:\n  TRAINER: dot\n  BATCH_SIZE: {batch}\n  LR: 0.02\n  CLIP_GRAD_NORM: 5.0\n"
-            "DATASET:\n  VAL_SPLIT: 7\n"
-        )
-        settings = kd_settings(tmp_path, student="BabyStudent")
-        config = write_config(tmp_path / name, text=text, **settings)
-        done = command("--cfg", config, processes=processes)
-        assert done.returncode == 0, done.stderr
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in ("train_loss", "train_loss_kd", "test_loss"):
-            assert two[key] == pytest.approx(one[key], rel=5e-5), key
 
 
 class TwoTerms(torch.nn.Module):

@@ -87,7 +87,7 @@ def test_resume_is_exact_to_the_bit(tmp_path, monkeypatch, trainer):
     settings = {
         "method": "KD",
         "student": "BabyTeacher",  # with batch norm and dropout
-        "epochs": 4,
+        "epochs": 3,
         "TEACHER": "resnet8",
         "TEACHER_CKPT": str(saved_teacher(tmp_path)),
         "text": f"SOLVER:\n  TRAINER: {trainer}\n  EMA: 0.7\n  ACCUMULATE: 2\n  LR: 0.01\n"

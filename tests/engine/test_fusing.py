@@ -20,8 +20,6 @@ from mdistiller.models import cifar_model_dict, get_model_entry
 IMAGE = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 FUSED = {  # ReLUs whose input is neither returned nor behind a norm that stays
     "resnet8": 4,
-    "resnet56": 52,
-    "resnet32x4": 28,
     "ResNet50": 45,
     "vgg13": 6,
     "wrn_16_2": 6,

@@ -12,6 +12,8 @@ from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.engine.networks.lone_image import try_step
 from mdistiller.models import get_model_entry
 
+SHUFFLENET = "torchvision/shufflenet_v2_x0_5"  # normalises maps of one pixel
+
 
 def train(folder, capsys, student, size, *words):
     """Run an epoch of 160 digits; returns the exit status and all that was printed."""
@@ -37,7 +39,7 @@ def test_each_process_of_several_has_two():
 
 
 def test_a_network_that_needs_two_images_trains(tmp_path, capsys):
-    status, text = train(tmp_path, capsys, "torchvision/resnet18", 53)
+    status, text = train(tmp_path, capsys, SHUFFLENET, 53)
     assert status == 0, text
     assert "it joins the one before" in text
 
@@ -49,7 +51,7 @@ def test_one_that_needs_one_keeps_its_batches(tmp_path, capsys):
 
 
 def test_batches_of_one_end_before_the_first_step_with_the_key(tmp_path, capsys):
-    status, text = train(tmp_path, capsys, "torchvision/resnet18", 1)
+    status, text = train(tmp_path, capsys, SHUFFLENET, 1)
     assert status != 0
     assert "SOLVER.BATCH_SIZE 1: Expected more than 1 value" in text
     assert "Traceback" not in text
@@ -57,7 +59,7 @@ def test_batches_of_one_end_before_the_first_step_with_the_key(tmp_path, capsys)
 
 def test_an_initialisation_stage_that_needs_two_images_is_tried_as_well(tmp_path, capsys):
     """FT's paraphraser, whose batch norms see the teacher's last maps of one pixel."""
-    teacher = ("DISTILLER.TEACHER", "torchvision/resnet18", "DISTILLER.TEACHER_CKPT")
+    teacher = ("DISTILLER.TEACHER", "timm/test_resnet", "DISTILLER.TEACHER_CKPT")
     torch.manual_seed(0)
     torch.save(get_model_entry(teacher[1], "cifar")(num_classes=10).state_dict(), tmp_path / "t")
     words = (*teacher, str(tmp_path / "t"), "FT.INIT.EPOCHS", "1", "FT.BATCH_NORM", "both")
@@ -96,7 +98,7 @@ def test_a_trainer_that_takes_batches_apart_itself(tmp_path, capsys, line, metho
     (tmp_path / "own.py").write_text(OWN.format(name=name, line=line))
     words = ("--import", str(tmp_path / "own.py"), "SOLVER.TRAINER", name)
     words += ("DISTILLER.TYPE", method or name)
-    status, text = train(tmp_path, capsys, "torchvision/resnet18", 53, *words)
+    status, text = train(tmp_path, capsys, SHUFFLENET, 53, *words)
     assert status == 0, text
     assert "it joins the one before" in text
 

@@ -110,7 +110,7 @@ def rows(run):
 def evaluation(capsys, file, *words):
     """What `eval` prints of a file that comes without its run's config."""
     capsys.readouterr()
-    named = ["-m", "resnet8", "-c", str(file), "-d", "toy", "--import", TOY_FILE]
+    named = ["-m", "resnet8", "-c", str(file), "-d", "tiny16", "--import", TOY_FILE]
     assert eval_command.main([*named, *words]) == 0
     return capsys.readouterr().out.splitlines()[0].split(": ")[-1]
 
@@ -138,7 +138,7 @@ def test_an_exported_file_is_evaluated_and_exported_again_with_its_normalisation
     assert export_command.main(words) == 0
     file = tmp_path / "one" / "student.safetensors"
     assert f"loss {rows(far)[-1]['test_loss']:.4f}" in evaluation(capsys, file)
-    for known in (["-d", "toy", "--import", TOY_FILE], ["--num-classes", "10"]):
+    for known in (["-d", "tiny16", "--import", TOY_FILE], ["--num-classes", "10"]):
         words = ["-m", "resnet8", "-c", str(file), *known, *tiny, str(tmp_path / "two"), "--force"]
         assert export_command.main(words) == 0
         with safe_open(tmp_path / "two" / "student.safetensors", "pt") as again:

@@ -195,7 +195,7 @@ def test_a_run_with_workers_ends_by_itself(tmp_path):
     running = {}
     for name in ends:
         (tmp_path / name).mkdir()
-        text = "DATASET: {LOADER: workers, NUM_WORKERS: 2}\nLOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
+        text = "DATASET: {LOADER: workers, NUM_WORKERS: 1}\nLOG: {SAVE_EVERY_MINUTES: 1.0e-9}\n"
         epochs = 2 if name == "done" else 10**4
         config = write_config(tmp_path / name, text, student="BabyStudent", epochs=epochs)
         words = [sys.executable, str(REPO / "tools" / "train.py"), "--cfg", str(config)]

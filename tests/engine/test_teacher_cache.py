@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,17 @@ from mdistiller.engine.networks import compiling
 from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.run.record import differences, experiment_name
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 
 CPU = torch.device("cpu")
 
 
 def config(folder, method="KD", epochs=3, text=""):
-    """The toy config at 16 x 16 pixels, of 9 views each, with a teacher; returns its path."""
+    """The toy config, of 9 views an image, with a teacher; returns its path."""
     folder.mkdir(exist_ok=True)
     teacher = {"TEACHER": "resnet8", "TEACHER_CKPT": str(saved_teacher(folder))}
-    path = write_config(folder, text, method, "resnet8", epochs, **teacher)
-    base = folder / "toy_base.yaml"
-    base.write_text(base.read_text().replace("TYPE: toy", "TYPE: tiny16"))
-    return path
+    return write_config(folder, text, method, "resnet8", epochs, **teacher)
 
 
 def train(folder, cache="none", *words, name="run", **settings):
@@ -296,18 +295,31 @@ SAME = {
 }
 
 
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """The folder of a run that has filled its file."""
+    folder = tmp_path_factory.mktemp("left")
+    assert fill(cache_of(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def filled(left, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(left, tmp_path, dirs_exist_ok=True)
+
+
 @pytest.mark.parametrize("change", [*CHANGES, *SAME])
-def test_what_the_logits_depend_on_has_a_file_of_its_own(tmp_path, change):
-    assert fill(cache_of(tmp_path)) == 0
+def test_what_the_logits_depend_on_has_a_file_of_its_own(filled, tmp_path, change):
     before = names(tmp_path)
+    assert len(before) == 1
     cache = cache_of(tmp_path, **{**CHANGES, **SAME}[change])
     assert (names(tmp_path) == before) == (change in SAME)
     if change != "seed":
         assert fill(cache) == (100 if change in SAME else 0)
 
 
-def test_other_weights_have_a_file_of_their_own(tmp_path):
-    cache_of(tmp_path)
+def test_other_weights_have_a_file_of_their_own(filled, tmp_path):
     path = saved_teacher(tmp_path)
     saved = torch.load(path)
     saved["model"]["fc.bias"][0] += 1e-6
@@ -335,20 +347,17 @@ def test_an_image_that_shows_no_view_counts_as_well(tmp_path, monkeypatch):
     assert len(names(tmp_path)) == 2
 
 
-def test_views_that_are_made_otherwise_have_a_file_of_their_own(tmp_path, monkeypatch):
+def test_views_that_are_made_otherwise_have_a_file_of_their_own(filled, tmp_path, monkeypatch):
     """The same augmentation by name and size, with other pixels under its numbers."""
-    cache_of(tmp_path)
     apply = Crop.apply
     monkeypatch.setattr(Crop, "apply", lambda *args: apply(*args).flip(3))
     cache_of(tmp_path)
     assert len(names(tmp_path)) == 2
 
 
-def test_a_teacher_whose_code_has_changed_starts_anew(tmp_path, monkeypatch, capsys):
+def test_a_teacher_whose_code_has_changed_starts_anew(filled, tmp_path, monkeypatch, capsys):
     """The same weights and names, and it says something else."""
-    first = cache_of(tmp_path)
-    fill(first)
-    network = type(first.teacher)
+    network = type(get_model_entry("resnet8", "cifar")(num_classes=10))
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda self, x: forward(self, x.flip(3)))
     capsys.readouterr()
@@ -357,8 +366,7 @@ def test_a_teacher_whose_code_has_changed_starts_anew(tmp_path, monkeypatch, cap
     assert len(names(tmp_path)) == 1
 
 
-def test_a_damaged_file_is_said_and_made_anew(tmp_path, capsys):
-    fill(cache_of(tmp_path))
+def test_a_damaged_file_is_said_and_made_anew(filled, tmp_path, capsys):
     (file,) = (tmp_path / "out" / "teacher_cache").glob("*.logits")
     file.write_bytes(file.read_bytes()[:-100])
     assert fill(cache_of(tmp_path)) == 0
