@@ -210,3 +210,10 @@ def test_a_run_records_what_is_done_to_its_images(tmp_path):
     data = load_data(config("imagefolder", ROOT=photographs(tmp_path), IMAGE_SIZE=32, **RAW))
     mean, std = (0.0,) * 3, (1.0,) * 3
     assert data.preprocessing == Preprocessing(mean, std, 32, "crop", 0.0, "bilinear")
+
+
+def test_a_networks_crop_ratio_belongs_to_its_own_resize(tmp_path):
+    cfg = config("imagefolder", ROOT=photographs(tmp_path), RESIZE="stretch")
+    assert eval_preprocessing(cfg, OWN).crop_pct == 0
+    cfg.DATASET.RESIZE = "crop"
+    assert eval_preprocessing(cfg, OWN).crop_pct == OWN.crop_pct
