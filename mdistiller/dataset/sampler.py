@@ -62,6 +62,10 @@ class DistributedBatchSampler:
         first, last = rank_slice(stop - start, self.rank, self.world_size)
         return start + first, start + last
 
+    def local_slices(self) -> list[slice]:
+        """This process's part of every batch."""
+        return [slice(*self.local_batch(step)) for step in range(len(self))]
+
     def loss_weight(self, step: int, accumulate: int = 1) -> float:
         """Factor for this process's mean loss that makes gradients averaged over processes exact.
 

@@ -105,6 +105,7 @@ class TrainLoader:
             runtime.world_size() if world_size is None else world_size,
             drop_last,
         )
+        self._slices = self.batch_sampler.local_slices()
         self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
         self.augment, self.mix = augment, mix
         self.num_views = augment.num_views if mix is None else None
@@ -124,11 +125,12 @@ class TrainLoader:
         self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self._slices)
 
     def merge_last_batch(self) -> None:
         """From now on, an epoch's last batch joins the one before if a process had one image."""
         self.batch_sampler = replace(self.batch_sampler, min_per_rank=2)
+        self._slices = self.batch_sampler.local_slices()
         self._drawn, self.epoch, self._start, self._begun = None, 0, 0, True
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -162,10 +164,7 @@ class TrainLoader:
     def batches(self) -> list[Tensor]:
         """Positions in the set that this process's batches of the epoch take: int64, on the CPU."""
         order = self._epoch_drawn().order.cpu()
-        return [
-            order[slice(*self.batch_sampler.local_batch(step))]
-            for step in range(len(self.batch_sampler))
-        ]
+        return [order[part] for part in self._slices]
 
     def images(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
         """The epoch's views of the images at `index` (int64 [B], on the device), as in a batch.
@@ -197,8 +196,8 @@ class TrainLoader:
         return self.mix(batches, self.num_data, self.seed, self.epoch, self._start)
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for step in range(start, len(self.batch_sampler)):
-            index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
+        for part in self._slices[start:]:
+            index = drawn.order[part]
             images = self.images(index, drawn.parameters)
             yield images, self.dataset.targets[index], index
 

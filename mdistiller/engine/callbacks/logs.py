@@ -153,9 +153,8 @@ class TensorBoard(Hook):
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)
 
-    def after_step(self, trainer: Trainer, meters: Any) -> None:
-        if self.steps is not None and trainer.global_step % trainer.cfg.LOG.TENSORBOARD_FREQ == 0:
-            meters.flush()
+    def after_steps(self, trainer: Trainer, meters: Any) -> None:
+        if self.steps is not None:
             for name, meter in meters.items():
                 self.steps.add(f"step/{name}", meter.avg, trainer.global_step)
 
