@@ -6,8 +6,10 @@ torch is imported where it is needed: a command's --help and errors about files 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,3 +154,27 @@ def first_on_machine() -> Iterator[None]:
 def local_rank() -> int:
     """Rank on this machine, as torchrun gives it."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensors; call it once, at the start of a command.
+
+    By default glibc hands every freed block of more than 128 KB (at most 32 MB) back to the system,
+    and the next tensor of that size takes it again, page by page: in the evaluation of a timm
+    EfficientNet the kernel then works longer than the convolutions. The process keeps its largest
+    use of memory until it ends. Other systems, other allocators, and processes whose environment
+    sets glibc's own variables are left alone.
+    """
+    chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in chosen):
+        return
+    allocator = ctypes.CDLL(None)
+    for option, value in _MALLOPT.items():
+        allocator.mallopt(option, value)
+
+
+_MALLOPT = {
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: bytes free at the heap's end before they are handed back
+    -3: 2**30,  # M_MMAP_THRESHOLD: from this size on a block is the system's, and freed to it
+    -8: 1,  # M_ARENA_MAX: threads share the one heap, whose blocks may be of any size
+}

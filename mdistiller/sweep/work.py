@@ -26,7 +26,7 @@ from mdistiller.engine.run.teacher import being_trained
 from mdistiller.engine.run.train import train_or_continue
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
-from mdistiller.runtime import resolve_device
+from mdistiller.runtime import keep_freed_memory, resolve_device
 from mdistiller.sweep.plan import Plan
 from mdistiller.sweep.study import Attempt, Study
 from mdistiller.sweep.trial_state import HEARTBEAT
@@ -93,6 +93,7 @@ def _run_processes(study: Study, count: int) -> bool:
 
 def _worker(plan: Plan, url: str, gpu: str) -> None:
     """A worker process; `gpu` is the only one it uses, as CUDA_VISIBLE_DEVICES names it."""
+    keep_freed_memory()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for trial in plan.trials:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from mdistiller.registry import UserError
+from mdistiller.runtime import keep_freed_memory
 
 FAILED = 1
 BAD_INPUT = 2
@@ -30,6 +31,7 @@ def guarded(command: Callable[[], object]) -> int:
     """
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error (rank {rank})"
+    keep_freed_memory()
     try:
         import mdistiller.detection  # noqa: F401  # registers what configs and reports have of it
 
