@@ -1,3 +1,29 @@
-"""mdistiller: knowledge distillation for vision models, driven by configs."""
+"""mdistiller: knowledge distillation for vision models, driven by configs.
+
+`train`, `evaluate`, `load`, `Distiller` and `Hook` are imported when they are first used, so that
+`import mdistiller` is quick (docs/python.md).
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_API = {
+    "train": "api",
+    "evaluate": "api",
+    "load": "api",
+    "Run": "api",
+    "Distiller": "distillers",
+    "Hook": "engine.hooks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'mdistiller' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mdistiller.{_API[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "report": ENGINE | {"sweep"},
     "export": ENGINE,
     "detection": ENGINE | {"evaluation"},
+    "api": ENGINE | {"evaluation", "detection"},
     "__main__": {"cli"},
     "cli": ENGINE | {"evaluation", "sweep", "report", "export", "detection"},
 }

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "train_detection": "train a detector (Faster or Mask R-CNN), alone or under a teacher",
     "eval": "how good checkpoints are on a data set, alone and beside their teacher",
+    "predict": "the classes of your own images, by a run or an exported file",
     "eval_detection": "average precision of detectors on a COCO-format set, by class",
     "visualize": "t-SNE, correlation of logits and attention maps of checkpoints, as PNG or SVG",
     "export": "a trained student as safetensors, ONNX and torch.export, with a model card",

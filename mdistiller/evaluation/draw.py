@@ -24,12 +24,12 @@ MOST_CLASSES = len(COLOURS) * len(MARKERS)
 SUFFIXES = (".png", ".svg")
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, option: str = "--out") -> None:
     """Refuse a picture that could not be made or written, before any work."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {path} must end in {' or '.join(SUFFIXES)}")
+        raise UserError(f"{option} {path} must end in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: folder {path.parent} does not exist")
+        raise UserError(f"{option} {path}: folder {path.parent} does not exist")
     new_figure(1, 1)
 
 
@@ -173,6 +173,28 @@ def attention(
     for part in parts:
         for ax in part.axes:
             ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def grid(images: Sequence[Tensor], captions: Sequence[str], title: str, columns: int = 6) -> Figure:
+    """Images under a caption each, row by row.
+
+    Args:
+        images: uint8 [3, H, W] each.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure = new_figure(1.7 * columns + 0.3, (1.6 + 0.17 * lines) * rows + 0.5)
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for image, caption, ax in zip(images, captions, axes, strict=False):
+        ax.imshow(image.permute(1, 2, 0).numpy())
+        ax.set_title(caption, fontsize=7.5)
+    for ax in axes:  # those that are left
+        ax.set_axis_off()
+    for ax in figure.axes:
+        ax.set(xticks=[], yticks=[])
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The three pictures, from networks to a figure; what `visualize` and the notebooks call."""
+"""Pictures, from networks to a figure; what `visualize`, `predict` and the notebooks call."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from mdistiller.dataset import TestData
 from mdistiller.evaluation import draw, maps, samples
+from mdistiller.evaluation.predict import Prediction, Predictor
 from mdistiller.evaluation.subjects import Subject
 from mdistiller.registry import UserError
 
@@ -99,6 +100,28 @@ def attention_picture(
         networks.append((title, [m.cpu() for m in maps.attention_maps(features)], said))
     pixels = draw.denormalize(images, test.mean, test.std).cpu()
     return draw.attention(pixels, [test.classes[k] for k in targets], networks)
+
+
+def mistakes_picture(
+    predictor: Predictor, predictions: Sequence[Prediction], most: int = 24
+) -> Figure:
+    """Wrongly classified images as the network sees them, the largest loss first.
+
+    Args:
+        predictions: of image files; at least one must be wrong.
+        most: how many images are drawn.
+    """
+    wrong = [one for one in predictions if one.wrong]
+    worst = sorted(wrong, key=lambda one: one.truth_probability or 0.0)[:most]
+    captions = [
+        f"{textwrap.shorten(one.truth, 24)} ({100 * (one.truth_probability or 0):.1f} %)\n"
+        f"said {textwrap.shorten(one.label, 24)} ({100 * one.probability:.1f} %)"
+        for one in worst
+    ]
+    labelled = sum(bool(one.truth) for one in predictions)
+    title = f"{len(wrong)} of {labelled} images wrong"
+    title += f"; the {len(worst)} worst" if len(worst) < len(wrong) else ""
+    return draw.grid([predictor.prepare(one.image) for one in worst], captions, title)
 
 
 def _titled(

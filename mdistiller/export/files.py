@@ -96,7 +96,7 @@ def read_safetensors(path: Path, student: Student) -> Runner:
 def write_torch(student: Student, deployed: Deployed) -> bytes:
     """A program of torch.export, for any batch size."""
     buffer = io.BytesIO()
-    torch.export.save(deployed.program, buffer, extra_files=student.metadata())
+    torch.export.save(deployed.program, buffer, extra_files=student.metadata(deployed.normalizes))
     return buffer.getvalue()
 
 
@@ -108,7 +108,7 @@ def read_torch(path: Path, student: Student) -> Runner:
 def write_onnx(student: Student, deployed: Deployed) -> bytes:
     """An ONNX model with input "image" and output "logits", for any batch size."""
     proto = _onnx_of_program(deployed) if _DYNAMO else _onnx_by_tracing(deployed)
-    for key, value in student.metadata().items():
+    for key, value in student.metadata(deployed.normalizes).items():
         proto.metadata_props.add(key=key, value=value)
     contents: bytes = proto.SerializeToString()
     return contents

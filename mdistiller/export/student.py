@@ -65,9 +65,14 @@ class Student:
             "DISTILLER.STUDENT_ARGS",
         )
 
-    def metadata(self) -> dict[str, str]:
-        """What a file can say about itself: texts, of all but names in JSON."""
+    def metadata(self, normalizes: bool = False) -> dict[str, str]:
+        """What a file can say about itself: texts, of all but names in JSON.
+
+        Args:
+            normalizes: whether the file holds the normalisation, and takes images in [0, 1].
+        """
         facts = {
+            "normalizes": normalizes,
             "num_classes": self.num_classes,
             "image_size": self.image_size,
             "mean": self.mean,

@@ -74,8 +74,12 @@ def _end(text: str, code: int) -> int:
     return code
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The trailing KEY VALUE pairs and --import."""
+def add_overrides(parser: argparse.ArgumentParser, before: str = "") -> None:
+    """The trailing KEY VALUE pairs and --import.
+
+    Args:
+        before: what other words stand before the pairs.
+    """
     parser.add_argument(
         "--import",
         dest="imports",
@@ -93,5 +97,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         help="a fork of the original mdistiller, whose methods, trainers and defaults are taken",
     )
     parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. SOLVER.LR 0.1"
+        "opts",
+        nargs="*",
+        metavar=f"{before} KEY VALUE".strip(),
+        help="config overrides, e.g. SOLVER.LR 0.1",
     )
