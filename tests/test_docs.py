@@ -8,6 +8,7 @@ import re
 
 from support import REPO
 
+import mdistiller
 from mdistiller.cli import COMMANDS, module_of
 from mdistiller.detection.config import default_config as detection_config
 from mdistiller.distillers import distiller_dict
@@ -121,7 +122,8 @@ def resolves(name):
         elif (place / f"{word}.py").is_file():
             return i + 1 == len(parts) or parts[i + 1] in defined(place / f"{word}.py")
         else:
-            return word in defined(place / "__init__.py") or word in distiller_dict
+            lazy = [*dir(mdistiller), *distiller_dict]
+            return word in defined(place / "__init__.py") or word in lazy
     return True
 
 

@@ -100,5 +100,5 @@ def add_overrides(parser: argparse.ArgumentParser, before: str = "") -> None:
         "opts",
         nargs="*",
         metavar=f"{before} KEY VALUE".strip(),
-        help="config overrides, e.g. SOLVER.LR 0.1",
+        help=f"{before and 'then '}config overrides, e.g. SOLVER.LR 0.1",
     )

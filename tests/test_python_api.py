@@ -1,0 +1,58 @@
+"""The Python API, by the code of docs/python.md."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import REPO, TOY, saved_teacher
+
+import mdistiller
+from mdistiller import api
+from mdistiller.distillers import DISTILLERS
+
+
+def test_the_import_loads_neither_torch_nor_the_package():
+    code = (
+        "import sys, mdistiller; dir(mdistiller); print([m for m in sys.modules if 'torch' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.stdout == "[]\n", done.stderr
+    assert {"train", "evaluate", "load", "Distiller", "Hook"} <= set(dir(mdistiller))
+    with pytest.raises(AttributeError, match="no attribute 'fit'"):
+        _ = mdistiller.fit
+
+
+def test_the_pages_code_runs(tmp_path, monkeypatch, capsys):
+    """With one epoch on few digits, under an untrained teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    small = {"DATASET.TYPE": "toy", "SOLVER.EPOCHS": 1, "DEVICE": "cpu"}
+    small["DISTILLER.TEACHER_CKPT"] = str(saved_teacher(tmp_path, "resnet20"))
+    train = api.train
+
+    def train_small(cfg, overrides, **more):
+        return train(cfg, {**overrides, **small}, imports=[TOY], **more)
+
+    monkeypatch.setattr(api, "train", train_small)
+    page = (REPO / "docs" / "python.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    DISTILLERS.pop("LOGIT_MSE")
+    run = names["run"]
+    assert run.folder == Path("output/digits/python")
+    assert run.summary == json.loads((run.folder / "summary.json").read_text())
+    assert not run.student.training
+    assert len(names["answer"].top) == 3
+    assert names["first"].top == names["second"].top
+    assert dict(names["first"].top[:3]) == pytest.approx(dict(names["answer"].top))
+    assert names["found"]["top1"] == pytest.approx(run.summary["best_acc"])
+    (row,) = (names["hooked"].folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["weight_norm"] > 1
+    (row,) = (names["mine"].folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["train_loss_kd"] > 0
+    assert names["pupil"][1].weight.grad is not None
+    assert names["teacher"][1].weight.grad is None
