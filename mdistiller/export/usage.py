@@ -11,38 +11,69 @@ from mdistiller.engine.networks.make import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.preprocessing import RESIZE
+from mdistiller.preprocessing import RESIZE, Preprocessing
 
 _MOST_NAMES = 20  # classes that the card names
 
 _ONNX = """\
 import numpy as np
 import onnxruntime
+from PIL import Image, ImageOps
 
+{prepare}
 session = onnxruntime.InferenceSession("{file}")
-image = np.random.rand(4, 3, {height}, {width}).astype(np.float32){hint}
+image = np.stack([prepare("image.jpg")])  # any number of images
 (logits,) = session.run(["logits"], {{"image": image}})
+{answer}
 """
 
 _TORCH = """\
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+{prepare}
 student = torch.export.load("{file}").module()
-image = torch.rand(4, 3, {height}, {width}){hint}
+image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # any number of images
 logits = student(image)
+{answer}
 """
 
 _SAFETENSORS = """\
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 {imports}from mdistiller.models import get_model_entry
 from mdistiller.weights import load_network
 {user}
+{prepare}
 student = get_model_entry("{name}", "{zoo}")({arguments})
 load_network(student, "{file}", "{name}")
-image = torch.rand(4, 3, {height}, {width}){hint}
+image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # any number of images
 with torch.no_grad():
     logits, features = student.eval()(image)
+{answer}
 """
+
+_PREPARE = """
+def prepare(path):
+    \"\"\"The pixels of an image: float32 [3, {height}, {width}], {values}.\"\"\"
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+{fitting}
+    pixels = {pixels}
+    return pixels.astype(np.float32).transpose(2, 0, 1)
+
+"""
+_RESIZE = "    image = image.resize({size}, Image.Resampling.{kind})"
+_CUT = """
+    left, top = ({start} for n in image.size)
+    image = image.crop((left, top, left + {width}, top + {height}))"""
+_SIZES = {
+    "stretch": "({side}, {side})",
+    "crop": "tuple(max(1, {side} * n // min(image.size)) for n in image.size)",
+    "pad": "tuple(max(1, {side} * n // max(image.size)) for n in image.size)",
+}
+"""Width and height before the middle is cut out, as `resized_shape` of the data's images."""
 
 
 def interface(student: Student, files: Sequence[Exported]) -> str:
@@ -74,35 +105,76 @@ def interface(student: Student, files: Sequence[Exported]) -> str:
     return "\n".join(lines)
 
 
-def _fitting(student: Student) -> str:
-    """How images of other sizes are brought to the input's."""
-    height, width = student.image_size
+def _known_fitting(student: Student) -> Preprocessing | None:
+    """How images of other sizes are brought to the input's; None if it is not known."""
     how = student.preprocessing
     if how is not None and how.resize in RESIZE:
-        side, kind = how.resized_side(height), how.interpolation or "bilinear"
-        first = {
-            "crop": f"the shorter side is resized to {side} pixels",
-            "stretch": f"both sides are resized to {side} pixels",
-            "pad": f"the longer side is resized to {side} pixels",
-        }[how.resize]
-        last = "padded" if how.resize == "pad" else "cut out"
-        middle = f"the middle {width}x{height} {last}"
-        return f"Images of other sizes: {first} ({kind}, antialiased), and {middle}."
+        return how
     if not student.dataset:
+        return None
+    return Preprocessing(resize="crop" if data_spec(student.cfg).keeps_shape else "stretch")
+
+
+def _fitting(student: Student) -> str:
+    """The same in words."""
+    height, width = student.image_size
+    how = _known_fitting(student)
+    if how is None:
         return "Images of other sizes: as in training; how is not recorded."
-    if data_spec(student.cfg).keeps_shape:
-        return (
-            f"Images of other sizes: the shorter side is resized to {round(height * 8 / 7)} pixels "
-            f"(bilinear, antialiased), and the middle {width}x{height} cut out."
-        )
-    return f"Images of other sizes are resized to {width}x{height} (bilinear, antialiased)."
+    side, kind = how.resized_side(height), how.interpolation or "bilinear"
+    if how.resize == "stretch" and side == height:
+        return f"Images of other sizes are resized to {width}x{height} ({kind}, antialiased)."
+    first = {
+        "crop": f"the shorter side is resized to {side} pixels",
+        "stretch": f"both sides are resized to {side} pixels",
+        "pad": f"the longer side is resized to {side} pixels",
+    }[how.resize]
+    last = "padded" if how.resize == "pad" else "cut out"
+    middle = f"the middle {width}x{height} {last}"
+    return f"Images of other sizes: {first} ({kind}, antialiased), and {middle}."
+
+
+def preparation(student: Student, raw: bool) -> str:
+    """Python that reads an image file as the network's images were prepared, by Pillow.
+
+    Args:
+        raw: the network takes values from 0 to 1; else normalised ones.
+    """
+    height, width = student.image_size
+    values, pixels = "values from 0 to 1", "np.asarray(image, np.float32) / 255"
+    if not raw and student.mean:
+        values, mean, std = "normalised", list(student.mean), list(student.std)
+        pixels = f"({pixels} - np.float32({mean})) / np.float32({std})"
+    elif not raw:
+        values += ": normalise them as in training"
+    fitting = _fitting_code(_known_fitting(student), height, width)
+    return _PREPARE.format(
+        values=values, fitting=fitting, pixels=pixels, height=height, width=width
+    )
+
+
+def _fitting_code(how: Preprocessing | None, height: int, width: int) -> str:
+    """The lines that bring an image of Pillow to its size."""
+    if how is None:
+        note = "    # how images were resized in training is not recorded\n"
+        return note + _RESIZE.format(size=(width, height), kind="BILINEAR")
+    side, kind = how.resized_side(height), (how.interpolation or "bilinear").upper()
+    if how.resize == "stretch" and side == height:
+        return _RESIZE.format(size=(width, height), kind=kind)
+    start = f"round((n - {width}) / 2)"
+    if how.resize == "pad" or side < width:  # Pillow makes black what is outside
+        start += f" if n > {width} else -(({width} - n) // 2)"
+    resize = _RESIZE.format(size=_SIZES[how.resize].format(side=side), kind=kind)
+    return resize + _CUT.format(start=start, width=width, height=height)
 
 
 def snippet(student: Student, file: Exported) -> str:
-    """Python that loads a file, beside it, and runs it on four images."""
-    height, width = student.image_size
-    hint = "  # values from 0 to 1" if file.raw else "  # normalised, see above"
-    facts = {"file": file.path.name, "height": height, "width": width, "hint": hint}
+    """Python that loads a file, beside it, and names the class of `image.jpg`."""
+    answer = "print(int(logits[0].argmax()))  # the number of the class"
+    if 0 < len(student.classes) <= _MOST_NAMES:
+        answer = f"classes = {student.classes}\nprint(classes[int(logits[0].argmax())])"
+    prepare = preparation(student, file.raw)
+    facts = {"file": file.path.name, "prepare": prepare, "answer": answer}
     if file.format != "safetensors":
         return {"onnx": _ONNX, "torch": _TORCH}[file.format].format(**facts)
     entry = get_model_entry(student.name, student.zoo)

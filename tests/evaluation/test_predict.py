@@ -3,20 +3,25 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from support import saved_teacher
 
 from mdistiller.cli import export as export_command
 from mdistiller.cli import predict as predict_command
 from mdistiller.cli import train as train_command
+from mdistiller.engine.cfg import load_config
 from mdistiller.evaluation import subjects
 from mdistiller.evaluation.load import load_predictor
-from mdistiller.evaluation.predict import find_images, read_pixels
+from mdistiller.evaluation.predict import Predictor, find_images, read_pixels
+from mdistiller.export import usage
+from mdistiller.preprocessing import RESIZE, Preprocessing
 from mdistiller.registry import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -115,6 +120,50 @@ def test_an_image_is_a_path_a_picture_or_pixels(there):
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), Image.new("I;16", (4, 4)), 3):
         with pytest.raises(UserError, match=r"uint8 tensor|more than 8 bits"):
             predictor.predict([wrong])
+
+
+def test_the_cards_code_reads_a_file_as_the_run_did(there, monkeypatch, capsys):
+    """The image is turned by its EXIF orientation and has to be cut."""
+    monkeypatch.chdir("files")
+    turned = Image.open("../data/val/dog/1.png")
+    turned.getexif()[0x0112] = 6
+    turned.save("image.jpg", exif=turned.getexif())
+    wanted = load_predictor("../run", device="cpu").predict("image.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        names = {}
+        exec(block, names)
+        found = torch.as_tensor(names["logits"]).softmax(dim=1)[0].tolist()
+        assert dict(zip(CLASSES, found, strict=True)) == pytest.approx(dict(wanted.top), abs=1e-4)
+        assert capsys.readouterr().out == f"{wanted.label}\n"
+
+
+def test_the_cards_preparation_is_that_of_training(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for how in (
+        *(Preprocessing(resize=kind, interpolation="bicubic") for kind in RESIZE),
+        *(Preprocessing(resize=kind, interpolation="nearest", crop_pct=0.7) for kind in RESIZE),
+        Preprocessing(resize="crop", interpolation="bilinear", crop_pct=1.3),
+        Preprocessing(resize="keep"),
+    ):
+        facts = {"image_size": (24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+        student = SimpleNamespace(preprocessing=how, dataset="digits", **facts)
+        student.cfg = load_config("", ["DATASET.TYPE", "digits"])
+        names = {"np": np, "Image": Image, "ImageOps": ImageOps}
+        exec(usage.preparation(student, raw=False), names)
+        for height, width in ((37, 50), (50, 37), (24, 24), (9, 31)):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "a.png")
+            found = names["prepare"](tmp_path / "a.png")
+            assert found.dtype == np.float32
+            kept = [(facts["image_size"]), (facts["mean"], facts["std"])]
+            predictor = Predictor("", None, CLASSES, *kept, how, torch.device("cpu"))
+            wanted = predictor.prepare(tmp_path / "a.png").float() / 255
+            mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+            difference = (torch.from_numpy(found) * std + mean - wanted).abs().max()
+            level = 1 / 255 if how.resize == "keep" else 0  # torchvision's bilinear
+            assert float(difference) <= level + 1e-5, (how, height, width)
 
 
 def run(capsys, *words):
