@@ -1,7 +1,7 @@
 """mdistiller: knowledge distillation for vision models, driven by configs.
 
-`train`, `evaluate`, `load`, `Distiller` and `Hook` are imported when they are first used, so that
-`import mdistiller` is quick (docs/python.md).
+The names in `_API` are imported when they are first used, so that `import mdistiller` is quick
+(docs/python.md).
 """
 
 import importlib
@@ -16,6 +16,7 @@ _API = {
     "Run": "api",
     "Distiller": "distillers",
     "Hook": "engine.hooks",
+    "HOOKS": "engine.hooks",
 }
 
 

@@ -116,6 +116,14 @@ def test_own_method(folder):
     assert set(state(run / "student_latest")) == set(state(teacher)) - _deeper(state(teacher))
 
 
+def test_own_hook(folder):
+    follow(folder, "own_code.md", "own_hook.yaml", "DATASET.TYPE", "toy", "--import", TOY)
+    run = folder / "output" / "digits" / "hook"
+    weights = state(run / "student_latest")
+    norms = [v.norm() for k, v in weights.items() if k.endswith(("weight", "bias"))]
+    assert metrics(run)["weight_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-4)
+
+
 def _deeper(of_resnet20):
     """What a resnet20 has and a resnet8 has not: all but the first block of each stage."""
     return {key for key in of_resnet20 if re.match(r"layer\d\.[1-9]", key)}

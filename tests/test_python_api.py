@@ -12,6 +12,7 @@ from support import REPO, TOY, saved_teacher
 import mdistiller
 from mdistiller import api
 from mdistiller.distillers import DISTILLERS
+from mdistiller.registry import UserError
 
 
 def test_the_import_loads_neither_torch_nor_the_package():
@@ -56,3 +57,16 @@ def test_the_pages_code_runs(tmp_path, monkeypatch, capsys):
     assert json.loads(row)["train_loss_kd"] > 0
     assert names["pupil"][1].weight.grad is not None
     assert names["teacher"][1].weight.grad is None
+
+
+def test_a_hook_that_a_config_names_wrongly_is_one_line(monkeypatch):
+    monkeypatch.setitem(mdistiller.HOOKS, "weight_norm", mdistiller.Hook)
+    monkeypatch.setitem(mdistiller.HOOKS, "other", dict)
+    monkeypatch.setitem(mdistiller.HOOKS, "asks", lambda number: None)
+    for name, message in (
+        ("weight_norms", r"unknown hook \(HOOKS\) 'weight_norms'; did you mean 'weight_norm'"),
+        ("other", "HOOKS: other is a dict, not a mdistiller.Hook"),
+        ("asks", "HOOKS: asks must take no arguments"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mdistiller.train({"HOOKS": [name]})

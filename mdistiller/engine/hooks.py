@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mdistiller.registry import Registry, UserError
+
+HOOKS = Registry("hook (HOOKS)")
+"""Subclasses of :class:`Hook` that a config can name, by ``@HOOKS.register("my_hook")``."""
+
 Record = dict[str, Any]
 
 
@@ -156,3 +161,21 @@ class Hook:
 
     def abandon(self, trainer: Trainer) -> None:
         """Instead of `after_train` where an exception ends the training."""
+
+
+def named_hooks(names: Sequence[str]) -> list[Hook]:
+    """New hooks of the registered classes.
+
+    Raises:
+        UserError: a name is not registered, or its class is not a hook without arguments.
+    """
+    hooks = []
+    for name in names:
+        try:
+            hook = HOOKS[name]()
+        except TypeError as error:
+            raise UserError(f"HOOKS: {name} must take no arguments ({error})") from error
+        if not isinstance(hook, Hook):
+            raise UserError(f"HOOKS: {name} is a {type(hook).__name__}, not a mdistiller.Hook")
+        hooks.append(hook)
+    return hooks

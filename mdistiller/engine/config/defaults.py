@@ -84,4 +84,5 @@ ENGINE_CONFIG: dict[str, Any] = {
     # User files or modules that register methods, models, data sets; forks with a slash behind
     # their folder. FORK: DIR adds one of the latter.
     "IMPORTS": [],
+    "HOOKS": [],  # names of registered hooks, run in this order before those of every run
 }

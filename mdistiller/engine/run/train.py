@@ -22,7 +22,7 @@ from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
 from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
-from mdistiller.engine.hooks import Hook
+from mdistiller.engine.hooks import Hook, named_hooks
 from mdistiller.engine.networks.build import (
     build_distiller,
     check_labels,
@@ -201,6 +201,7 @@ def _train_with(
     prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
+    hooks = [*hooks, *named_hooks(cfg.HOOKS)]
     if resume and prepare is None and (folder / "config.yaml").is_file():
         keep_full_decoding(recorded_settings(folder), cfg)
     changes = check_folder(folder, cfg, resume, allow_changes)
