@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mdistiller.files.tables import markdown_table
+
 IMAGES, CLASSES, SIZE = 500, 10, (500, 400)  # JPEGs of that width and height
 QUALITY = 90
 
@@ -76,7 +78,7 @@ def epoch(loader: Iterable[Any], device: str) -> Callable[[], None]:
 
 def loader(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row a pipeline: images per second of whole epochs, in turns."""
-    from mdistiller.cli.timing import race
+    from mdistiller.cli.support.timing import race
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -89,10 +91,12 @@ def loader(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         times = race(steps, device, args.rounds, wall=True)
     count = IMAGES - CLASSES
     rows: list[dict[str, Any]] = []
-    print("| loader | images/s | quartiles | ratio |\n|---|---|---|---|")
+    lines = []
     for name, taken in times.items():
         rate = {key: 1e3 * count / taken[key] for key in ("ms", "high", "low")}
         ratio = times["torchvision"]["ms"] / taken["ms"]
-        print(f"| {name} | {rate['ms']:.0f} | {rate['high']:.0f}-{rate['low']:.0f} | {ratio:.2f} |")
+        quartiles = f"{rate['high']:.0f}-{rate['low']:.0f}"
+        lines.append([name, f"{rate['ms']:.0f}", quartiles, f"{ratio:.2f}"])
         rows.append({"loader": name, "images_per_second": rate["ms"], "ratio": ratio, **taken})
+    print(markdown_table(["loader", "images/s", "quartiles", "ratio"], lines))
     return rows

@@ -4,6 +4,9 @@ losses   every classical method's loss, forward and backward, against the textbo
          the tests keep: time, ratio, and with --memory the peak memory of both
 loader   images per second of ImageNet's training pipeline on 500 generated JPEGs, against
          torchvision's plain one with as many --workers
+photographs
+         images per second of CPU time from JPEGs of 12 megapixels and of 500 x 400 pixels, with
+         and without DATASET.JPEG_SCALING
 step     a training step of --cfg CONFIG [KEY VALUE ...] on generated images: its parts, its share
          of the machine's peak, and the same step in a bare and in a classic loop
 """
@@ -16,9 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.loaders import loader
+from benchmarks.photographs import photographs
 from benchmarks.step import add_step_arguments, step
-from mdistiller.cli.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 
@@ -67,8 +74,8 @@ def step_of(case: Any, form: str) -> Callable[[], None]:
 
 
 def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """One row a case, printed as it comes."""
-    from mdistiller.cli.timing import peak_growth, race
+    """One row a case."""
+    from mdistiller.cli.support.timing import peak_growth, race
     from mdistiller.registry import Registry
 
     cases = Registry("loss case")
@@ -77,8 +84,8 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     titles = ["loss", "ours, ms", "textbook, ms", "ratio"]
     if args.memory:
         titles += ["ours, MiB", "textbook, MiB"]
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
-    for name in args.only or list(cases):
+    lines = []
+    for name in tqdm(args.only or list(cases), disable=None):
         steps = {form: step_of(cases[name], form) for form in ("ours", "textbook")}
         times = race(steps, device, args.rounds)
         row: dict[str, Any] = {"loss": name, **times}
@@ -94,14 +101,16 @@ def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
                 for form in steps
             }
             cells += [f"{value:.0f}" for value in row["peak_mib"].values()]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        lines.append(cells)
         rows.append(row)
+    print(markdown_table(titles, lines))
     return rows
 
 
 SUITES: dict[str, Callable[[argparse.Namespace, str], list[dict[str, Any]]]] = {
     "losses": losses,
     "loader": loader,
+    "photographs": photographs,
     "step": step,
 }
 
@@ -110,7 +119,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Measure, print a table, write JSON if asked."""
     import torch
 
-    from mdistiller.cli.timing import surroundings
+    from mdistiller.cli.support.timing import surroundings
     from mdistiller.runtime import resolve_device
 
     if args.suite != "step":

@@ -7,6 +7,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from mdistiller.files.tables import markdown_table
+
 LOOPS = ("ours", "bare", "classic")
 
 
@@ -26,7 +28,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row: the loops, the parts, the operations. Printed as tables."""
     from benchmarks.clock import PARTS, Clock, put_on_clock
-    from mdistiller.cli.timing import peak_growth, race
+    from mdistiller.cli.support.timing import peak_growth, race
     from mdistiller.registry import UserError
 
     if min(args.steps, args.images) < 1:
@@ -128,7 +130,7 @@ def measured_peaks(device: str, amp: str) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from mdistiller.cli.timing import seconds
+    from mdistiller.cli.support.timing import seconds
 
     dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     side, images = (8192, 256) if device.startswith("cuda") else (1024, 16)
@@ -156,19 +158,17 @@ def show(row: dict[str, Any]) -> None:
     titles = ["loop", "ms/step", "quartiles", "wall ms", "images/s", "time over ours"]
     memory = "peak_mib" in loops["ours"]
     titles += ["peak, MiB"] if memory else []
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    lines = []
     for name, taken in loops.items():
         label = f"{name} ({row['classic_loss']} loss)" if name == "classic" else name
-        print(
-            f"| {label} | {taken['ms']:.2f} | {taken['low']:.2f}-{taken['high']:.2f} "
-            f"| {taken['wall_ms']:.2f} | {taken['images_per_second']:.0f} "
-            f"| {taken['ms'] / loops['ours']['ms']:.3f} |"
-            + (f" {taken['peak_mib']:.0f} |" if memory else "")
-        )
+        cells = [label, f"{taken['ms']:.2f}", f"{taken['low']:.2f}-{taken['high']:.2f}"]
+        cells += [f"{taken['wall_ms']:.2f}", f"{taken['images_per_second']:.0f}"]
+        cells += [f"{taken['ms'] / loops['ours']['ms']:.3f}"]
+        lines.append(cells + ([f"{taken['peak_mib']:.0f}"] if memory else []))
+    print(markdown_table(titles, lines))
     whole = sum(row["parts"].values())
-    print("| part of ours | ms/step | share |\n|---|---|---|")
-    for part, value in row["parts"].items():
-        print(f"| {part} | {value:.3f} | {100 * value / whole:.1f} % |")
+    parts = [[k, f"{v:.3f}", f"{100 * v / whole:.1f} %"] for k, v in row["parts"].items()]
+    print(markdown_table(["part of ours", "ms/step", "share"], parts))
     if "data" in row:
         own, classic = (row["data"][key]["ms"] for key in ("ours", "classic"))
         print(f"data alone, ms/step: ours {own:.3f}, classic {classic:.3f} ({classic / own:.1f}x)")

@@ -12,7 +12,7 @@ from mdistiller.registry import UserError
 
 MANIFEST = "checkpoints.json"
 _BLOCK = 2**22
-_told: set[Path] = set()
+_warned: set[Path] = set()
 
 Entry = dict[str, Any]
 
@@ -27,9 +27,9 @@ def sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, list[Entry]]:
-    """File name -> what it may be, the newest first; empty if there is no manifest.
+    """File name -> what it may be, the newest first; empty without a manifest.
 
-    One that cannot be read counts as none, and is said aloud, once.
+    One that cannot be read counts as missing; a warning is printed once.
     """
     path = folder / MANIFEST
     try:
@@ -40,8 +40,8 @@ def read_manifest(folder: Path) -> dict[str, list[Entry]]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    if path not in _told:
-        _told.add(path)
+    if path not in _warned:
+        _warned.add(path)
         print(f"warning: {path} is damaged: files beside it are not checked", file=sys.stderr)
     return {}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, for images in [0, 1]."""
 RESIZE = ("crop", "stretch", "pad")
 """Ways to bring an image of any shape to a square.
 

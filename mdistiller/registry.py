@@ -22,6 +22,11 @@ class UnknownNameError(UserError, KeyError):
         return str(self.args[0])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its kind if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Text that names the nearest of `known`, for the end of an error message; may be empty."""
     by_fold = {candidate.casefold(): candidate for candidate in known}

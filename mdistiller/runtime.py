@@ -1,18 +1,24 @@
-"""Where the process runs: device, rank among processes, project folder. Imports nothing of ours."""
+"""Where the process runs: device, rank among processes, project folder.
+
+torch is imported where it is needed: a command's --help and errors about files come without it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 LONGEST = datetime.timedelta(days=7)
 """What processes wait for one another where one has long work to do."""
@@ -42,6 +48,13 @@ def results_root() -> Path:
     return checkout / "docs" / "results" if inside else _PACKAGE / "results"
 
 
+def page_file() -> Path:
+    """The table of methods: `docs/methods.md` of the checkout, or the package's copy."""
+    checkout = _PACKAGE.parent
+    inside = (checkout / "pyproject.toml").is_file()
+    return (checkout / "docs" if inside else _PACKAGE / "pages") / "methods.md"
+
+
 def resolve_device(name: str = "auto") -> torch.device:
     """The torch device for a config value.
 
@@ -50,8 +63,10 @@ def resolve_device(name: str = "auto") -> torch.device:
             processes "cuda" means the GPU with this process's local rank.
 
     Raises:
-        UserError: the name is no device, or the machine does not have it.
+        UserError: the name is not a device, or the machine lacks it.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -62,7 +77,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"DEVICE {name!r} is no device; use auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"DEVICE {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is None and count:
@@ -81,16 +96,22 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def distributed() -> bool:
     """Whether a process group of torch.distributed is up."""
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Rank of this process, 0 without a process group."""
+    import torch.distributed as dist
+
     return dist.get_rank() if distributed() else 0
 
 
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
+    import torch.distributed as dist
+
     return dist.get_world_size() if distributed() else 1
 
 
@@ -101,6 +122,8 @@ def side_group() -> dist.ProcessGroup:
     another run trains) must not look like a process that hangs. Nothing of it waits for a GPU. All
     processes have to ask for it first at the same point.
     """
+    import torch.distributed as dist
+
     world = dist.group.WORLD
     if _side.get("of") is not world:
         _side.update(of=world, group=dist.new_group(backend="gloo", timeout=LONGEST))
@@ -113,6 +136,8 @@ _side: dict[str, Any] = {}
 def wait_for_all() -> None:
     """Wait until all processes are here, for days if need be."""
     if distributed():
+        import torch.distributed as dist
+
         dist.barrier(group=side_group())
 
 
@@ -129,3 +154,27 @@ def first_on_machine() -> Iterator[None]:
 def local_rank() -> int:
     """Rank on this machine, as torchrun gives it."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensors; call it once, at the start of a command.
+
+    By default glibc hands every freed block of more than 128 KB (at most 32 MB) back to the system,
+    and the next tensor of that size takes it again, page by page: in the evaluation of a timm
+    EfficientNet the kernel then works longer than the convolutions. The process keeps its largest
+    use of memory until it ends. Other systems, other allocators, and processes whose environment
+    sets glibc's own variables are left alone.
+    """
+    chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in chosen):
+        return
+    allocator = ctypes.CDLL(None)
+    for option, value in _MALLOPT.items():
+        allocator.mallopt(option, value)
+
+
+_MALLOPT = {
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: bytes free at the heap's end before they are handed back
+    -3: 2**30,  # M_MMAP_THRESHOLD: from this size on a block is the system's, and freed to it
+    -8: 1,  # M_ARENA_MAX: threads share the one heap, whose blocks may be of any size
+}

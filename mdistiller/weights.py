@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.files.names import split_key
 from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
@@ -42,14 +43,6 @@ GATHERING = (
 """The conversion of a sharded checkpoint."""
 FEATURES_ONLY = "it serves as a teacher of methods that read features alone (docs/methods.md)"
 """What the weights of a network for other classes are good for."""
-
-
-def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """FILE:KEY as (FILE, KEY); KEY is "" where there is none, or a file has the whole name."""
-    file, colon, key = str(path).rpartition(":")
-    if colon and file and Path(file).is_file() and not Path(path).exists():
-        return Path(file), key
-    return Path(path), ""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -99,7 +92,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise UserError(
             f"checkpoint {path} is {kind}, not a PyTorch file"
             if kind
-            else f"checkpoint {path} is truncated, damaged or no PyTorch file"
+            else f"checkpoint {path} is truncated, damaged or not a PyTorch file"
         ) from None
 
 
@@ -195,15 +188,15 @@ def network_state(
     if not states:
         keys = ", ".join(str(k)[:40] for k in contents) if isinstance(contents, Mapping) else ""
         raise UserError(
-            f"checkpoint {file} holds no weights (want a state dict, or one as 'model')"
+            f"checkpoint {file} holds no weights (expected a state dict, or one under 'model')"
             f"{f'; its keys are {keys[:200]}' if keys else ''}"
         )
     odd = [place for place, state in states.items() if _odd_key(state)]
     plain = {place: state for place, state in states.items() if place not in odd}
     if not plain:
         raise UserError(
-            f"checkpoint {file} holds no plain state dict: {_odd_key(states[odd[0]])} is no named "
-            "tensor"
+            f"checkpoint {file} is not a plain state dict: {_odd_key(states[odd[0]])} is not a "
+            "named tensor"
         )
     own = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
@@ -222,7 +215,7 @@ def network_state(
 
 
 def _odd_key(state: Mapping[Any, Any]) -> str:
-    """The first key, as text, that is no text or has no plain tensor; "" if there is none."""
+    """The first key, as text, that is not text or has no plain tensor; "" without one."""
     odd = (k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v)))
     return next((repr(str(k)[:80]) for k in odd), "")
 
@@ -300,7 +293,7 @@ def with_own_head(net: Any, state: State, headless: bool = False) -> dict[str, T
     """`state` with the classifier of `net`, a StagedNet, in place of one for other classes.
 
     Args:
-        headless: add the classifier where `state` has none, too.
+        headless: add the classifier also where `state` lacks it.
     """
     own = head_state(net)
     if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in own.items()):
@@ -356,7 +349,7 @@ def load_network(
         name: the network's name, for errors.
         num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
         new_head: keep the network's classifier where the file's is for other classes.
-        headless: keep it where the file has none, too.
+        headless: keep it also where the file lacks it.
         diverged: print a warning where weights are NaN or infinite, instead of refusing them.
 
     Returns:

@@ -1,8 +1,10 @@
 """What several test files share."""
 
+import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +14,38 @@ import torch
 import warm_start
 from PIL import Image
 
+from mdistiller.engine.config.safe_yaml import parse_yaml
+
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
 DATA = "toy"  # what the configs of write_config train on; tests of the engine take tiny16
 
 
+def unpadded(text):
+    """Markdown tables with one space around each cell."""
+    return re.sub(" +[|]", " |", text)
+
+
+@functools.cache
+def _parsed(text, source=None):
+    return parse_yaml(text, source)
+
+
+def cache_yaml(patch):
+    """Parse each YAML text once: for tests that load hundreds of configs on a few bases."""
+
+    def parse(text, source=None):
+        return copy.deepcopy(_parsed(text, source))
+
+    patch.setattr("mdistiller.engine.config.files.parse_yaml", parse)
+
+
 def golden_values(shape, seed):
     """The reference numbers' input generator: values in [-1, 1] from exact integers."""
-    k = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
-    values = (7919 * k * k + 104729 * k + 15485863 * seed) % 1000003
-    return (2 * values.double() / 1000003 - 1).reshape(shape)
+    count, period = torch.Size(shape).numel(), 1000003
+    k = torch.arange(min(count, period), dtype=torch.int64)
+    values = 2 * ((7919 * k * k + 104729 * k + 15485863 * seed) % period).double() / period - 1
+    return values.repeat(-(-count // period))[:count].reshape(shape)
 
 
 def write_config(folder, text="", method="NONE", student="resnet8", epochs=2, **distiller):

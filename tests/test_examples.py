@@ -1,11 +1,9 @@
-"""The examples of docs/: the pages show the files as they are, and their commands run elsewhere."""
+"""The commands of docs/own_code.md and docs/own_backbone.md, run in a folder of a user."""
 
 import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,11 +27,6 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def shown(page):
-    """What a page shows as the text of which file."""
-    return re.findall(r"<!-- examples/(\S+) -->\n```\w+\n(.*?)```", PAGES[page], re.DOTALL)
-
-
 def commands(page, config):
     """The words of a page's `mdistiller` commands about a config or its runs."""
     blocks = re.findall(r"```sh\n(.*?)```", PAGES[page], re.DOTALL)
@@ -42,16 +35,9 @@ def commands(page, config):
     return [shlex.split(line)[1:] for line in lines]
 
 
-def python(folder, *words):
-    """Run Python in a folder outside the checkout; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+def python(folder, script, *words):
+    """Run a script in a folder outside the checkout; returns what it printed."""
+    done = run_script(folder / script, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,16 +73,6 @@ def facts(run):
 
 def state(path):
     return torch.load(path, weights_only=True)["model"]
-
-
-def test_the_pages_show_the_files_as_they_are():
-    pairs = [pair for page in PAGES for pair in shown(page)]
-    for name, text in pairs:
-        assert (EXAMPLES / name).read_text() == text, name
-    unseen = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {n for n, _ in pairs}
-    assert unseen == {"draw_shells.py"}
-    for path in EXAMPLES.glob("*.yaml"):
-        assert len(path.read_text().splitlines()) <= 12, path
 
 
 def test_nothing_of_the_examples_is_in_the_package():
@@ -161,7 +137,5 @@ def test_own_backbone(folder):
     assert "import_user_modules(['own_backbone.py'])  # where plain_small is registered" in text
     shutil.copy(folder / "own_backbone.py", deploy)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    script = deploy / "check.py"
-    script.write_text("\n".join([*blocks, "print(tuple(logits.shape))"]))
-    done = run_script(script, cwd=deploy)
-    assert done.stdout == "(4, 10)\n", done.stderr
+    (deploy / "use.py").write_text("\n".join([*blocks, "print(tuple(logits.shape))"]))
+    assert python(deploy, "use.py") == "(4, 10)\n"

@@ -3,6 +3,8 @@
 import ast
 import functools
 import graphlib
+import importlib
+import re
 
 from support import REPO
 
@@ -14,7 +16,7 @@ MAY_IMPORT = {
     "registry": set(),
     "preprocessing": set(),
     "runtime": {"registry"},
-    "weights": {"registry", "runtime", "manifest", "layouts"},
+    "weights": {"registry", "runtime", "manifest", "layouts", "files"},
     "layouts": {"registry"},
     "manifest": {"registry"},
     "files": {"registry"},
@@ -27,6 +29,7 @@ MAY_IMPORT = {
     "report": ENGINE | {"sweep"},
     "export": ENGINE,
     "detection": ENGINE | {"evaluation"},
+    "__main__": {"cli"},
     "cli": ENGINE | {"evaluation", "sweep", "report", "export", "detection"},
 }
 FILES = sorted((REPO / "mdistiller").rglob("*.py"))
@@ -83,6 +86,47 @@ def test_no_modules_import_one_another_in_a_circle():
 
 def test_every_layer_is_in_the_table():
     assert {layer(p.relative_to(REPO).parts) for p in FILES} - {"__init__"} == set(MAY_IMPORT)
+
+
+def private_imports():
+    """(importer, imported) where a name of the latter begins with "_", outside its own package."""
+    for path in FILES:
+        importer = module_name(path).split(".")
+        for name in imports_of(path):
+            words = name.split(".")
+            hidden = [i for i, w in enumerate(words) if w.startswith("_") and w[:2] != "__"]
+            if any(words[:i] != importer[:i] for i in hidden if words[0] == "mdistiller"):
+                yield ".".join(importer), name
+
+
+def test_no_module_imports_a_private_module_of_another_package():
+    assert sorted(private_imports()) == []
+
+
+def test_documentation_names_no_private_module():
+    """`forks.md` is about the original's files; `CHANGELOG.md` about those of the past.
+
+    `_base` and `_common` are names of the original, which its forks import.
+    """
+    names = {path.stem for path in FILES if path.stem.startswith("_")}
+    names -= {"__init__", "__main__", "_base", "_common"}
+    private = re.compile(rf"\b({'|'.join(sorted(names))})\b")
+    texts = [*REPO.glob("*.md"), *(p for p in (REPO / "docs").rglob("*") if p.is_file())]
+    texts = [p for p in texts if p.suffix in {".md", ".py", ".yaml"}]
+    texts = [p for p in texts if p.name not in {"forks.md", "CHANGELOG.md"}]
+    assert REPO / "docs" / "method.md" in texts
+    assert [(p.name, m[0]) for p in texts if (m := private.search(p.read_text()))] == []
+
+
+def test_the_modules_that_forks_import_from_have_their_names():
+    doors = {
+        "distillers._base": ["DISTILLERS", "Distiller", "Output", "Vanilla"],
+        "distillers._common": ["ConvReg", "get_feat_shapes", "probe"],
+        "models._base": ["ModelEntry", "StagedNet", "register_model"],
+    }
+    for module, names in doors.items():
+        available = vars(importlib.import_module(f"mdistiller.{module}"))
+        assert [name for name in names if name not in available] == []
 
 
 def method_files():

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import subprocess
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from support import same_state
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mdistiller.cli import _convert_worker, convert_checkpoint
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
+from mdistiller.cli.convert import worker
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_network
@@ -218,7 +220,7 @@ class Mesh:
 
 def converted(path, tmp_path):
     """What convert_checkpoint's reader makes of a file, in this process."""
-    _convert_worker.main(str(path), str(tmp_path / "new"), "shells")
+    worker.main(str(path), str(tmp_path / "new"), "shells")
     return tmp_path / "new"
 
 
@@ -266,7 +268,15 @@ def whole_shards():
     return {k: Mesh(v, v.shape) if v.ndim else v for k, v in STATE.items()}
 
 
-def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys):
+def test_a_part_of_the_shards_is_refused_by_the_conversion(tmp_path, capsys, monkeypatch):
+    def in_this_process(words, **options):
+        try:
+            worker.main(*words[3:])
+        except worker.ShardedError as error:
+            return subprocess.CompletedProcess(words, 1, "", f"sharded: {error}")
+        raise AssertionError("shards were taken for a whole")
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     halves = {k: Mesh(v[: len(v) // 2], v.shape) if v.ndim else v for k, v in STATE.items()}
     torch.save({"model": halves}, tmp_path / "file")
     assert convert_checkpoint.main([str(tmp_path / "file"), str(tmp_path / "new")]) == 2
@@ -304,7 +314,7 @@ def test_a_key_of_a_plain_file_is_written_apart(tmp_path):
         (b"\x89HDF\r\n\x1a\n0000", "an HDF5 file"),
         (b"<!DOCTYPE html>", "a web page"),
         (b'{"a": 1}', "a JSON file"),
-        (pickle.dumps([1])[:-2], "truncated, damaged or no PyTorch file"),
+        (pickle.dumps([1])[:-2], "truncated, damaged or not a PyTorch file"),
     ],
 )
 def test_files_of_other_kinds_are_called_what_they_are(tmp_path, contents, what):

@@ -22,7 +22,7 @@ from mdistiller.weights import load_checkpoint, load_network
 def test_what_is_no_state_dict_is_named(tmp_path, state):
     torch.save({"model": state}, tmp_path / "odd")
     with pytest.raises(
-        UserError, match=r"odd holds no plain state dict: '?(1|epoch|weight|deep)'?"
+        UserError, match=r"odd is not a plain state dict: '?(1|epoch|weight|deep)'?"
     ):
         load_network(torch.nn.Linear(2, 2), tmp_path / "odd", "linear")
 

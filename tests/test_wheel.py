@@ -23,7 +23,13 @@ def test_the_wheel_holds_what_users_need_and_nothing_else(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     modules = {name for name in names if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in modules} == {"mdistiller"}
-    for name in ("report/page.html", "configs/cifar100/kd.yaml", "results/published.csv"):
+    for name in (
+        "report/page.html",
+        "configs/cifar100/kd.yaml",
+        "results/published.csv",
+        "pages/methods.md",
+        "engine/config/stored_defaults.json",
+    ):
         assert f"mdistiller/{name}" in modules
     words = ("benchmark", "textbook", "bad_inputs", "bad_configs", "test")
     assert [name for name in modules if any(word in name for word in words)] == []

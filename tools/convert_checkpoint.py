@@ -3,7 +3,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.cli.convert_checkpoint import main
+from mdistiller.cli.convert.checkpoint import main
 
 if __name__ == "__main__":
     sys.exit(main())

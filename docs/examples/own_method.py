@@ -6,8 +6,7 @@ loss = WEIGHT * mean over the batch of (1 - cos(W e_student, e_teacher))
 import torch.nn.functional as F
 from torch import nn
 
-from mdistiller.distillers import DISTILLERS, Distiller
-from mdistiller.distillers._common import probe
+from mdistiller.distillers import DISTILLERS, Distiller, probe
 
 
 @DISTILLERS.register("COSINE", config={"CE_WEIGHT": 1.0, "WEIGHT": 2.0})

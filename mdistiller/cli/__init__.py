@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from mdistiller import __version__
+
 COMMANDS = {
     "train": "train a network, alone or under a teacher",
     "train_detection": "train a detector (Faster or Mask R-CNN), alone or under a teacher",
@@ -24,17 +26,31 @@ COMMANDS = {
 }
 
 
+_ELSEWHERE = {
+    "convert_checkpoint": "convert.checkpoint",
+    "convert_detectron2": "convert.detectron2",
+}
+
+
+def module_of(command: str) -> str:
+    """The module of a subcommand."""
+    return f"mdistiller.cli.{_ELSEWHERE.get(command, command)}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     args = sys.argv[1:] if argv is None else argv
     if args and args[0] in COMMANDS:
-        return int(importlib.import_module(f"mdistiller.cli.{args[0]}").main(args[1:]))
+        return int(importlib.import_module(module_of(args[0])).main(args[1:]))
+    if args[:1] == ["--version"]:
+        print(f"mdistiller {__version__}")
+        return 0
     lines = [f"  {name:<20}{text}" for name, text in COMMANDS.items()]
-    known = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])
+    usage = "\n".join(["usage: mdistiller COMMAND ...  (COMMAND --help tells more)", *lines])
     if args and args[0] in ("-h", "--help"):
-        print(known)
+        print(usage)
         return 0
     if args:
         print(f"error: unknown command {args[0]!r}", file=sys.stderr)
-    print(known, file=sys.stderr)
+    print(usage, file=sys.stderr)
     return 2

@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
@@ -75,17 +76,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table: last-epoch accuracy (mean ± sample std over seeds), parameters, seconds."""
     from mdistiller.sweep.table import mean_std
 
-    rows = [
-        "| run | last top-1 % | seeds | parameters | seconds per run |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, runs in results.items():
         last = mean_std([run["last_acc"] for run in runs])
         seconds = statistics.mean(run["seconds"] for run in runs)
-        rows.append(
-            f"| {name} | {last} | {len(runs)} | {runs[0]['parameters']:,} | {seconds:.1f} |"
-        )
-    return "\n".join(rows)
+        rows.append([name, last, len(runs), f"{runs[0]['parameters']:,}", f"{seconds:.1f}"])
+    return markdown_table(["run", "last top-1 %", "seeds", "parameters", "seconds per run"], rows)
 
 
 def plot(curves: Curves, path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.files import Limits, file_hash, move_in, unpacked
+from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import project_root
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def releases() -> Registry:
     """All released weights, by ZOO/NAME."""
     from mdistiller.models import get_model_entry, zoo_names
-    from mdistiller.models._released import TORCHVISION
+    from mdistiller.models.released import TORCHVISION
 
     usual, found = project_root() / "download_ckpts", Registry("released network")
     for zoo in DATA:
@@ -150,14 +150,13 @@ class Store:
                 f"{self.path(RECORD)} says {before['size']} and {before['sha256'][:16]}...: it is "
                 "damaged or was replaced; remove it, or its entry there if you trust the new one"
             )
-        part = self.path(f"{RECORD}.part")
-        part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, self.path(RECORD))
+        with replacing(self.path(RECORD)) as part:
+            part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def get(release: Release, store: Store, source: str) -> Path:
     """The file of a release, fetched if it is not there, and compared with its record."""
-    from mdistiller.models._released import released_file
+    from mdistiller.models.released import released_file
 
     if not release.file:
         return released_file(release.checkpoint, release.name)
@@ -217,7 +216,7 @@ def _from_archive(release: Release, store: Store, source: str) -> None:
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
         if release.file not in found:
-            raise UserError(f"{release.archive} of {source} holds no {release.file}")
+            raise UserError(f"{release.archive} of {source} does not contain {release.file}")
         check_network(release, found[release.file])
         for name, file in found.items():
             if not store.path(name).exists():
@@ -268,7 +267,7 @@ def verify(release: Release, path: Path) -> None:
 
 def published_accuracy(release: Release, dataset: str) -> float | None:
     """Top-1 in % that those who released weights report, if they do."""
-    from mdistiller.models._released import torchvision_accuracy
+    from mdistiller.models.released import torchvision_accuracy
     from mdistiller.report.published import published
 
     if not release.file:
@@ -285,7 +284,7 @@ def show(known: Registry, store: Path) -> None:
             there = (store / release.file).is_file()
             origin = release.archive or "no address known, --from only"
         else:
-            from mdistiller.models._released import place_of
+            from mdistiller.models.released import place_of
 
             there, origin = place_of(release.checkpoint).is_file(), release.checkpoint
         print(f"{name:<26}{'here' if there else '-':<6}{origin}")

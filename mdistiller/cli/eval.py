@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, load_networks
-from mdistiller.cli._teachers import check_teachers, distinct
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support import tables
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.networks import add_networks, load_networks
+from mdistiller.cli.support.teachers import check_teachers, distinct
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
@@ -39,13 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
-    from mdistiller.cli import _tables
+    outputs = [path for path in (args.json, args.csv, args.confusion) if path]
+    tables.check_places(outputs)
+    given = load_networks(args, ["latest", "best"])
     from mdistiller.engine.utils import log_msg
     from mdistiller.evaluation.evaluate import evaluate
 
-    outputs = [path for path in (args.json, args.csv, args.confusion) if path]
-    _tables.check_places(outputs)
-    given = load_networks(args, ["latest", "best"])
     test = given.test
     found = evaluate(
         given.subjects,
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
                 "EVAL",
             )
         )
-    print(f"\n{_tables.markdown(found, test.classes)}")
+    print(f"\n{tables.markdown(found, test.classes)}")
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
@@ -74,11 +74,11 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         "own_teacher_of": [str(run) for run in given.recorded],
     }
     if args.json:
-        args.json.write_text(_tables.json_text(facts, found))
+        args.json.write_text(tables.json_text(facts, found))
     if args.csv:
-        args.csv.write_text(_tables.csv_text(found))
+        args.csv.write_text(tables.csv_text(found))
     if args.confusion:
-        args.confusion.write_text(_tables.confusion_text(found, test.classes))
+        args.confusion.write_text(tables.confusion_text(found, test.classes))
     return found
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._detection_tables import Subject, json_text, tables
-from mdistiller.cli.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.detection_tables import Subject, json_text, tables
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Load, measure one network after the other, print the tables, write the files."""
-    from mdistiller.cli._tables import check_places
+    from mdistiller.cli.support.tables import check_places
     from mdistiller.detection.data import val_loader
     from mdistiller.engine.distributed import process_group
     from mdistiller.engine.utils import is_main_process
@@ -109,7 +109,7 @@ def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
             file = checkpoint_file(path, args.checkpoint) if path.is_dir() else path
             label = f"{'/'.join(folder.resolve().parts[-2:])} {file.name.replace('student_', '')}"
         elif path.is_dir():
-            raise UserError(f"{path} is no run folder: it has no config.yaml")
+            raise UserError(f"{path} is not a run folder: it has no config.yaml")
         elif given is None:
             raise UserError(f"name the config of {path}, which is of no run folder, by --cfg")
         else:
@@ -177,12 +177,12 @@ def _measure(
 def _draw(
     nets: Sequence[tuple[Subject, Detector]], loader: ValBatches, device: torch.device, path: Path
 ) -> None:
-    from mdistiller.detection.visualize import detections_picture
+    from mdistiller.detection.visualize import draw_detections
     from mdistiller.evaluation.draw import save
 
     titled = [(subject.label, net) for subject, net in nets]
     size = (loader.min_size, loader.max_size)
-    save(detections_picture(titled, loader.dataset, size, device), path)
+    save(draw_detections(titled, loader.dataset, size, device), path)
     print(f"wrote {path}")
 
 

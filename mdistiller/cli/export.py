@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.cli.command import add_overrides, guarded
 from mdistiller.cli.models import SIZES
+from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_run
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -80,26 +82,30 @@ def parser() -> argparse.ArgumentParser:
 
 def find_student(args: argparse.Namespace) -> Student:
     """The student of the run or file that the arguments name."""
-    from mdistiller.dataset import known_data
-    from mdistiller.engine.cfg import load_config
-    from mdistiller.export import from_checkpoint, from_run, recorded_side
-
     if not args.model:
         if not args.opts:
             raise UserError("name a run folder, or a network and a checkpoint by -m and -c")
         folder, *overrides = args.opts
         given = [f"--{name}" for name in _WITHOUT_RUN if getattr(args, name.replace("-", "_"))]
         if given:
-            raise UserError(f"{given[0]} goes with -m; {folder} says itself what it holds")
+            raise UserError(f"{given[0]} goes with -m; {folder} states its network and data")
+        require_run(Path(folder))
+        from mdistiller.export import from_run
+
         return from_run(Path(folder), args.checkpoint, overrides, args.imports)
     if not args.out:
         raise UserError("-m needs --out, the folder for the files")
     named = bool(args.dataset or args.cfg or "DATASET.TYPE" in args.opts[::2])
     dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    check_early(args.cfg, [*dataset, *args.opts], args.imports)
+    from mdistiller.dataset import data_spec
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.export import from_checkpoint, recorded_side
+
     cfg = load_config(args.cfg, [*dataset, *args.opts], args.imports)
     if args.num_classes is None and not named:
         raise UserError("-m needs -d, the data set it was trained on, or --num-classes")
-    known = known_data(cfg)
+    known = data_spec(cfg)
     side = args.image_size
     if side is None and args.num_classes is not None:
         side = known.side or recorded_side(cfg, args.model, args.ckpt) or SIZES[known.zoo]
@@ -111,9 +117,9 @@ _WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")
 
 def export(args: argparse.Namespace) -> None:
     """Write the files, then the card that describes them."""
+    student = find_student(args)
     from mdistiller.export import export_student, model_card, write_card
 
-    student = find_student(args)
     out = Path(args.out or Path(args.opts[0]) / "export")
     files = export_student(student, out, args.formats, args.normalization, args.force)
     for file in files:
@@ -127,7 +133,7 @@ def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str
     """Latencies of the network and of each file that runs by itself, and the machine in words."""
     import torch
 
-    from mdistiller.cli.timing import surroundings
+    from mdistiller.cli.support.timing import surroundings
 
     machine = surroundings("cpu")
     words = f"{machine['hardware']} (CPU, threads: {machine['threads']})"
@@ -144,7 +150,7 @@ def latencies(
     """Of the network and of files, in turns, until SECONDS are over."""
     import torch
 
-    from mdistiller.cli.timing import race, seconds
+    from mdistiller.cli.support.timing import race, seconds
     from mdistiller.export import FORMATS, Latency
 
     images = torch.rand(batch, 3, *student.image_size, device=device)

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli._probe import random_step, untrained
-from mdistiller.cli.command import guarded
-from mdistiller.registry import UserError
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.probe import random_step, untrained
+from mdistiller.files.tables import markdown_table
+from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import page_file
 
 PAIR = ("resnet32x4", "resnet8x4")
 COLUMNS = [
@@ -25,28 +27,14 @@ COLUMNS = [
     "published",
     "configs",
 ]
-PREFACE = f"""# Methods
-
-Made by `python tools/methods.py --write docs/methods.md`; a test holds it to the code. Columns:
-
-- **student uses**: the outputs of the student that the loss sends a gradient to; **teacher gives**:
-  those of the teacher that it depends on. The cross-entropy on the student's logits is left out.
-- **needs**: what else the method asks for.
-- **extra**: for {PAIR[0]} -> {PAIR[1]} on 100 classes, the parameters it trains beside the student,
-  what it keeps in buffers (for 50,000 images), forwards of a network in a step if not one, and the
-  epochs of a stage before the main one.
-- **published**: top-1 % of that pair on CIFAR-100, where the student alone has 72.50, the teacher
-  79.42; the best epoch on the test set, as papers report it. [All numbers and their
-  sources](results/published.csv).
-- **configs**: folders under `configs/` with ready ones.
-"""
+MARK = "<!-- From here on by `python tools/methods.py --write docs/methods.md`. -->\n"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="methods", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="some methods (default all)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the page: replace its table")
     return parser
 
 
@@ -227,9 +215,7 @@ def row(name: str) -> list[str]:
 
 def table(names: list[str]) -> str:
     """The methods as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row(name)) + " |" for name in names]
-    return "\n".join(lines) + "\n"
+    return markdown_table(COLUMNS, map(row, names)) + "\n"
 
 
 def feature_only() -> str:
@@ -247,19 +233,33 @@ def feature_only() -> str:
     )
 
 
-def methods(args: argparse.Namespace) -> None:
-    """Print the table, or write the page."""
-    from mdistiller.distillers import distiller_dict
+def stored() -> tuple[list[str], dict[str, str]]:
+    """The two lines of the table's head, and the row of each method, from the page."""
+    lines = [line for line in page_file().read_text("utf-8").splitlines() if line[:1] == "|"]
+    return lines[:2], {line.split("`")[1]: line for line in lines[2:]}
 
-    names = args.only or sorted(name for name in distiller_dict if name != "NONE")
-    text = table([name for name in names if distiller_dict[name]])
+
+def methods(args: argparse.Namespace) -> None:
+    """Print the stored table, or make the page anew."""
     if args.write is None:
-        print(text, end="")
+        head, rows = stored()
+        for name in args.only or rows:
+            if name not in rows:
+                raise UserError(
+                    f"unknown method {name!r}{suggest(name, rows)} (methods: {', '.join(rows)})"
+                )
+        print(*head, *(rows[name] for name in args.only or rows), sep="\n")
         return
     if args.only:
         raise UserError("--write makes the whole page: leave out --only")
+    from mdistiller.distillers import distiller_dict
+
+    text = table(sorted(name for name in distiller_dict if name != "NONE"))
     try:
-        args.write.write_text(f"{PREFACE}\n{feature_only()}\n{text}")
+        head, mark, _ = args.write.read_text().partition(MARK)
+        if not mark:
+            raise UserError(f"--write: {args.write} lacks the line {MARK.strip()}")
+        args.write.write_text(f"{head}{MARK}\n{feature_only()}\n{text}")
     except OSError as error:
         raise UserError(f"--write: {args.write}: {error.strerror}") from None
 

@@ -9,8 +9,11 @@ import argparse
 import fnmatch
 from typing import Any
 
-from mdistiller.cli.command import guarded
-from mdistiller.registry import UserError
+from tqdm import tqdm
+
+from mdistiller.cli.support.command import guarded
+from mdistiller.files.tables import markdown_table
+from mdistiller.registry import UserError, first_line
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
@@ -39,7 +42,7 @@ def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
     try:
         parameters, flops, features = count_cost(net, (size, size))
     except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         raise UserError(f"{name} cannot take {size}x{size} images: {first}") from error
     shapes = [tuple(feature.shape[1:]) for feature in features["feats"]]
     stages = len(getattr(net, "stages", shapes[1:]))
@@ -81,21 +84,19 @@ def show(args: argparse.Namespace) -> None:
         raise UserError("--size and --classes must be at least 1")
     names = chosen(args.names, args.zoo)
     print(f"one {size}x{size} image, {classes} classes\n")
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for name in names:
+    rows: list[list[object]] = []
+    for name in tqdm(names, disable=None):
         try:
             found = facts(name, args.zoo, size, classes)
         except UserError as error:
             if name in args.names:
                 raise
-            print(f"| {name} | refused: {error} " + "| " * (len(COLUMNS) - 1) + "|", flush=True)
+            rows.append([name, f"refused: {error}", *[""] * (len(COLUMNS) - 2)])
             continue
         stem, *stages = (by(shape) for shape in (found["stem"], *found["stages"]))
-        print(
-            f"| {name} | {found['parameters']:,} | {found['flops'] / 1e6:,.1f} | {stem} | "
-            f"{' '.join(stages)} | {found['embedding']} |",
-            flush=True,
-        )
+        counts = f"{found['parameters']:,}", f"{found['flops'] / 1e6:,.1f}"
+        rows.append([name, *counts, stem, " ".join(stages), found["embedding"]])
+    print(markdown_table(COLUMNS, rows))
 
 
 def by(shape: tuple[int, ...] | None) -> str:

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from mdistiller.cli._probe import CIFAR, random_step, untrained
-from mdistiller.cli.command import guarded
+from tqdm import tqdm
+
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.probe import CIFAR, random_step, untrained
+from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
 BATCH = 4
@@ -75,7 +78,7 @@ def rows(
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table row by row, then each refusal's reason once."""
+    """Print the table, then each refusal's reason once."""
     from mdistiller.distillers import distiller_dict, get_distiller
     from mdistiller.models import get_model_entry, zoo_names
 
@@ -89,17 +92,19 @@ def table(args: argparse.Namespace) -> None:
     for name in methods:
         get_distiller(name)
     print(f"one step of {BATCH} random {side}x{side} images of {args.classes} classes; {using()}\n")
-    print("| pair | " + " | ".join(methods) + " |\n|---" + "|---" * len(methods) + "|")
     reasons: dict[str, list[tuple[str, str]]] = {}
     data = (args.zoo, (side, side), args.classes)
-    for row in rows(args.teachers, students, methods, data):
-        cells = []
+    lines = []
+    count = len(args.teachers) * len(students)
+    for row in tqdm(rows(args.teachers, students, methods, data), total=count, disable=None):
+        cells = [row["pair"]]
         for method in methods:
             verdict = row[method]
             cells.append("ok" if verdict == "ok" else "refused")
             if verdict != "ok":
                 reasons.setdefault(verdict, []).append((method, row["pair"]))
-        print(f"| {row['pair']} | " + " | ".join(cells) + " |", flush=True)
+        lines.append(cells)
+    print(markdown_table(["pair", *methods], lines))
     for reason, cases in reasons.items():
         refusing, pairs = (list(dict.fromkeys(names)) for names in zip(*cases, strict=True))
         number = f"{len(pairs)} pairs ({pairs[0]}, ...)" if len(pairs) > 1 else pairs[0]

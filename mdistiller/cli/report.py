@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
+from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 
 
@@ -47,8 +48,11 @@ def write(file: Path, text: str) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Run the command."""
+    for path in args.runs:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder; give run folders, or folders above them")
     from mdistiller.report.build import build_report
-    from mdistiller.report.document import csv_text, markdown
+    from mdistiller.report.document import markdown
     from mdistiller.report.page import page
 
     if args.reach is not None and not 0 < args.reach <= 100:
@@ -58,7 +62,7 @@ def report(args: argparse.Namespace) -> None:
     )
     texts = {
         args.md: lambda: markdown(found),
-        args.csv: lambda: csv_text(found.numbers),
+        args.csv: lambda: csv_table(found.numbers),
         args.html: lambda: page(found),
     }
     files = {file: text for file, text in texts.items() if file is not None}

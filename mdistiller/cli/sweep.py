@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import find_config
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -41,11 +43,16 @@ def print_trials(plan: Plan) -> None:
 
 def sweep(args: argparse.Namespace) -> bool:
     """Run the command; True if all went well."""
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {args.jobs}")
+    try:
+        find_config(args.cfg)
+        check_early("", args.opts, args.imports)
+    except UserError as error:
+        raise UserError(f"{args.cfg}: {error}") from None
     from mdistiller.sweep import table
     from mdistiller.sweep.plan import read_plan
 
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {args.jobs}")
     plan = read_plan(args.cfg, args.opts, args.imports, args.out)
     if plan.space and not plan.trials[0].configs[0].DATASET.VAL_SPLIT:
         print("WARNING: this search selects on the test set; hold images out: DATASET.VAL_SPLIT")
@@ -57,13 +64,13 @@ def sweep(args: argparse.Namespace) -> bool:
 
     file = plan.out / "study.db"
     if args.table and not args.storage and not file.is_file():
-        raise UserError(f"there is no study {file} yet")
+        raise UserError(f"no study {file} yet")
     plan.out.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{file.resolve()}"
     study = Study(plan, url, create=not args.table)
     study.check_settings()
     if args.retry:
-        study.forgive()
+        study.reset()
     if not args.table:
         run_sweep(study, args.jobs)
     rows = table.rows(plan, study.status())

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-from mdistiller.cli._fork_flags import add_fork_flags, fork_overrides
-from mdistiller.cli.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.fork_flags import add_fork_flags, fork_overrides
+from mdistiller.engine.config.early import check_early
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     args = words.parse_intermixed_args(argv)
 
     def run() -> None:
+        check_early(args.cfg, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
         from mdistiller.engine.run.train import train
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.cli.train import follow, parser
+from mdistiller.engine.config.early import check_early
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser("train_detection", __doc__).parse_intermixed_args(argv)
 
     def run() -> None:
+        check_early(args.cfg, args.opts, args.imports, "train_detection")
         from mdistiller.detection.config import load_config
         from mdistiller.detection.run import train
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli._networks import add_networks, load_networks
-from mdistiller.cli._teachers import check_teachers, distinct
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.networks import add_networks, find_paths, load_networks
+from mdistiller.cli.support.teachers import check_teachers, distinct
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ def _picture(args: argparse.Namespace) -> Figure:
     if args.samples is not None and args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
     if args.picture == "detections":
-        from mdistiller.cli import _detectors
+        from mdistiller.cli.support import detectors
 
-        return _detectors.picture(args, count)
+        return detectors.picture(args, count)
+    given = load_networks(args, ["latest"])
     from mdistiller.engine.utils import log_msg
     from mdistiller.evaluation import pictures
     from mdistiller.evaluation.evaluate import evaluate
 
-    given = load_networks(args, ["latest"])
     teachers = distinct(given.teachers)
     if given.recorded:
         loader, classes = given.test.loader, given.test.num_classes
@@ -91,10 +91,12 @@ def _picture(args: argparse.Namespace) -> Figure:
 
 def visualize(args: argparse.Namespace) -> None:
     """Load, draw, write one file."""
-    from mdistiller.evaluation import draw
-
     if args.out is None:
         raise UserError("name the file for the picture by --out FILE.png or FILE.svg")
+    if args.picture in PICTURES:
+        find_paths(args)
+    from mdistiller.evaluation import draw
+
     draw.check_out(args.out)
     draw.save(_picture(args), args.out)
     print(args.out)

@@ -1,21 +1,21 @@
-"""Data sets and the loaders that feed them: from memory, or through worker processes.
+"""Data sets and their loaders, over images in memory or read by worker processes.
 
-A new data set is one new file in `sources/`, or one file anywhere that a config names in IMPORTS
-(see :class:`DataSource` for what to write in it).
+To add a data set, write a file in `sources/`, or a file anywhere and list it under IMPORTS; see
+:class:`DataSource`.
 """
 
 import importlib
 
 from mdistiller.dataset.build import (
     Data,
-    KnownData,
+    DataSpec,
     TestData,
+    data_spec,
+    eval_preprocessing,
     get_dataset,
-    known_data,
     load_data,
     load_test_loader,
     mixes_labels,
-    own_view,
 )
 from mdistiller.dataset.classes import are_numbers, first_difference, natural_key
 from mdistiller.dataset.data_source import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
@@ -28,17 +28,17 @@ __all__ = [
     "DATASET_CONFIG",
     "Data",
     "DataSource",
+    "DataSpec",
     "ImageSet",
-    "KnownData",
     "Options",
     "TestData",
     "are_numbers",
+    "data_spec",
+    "eval_preprocessing",
     "first_difference",
     "get_dataset",
-    "known_data",
     "load_data",
     "load_test_loader",
     "mixes_labels",
     "natural_key",
-    "own_view",
 ]

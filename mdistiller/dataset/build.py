@@ -1,4 +1,4 @@
-"""From a config to loaders."""
+"""Build data loaders from a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mdistiller.dataset.classes import numbered, say_absent
+from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
     DATASET_CONFIG,
     DATASETS,
@@ -19,35 +19,35 @@ from mdistiller.dataset.data_source import (
     same_classes,
 )
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.sizing import check_keys, choose_preprocessing, keeps_shape
+from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocessing, keeps_shape
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
-from mdistiller.dataset.pipelines import MemoryFeed, Statistics, choose_feed
+from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import NOTHING_STATED, Preprocessing
+from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, resolve_device
 
 
 @dataclass
 class Data:
-    """The loaders of a run and what they hold.
+    """The loaders of a run and their properties.
 
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
-        val: what the best epoch is selected on. With `DATASET.VAL_SPLIT` 0 the test set, else the
-            held-out training images, without augmentation; items (image, target).
-        test: the test set if images are held out, else None.
+        val: images that the best epoch is selected on: the held-out training images, or the test
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+        test: the test set where images are held out, else None.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
-        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
+        zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
         image_size: (height, width) in pixels.
-        mean, std: what images are normalised with, per channel, for images in [0, 1].
-        preprocessing: all that is done to an image for evaluation.
-        plain: makes a loader of the images in `train` without augmentation, in their order; items
+        mean, std: normalisation constants per channel, for images in [0, 1].
+        preprocessing: the whole preprocessing for evaluation.
+        plain: returns a loader of the images in `train` in order, without augmentation; items
             (image, target).
     """
 
@@ -65,7 +65,7 @@ class Data:
     plain: Callable[[], EvalLoader] | None = None
 
     def close(self) -> None:
-        """End the processes that read images, if there are any."""
+        """End the worker processes, if any."""
         for loader in (self.train, self.val, self.test):
             close = getattr(loader, "close", None)
             if close is not None:
@@ -79,32 +79,34 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
 
 
 def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
-    """Read the data set that `cfg.DATASET` names and put it on the device.
+    """Read the data set of `cfg.DATASET` and build its loaders.
 
     Args:
-        cfg: read are DATASET, SOLVER.BATCH_SIZE (of each process), EXPERIMENT.SEED and DEVICE.
-        device: in place of what DEVICE says.
-        two_views: training items are ((weak, strong), target, index), see `_two_views.py`.
+        cfg: config; uses DATASET, SOLVER.BATCH_SIZE (per process), EXPERIMENT.SEED and DEVICE.
+        device: overrides DEVICE.
+        two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
 
     Raises:
-        UserError: a key cannot be satisfied, or the data are missing or broken.
+        UserError: a key is invalid, or the data are missing or broken.
     """
     node = _node(cfg)
-    feed = _feed(node, "train", _device(cfg, device))
-    train, test = feed.read("train"), feed.read("test")
-    same_classes(train.classes, test.classes, feed.root)
-    train, test = (numbered(images, node["CLASSES"]) for images in (train, test))
+    pipeline = _pipeline(node, "train", _device(cfg, device))
+    train, test = pipeline.read("train"), pipeline.read("test")
+    same_classes(train.classes, test.classes, pipeline.root)
+    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
     if node["CLASSES"]:
-        say_absent(train, feed.root)
+        report_empty_classes(train, pipeline.root)
     if len(train.classes) < 2:
-        raise UserError(f"{feed.root} has one class only ({train.classes[0]}); two are needed")
-    size = feed.size(train, test)
-    statistics = _statistics(node, feed.source) or feed.statistics(train)
-    val, test_loader = feed.eval_loader(test, size, statistics), None
+        raise UserError(
+            f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
+        )
+    size = pipeline.size(train, test)
+    statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    val, test_loader = pipeline.eval_loader(test, size, statistics), None
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
-        val, test_loader = feed.eval_loader(held, size, statistics), val
-    train_loader = feed.train_loader(
+        val, test_loader = pipeline.eval_loader(held, size, statistics), val
+    train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
         size,
@@ -121,18 +123,20 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         num_data=len(train),
         num_classes=len(train.classes),
         classes=train.classes,
-        zoo=node["ZOO"] or feed.source.zoo,
+        zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
         std=statistics[1],
-        preprocessing=_whole(feed, size, statistics),
-        plain=lambda: feed.eval_loader(train, size, statistics),
+        preprocessing=_full_preprocessing(pipeline, size, statistics),
+        plain=lambda: pipeline.eval_loader(train, size, statistics),
     )
 
 
-def _whole(feed: MemoryFeed, size: tuple[int, int], statistics: Statistics) -> Preprocessing:
-    """What is done to an image for evaluation; image_size 0 if images are not square."""
-    how, side = feed.preprocessing, size[0] if size[0] == size[1] else 0
+def _full_preprocessing(
+    pipeline: InMemoryPipeline, size: Size, statistics: Statistics
+) -> Preprocessing:
+    """The whole preprocessing for evaluation; image_size is 0 if images are not square."""
+    how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
@@ -150,7 +154,7 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, and facts as in :class:`Data`."""
+    """The test set alone: its loader, and properties as in :class:`Data`."""
 
     loader: EvalLoader
     num_classes: int
@@ -163,29 +167,28 @@ class TestData(NamedTuple):
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, own: Preprocessing | None = None
+    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
 ) -> TestData:
     """The test set alone, for evaluation.
 
-    The training images are not read, with one exception: an image folder without DATASET.MEAN and
-    STD is normalised with statistics of its training images, so these must be there, unless `own`
-    has a mean and a std.
+    Training images are read only to compute the mean and std of an image folder for which neither
+    DATASET.MEAN and STD nor `network` give them.
 
     Args:
-        own: how the network that will be evaluated has its images prepared, for what the config
-            leaves open; see :func:`choose_preprocessing`.
+        network: preprocessing of the network to evaluate, for keys that the config leaves open;
+            see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    feed = _feed(node, "test", _device(cfg, device), own)
-    statistics = _statistics(node, feed.source)
-    if statistics is None and own is not None and own.mean:
-        statistics = own.mean, own.std
+    pipeline = _pipeline(node, "test", _device(cfg, device), network)
+    statistics = _statistics(node, pipeline.source)
+    if statistics is None and network is not None and network.mean:
+        statistics = network.mean, network.std
     if statistics is None:
-        statistics = _training_statistics(feed)
-    test = numbered(feed.read("test"), node["CLASSES"])
-    size = feed.size(test)
-    loader = feed.eval_loader(test, size, statistics)
-    zoo = node["ZOO"] or feed.source.zoo
+        statistics = _training_statistics(pipeline)
+    test = renumber_classes(pipeline.read("test"), node["CLASSES"])
+    size = pipeline.size(test)
+    loader = pipeline.eval_loader(test, size, statistics)
+    zoo = node["ZOO"] or pipeline.source.zoo
     return TestData(
         loader,
         len(test.classes),
@@ -193,18 +196,18 @@ def load_test_loader(
         test.classes,
         size,
         *statistics,
-        preprocessing=_whole(feed, size, statistics),
+        preprocessing=_full_preprocessing(pipeline, size, statistics),
     )
 
 
-class KnownData(NamedTuple):
-    """What the config and a registered data set say of images before any is read.
+class DataSpec(NamedTuple):
+    """Properties of a data set that need no data: from the config and the registered class.
 
     Attributes:
         zoo: as of :class:`Data`.
-        statistics: mean and std of each channel; None if they are to be computed.
-        side: of the images in pixels, as DATASET.IMAGE_SIZE says; 0: as they are.
-        keeps_shape: whether evaluation cuts the middle out of an image of any shape.
+        statistics: mean and std of each channel; None if they must be computed.
+        side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
+        keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
     """
 
@@ -215,11 +218,11 @@ class KnownData(NamedTuple):
     files: bool
 
 
-def known_data(cfg: Any) -> KnownData:
-    """The facts of `cfg.DATASET` that need no data."""
+def data_spec(cfg: Any) -> DataSpec:
+    """The properties of `cfg.DATASET` that need no data."""
     node = _node(cfg)
     source = _source(node)
-    return KnownData(
+    return DataSpec(
         node["ZOO"] or source.zoo,
         _statistics(node, source),
         node["IMAGE_SIZE"],
@@ -228,16 +231,16 @@ def known_data(cfg: Any) -> KnownData:
     )
 
 
-def own_view(cfg: Any, own: Preprocessing | None = None) -> Preprocessing:
-    """How :func:`load_test_loader` would prepare images for a network, mean and std aside."""
+def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
+    """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
     node = _node(cfg)
     source = _source(node)
-    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), own)
+    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), network)
     return replace(how, interpolation=how.interpolation or "bilinear")
 
 
 def _node(cfg: Any) -> dict[str, Any]:
-    """cfg.DATASET over the defaults, so that a node written for the original will do."""
+    """cfg.DATASET merged over the defaults, since configs of the original lack keys."""
     node = {**DATASET_CONFIG, **cfg.DATASET}
     for key in (
         *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
@@ -246,7 +249,7 @@ def _node(cfg: Any) -> dict[str, Any]:
         if node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
     if node["ERASING"] > 1:
-        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability, at most 1")
+        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])
     check_keys(node)
     return node
@@ -265,14 +268,14 @@ def _device(cfg: Any, device: torch.device | None) -> torch.device:
     return resolve_device(cfg.get("DEVICE", "auto")) if device is None else device
 
 
-def _feed(
-    node: dict[str, Any], split: Split, device: torch.device, own: Preprocessing | None = None
-) -> MemoryFeed:
-    """The registered data set, its folder, and how it is read."""
+def _pipeline(
+    node: dict[str, Any], split: Split, device: torch.device, network: Preprocessing | None = None
+) -> InMemoryPipeline:
+    """The pipeline of the configured data set."""
     source = _source(node)
     root = _root(node, source)
     augment = _augment(node, source)
-    how = choose_preprocessing(node, source, root, augment, own)
+    how = choose_preprocessing(node, source, root, augment, network)
     options = Options(
         how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
         max(1, node["NUM_WORKERS"]),
@@ -282,8 +285,9 @@ def _feed(
         how,
         node["EXIF"],
         node["SCALE_16_BIT"],
+        node["JPEG_SCALING"],
     )
-    return choose_feed(node, split, source, root, options, augment, device)
+    return choose_pipeline(node, split, source, root, options, augment, device)
 
 
 def _root(node: dict[str, Any], source: DataSource) -> Path:
@@ -307,7 +311,7 @@ def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
 
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
-    """Mean and std of the config, else of the data set; None if they must be computed."""
+    """Mean and std from the config, else of the data set; None if they must be computed."""
     mean, std = tuple(node["MEAN"]), tuple(node["STD"])
     if not mean and not std:
         return (source.mean, source.std) if source.mean else None
@@ -319,16 +323,16 @@ def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     return mean, std
 
 
-def _training_statistics(feed: MemoryFeed) -> Statistics:
-    """Mean and std of training images that are read for nothing else."""
+def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:
+    """Mean and std of training images, read for this alone."""
     try:
-        return feed.statistics(feed.read("train"))
+        return pipeline.statistics(pipeline.read("train"))
     except UserError as error:
         raise UserError(f"{error}; or set DATASET.MEAN and DATASET.STD as in training") from error
 
 
 def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
-    """(training images that remain, images held out for selection)."""
+    """(remaining training images, images held out for model selection)."""
     try:
         kept, held = hold_out(train.targets, node["VAL_SPLIT"], node["VAL_SEED"])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a data set is: the registry, the images in memory, and the class that reads them."""
+"""Base class and registry of data sets, a split in memory, and the config defaults."""
 
 from __future__ import annotations
 
@@ -21,37 +21,38 @@ Split = Literal["train", "test"]
 DATASET_CONFIG: dict[str, Any] = {
     "TYPE": "cifar100",
     "ZOO": "",  # model zoo: cifar, tiny_imagenet or imagenet; empty: the data set's
-    "LOADER": "auto",  # memory; workers: files are decoded in every epoch; auto: what is possible
-    "NUM_WORKERS": 2,  # of each process: workers, or threads that decode into memory at the start
-    "WORKER_TIMEOUT": 1800,  # seconds to wait for a worker's batch before the run ends; 0: for ever
-    "ROOT": "",  # empty: the data set's usual place under data/ of the checkout
-    "VAL_SPLIT": 0,  # training images held out for selection; the test set is then used once
-    "VAL_SEED": 0,  # which images those are; independent of EXPERIMENT.SEED
-    "CLASSES": [],  # their order: names, a file with one a line, or natural (as timm numbers them)
+    "LOADER": "auto",  # memory; workers: decode files in every epoch; auto: memory where possible
+    "NUM_WORKERS": 2,  # worker processes per rank, or threads that decode into memory at the start
+    "WORKER_TIMEOUT": 1800,  # seconds to wait for a batch before the run ends; 0: no limit
+    "ROOT": "",  # empty: the data set's default folder under data/
+    "VAL_SPLIT": 0,  # training images held out for model selection; the test set is then used once
+    "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
+    "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
     "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
-    "RESIZE": "auto",  # files to that size: crop, stretch or pad; auto: crop, unless all are square
-    "CROP_PCT": 0.0,  # IMAGE_SIZE as a part of the side that is resized to; 0: 7/8 where cropped
-    "INTERPOLATION": "auto",  # nearest, bilinear or bicubic; auto: bilinear, or as a network says
-    "EXIF": True,  # turn images as their EXIF orientation says
-    "SCALE_16_BIT": False,  # bring grey images of 16 bits to 8; else they count as unreadable
+    "RESIZE": "auto",  # crop, stretch or pad to that size; auto: crop, unless all are square
+    "CROP_PCT": 0.0,  # IMAGE_SIZE divided by the side before the centre crop; 0: 7/8 where cropped
+    "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
+    "EXIF": True,  # rotate images by their EXIF orientation
+    "SCALE_16_BIT": False,  # scale grey images of 16 bits to 8; else they are unreadable
+    "JPEG_SCALING": "train",  # decode large JPEGs at reduced scale: none; train: random crops; all
     "AUGMENT": "default",  # default, none, crop, crop_flip, rotate_flip or resized_crop_flip
     "RANDAUGMENT": [],  # [operations, magnitude of 0 to 30], such as [2, 9]; empty: none
-    "ERASING": 0.0,  # probability that a rectangle of a training image is blanked
+    "ERASING": 0.0,  # probability of random erasing
     "MIXUP": 0.0,  # alpha of the Beta distribution of mixing weights; 0: no mixing
-    "CUTMIX": 0.0,  # alpha for patches; with both, each batch takes one of the two by chance
+    "CUTMIX": 0.0,  # alpha of CutMix; with both, each batch gets one of the two at random
     "MEAN": [],  # per channel, images in [0, 1]; empty: the data set's constants
     "STD": [],
-    "MAX_MEMORY_GB": 16.0,  # image files that decode to more are left to workers
-    "SKIP_CORRUPT": False,  # leave out images that cannot be read, and say which; else refuse
-    "DROP_LAST": False,  # leave out the images of an epoch that do not fill a batch
+    "MAX_MEMORY_GB": 16.0,  # image files that decode to more are read by workers
+    "SKIP_CORRUPT": False,  # skip and list unreadable images; else stop
+    "DROP_LAST": False,  # drop the last, incomplete batch of an epoch
     "TEST": {"BATCH_SIZE": 64},
     "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
         "TRAIN": "train*.tar",
         "VAL": "val*.tar",
-        "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample, the first that is there
-        "TARGET": "cls",  # suffix of its class, a number in digits
-        "CLASSES": 0,  # their number; 0: the largest that occurs and one
-        "SHUFFLE": 1000,  # places by which a sample may move within its stream
+        "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample; the first one present
+        "TARGET": "cls",  # suffix of its class number
+        "CLASSES": 0,  # number of classes; 0: the largest class number plus 1
+        "SHUFFLE": 1000,  # shuffling distance of a sample within its stream
     },
 }
 
@@ -87,7 +88,8 @@ class ImageSet:
         if len(self) and not 0 <= self.targets.min() <= self.targets.max() < len(self.classes):
             low, high = int(self.targets.min()), int(self.targets.max())
             raise UserError(
-                f"targets from {low} to {high} do not number {len(self.classes)} classes from 0"
+                f"targets run from {low} to {high}, but {len(self.classes)} classes need 0 to "
+                f"{len(self.classes) - 1}"
             )
 
     def __len__(self) -> int:
@@ -98,7 +100,7 @@ class ImageSet:
         return self.images[index]
 
     def select(self, indices: Tensor) -> ImageSet:
-        """The images at `indices` (int64, [M]), as a set of their own."""
+        """The images at `indices` (int64, [M]), as a new set."""
         return ImageSet(self.images[indices], self.targets[indices], self.classes)
 
     def to(self, device: torch.device) -> ImageSet:
@@ -110,7 +112,7 @@ class ImageSet:
         levels = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
         for channel in self.images.cpu().unbind(1):
-            counts = torch.zeros(256, dtype=torch.int64)  # exact, whatever the size of the set
+            counts = torch.zeros(256, dtype=torch.int64)  # exact for sets of any size
             for part in channel.split(4096):
                 counts += torch.bincount(part.flatten(), minlength=256)
             weights = counts.double() / channel.numel()
@@ -126,17 +128,18 @@ STRETCH = Preprocessing(resize="stretch")
 
 @dataclass(frozen=True)
 class Options:
-    """What the config says about reading image files; sets that decode none ignore it.
+    """Config values for reading image files; sets without files ignore them.
 
     Attributes:
         image_size: side in pixels to resize to, 0 to keep the size of the files.
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
-        skip_corrupt: leave out images that cannot be read.
-        preprocessing: how images are brought to `image_size`.
-        upright: turn images as their EXIF orientation says.
-        scale_16_bit: bring grey images of 16 bits to 8.
+        skip_corrupt: skip images that cannot be read.
+        preprocessing: how images are resized to `image_size`.
+        upright: rotate images by their EXIF orientation.
+        scale_16_bit: scale grey images of 16 bits to 8.
+        jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
     image_size: int = 0
@@ -147,12 +150,13 @@ class Options:
     preprocessing: Preprocessing = STRETCH
     upright: bool = True
     scale_16_bit: bool = False
+    jpeg_scaling: str = "none"
 
 
 class DataSource:
     """Base of a registered data set: constants, and `load`, which reads one split into memory.
 
-    A data set of your own is a file like this one, named in ``IMPORTS`` of the config::
+    For your own data set, write a file like this one and list it under ``IMPORTS``::
 
         import numpy as np
         import torch
@@ -169,12 +173,11 @@ class DataSource:
                 return ImageSet(images, targets, classes=["cockle", "limpet", "whelk"])
 
     Attributes:
-        root: usual folder, relative to the checkout; None if `DATASET.ROOT` has to name it.
-        mean, std: per channel, for images in [0, 1]; empty to compute them from the training
-            images.
-        augment: what `DATASET.AUGMENT: default` means (a name in `augment.AUGMENTS`).
-        keep_shape: images are cut to a square where they have to be, never stretched.
-        zoo: model zoo that fits, "cifar", "tiny_imagenet" or "imagenet".
+        root: default folder, relative to the checkout; None if `DATASET.ROOT` is required.
+        mean, std: per channel, for images in [0, 1]; empty: computed from the training images.
+        augment: meaning of `DATASET.AUGMENT: default` (a name in `augment.AUGMENTS`).
+        keep_shape: crop images to a square, never stretch them.
+        zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
     """
 
     root: str | None = "data"
@@ -188,18 +191,18 @@ class DataSource:
         """Read one split.
 
         Args:
-            root: `DATASET.ROOT`, or the usual folder.
+            root: `DATASET.ROOT`, or the default folder.
             split: "train" or "test".
-            options: how to read image files.
+            options: for reading image files.
 
         Raises:
-            UserError: it is missing or broken; the text says what to put where.
+            UserError: the data are missing or broken; the text explains what to do.
         """
         raise NotImplementedError
 
 
 def same_classes(train: list[str], test: list[str], where: Path | str) -> None:
-    """Refuse two splits whose class names differ, naming the difference."""
+    """Raise UserError where the class names of two splits differ."""
     if train == test:
         return
     only_train, only_test = sorted(set(train) - set(test)), sorted(set(test) - set(train))

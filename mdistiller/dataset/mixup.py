@@ -1,4 +1,4 @@
-"""What is done to whole batches of normalised images: blank rectangles, mix images and labels."""
+"""Random erasing, mixup and CutMix of whole batches of normalised images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the latter two outside
 
 _AREA, _RATIO = (0.02, 0.33), (0.3, 3.3)  # of a blanked rectangle: part of the image, height/width
-_TRIES = 10  # at a rectangle that fits into the image
-_ERASING, _MIXING = 1, 2  # streams of random numbers beside the loader's own
+_TRIES = 10  # attempts at a rectangle that fits into the image
+_ERASING, _MIXING = 1, 2  # random streams, apart from the loader's
 
 
 def mixup(images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class BatchAugment:
     def __call__(
         self, batches: Iterator[Batch], num_data: int, seed: int, epoch: int, start: int = 0
     ) -> Iterator[Batch]:
-        """The batches of an epoch, changed; `start` of them were left out at its beginning."""
+        """The augmented batches of an epoch; its first `start` batches were skipped."""
         erasing, mixing = (
             np.random.default_rng([seed % 2**64, epoch, stream]) for stream in (_ERASING, _MIXING)
         )
@@ -119,13 +119,13 @@ class BatchAugment:
         return mixup(images, labels, drawn)
 
     def draw_mix(self, rng: np.random.Generator) -> float | Box:
-        """What to do to a batch: the weight of a mixup, or the patch of a CutMix."""
+        """The weight of a mixup or the patch of a CutMix, for one batch."""
         kind = self.kinds[rng.integers(len(self.kinds))]
         weight = float(rng.beta(self.alphas[kind], self.alphas[kind]))
         return weight if kind == "mixup" else self.draw_patch(weight, rng)
 
     def draw_patch(self, weight: float, rng: np.random.Generator) -> Box:
-        """A patch of `1 - weight` of the image about a uniform centre, cut off at the edges."""
+        """A patch of `1 - weight` of the image around a uniform centre, clipped at the edges."""
         y, x = rng.integers(self.height), rng.integers(self.width)
         half = 0.5 * math.sqrt(1.0 - weight)
         down, across = int(half * self.height), int(half * self.width)
@@ -137,9 +137,9 @@ class BatchAugment:
         )
 
     def draw_boxes(self, num: int, rng: np.random.Generator) -> Tensor:
-        """What to blank in each of `num` images, rows (top, left, bottom, right): int32, [num, 4].
+        """Boxes to erase in each of `num` images, rows (top, left, bottom, right): int32, [num, 4].
 
-        Zeros where nothing is: by chance, or since no rectangle fitted.
+        Zeros where nothing is erased: by chance, or because no rectangle fitted.
         """
         sides = np.zeros((num, 2), dtype=np.int32)
         todo = np.flatnonzero(rng.random(num) < self.erasing)

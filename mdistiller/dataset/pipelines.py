@@ -1,4 +1,4 @@
-"""How a data set's images become batches: from memory, or through worker processes."""
+"""From a data set to loaders: over images in memory, files read by workers, or shards."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller.dataset.data_source import DataSource, ImageSet, Options, Split
-from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.dataset.files.file_set import image_name
 from mdistiller.dataset.files.folder import FileSource, decoded_gigabytes
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.sources.shards import Shards
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.dataset.files.loader import WorkerEvalLoader, WorkerTrainLoader
-    from mdistiller.dataset.files.transforms import TestView
+    from mdistiller.dataset.files.transforms import EvalTransform
 
 Size = tuple[int, int]  # height, width
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel
 
-_SAMPLE = 1024  # images from which statistics are computed where reading all takes too long
+_SAMPLE = 1024  # images for mean and std where reading all takes too long
 
 
 @dataclass
-class MemoryFeed:
-    """Splits held in memory, whole batches per operation.
+class InMemoryPipeline:
+    """Splits held in memory on the device and augmented in whole batches.
 
     Attributes:
         node: `DATASET`.
-        source, root, options: the data set, its folder, and how to read it.
-        augment: what DATASET.AUGMENT names.
-        device: where batches go.
+        source, root, options: the data set, its folder, and the options for reading it.
+        augment: class of the augmentation that DATASET.AUGMENT names.
+        device: of the batches.
     """
 
     node: Mapping[str, Any]
@@ -49,16 +48,16 @@ class MemoryFeed:
     device: torch.device
 
     def read(self, split: Split) -> Any:
-        """A split: with a length, `targets`, `classes`, `image` and `select`."""
+        """A split: an object with a length, `targets`, `classes`, `image` and `select`."""
         return self.source.load(self.root, split, self.options)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How images are brought to their size."""
+        """How images are resized."""
         return self.options.preprocessing
 
     def size(self, *splits: Any) -> Size:
-        """The size of the images, the same in all splits."""
+        """Size of the images, which must be the same in all splits."""
         shapes = [tuple(images.images.shape[2:]) for images in splits]
         if len(set(shapes)) > 1:
             (height, width), (test_height, test_width) = shapes
@@ -82,32 +81,32 @@ class MemoryFeed:
         two_views: bool = False,
         **options: Any,
     ) -> TrainLoader:
-        """The loader of the training images, of pairs of views if wanted."""
+        """The training loader; with `two_views` its images are pairs of views."""
         loader = TrainLoader
         if two_views:
             from mdistiller.dataset.memory.two_views import (
-                TwoViewLoader,  # torchvision: slow to import
+                TwoViewLoader,  # imports torchvision, which is slow
             )
 
             if options["mix"] is not None:
                 raise UserError(
-                    "this method makes two views of every image in its own way: set "
-                    "DATASET.ERASING, MIXUP and CUTMIX to 0"
+                    "this method trains on two views of every image, which cannot be mixed or "
+                    "erased: set DATASET.ERASING, MIXUP and CUTMIX to 0"
                 )
             loader = TwoViewLoader
         return loader(train, batch_size, self.augment(size), *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
-        """A loader that takes every image once, as it is."""
+        """A loader that visits every image once, without augmentation."""
         return EvalLoader(images, self.node["TEST"]["BATCH_SIZE"], *statistics, self.device)
 
 
-class WorkerFeed(MemoryFeed):
-    """Images that worker processes read in every epoch: files, or a set in memory."""
+class FilePipeline(InMemoryPipeline):
+    """Images that worker processes read in every epoch from files, or from a set in memory."""
 
     def read(self, split: Split) -> Any:
         if isinstance(self.source, FileSource):
-            return self.source.usable(self.root, split, self.options)
+            return self.source.readable_files(self.root, split, self.options)
         return super().read(split)
 
     def size(self, *splits: Any) -> Size:
@@ -118,11 +117,11 @@ class WorkerFeed(MemoryFeed):
         return height, width
 
     def statistics(self, train: Any) -> Statistics:
-        fit = self._fit(train, self.size(train))
+        transform = self._eval_transform(train, self.size(train))
         chosen = torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long().tolist()
 
         def image(i: int) -> torch.Tensor:
-            return fit(train.image(i), _name(train, i))
+            return transform(train.image(i), image_name(train, i))
 
         with ThreadPoolExecutor(self.options.workers) as pool:
             images = torch.stack(list(pool.map(image, chosen)))
@@ -137,29 +136,29 @@ class WorkerFeed(MemoryFeed):
         two_views: bool = False,
         **options: Any,
     ) -> TrainLoader:
-        from mdistiller.dataset.files.transforms import TrainView
+        from mdistiller.dataset.files.transforms import TrainTransform
 
         if two_views:
             raise UserError(
-                "this method trains on two views of every image, which are made of images held in "
-                "memory only: set DATASET.LOADER memory (and MAX_MEMORY_GB), or take another method"
+                "this method trains on two views of every image, which needs images in memory: set "
+                "DATASET.LOADER memory (and MAX_MEMORY_GB), or choose another method"
             )
 
-        view = TrainView(
-            self.augment(size), self._fit(train, size), tuple(self.node["RANDAUGMENT"])
+        transform = TrainTransform(
+            self.augment(size), self._eval_transform(train, size), tuple(self.node["RANDAUGMENT"])
         )
         options |= {
             "num_workers": self.node["NUM_WORKERS"],
             "timeout": self.node["WORKER_TIMEOUT"],
         }
         loader = self._loaders()[0]
-        return loader(train, batch_size, view, *statistics, self.device, **options)
+        return loader(train, batch_size, transform, *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
         return self._loaders()[1](
             images,
             self.node["TEST"]["BATCH_SIZE"],
-            self._fit(images, size),
+            self._eval_transform(images, size),
             *statistics,
             self.device,
             num_workers=self.node["NUM_WORKERS"],
@@ -171,16 +170,16 @@ class WorkerFeed(MemoryFeed):
 
         return _workers.WorkerTrainLoader, _workers.WorkerEvalLoader
 
-    def _fit(self, images: Any, size: Size) -> TestView:
+    def _eval_transform(self, images: Any, size: Size) -> EvalTransform:
         from mdistiller.dataset.files.transforms import (
-            TestView,  # brings torchvision: a slow import
+            EvalTransform,  # imports torchvision, which is slow
         )
 
-        return TestView(size, self.preprocessing, _name(images, 0))
+        return EvalTransform(size, self.preprocessing, image_name(images, 0))
 
 
-class ShardFeed(WorkerFeed):
-    """Images in shards, which workers read from front to back."""
+class ShardPipeline(FilePipeline):
+    """Images in tar shards, which workers read from front to back."""
 
     def read(self, split: Split) -> Any:
         assert isinstance(self.source, Shards)
@@ -192,21 +191,16 @@ class ShardFeed(WorkerFeed):
         return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
 
 
-def _name(images: Any, index: int) -> str:
-    """What an error calls an image."""
-    return str(images.path(index)) if isinstance(images, FileSet) else f"image {index}"
-
-
-def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed:
-    """The feed that DATASET.LOADER asks for, or with "auto" the one that can.
+def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemoryPipeline:
+    """The pipeline for DATASET.LOADER; "auto" takes memory where that is possible.
 
     Args:
-        split: which one has to fit into memory.
-        args: as for :class:`MemoryFeed`, behind its `node`.
+        split: the split that must fit into memory.
+        args: those of :class:`InMemoryPipeline` after `node`.
     """
-    memory = MemoryFeed(node, *args)
-    workers = (ShardFeed if isinstance(memory.source, Shards) else WorkerFeed)(node, *args)
-    kind, reason = node["LOADER"], _only_workers(memory)
+    memory = InMemoryPipeline(node, *args)
+    workers = (ShardPipeline if isinstance(memory.source, Shards) else FilePipeline)(node, *args)
+    kind, reason = node["LOADER"], _needs_workers(memory)
     if kind not in ("auto", "memory", "workers"):
         raise UserError(f"DATASET.LOADER must be auto, memory or workers, got {kind!r}")
     if kind == "memory" and reason:
@@ -215,19 +209,19 @@ def choose_feed(node: Mapping[str, Any], split: Split, *args: Any) -> MemoryFeed
         return workers
     if kind == "auto" and isinstance(memory.source, FileSource):
         side = memory.options.image_size
-        files = memory.source.usable(memory.root, split, memory.options)
+        files = memory.source.readable_files(memory.root, split, memory.options)
         height, width = (side, side) if side else files.image(0).shape[1:]
         if decoded_gigabytes(files, height, width) > memory.options.max_memory_gb:
             return workers
     return memory
 
 
-def _only_workers(feed: MemoryFeed) -> str:
-    """What cannot be done in memory, or ""."""
-    if feed.source.keep_shape:
-        return f"DATASET.TYPE {feed.node['TYPE']}"
-    if issubclass(feed.augment, ResizedCropFlip):
+def _needs_workers(pipeline: InMemoryPipeline) -> str:
+    """The setting that needs workers, or ""."""
+    if pipeline.source.keep_shape:
+        return f"DATASET.TYPE {pipeline.node['TYPE']}"
+    if issubclass(pipeline.augment, ResizedCropFlip):
         return "DATASET.AUGMENT resized_crop_flip"
-    if feed.node["RANDAUGMENT"]:
+    if pipeline.node["RANDAUGMENT"]:
         return "DATASET.RANDAUGMENT"
     return ""

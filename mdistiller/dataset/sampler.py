@@ -1,4 +1,4 @@
-"""Who takes which part of an epoch: pure arithmetic, the same in every process."""
+"""How an epoch is divided into batches and between processes; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from mdistiller.registry import UserError
 
 
-def share(num: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Start and stop of the part of `num` items that `rank` takes; sizes differ by at most 1."""
+def rank_slice(num: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Start and stop of the contiguous part of `num` items of `rank`; sizes differ by at most 1."""
     small, larger = divmod(num, world_size)
     start = rank * small + min(rank, larger)
     return start, start + small + (rank < larger)
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """Which positions of an epoch's order form each step's batch on each process.
+class DistributedBatchSampler:
+    """Which positions of an epoch's order form the batch of each step and process.
 
-    A global batch is `world_size * batch_size` consecutive positions, split evenly. The last one is
-    smaller; were it less than `least` for each process, it is joined to the one before. So
-    every position is taken exactly once and every process has at least `least` in each step.
+    A global batch has `world_size * batch_size` consecutive positions, split evenly. The last one
+    is smaller; with fewer than `min_per_rank` for each process it is merged into the one before.
+    Every position occurs exactly once, and every process has at least `min_per_rank` in each step.
     """
 
     num_data: int
@@ -28,7 +28,7 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
-    least: int = 1
+    min_per_rank: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -41,11 +41,11 @@ class BatchPlan:
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_data, self.batch_size * self.world_size)
-        return full + (rest >= self.least * self.world_size and not self.drop_last)
+        return full + (rest >= self.min_per_rank * self.world_size and not self.drop_last)
 
     @property
     def smallest(self) -> int:
-        """The fewest images that any process has in a step."""
+        """The smallest batch of any process in any step."""
         start, stop = self.batch(len(self) - 1)
         return min(self.batch_size, (stop - start) // self.world_size)
 
@@ -57,10 +57,14 @@ class BatchPlan:
         return step * size, (step + 1) * size
 
     def local_batch(self, step: int) -> tuple[int, int]:
-        """Start and stop of this process's share of that batch."""
+        """Start and stop of this process's part of that batch."""
         start, stop = self.batch(step)
-        first, last = share(stop - start, self.rank, self.world_size)
+        first, last = rank_slice(stop - start, self.rank, self.world_size)
         return start + first, start + last
+
+    def local_slices(self) -> list[slice]:
+        """This process's part of every batch."""
+        return [slice(*self.local_batch(step)) for step in range(len(self))]
 
     def loss_weight(self, step: int, accumulate: int = 1) -> float:
         """Factor for this process's mean loss that makes gradients averaged over processes exact.
@@ -69,8 +73,8 @@ class BatchPlan:
 
         Args:
             step: from 0.
-            accumulate: gradients of so many steps are added up, the epoch's last group perhaps of
-                fewer; n_global is then what the whole group holds.
+            accumulate: number of accumulation steps; n_global is then that of the whole group,
+                which may be shorter at the end of an epoch.
         """
         begin = step - step % accumulate
         end = min(begin + accumulate, len(self)) - 1

@@ -1,4 +1,4 @@
-"""Choosing held-out images."""
+"""Split held-out images from a training set."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def hold_out(targets: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split positions in two, each class in proportion.
+    """Stratified split of the positions of a set.
 
-    Every class gives its share of `num`, rounded so that the total is exact (largest remainders
-    first), and keeps at least one.
+    Every class contributes in proportion, rounded so that the total is exact (largest remainders
+    first), and keeps at least one image.
 
     Args:
         targets: class indices, int64, [N].
-        num: how many to hold out.
-        seed: decides which images of a class.
+        num: number of images to hold out.
+        seed: of the random choice.
 
     Returns:
-        Positions that are kept, [N - num], and held out, [num]; both rising.
+        Sorted positions kept, [N - num], and held out, [num].
 
     Raises:
-        ValueError: `num` is negative or would empty a class.
+        ValueError: `num` is negative, or a class would lose all images.
     """
     classes, counts = targets.unique(return_counts=True)
     most = len(targets) - len(classes)
@@ -37,7 +37,7 @@ def hold_out(targets: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _quotas(counts: list[int], num: int) -> list[int]:
-    """`num` shared out in proportion to `counts`, each share below its count."""
+    """`num` divided in proportion to `counts`, each part below its count."""
     total = sum(counts)
     quotas = [count * num // total for count in counts]
     by_remainder = sorted(range(len(counts)), key=lambda i: -(counts[i] * num % total))

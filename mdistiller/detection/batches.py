@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mdistiller import runtime
-from mdistiller.dataset.files.loader import Workers
-from mdistiller.dataset.sampler import share
+from mdistiller.dataset.files.loader import WorkerPool
+from mdistiller.dataset.sampler import rank_slice
 from mdistiller.detection.coco.dataset import CocoDetectionSet, View
-from mdistiller.detection.sampler import Draws, Tasks
+from mdistiller.detection.sampler import AspectRatioSampler, BatchRequests
 from mdistiller.registry import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -22,23 +22,23 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 @dataclass
-class _Made:
-    """A batch on its way from a worker; what `Workers` hands to the device."""
+class _CollatedBatch:
+    """A collated batch from a worker, before it goes to the device."""
 
     images: list[Tensor]  # uint8
     targets: list[dict[str, Any]]
 
-    def _each(self, move: Any) -> _Made:
+    def _each(self, move: Any) -> _CollatedBatch:
         targets = [
             {key: move(value) if isinstance(value, Tensor) else value for key, value in t.items()}
             for t in self.targets
         ]
-        return _Made([move(image) for image in self.images], targets)
+        return _CollatedBatch([move(image) for image in self.images], targets)
 
-    def pin_memory(self) -> _Made:
+    def pin_memory(self) -> _CollatedBatch:
         return self._each(Tensor.pin_memory)
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> _Made:
+    def to(self, device: torch.device, non_blocking: bool = False) -> _CollatedBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def batch(self) -> Batch:
@@ -46,27 +46,27 @@ class _Made:
 
 
 @dataclass
-class _Maker:
-    """Makes batches of views; runs in the workers."""
+class _BatchBuilder:
+    """Reads and collates batches; runs in the workers."""
 
     dataset: CocoDetectionSet
 
-    def __getitem__(self, task: Sequence[View]) -> _Made | str:
+    def __getitem__(self, request: Sequence[View]) -> _CollatedBatch | str:
         try:
-            items = [self.dataset.item(view) for view in task]
-        except UserError as error:  # whose one line would get lost
+            items = [self.dataset.item(view) for view in request]
+        except UserError as error:  # the worker would lose its text
             return str(error)
-        return _Made([image for image, _ in items], [target for _, target in items])
+        return _CollatedBatch([image for image, _ in items], [target for _, target in items])
 
 
 class _Batches:
-    """What both kinds of batches share: who reads them, for which process.
+    """The base of both loaders.
 
     Args:
         dataset: the images.
         batch_size: of each process.
         device: where batches go.
-        num_workers: processes that read images; 0: none.
+        num_workers: processes that read images; 0: the main process reads.
         timeout: seconds to wait for one; 0: for ever.
         rank, world_size: as torch.distributed says by default.
     """
@@ -84,7 +84,9 @@ class _Batches:
         self.dataset, self.batch_size = dataset, batch_size
         self.rank = runtime.rank() if rank is None else rank
         self.world_size = runtime.world_size() if world_size is None else world_size
-        self._workers = Workers(_Maker(dataset), num_workers, torch.device(device), timeout)
+        self._workers = WorkerPool(
+            _BatchBuilder(dataset), num_workers, torch.device(device), timeout
+        )
 
     def close(self) -> None:
         """End the processes that read; another iteration starts new ones."""
@@ -120,27 +122,27 @@ class TrainBatches(_Batches):
             raise UserError(f"SOLVER.BATCH_SIZE {batch_size} must be at least 1")
         super().__init__(dataset, batch_size, **common)
         portrait = dataset.portrait if grouping else np.zeros(len(dataset), bool)
-        draws = Draws(portrait, batch_size * self.world_size, seed)
+        sampler = AspectRatioSampler(portrait, batch_size * self.world_size, seed)
         part = slice(self.rank * batch_size, (self.rank + 1) * batch_size)
-        self.tasks = Tasks(draws, part, min_sizes, max_size, flip)
+        self.requests = BatchRequests(sampler, part, min_sizes, max_size, flip)
 
     def __iter__(self) -> Iterator[Batch]:
-        for made in self._workers.batches(self.tasks):
-            self.tasks.given()
+        for made in self._workers.batches(self.requests):
+            self.requests.mark_yielded()
             yield made.batch()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what follows is the same after loading them, also into other processes."""
-        return {**self.tasks.state, **self._facts()}
+        return {**self.requests.state, **self._facts()}
 
     def _facts(self) -> dict[str, Any]:
-        """What a position means nothing without."""
-        draws = self.tasks.draws
+        """Settings without which a saved position is meaningless."""
+        sampler = self.requests.sampler
         return {
             "images": len(self.dataset),
-            "batch_size": draws.batch_size,
-            "seed": draws.seed,
-            "grouped": bool(draws.portrait.any()),
+            "batch_size": sampler.batch_size,
+            "seed": sampler.seed,
+            "grouped": bool(sampler.portrait.any()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -155,11 +157,11 @@ class TrainBatches(_Batches):
                     f"the run's data were at {name} {state.get(name)!r}, now it is {value!r}: "
                     "resuming would give other batches; start a new run"
                 )
-        self.tasks.state = {"position": state["position"], "waiting": state["waiting"]}
+        self.requests.state = {"position": state["position"], "waiting": state["waiting"]}
 
 
 class ValBatches(_Batches):
-    """Every image of this process's share once, in order, in batches; none is padded or repeated.
+    """This process's share of the images, each once and in order, without repeats.
 
     Args:
         min_size, max_size: of every image, in pixels.
@@ -177,16 +179,16 @@ class ValBatches(_Batches):
     ):
         super().__init__(dataset, batch_size, **common)
         self.min_size, self.max_size = min_size, max_size
-        self.start, self.stop = share(len(dataset), self.rank, self.world_size)
+        self.start, self.stop = rank_slice(len(dataset), self.rank, self.world_size)
 
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
 
-    def _tasks(self) -> list[list[View]]:
+    def _requests(self) -> list[list[View]]:
         sizes = (self.min_size, self.max_size)
         views = [View(i, *sizes, masks=False) for i in range(self.start, self.stop)]
         return [views[k : k + self.batch_size] for k in range(0, len(views), self.batch_size)]
 
     def __iter__(self) -> Iterator[Batch]:
-        for made in self._workers.batches(self._tasks()):
+        for made in self._workers.batches(self._requests()):
             yield made.batch()

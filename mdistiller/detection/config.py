@@ -1,8 +1,8 @@
 """The configuration of a detection run: `load_config`, and the defaults that are its own.
 
 Sections EXPERIMENT, LOG and SOLVER are those of classification as far as they mean the same;
-SOLVER counts iterations (steps of the optimizer) where that counts epochs. An "epoch" of logs and
-checkpoints is a round of SOLVER.EVAL_PERIOD iterations.
+SOLVER counts iterations (optimizer steps) where classification counts epochs. An "epoch" of logs
+and checkpoints has SOLVER.EVAL_PERIOD iterations.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.detection.data import DATA
-from mdistiller.detection.methods import METHODS
+from mdistiller.detection.methods import DETECTOR_SETTINGS, LEVELS, method_sections
 from mdistiller.detection.networks.models import NETWORK
+from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import load_config as load_any
 from mdistiller.engine.config.defaults import ENGINE_CONFIG
 from mdistiller.engine.config.values import lookup
-from mdistiller.engine.user_code.imports import import_user_modules, resolve_imports
 from mdistiller.registry import UserError
 
 ITERATIONS: dict[str, Any] = {
@@ -30,11 +30,11 @@ ITERATIONS: dict[str, Any] = {
     "STEPS": [120000, 160000],  # after which LR is multiplied by LR_DECAY_RATE
     "WARMUP_ITERS": 1000,  # of linear warm-up, from WARMUP_FACTOR * LR
     "WARMUP_FACTOR": 0.001,
-    "EVAL_PERIOD": 10000,  # iterations of a round, after which is evaluated and saved
+    "EVAL_PERIOD": 10000,  # iterations of an epoch, after which the student is evaluated and saved
     "WEIGHT_DECAY_NORM": 0.0,  # weight decay of batch norms and the like
-    "EPOCHS": 1,  # rounds: follows from the above, not to be set
+    "EPOCHS": 1,  # follows from the above, not to be set
 }
-"""What SOLVER has in place of, and beside, the keys of classification."""
+"""Keys of SOLVER that classification does not have, or that differ here."""
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
@@ -44,6 +44,7 @@ DETECTION: dict[str, Any] = {
     "STUDENT": NETWORK,
     "TEACHER": NETWORK,
     "DATA": DATA,
+    "LEVELS": list(LEVELS),  # of the pyramid, for methods that compare maps
     "EVALUATOR": "pycocotools",  # or faster: the same numbers, sooner; needs faster-coco-eval
     "EVALUATE_TEACHER": True,  # before the training
 }
@@ -57,13 +58,15 @@ def default_config() -> Config:
     return Config(
         {
             "EXPERIMENT": {**experiment, "PROJECT": "detection"},
-            "DISTILLER": {"TYPE": "NONE"},  # a method of METHODS, or several: "DKD+REVIEWKD"
-            "DETECTION": {**DETECTION, **METHODS.config},
+            "DISTILLER": {"TYPE": "NONE"},  # a method (`methods.py`), or several: "DKD+REVIEWKD"
+            "DETECTION": {**DETECTION, **{n: s.config for n, s in DETECTOR_SETTINGS.items()}},
             "DATASET": {key: DATASET_CONFIG[key] for key in shared},
             "SOLVER": {**solver, **ITERATIONS},
             "LOG": {**ENGINE_CONFIG["LOG"], "TENSORBOARD_FREQ": 20, "SAVE_EVERY_MINUTES": 15.0},
             "DEVICE": ENGINE_CONFIG["DEVICE"],
+            "LSKD": ENGINE_CONFIG["LSKD"],
             "IMPORTS": [],
+            **method_sections(),
         }
     ).clone()
 
@@ -77,26 +80,28 @@ def load_config(
 
     Args:
         path: of a YAML file, or what one holds.
-        imports: further IMPORTS, relative to the working directory; methods they register for
-            detection have their nodes.
+        imports: further IMPORTS, relative to the working directory.
     """
-    import_user_modules(resolve_imports(list(imports), Path()))
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
-    rounds = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
-    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], rounds):
+    cfg.defrost()
+    for name in DETECTOR_SETTINGS.keys() & cfg.keys():  # there because a file was imported
+        if cfg[name] != Config(DISTILLERS.config.get(name) or {}):
+            raise UserError(f"{name}: set DETECTION.{name}, where this method's settings are")
+        del cfg[name]
+    epochs = -(-cfg.SOLVER.MAX_ITER // cfg.SOLVER.EVAL_PERIOD)
+    if cfg.SOLVER.EPOCHS not in (ITERATIONS["EPOCHS"], epochs):
         raise UserError(
             f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS}: detection counts iterations; set SOLVER.MAX_ITER, "
             "and SOLVER.EVAL_PERIOD for the iterations from one evaluation to the next"
         )
-    cfg.defrost()
-    cfg.SOLVER.EPOCHS = rounds
+    cfg.SOLVER.EPOCHS = epochs
     cfg.freeze()
     return cfg
 
 
 def check(cfg: Config) -> None:
-    """Refuse values that have the right type and no meaning for detection."""
+    """Refuse values of the right type that detection cannot use."""
     solver = cfg.SOLVER
     for key, low in {"MAX_ITER": 1, "EVAL_PERIOD": 1, "WARMUP_ITERS": 0}.items():
         if solver[key] < low:
@@ -112,10 +117,10 @@ def check(cfg: Config) -> None:
     for name, allowed in {
         "SOLVER.SCHEDULE": ("multistep", "cosine", "constant"),
         "SOLVER.EMA": (0.0,),
-        "SOLVER.NORM_DECAY": (True,),  # WEIGHT_DECAY_NORM says it
+        "SOLVER.NORM_DECAY": (True,),  # set by WEIGHT_DECAY_NORM
         "DETECTION.EVALUATOR": ("pycocotools", "faster"),
     }.items():
         value = lookup(cfg, name)
         if value not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known} in detection, got {value}")
+            choices = ", ".join(map(str, allowed))
+            raise UserError(f"{name} must be one of {choices} in detection, got {value}")

@@ -56,7 +56,7 @@ def build_set(cfg: Any, split: str, masks: bool | None = None) -> CocoDetectionS
     """
     node, train = cfg.DETECTION.DATA, split == "TRAIN"
     check_keys(node)
-    images, annotations = (_place(node[f"{split}_{what}"]) for what in ("IMAGES", "ANNOTATIONS"))
+    images, annotations = (_resolve(node[f"{split}_{what}"]) for what in ("IMAGES", "ANNOTATIONS"))
     return CocoDetectionSet(
         images,
         annotations,
@@ -87,7 +87,7 @@ def check_keys(node: Any) -> None:
         )
 
 
-def _place(text: str) -> Path:
+def _resolve(text: str) -> Path:
     path = Path(text).expanduser()
     return path if path.is_absolute() else project_root() / path
 

@@ -1,42 +1,49 @@
 """A detector and its teacher, trained as one module.
 
-    losses = the detector's own + sum over the methods of WEIGHT * loss
+    losses = the detector's own + the term of each method of DISTILLER.TYPE
 
 Images go through both networks in the same size. The student proposes and samples regions, as it
-does without a teacher; of the teacher only the backbone runs, and the box head on the student's
-regions for methods that compare logits (`methods.py`).
+does without a teacher; the teacher runs its backbone and, for methods that compare logits, its box
+head on the student's regions (`methods.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.detection.methods import METHODS, Method, Views, check_same_classes, method_names
+from mdistiller.detection.methods import (
+    DETECTOR_SETTINGS,
+    DetectorView,
+    build_method,
+    check_same_classes,
+    method_names,
+    needs_same_classes,
+    try_method,
+)
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.roi import RoISamples
-from mdistiller.distillers._base import Distiller, Losses
-from mdistiller.distillers._common import full_precision
+from mdistiller.distillers import Distiller, Losses, Output
 from mdistiller.registry import UserError
 
 
 class DetectionDistiller(Distiller):
     """A detector that is trained, alone or under a teacher.
 
-    The teacher is no part of this module: it is in no state dict, is not wrapped for several
-    processes, and `train()` does not reach it.
+    The teacher is not a child of this module: it is in no state dict, is not wrapped for several
+    processes, and `.to()` does not move it.
 
     Args:
         student: the detector to train.
         teacher: None to train it alone.
-        cfg: of the run; read are DISTILLER.TYPE, DETECTION and SOLVER.WEIGHT_DECAY_NORM.
+        cfg: of the run; read are DISTILLER.TYPE, DETECTION, SOLVER and the methods' sections.
 
     Attributes:
+        teacher: in eval mode and without gradients; None without methods.
         methods: by name.
-        guide: the teacher, in eval mode and without gradients, or None.
 
     Raises:
         UserError: a method cannot join the two.
@@ -46,37 +53,59 @@ class DetectionDistiller(Distiller):
 
     def __init__(self, student: Detector, teacher: Detector | None, cfg: Any):
         super().__init__(student, None)
-        self._beside = (teacher,)
         self.norm_decay = float(cfg.SOLVER.WEIGHT_DECAY_NORM)
+        self.images = int(cfg.SOLVER.BATCH_SIZE)
+        self.methods = nn.ModuleDict()
+        self.compares_logits = False
         names = method_names(cfg.DISTILLER.TYPE)
         if names and teacher is None:
             raise UserError(
                 f"DISTILLER.TYPE {cfg.DISTILLER.TYPE} needs a teacher: set DETECTION.TEACHER"
             )
-        self.methods = nn.ModuleDict()
         if teacher is None or not names:
             return
         if teacher is student:
             raise UserError("teacher and student are one and the same network")
-        teacher.requires_grad_(False).eval()
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
         for name in names:
-            cls = METHODS[name]
-            if cls.needs_logits:
+            if needs_same_classes(name):
                 check_same_classes(student, teacher, name)
-            self.methods[name] = cls(cfg.DETECTION[name], student, teacher)
+                self.compares_logits = True
+            self.methods[name] = build_method(name, student, teacher, cfg)
+        if cfg.LSKD.ENABLE and not any(part.takes_standardized_logits for part in self.parts):
+            raise UserError(
+                f"LSKD.ENABLE: {cfg.DISTILLER.TYPE} has no use for standardised logits; set it to "
+                "False"
+            )
+        self.own_state = tuple(
+            f"methods.{name}.{prefix}"
+            for name, part in self.named_methods()
+            for prefix in part.own_state
+        )
 
     @property
-    def guide(self) -> Detector | None:
-        return self._beside[0]
+    def parts(self) -> list[Distiller]:
+        """The methods."""
+        return cast(list[Distiller], list(self.methods.values()))
+
+    def named_methods(self) -> list[tuple[str, Distiller]]:
+        """The methods with their names."""
+        return list(zip(self.methods, self.parts, strict=True))
+
+    def try_methods(self) -> None:
+        """Try each method on made-up outputs: what it lacks is an error before the first step."""
+        for name, part in self.named_methods():
+            try_method(name, part, self.images)
 
     def forward_train(  # type: ignore[override]  # images are of different sizes: lists
-        self, images: list[Tensor], targets: list[dict[str, Tensor]]
+        self, images: list[Tensor], targets: list[dict[str, Tensor]], epoch: int = 1
     ) -> tuple[None, Losses]:
         """None, and the terms of the objective.
 
         Args:
             images: each [3, H, W] in [0, 1], RGB, resized already.
             targets: as :class:`Detector` takes them.
+            epoch: from 1, for methods that warm up.
         """
         student = self.student
         batch, _ = student.prepare(images)
@@ -86,61 +115,89 @@ class DetectionDistiller(Distiller):
         assert samples is not None
         self.metrics = {}
         if self.methods:
-            views = self.teach(images, batch.tensors.shape, features, samples)
-            for method in self.parts:
-                losses[method.loss] = method(views)
-                self.metrics |= method.metrics
+            maps, logits = self.teacher_outputs(images, batch.tensors.shape, samples)
+            with torch.autocast(samples.logits.device.type, enabled=False):
+                losses |= self.distill_regions(
+                    (samples.logits, features), (logits, maps), samples.labels, epoch
+                )
         return None, losses
 
-    @property
-    def parts(self) -> list[Method]:
-        """The methods."""
-        return cast(list[Method], list(self.methods.values()))
-
-    def teach(
+    def distill_regions(
         self,
-        images: list[Tensor],
-        shape: Sequence[int],
-        features: dict[str, Tensor],
-        samples: RoISamples,
-    ) -> Views:
-        """Both networks' view of a batch that the student has just seen.
+        student: tuple[Tensor, Mapping[str, Tensor]],
+        teacher: tuple[Tensor, Mapping[str, Tensor]],
+        labels: Tensor,
+        epoch: int,
+    ) -> Losses:
+        """The term of each method, by name; the methods' metrics are gathered.
+
+        Args:
+            student, teacher: logits [R, classes] of the regions, and the pyramid's maps by name.
+            labels: [R], 0 the background.
+        """
+        losses = {}
+        for name, part in self.named_methods():
+            own, other = (
+                part.standardized(Output(logits.float(), cast(DetectorView, net).features(maps)))
+                for net, (logits, maps) in ((part.student, student), (part.teacher, teacher))
+            )
+            loss = part.distill(own, other, labels, epoch=epoch)
+            settings = DETECTOR_SETTINGS.get(name)
+            losses[settings.loss if settings else f"loss_{name.lower()}"] = loss.mean()
+            self.metrics |= part.metrics
+        return losses
+
+    @torch.no_grad()
+    def teacher_outputs(
+        self, images: list[Tensor], shape: Sequence[int], samples: RoISamples
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The teacher's maps, and its logits [R, classes] of the student's regions.
+
+        Where no method compares logits they are all 0 and the box head does not run.
 
         Args:
             shape: of the student's prepared batch.
-            features: of the student.
         """
-        teacher = self.guide
-        assert teacher is not None
-        with torch.no_grad():
-            batch, _ = teacher.prepare(images)
-            if batch.tensors.shape != tuple(shape):
-                raise UserError(
-                    f"the student sees the images as {tuple(shape)}, the teacher as "
-                    f"{tuple(batch.tensors.shape)}: both have to pad them alike"
-                )
-            maps, logits = teacher.backbone(batch.tensors), None
-            if any(method.needs_logits for method in self.parts):
-                logits = teacher.roi_logits(maps, samples.proposals, batch.image_sizes)
-        maps = {name: full_precision(level) for name, level in maps.items()}
-        return Views(features, maps, samples, logits)
+        teacher = cast(Detector, self.teacher)
+        batch, _ = teacher.prepare(images)
+        if batch.tensors.shape != tuple(shape):
+            raise UserError(
+                f"the student sees the images as {tuple(shape)}, the teacher as "
+                f"{tuple(batch.tensors.shape)}: both have to pad them alike"
+            )
+        maps = teacher.backbone(batch.tensors)
+        if not self.compares_logits:
+            return maps, torch.zeros_like(samples.logits)
+        return maps, teacher.roi_logits(maps, samples.proposals, batch.image_sizes)
 
     def forward_test(self, image: Any) -> Any:
         """Detections of images that come as in training, in their pixels."""
         return self.student(image)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Norms apart, with SOLVER.WEIGHT_DECAY_NORM; what is frozen is left out."""
-        norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-        inside = {
-            id(p)
-            for m in self.modules()
-            if isinstance(m, norms)
-            for p in m.parameters(recurse=False)
-        }
+        """Norms apart, with SOLVER.WEIGHT_DECAY_NORM; then what a method gives settings of its own.
+
+        Frozen parameters are left out.
+        """
+        kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+        layers = [module for module in self.modules() if isinstance(module, kinds)]
+        norms = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+        special = self._special_groups()
+        apart = norms | {id(p) for group in special for p in group["params"]}
         trained = [p for p in self.get_learnable_parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if id(p) not in inside]}]
-        of_norms = [p for p in trained if id(p) in inside]
-        return (
-            [*groups, {"params": of_norms, "weight_decay": self.norm_decay}] if of_norms else groups
-        )
+        groups = [{"params": [p for p in trained if id(p) not in apart]}]
+        of_norms = [p for p in trained if id(p) in norms]
+        if of_norms:
+            groups.append({"params": of_norms, "weight_decay": self.norm_decay})  # type: ignore[dict-item]
+        return [*groups, *special]
+
+    def _special_groups(self) -> list[dict[str, Any]]:
+        """Groups of the methods' own parameters that have more settings than "params"."""
+        special = []
+        for part in self.parts:
+            own = {id(p) for p in part.extra_parameters()}
+            for group in part.param_groups():
+                params = [p for p in group["params"] if id(p) in own]
+                if params and group.keys() != {"params"}:
+                    special.append({**group, "params": params})
+        return special

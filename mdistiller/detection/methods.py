@@ -1,199 +1,196 @@
-"""What a student's training step learns from a teacher: methods for DISTILLER.TYPE.
+"""Which distillation methods a detector can learn by, and how they are built for one.
 
-Each is registered with its defaults, the section DETECTION.<METHOD>; the losses are those of
-`distillers/`.
+DISTILLER.TYPE takes any method of `mdistiller.distillers` that reads class logits or feature maps,
+or several joined by "+". A method gets (:class:`DetectorView`):
+
+    logits  [R, classes] of the regions that the student samples; both networks classify the same
+    target  [R] labels of those regions, 0 the background
+    feats   the pyramid's maps [N, C, H, W], shallow to deep, the first of them twice: methods leave
+            out or number as 0 what classification networks have there, the stem's output
+
+Its settings are in its own section, as in classification. Four methods are published for detectors
+with settings of their own; these are in DETECTION.<NAME> (:data:`DETECTOR_SETTINGS`).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.detection.networks.components import STRIDES
 from mdistiller.detection.networks.detector import Detector
-from mdistiller.detection.networks.roi import RoISamples
-from mdistiller.distillers._base import Losses
-from mdistiller.distillers._common import require_positive
-from mdistiller.distillers._compose import part_names
-from mdistiller.distillers.logit_losses import dkd_terms, kd_loss
-from mdistiller.distillers.map_losses import ABF, fitnet_loss, hcl_loss, review
-from mdistiller.registry import Registry, UserError
+from mdistiller.distillers import DISTILLERS, Distiller, Output, get_distiller
+from mdistiller.engine.cfg import Config
+from mdistiller.engine.cfg import default_config as classification_config
+from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.registry import UserError
+from mdistiller.runtime import world_size
 
-METHODS = Registry("detection method (DISTILLER.TYPE)")
 LEVELS = {"P2": "0", "P3": "1", "P4": "2", "P5": "3", "P6": "pool"}
 """Names of the pyramid's maps, and what torchvision calls them."""
 
 
-class Views(NamedTuple):
-    """What both networks make of a batch; the teacher's without gradient.
+class DetectorSettings(NamedTuple):
+    """Settings of a method that differ for detectors.
 
     Attributes:
-        student, teacher: maps [N, C, H, W] by torchvision's names.
-        samples: the student's regions with their logits and classes.
-        teacher_logits: [R, classes] of those regions; None if no method asks for them.
-    """
-
-    student: dict[str, Tensor]
-    teacher: dict[str, Tensor]
-    samples: RoISamples
-    teacher_logits: Tensor | None
-
-
-class Method(nn.Module):
-    """One method's loss; what it trains itself are its parameters.
-
-    Class attributes:
+        config: defaults of DETECTION.<NAME>.
+        translate: the method's own keys, from that node.
         loss: name of its term.
-        needs_logits: whether it compares class logits; the classes are then the same in both.
     """
 
-    loss: ClassVar[str] = ""
-    needs_logits: ClassVar[bool] = False
+    config: dict[str, Any]
+    translate: Callable[[Any], dict[str, Any]]
+    loss: str
 
-    def __init__(self, node: Any, student: Detector, teacher: Detector):
+
+DETECTOR_SETTINGS = {
+    "KD": DetectorSettings(
+        {"WEIGHT": 1.0, "T": 1.0, "DIVERGENCE": "kl"},
+        lambda node: {
+            "TEMPERATURE": node.T,
+            "DIVERGENCE": node.DIVERGENCE,
+            "LOSS": {"CE_WEIGHT": 1.0, "KD_WEIGHT": node.WEIGHT},
+        },
+        "loss_kd",
+    ),
+    "DKD": DetectorSettings(
+        {"WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 0.25, "T": 1.0, "DIVERGENCE": "kl"},
+        lambda node: {
+            "ALPHA": node.WEIGHT * node.ALPHA,
+            "BETA": node.WEIGHT * node.BETA,
+            "T": node.T,
+            "WARMUP": 0,
+            "DIVERGENCE": node.DIVERGENCE,
+        },
+        "loss_dkd",
+    ),
+    "REVIEWKD": DetectorSettings(
+        {"WEIGHT": 1.0, "LEVELS": list(LEVELS), "MID_CHANNELS": 256},
+        lambda node: {
+            "REVIEWKD_WEIGHT": node.WEIGHT,
+            "WARMUP_EPOCHS": 0,
+            "MID_CHANNELS": node.MID_CHANNELS,
+        },
+        "loss_review",
+    ),
+    "FITNET": DetectorSettings(
+        {"WEIGHT": 1.0, "LEVELS": list(LEVELS)},
+        lambda node: {
+            "HINT_LAYERS": list(range(1, len(node.LEVELS) + 1)),
+            "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": node.WEIGHT},
+        },
+        "loss_fitnet",
+    ),
+}
+
+CHANGED_DEFAULTS = {"WKD": {"COST": "fc", "HINT_LAYER": 4}}
+"""Other defaults than in classification: WKD's class costs come from the teacher's box classifier,
+without a pass over images, and its map is P5."""
+
+
+class DetectorView(nn.Module):
+    """A detector as the classification network that methods take it for when they are built.
+
+    Args:
+        detector: the network itself, not a copy.
+        levels: names of the pyramid's maps that the method compares, keys of LEVELS.
+    """
+
+    globally_pooled = True  # the class logits are a linear layer on the box head's features
+
+    def __init__(self, detector: Detector, levels: Sequence[str]):
         super().__init__()
-        self.weight: float = node.WEIGHT
-        self.metrics: Losses = {}
+        self.detector = detector
+        self.names = [LEVELS[name] for name in LEVELS if name in levels]  # shallow to deep
 
-    def forward(self, views: Views) -> Tensor:
-        """The weighted loss, a scalar in full precision."""
-        raise NotImplementedError
+    def classifier(self) -> nn.Module:
+        """The layer that makes class logits of a region's features."""
+        layer: nn.Module = self.detector.roi_heads.box_predictor.cls_score
+        return layer
 
+    def features(self, maps: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the method finds in `Output.features`; no "feats" without the pyramid P2 to P6."""
+        if not has_pyramid(self.detector):
+            return {}
+        chosen = [maps[name] for name in self.names]
+        return {"feats": [chosen[0], *chosen]}
 
-class _OfLogits(Method):
-    """Compares the class logits of the student's regions; the background is a class like any."""
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of 0 and the features of images [N, 3, H, W]: shapes are read from these."""
+        classes = int(self.detector.facts["num_classes"])
+        return image.new_zeros(len(image), classes), self.features(self.detector.backbone(image))
 
-    needs_logits = True
-
-    def forward(self, views: Views) -> Tensor:
-        assert views.teacher_logits is not None
-        with torch.autocast(views.samples.logits.device.type, enabled=False):
-            samples = views.samples
-            return self.weight * self.compare(samples.logits, views.teacher_logits, samples.labels)
-
-    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The mean over all regions; logits [R, classes], labels [R]."""
-        raise NotImplementedError
-
-
-@METHODS.register("KD", config={"WEIGHT": 1.0, "T": 1.0})
-class KD(_OfLogits):
-    """Hinton's softened class probabilities (`distillers/KD.py`)."""
-
-    loss = "loss_kd"
-
-    def __init__(self, node: Any, student: Detector, teacher: Detector):
-        super().__init__(node, student, teacher)
-        self.temperature = require_positive("DETECTION.KD.T", node.T)
-
-    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return kd_loss(student, teacher, self.temperature)
+    def example(self, images: int, regions: int) -> Output:
+        """Random outputs of the right shapes, as if of images of 128 x 128 pixels."""
+        device = next(self.detector.parameters()).device
+        sides = [128 // stride for stride in STRIDES]
+        shapes = dict(zip(LEVELS.values(), sides, strict=True))
+        width = int(self.detector.backbone.out_channels)
+        maps = {n: torch.randn(images, width, s, s, device=device) for n, s in shapes.items()}
+        classes = int(self.detector.facts["num_classes"])
+        return Output(torch.randn(regions, classes, device=device), self.features(maps))
 
 
-@METHODS.register("DKD", config={"WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 0.25, "T": 1.0})
-class DKD(_OfLogits):
-    """ALPHA * TCKD + BETA * NCKD (`distillers/DKD.py`), the sampled class being the target."""
-
-    loss = "loss_dkd"
-
-    def __init__(self, node: Any, student: Detector, teacher: Detector):
-        super().__init__(node, student, teacher)
-        self.temperature = require_positive("DETECTION.DKD.T", node.T)
-        self.alpha, self.beta = node.ALPHA, node.BETA
-
-    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        tckd, nckd = dkd_terms(student, teacher, labels, self.temperature)
-        self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
-        return self.alpha * tckd + self.beta * nckd
-
-
-class _OfLevels(Method):
-    """Compares maps of the pyramids, those of DETECTION.<METHOD>.LEVELS."""
-
-    def __init__(self, key: str, node: Any, student: Detector, teacher: Detector):
-        super().__init__(node, student, teacher)
-        unknown = [name for name in node.LEVELS if name not in LEVELS]
-        if unknown or not node.LEVELS or len(set(node.LEVELS)) < len(node.LEVELS):
-            raise UserError(
-                f"DETECTION.{key}.LEVELS {list(node.LEVELS)} must name some of "
-                f"{', '.join(LEVELS)}, each once"
-            )
-        for net in (student, teacher):
-            if [*net.backbone.body.return_layers.values(), "pool"] != list(LEVELS.values()):
-                raise UserError(
-                    f"DISTILLER.TYPE {key} compares pyramids from P2 to P6, which "
-                    f"{net.facts['arch']} does not have; choose another network"
-                )
-        self.names = [LEVELS[name] for name in LEVELS if name in node.LEVELS]  # shallow to deep
-        self.widths = (int(student.backbone.out_channels), int(teacher.backbone.out_channels))
-
-    def maps(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """The chosen ones, shallow to deep."""
-        return [features[name] for name in self.names]
-
-
-@METHODS.register("REVIEWKD", config={"WEIGHT": 1.0, "LEVELS": list(LEVELS), "MID_CHANNELS": 256})
-class ReviewKD(_OfLevels):
-    """Knowledge review (`distillers/ReviewKD.py`): the sum over the levels of HCL.
-
-    An ABF for each level, deep to shallow. Padding is compared as well.
-    """
-
-    loss = "loss_review"
-
-    def __init__(self, node: Any, student: Detector, teacher: Detector):
-        super().__init__("REVIEWKD", node, student, teacher)
-        (own, other), mid = (
-            self.widths,
-            require_positive("DETECTION.REVIEWKD.MID_CHANNELS", node.MID_CHANNELS),
-        )
-        count = len(self.names)
-        blocks = (ABF(own, int(mid), other, fuse=level > 0) for level in range(count))
-        self.abfs = nn.ModuleList(blocks)
-
-    def forward(self, views: Views) -> Tensor:
-        own, other = self.maps(views.student), self.maps(views.teacher)
-        outputs = review(self.abfs, own[::-1], [level.shape[2:] for level in other[::-1]])
-        with torch.autocast(own[0].device.type, enabled=False):
-            return self.weight * hcl_loss(outputs, other)
-
-
-@METHODS.register("FITNET", config={"WEIGHT": 1.0, "LEVELS": list(LEVELS)})
-class FitNet(_OfLevels):
-    """Imitation of the pyramid: the sum over the levels of the mean squared difference.
-
-    A 1x1 convolution for each level maps the student's channels to the teacher's.
-    """
-
-    loss = "loss_fitnet"
-
-    def __init__(self, node: Any, student: Detector, teacher: Detector):
-        super().__init__("FITNET", node, student, teacher)
-        self.adapters = nn.ModuleList(nn.Conv2d(*self.widths, 1) for _ in self.names)
-
-    def forward(self, views: Views) -> Tensor:
-        own = [
-            adapt(level)
-            for adapt, level in zip(self.adapters, self.maps(views.student), strict=True)
-        ]
-        with torch.autocast(own[0].device.type, enabled=False):
-            pairs = zip(own, self.maps(views.teacher), strict=True)
-            return self.weight * torch.stack([fitnet_loss(s, t) for s, t in pairs]).sum()
+def has_pyramid(detector: Detector) -> bool:
+    """Whether a detector's maps are P2 to P6."""
+    return [*detector.backbone.body.return_layers.values(), "pool"] == list(LEVELS.values())
 
 
 def method_names(kind: str) -> list[str]:
     """Names of the methods of a DISTILLER.TYPE; none for NONE.
 
     Raises:
-        UserError: a name is unknown, or given twice.
+        UserError: a name is unknown or given twice, or the method does not suit detectors.
     """
-    names = [] if kind == "NONE" else part_names(kind)
+    if kind == "NONE":
+        return []
+    cls = get_distiller(kind)
+    names = list(getattr(cls, "methods", {})) or [kind]
     for name in names:
-        METHODS[name]
-    if len(set(names)) < len(names):
-        raise UserError(f"DISTILLER.TYPE {kind} names a method twice")
+        reason = _unsuitable(DISTILLERS[name])
+        if reason:
+            raise unsuitable(name, reason)
     return names
+
+
+def unsuitable(name: str, reason: str) -> UserError:
+    """The error for a method that a detector cannot be trained by."""
+    return UserError(f"DISTILLER.TYPE {name} cannot train a detector: {reason}")
+
+
+def _unsuitable(cls: type[Distiller]) -> str:
+    """Why a method does not suit detectors, as far as its class tells; "" if it may."""
+    if not cls.uses_teacher:
+        return "it has no teacher"
+    if cls.two_views:
+        return "it needs two views of each image"
+    if cls.forward_train is not Distiller.forward_train:
+        return "it has a training step of its own"
+    if cls.forward_test is not Distiller.forward_test:
+        return "it predicts with more than the student"
+    if cls.alone:
+        return cls.alone
+    if "num_data" in inspect.signature(cls.__init__).parameters:
+        return "it remembers every training sample, and regions are new ones in every step"
+    if not cls.teacher_in_eval_mode:
+        return "it needs the teacher in training mode"
+    if cls.relates_images and world_size() > 1:
+        return (
+            "it compares the maps of all images of a batch, whose sizes differ between processes; "
+            "use one process"
+        )
+    return ""
+
+
+def needs_same_classes(name: str) -> bool:
+    """Whether a method compares class logits, so that both networks need the same classes."""
+    return bool(DISTILLERS[name].needs_teacher_classifier)
 
 
 def check_same_classes(student: Detector, teacher: Detector, method: str) -> None:
@@ -201,8 +198,131 @@ def check_same_classes(student: Detector, teacher: Detector, method: str) -> Non
     counts = [int(net.facts["num_classes"]) for net in (student, teacher)]
     if counts[0] != counts[1]:
         raise UserError(
-            f"DISTILLER.TYPE {method} compares class logits, but the student tells {counts[0]} "
-            f"classes apart and the teacher {counts[1]} (background included): choose "
+            f"DISTILLER.TYPE {method} compares class logits, but the student has {counts[0]} "
+            f"classes and the teacher {counts[1]} (background included): choose "
             "DETECTION.DATA.LABEL_SPACE to fit the teacher (coco91 for torchvision's), or a method "
             "that compares features"
         )
+
+
+def method_sections() -> dict[str, Any]:
+    """Defaults of the methods' own sections: all but those that DETECTION has."""
+    sections = {}
+    for name in DISTILLERS:
+        if name not in DETECTOR_SETTINGS and name != "NONE":
+            declared = DISTILLERS.config.get(name)
+            changes = CHANGED_DEFAULTS.get(name, {})
+            sections[name] = Config({**(declared or {}), **changes}, new_allowed=declared is None)
+    return sections
+
+
+def levels_of(cfg: Any, name: str) -> list[str]:
+    """The levels that a method compares: DETECTION.<NAME>.LEVELS, else DETECTION.LEVELS.
+
+    Raises:
+        UserError: they are not some of P2 to P6, each once.
+    """
+    node = cfg.DETECTION.get(name, {})
+    key = f"DETECTION.{name}.LEVELS" if "LEVELS" in node else "DETECTION.LEVELS"
+    levels = list(node.get("LEVELS", cfg.DETECTION.LEVELS))
+    if not levels or set(levels) - set(LEVELS) or len(set(levels)) < len(levels):
+        raise UserError(f"{key} {levels} must name some of {', '.join(LEVELS)}, each once")
+    return levels
+
+
+def method_config(cfg: Any, name: str) -> Config:
+    """The config that a method is built with: `cfg`, its own section, and classification's keys.
+
+    Raises:
+        UserError: a weight of the cross-entropy is set, which detectors do not have.
+    """
+    declared = DISTILLERS.config.get(name) or {}
+    full = cfg.clone()
+    full.defrost()
+    for section, node in classification_config().items():
+        if isinstance(node, Mapping) and section not in DISTILLERS:
+            for key, value in node.items():
+                full.setdefault(section, Config()).setdefault(key, value)
+    if name in DETECTOR_SETTINGS:
+        settings = DETECTOR_SETTINGS[name].translate(cfg.DETECTION[name])
+        full[name] = Config({**declared, **settings})
+        return full
+    for key in flatten(declared):
+        value = lookup(full[name], key)
+        if key.endswith("CE_WEIGHT") and value != lookup(Config(declared), key):
+            raise UserError(
+                f"{name}.{key} {value} has no effect in detection, where the detector's own losses "
+                "take the place of the cross-entropy; leave it out"
+            )
+    return full
+
+
+def build_method(name: str, student: Detector, teacher: Detector, cfg: Any) -> Distiller:
+    """A method of the registry over two detectors.
+
+    Its `student` and `teacher` are views of them and not its children, which are what it adds.
+
+    Args:
+        cfg: of the detection run.
+
+    Raises:
+        UserError: the method does not suit detectors, or these ones.
+    """
+    levels = levels_of(cfg, name)
+    views = [DetectorView(net, levels) for net in (student, teacher)]
+    try:
+        config = method_config(cfg, name)
+        part: Distiller = DISTILLERS[name].build(*views, config, num_data=0)
+    except UserError as error:
+        raise _explained(name, error, views) from error
+    for role in ("student", "teacher"):
+        object.__setattr__(part, role, part._modules.pop(role))
+    if part.init_stages():
+        raise unsuitable(
+            name,
+            "it has a stage of training before the main one, which detection does not run; set "
+            f"{name}.INIT.EPOCHS 0 (and a weight of the main stage above 0)",
+        )
+    if part.teacher_facts:
+        raise unsuitable(
+            name,
+            f"it needs {', '.join(part.teacher_facts)} of the teacher and all training images; "
+            "choose settings without it",
+        )
+    return part
+
+
+def try_method(name: str, part: Distiller, images: int) -> None:
+    """Run a copy of a method once on made-up outputs: what it needs shows before the first step.
+
+    Args:
+        part: of :func:`build_method`, on the networks' device; left as it is.
+        images: of a batch.
+
+    Raises:
+        UserError: it needs something that detectors do not give.
+    """
+    views: list[Any] = [part.student, part.teacher]
+    trial = copy.deepcopy(part, {id(view): view for view in views}).train()
+    devices = [p.device for p in views[0].parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices):
+        own, other = (trial.standardized(view.example(images, 8)) for view in views)
+        target = torch.arange(8, device=own.logits.device) % own.logits.shape[1]
+        try:
+            trial.distill(own, other, target, epoch=1).mean()
+        except Exception as error:  # whatever a user's method raises
+            raise _explained(name, error, views) from error
+
+
+def _explained(name: str, error: Exception, views: Sequence[DetectorView]) -> UserError:
+    """The error of a method that cannot be built over, or run on, two detectors."""
+    text = (str(error).splitlines() or [""])[0]
+    reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    lacking = [view.detector.facts["arch"] for view in views if not has_pyramid(view.detector)]
+    if "'feats'" in reason and lacking:
+        reason = (
+            f"it compares pyramids from P2 to P6, which {lacking[0]} does not have; choose another "
+            "network"
+        )
+    where = f"DETECTION.{name}: " if name in DETECTOR_SETTINGS else ""
+    return unsuitable(name, where + reason)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,10 +16,10 @@ from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.detection.convert.weights import FACTS
 from mdistiller.detection.data import check_same_classes, train_batches, val_loader
 from mdistiller.detection.distillers import DetectionDistiller
-from mdistiller.detection.methods import METHODS, method_names
+from mdistiller.detection.methods import method_names, needs_same_classes
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.models import build_detector, located
-from mdistiller.detection.trainer import SCORE, DetectionTrainer, Rounds
+from mdistiller.detection.trainer import SCORE, DetectionTrainer, IterationEpochs
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.distributed import wrap
@@ -34,7 +34,7 @@ from mdistiller.runtime import rank
 
 @dataclass
 class DetectionData:
-    """What the engine asks of a run's data."""
+    """The loaders of a run, as the engine expects them."""
 
     loaders: tuple[TrainBatches, ValBatches]
     test: None = None
@@ -50,7 +50,7 @@ def prepare(
     """Data, networks and trainer of a config.
 
     Args:
-        teacher_acc: the teacher's box AP in percent, if it need not be measured.
+        teacher_acc: the teacher's box AP in percent; None: measure it.
     """
     method_names(cfg.DISTILLER.TYPE)
     trainer_class = trainer_dict[cfg.SOLVER.TRAINER]
@@ -63,15 +63,16 @@ def prepare(
     distiller = build_distiller(cfg, data.class_names, device)
     if rank() == 0:
         show_cfg(cfg)
-    judged = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
-    if distiller.guide is not None and judged and teacher_acc is None:
-        teacher_acc = measure_teacher(distiller.guide, val, device, cfg)
+    measured = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
+    teacher = cast(Detector | None, distiller.teacher)
+    if teacher is not None and measured and teacher_acc is None:
+        teacher_acc = measure_teacher(teacher, val, device, cfg)
     solver = cfg.SOLVER
-    rounds = Rounds(
+    epochs = IterationEpochs(
         stream, solver.EVAL_PERIOD * solver.ACCUMULATE, solver.MAX_ITER * solver.ACCUMULATE
     )
     wrapped = wrap(distiller, solver.FIND_UNUSED_PARAMETERS)
-    trainer = trainer_class(name, wrapped, rounds, val, cfg)
+    trainer = trainer_class(name, wrapped, epochs, val, cfg)
     refuse_lone_picture(stream, trainer, distiller, cfg)
     facts = {"num_classes": data.num_classes, "classes": data.class_names}
     return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc)
@@ -94,7 +95,8 @@ def build_distiller(
     if method_names(cfg.DISTILLER.TYPE):
         teacher = build_teacher(cfg, classes).to(device)
     student.file_entries = {FACTS: student.facts}  # type: ignore[assignment]
-    distiller = DetectionDistiller(student, teacher, cfg).to(device)
+    distiller = DetectionDistiller(student.to(device), teacher, cfg).to(device)
+    distiller.try_methods()
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     elif cfg.DETECTION.STUDENT.NORM == "sync":
@@ -106,7 +108,7 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
     """The teacher of a config, with its weights.
 
     Raises:
-        UserError: it has none, or the settings of student and teacher are mixed up.
+        UserError: the weights are missing, or settings of student and teacher are swapped.
     """
     node, name = located(cfg.DETECTION.TEACHER), cfg.DISTILLER.TYPE
     if not node.WEIGHTS:
@@ -120,14 +122,14 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
             f"DETECTION.TEACHER.WEIGHTS: {node.WEIGHTS} does not exist; train the teacher first "
             "(its config without DISTILLER.TYPE), or name another file"
         )
-    for role, fault in (("TEACHER", "upstream_r18"), ("STUDENT", "upstream_r18_teacher")):
-        if fault == cfg.DETECTION[role].INPUT:
+    for role, input_format in (("TEACHER", "upstream_r18"), ("STUDENT", "upstream_r18_teacher")):
+        if input_format == cfg.DETECTION[role].INPUT:
             other = "STUDENT" if role == "TEACHER" else "TEACHER"
             raise UserError(
-                f"DETECTION.{role}.INPUT {fault} is for the {other.lower()}: are teacher and "
-                "student mixed up?"
+                f"DETECTION.{role}.INPUT {input_format} is for the {other.lower()}: are teacher "
+                "and student swapped?"
             )
-    compares = [part for part in method_names(name) if METHODS[part].needs_logits]
+    compares = [part for part in method_names(name) if needs_same_classes(part)]
     if node.NEW_HEAD and compares:
         raise UserError(
             f"DETECTION.TEACHER.NEW_HEAD starts the teacher's classifier anew, and {compares[0]} "
@@ -138,12 +140,12 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
 
 def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:
     """The teacher's box AP in percent on the validation set, printed."""
-    found = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
+    numbers = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
     if rank() == 0:
-        print(log_msg(f"teacher: box AP {found[SCORE]:.2f}, AP50 {found['bbox/AP50']:.2f}"))
-        if found[SCORE] < 1:
-            print(log_msg("WARNING: the teacher finds next to nothing; is it the right file?"))
-    return found[SCORE]
+        print(log_msg(f"teacher: box AP {numbers[SCORE]:.2f}, AP50 {numbers['bbox/AP50']:.2f}"))
+        if numbers[SCORE] < 1:
+            print(log_msg("WARNING: the teacher detects almost nothing; is it the right file?"))
+    return numbers[SCORE]
 
 
 train = partial(engine.train, prepare=prepare)

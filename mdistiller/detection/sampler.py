@@ -1,8 +1,8 @@
-"""Which images training takes, in which order and view.
+"""Which images training uses, in which order, size and flip.
 
-All that is random follows from (seed, position in the endless stream of images) and is drawn in the
-main process, so neither the number of workers nor that of processes changes it, and a position is
-all that has to be saved, beside the images that wait for others of their orientation.
+All randomness follows from (seed, position in the endless stream of images) and is drawn in the
+main process, so the number of workers or processes does not change it. A checkpoint has to hold the
+position alone, and the images that wait for others of their orientation.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from mdistiller.detection.coco.dataset import View
 
 
-class Draws:
+class AspectRatioSampler:
     """The endless stream of images, cut into global batches of one orientation.
 
     Images come in a new order in every round over the set; those of a batch that is not full yet
-    wait, so none is ever left out. Pure arithmetic, the same in all processes.
+    wait, so every image is used. The same in all processes.
 
     Args:
         portrait: of each image, bool [N]; all False: one group.
@@ -68,36 +68,41 @@ class Draws:
         self.waiting = [[(a, b) for a, b in group] for group in state["waiting"]]
 
 
-class Tasks:
-    """What workers are asked for in training, without end; and the state after each batch.
+class BatchRequests:
+    """Endless batch requests for the worker processes, and the state after each batch.
 
-    It knows nothing of the workers, which keep hold of it: only without a cycle of references are
-    they ended at once where their batches are no longer wanted.
+    It holds no reference to the workers, which hold one to it: without a reference cycle they end
+    at once when their batches are no longer wanted.
     """
 
     def __init__(
-        self, draws: Draws, part: slice, min_sizes: Sequence[int], max_size: int, flip: float
+        self,
+        sampler: AspectRatioSampler,
+        part: slice,
+        min_sizes: Sequence[int],
+        max_size: int,
+        flip: float,
     ):
-        self.draws, self.part = draws, part
+        self.sampler, self.part = sampler, part
         self.min_sizes, self.max_size, self.flip = tuple(min_sizes), max_size, flip
-        self.state = draws.state_dict()  # of the batches that were given out
-        self._coming: deque[dict[str, Any]] = deque()  # states after those being made
+        self.state = sampler.state_dict()  # after the batches that were yielded
+        self._coming: deque[dict[str, Any]] = deque()  # states after the batches being read
 
     def view(self, position: int, image: int) -> View:
-        """How the image at a position of the stream is seen."""
-        entropy = np.random.SeedSequence([self.draws.seed, 1, position])
+        """Size and flip of the image at a position of the stream."""
+        entropy = np.random.SeedSequence([self.sampler.seed, 1, position])
         size, flip = (int(value) for value in entropy.generate_state(2, np.uint64))
         min_size = self.min_sizes[size % len(self.min_sizes)]
         return View(image, min_size, self.max_size, flip < self.flip * 2**64)
 
     def __iter__(self) -> Iterator[list[View]]:
-        self.draws.load_state_dict(self.state)
+        self.sampler.load_state_dict(self.state)
         self._coming.clear()
         while True:
-            drawn = self.draws.next()[self.part]
-            self._coming.append(self.draws.state_dict())
+            drawn = self.sampler.next()[self.part]
+            self._coming.append(self.sampler.state_dict())
             yield [self.view(*pair) for pair in drawn]
 
-    def given(self) -> None:
-        """Note that the next batch was given out."""
+    def mark_yielded(self) -> None:
+        """Note that the next batch was yielded."""
         self.state = self._coming.popleft()

@@ -1,4 +1,4 @@
-"""Training a detector by the engine's trainer: its epochs are rounds of iterations."""
+"""Training a detector by the engine's trainer, in epochs of SOLVER.EVAL_PERIOD iterations."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from torch.optim.lr_scheduler import (
 from mdistiller.detection.batches import Batch, TrainBatches
 from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
-SCORE = "bbox/AP"
-"""What the best round is chosen by."""
+SCORE = TASKS["detection"].score.removeprefix("test_")
+"""Selects the best epoch."""
 
 
-class Rounds:
-    """An endless stream of batches, cut into rounds: what the engine takes for epochs.
+class IterationEpochs:
+    """An endless stream of batches, cut into epochs of a number of iterations.
 
-    A batch is given out once; where the next one comes from is part of :meth:`state_dict`.
+    Each batch is yielded once; the position in the stream is part of :meth:`state_dict`.
 
     Args:
         batches: the stream.
-        period: micro-batches of a round; the last one has what is left of `total`.
+        period: micro-batches of an epoch; the last one has the rest of `total`.
         total: micro-batches of a run.
 
     Attributes:
-        epoch: the round under way, from 1.
-        done: micro-batches of it that were given out.
+        epoch: the current one, from 1.
+        done: micro-batches of it that were yielded.
     """
 
     def __init__(self, batches: TrainBatches, period: int, total: int):
@@ -50,17 +51,17 @@ class Rounds:
         self._flow: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        """Micro-batches of the round under way."""
+        """Micro-batches of the current epoch."""
         before = max(self.epoch - 1, 0) * self.period
         return min(self.period, self.total - before)
 
     @property
     def dataset(self) -> range:
-        """As long as the round has images, of all processes."""
+        """As long as the number of images of the epoch, over all processes."""
         return range(len(self) * self.batches.batch_size * world_size())
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin a round, unless it has begun."""
+        """Begin an epoch, unless it is the current one."""
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
 
@@ -86,11 +87,11 @@ class Rounds:
         """Continue after the batch that was the last when `state` was taken.
 
         Raises:
-            UserError: rounds were of another length, so that it is not known how many are done.
+            UserError: the epochs had another length, so the position of `state` is unknown.
         """
         short = state["epoch"] * state["period"] > state["total"] != self.total
         if state["period"] != self.period or short:
-            what = "ended within a round" if short else f"had rounds of {state['period']}"
+            what = "ended within an epoch" if short else f"had epochs of {state['period']}"
             raise UserError(
                 f"the run {what} micro-batches, of {state['total']} in all, now it is "
                 f"{self.period} of {self.total}: keep SOLVER.EVAL_PERIOD, ACCUMULATE"
@@ -100,8 +101,8 @@ class Rounds:
         self.batches.load_state_dict(state["stream"])
 
 
-class Place(Hook):
-    """Keeps in the checkpoints where in the stream of batches a run is."""
+class LoaderState(Hook):
+    """Saves the loader's position in the stream of batches with each checkpoint."""
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
         return {"batches": trainer.train_loader.state_dict()}
@@ -111,10 +112,10 @@ class Place(Hook):
 
 
 def build_schedule(optimizer: Optimizer, solver: Any) -> LRScheduler:
-    """The schedule of a detection run's SOLVER, to be stepped before every iteration but the first.
+    """The learning rate schedule, stepped before every iteration but the first.
 
-    A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up runs beside the
-    rest and shifts nothing.
+    A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up multiplies the
+    rest and does not shift it.
     """
     parts: list[LRScheduler] = []
     if solver.WARMUP_ITERS:
@@ -146,13 +147,13 @@ class DetectionTrainer(BaseTrainer):
     own_inputs: ClassVar[bool] = False
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
-        return [Place(), *super().make_hooks(cfg)]
+        return [LoaderState(), *super().make_hooks(cfg)]
 
     def init_scheduler(self, cfg: Any) -> LRScheduler:
         return build_schedule(self.optimizer, cfg.SOLVER)
 
     def end_epoch(self, train_loss: float) -> None:
-        """Nothing: the schedule moves on by iterations."""
+        """Does nothing: the schedule counts iterations."""
 
     def step_settings(self) -> dict[str, Any]:
         solver = self.cfg.SOLVER
@@ -178,7 +179,7 @@ class DetectionTrainer(BaseTrainer):
     def batch_inputs(self, data: Batch, epoch: int) -> dict[str, Any]:  # type: ignore[override]
         images, targets = data
         index = torch.tensor([target["image_id"] for target in targets])
-        return {"images": images, "targets": targets, "index": index}
+        return {"images": images, "targets": targets, "index": index, "epoch": epoch}
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         return {}, len(inputs["images"])
@@ -189,8 +190,8 @@ class DetectionTrainer(BaseTrainer):
 
     def evaluate(self) -> dict[str, float]:
         backend = self.cfg.DETECTION.EVALUATOR
-        found = evaluate_detector(self.model.student, self.val_loader, self.device, backend)
-        return {f"test_{name}": value for name, value in found.items()}
+        numbers = evaluate_detector(self.model.student, self.val_loader, self.device, backend)
+        return {f"test_{name}": value for name, value in numbers.items()}
 
     def progress_line(self, record: dict[str, Any]) -> str:
         done = min(self.epoch * self.cfg.SOLVER.EVAL_PERIOD, self.cfg.SOLVER.MAX_ITER)

@@ -1,4 +1,4 @@
-"""What detectors find in images, beside the truth: one row an image, one panel a network."""
+"""Detections and ground truth drawn on images: one row an image, one panel a network."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Objects(NamedTuple):
         return Objects(*(None if part is None else part[keep] for part in self))  # type: ignore[arg-type]
 
 
-def detections_picture(
+def draw_detections(
     networks: Sequence[tuple[str, Detector]],
     data: CocoDetectionSet,
     size: tuple[int, int],
@@ -51,7 +51,7 @@ def detections_picture(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> Figure:
-    """The truth and what each network finds, in images of a set.
+    """Ground truth and each network's detections in images of a set.
 
     Args:
         networks: title and detector of each, on `device`.
@@ -61,7 +61,7 @@ def detections_picture(
         threshold: score from which on a detection is shown.
 
     Raises:
-        UserError: no image has such an object.
+        UserError: no image has an object of these classes.
     """
     shown = torch.tensor(labels or range(1, data.num_classes))
     images, rows, titles = [], [], []
@@ -71,11 +71,13 @@ def detections_picture(
         truth = Objects(target["boxes"], target["labels"], None, target.get("masks"))
         row = [truth.only(torch.isin(truth.labels, shown))]
         for _, net in networks:
-            found = net.eval().detect([image.to(device)], [tuple(pixels.shape[1:])])[0]
-            own = {name: value.cpu() for name, value in found.items()}
-            seen = Objects(own["boxes"], own["labels"], own["scores"], own.get("masks"))
+            output = net.eval().detect([image.to(device)], [tuple(pixels.shape[1:])])[0]
+            detected = {name: value.cpu() for name, value in output.items()}
+            seen = Objects(
+                detected["boxes"], detected["labels"], detected["scores"], detected.get("masks")
+            )
             wanted = torch.isin(seen.labels, shown)
-            row.append(seen.only(wanted & (own["scores"] >= threshold)))
+            row.append(seen.only(wanted & (detected["scores"] >= threshold)))
         images.append(image)
         rows.append(row)
         titles.append(f"image {data.written_id(index)}")
@@ -87,7 +89,7 @@ def choose(data: CocoDetectionSet, labels: Tensor, count: int, seed: int) -> lis
     """Positions of `count` images with an object of these classes, in order.
 
     Raises:
-        UserError: there is none.
+        UserError: no image has one.
     """
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     wanted, chosen = set(labels.tolist()), []

@@ -14,9 +14,8 @@ above 0.
 
 FORM sum with MARGIN 1, above, 30 epochs at the run's own rate is RepDistiller (its weight 1 has no
 effect). The Knowledge-Distillation-Zoo is FORM mean, the mean over elements and stages, with MARGIN
-2, INIT.WEIGHT 10 and 50 epochs at a tenth of the run's rate, LR_DECAY_STAGES [30, 40]; other than
-there, the classifier has no weight decay in the first stage, and momentum starts anew in the
-second.
+2, INIT.WEIGHT 10 and 50 epochs at a tenth of the run's rate, LR_DECAY_STAGES [30, 40]; unlike
+there, the classifier has no weight decay in the first stage, and momentum restarts in the second.
 
 Stages of equal shape need no connector. Where a student's map can be neither halved, doubled nor
 cut to the teacher's size, the teacher's is average-pooled. A network without pre-activations
@@ -31,16 +30,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    ConvReg,
-    full_precision,
-    pool_to,
-    probe,
-    require_one_of,
-    require_positive,
-)
-from mdistiller.distillers._init_stage import INIT, InitPlan, require_transfer, stage_modules
-from mdistiller.distillers._stages import FORMS, pair_stages, reduce_stages
+from mdistiller.distillers.helpers.connectors import ConvReg, pool_to
+from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
+from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import FORMS, pair_stages, reduce_stages
 
 
 def boundary_error(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
@@ -102,8 +97,8 @@ class AB(Distiller):
         self.init, self.init_weight = InitPlan.read("AB", cfg), cfg.AB.INIT.WEIGHT
         require_transfer("AB", self.init, self.feat_loss_weight)
         shapes = [probe(net, image_size) for net in (student, teacher)]
-        self.keys = ["preact_feats" if "preact_feats" in found else "feats" for found in shapes]
-        s_maps, t_maps = (found[key][1:] for found, key in zip(shapes, self.keys, strict=True))
+        self.keys = ["preact_feats" if "preact_feats" in s else "feats" for s in shapes]
+        s_maps, t_maps = (s[key][1:] for s, key in zip(shapes, self.keys, strict=True))
         self.pairs = pair_stages([shape[2] for shape in s_maps], [shape[2] for shape in t_maps])
         self.connectors = nn.ModuleList(
             nn.Identity()
@@ -125,7 +120,7 @@ class AB(Distiller):
 
     def _loss(self, student: Output, teacher: Output) -> Tensor:
         s_maps, t_maps = student[self.keys[0]][1:], teacher[self.keys[1]][1:]
-        own = [
+        connected = [
             connect(s_maps[i]) for (i, _), connect in zip(self.pairs, self.connectors, strict=True)
         ]
-        return ab_loss(own, [t_maps[j] for _, j in self.pairs], self.margin, self.form)
+        return ab_loss(connected, [t_maps[j] for _, j in self.pairs], self.margin, self.form)

@@ -10,17 +10,17 @@ the length over the cells, 0 for a map of zeros:
 The paper sums over cells, which is RES^2 times that; published BETAs belong to the mean.
 
     BINARIZE  the teacher's maps are 1 where above the mean of their |A|, else 0, before phi
-    TOP, BOTTOM  per sample only the maps of that many classes whose mean is largest or smallest in
-        the teacher (exactly so many, with ties too; the authors' code takes one less or more, and
-        all on ties); 0: all classes
+    TOP, BOTTOM  per sample only the maps of the classes whose mean is largest or smallest in the
+        teacher: exactly TOP or BOTTOM of them, with ties as well (the authors' code takes one less
+        or more, and all on ties); 0: all classes
     ONLY  without cross-entropy (the paper's CAT)
 
 As in the authors' code the student has no bias in its classifier, so that its logits are the means
 of its maps. Here the bias is a constant 0 in its usual place: a student's file is an ordinary
-network of its kind. The student starts from the weights it has under every method (the authors
-draw the classifier anew, as they do convolutions). The teacher predicts with its bias; only its
-maps, and the choice of TOP and BOTTOM, go without. Networks are refused whose logits are no linear
-layer on the average of `final_map`.
+network of its kind. The student starts from the same weights as under other methods (the authors
+initialise classifier and convolutions again). The teacher predicts with its bias; only its
+maps, and the choice of TOP and BOTTOM, go without. Networks whose logits are not a linear layer on
+the average of `final_map` are refused.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, unit
-from mdistiller.distillers._heads import classify, linear_head
+from mdistiller.distillers.helpers.heads import classify, linear_head
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.registry import UserError
 
 
@@ -75,11 +76,11 @@ def catkd_loss(
     chosen = select(teacher, top, bottom) if top or bottom else None
     if binary:
         teacher = binarize(teacher)
-    own, other = (cells(maps, res, normalize) for maps in (student, teacher))
+    s_maps, t_maps = (cells(maps, res, normalize) for maps in (student, teacher))
     if chosen is not None:
-        index = chosen[:, :, None].expand(-1, -1, own.shape[2])
-        own, other = own.gather(1, index), other.gather(1, index)
-    return F.mse_loss(own, other)
+        index = chosen[:, :, None].expand(-1, -1, s_maps.shape[2])
+        s_maps, t_maps = s_maps.gather(1, index), t_maps.gather(1, index)
+    return F.mse_loss(s_maps, t_maps)
 
 
 def drop_bias(layer: nn.Linear | nn.Conv2d) -> None:
@@ -129,8 +130,8 @@ class CATKD(Distiller):
         drop_bias(linear_head(student, "student"))
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own = classify(linear_head(self.student, "student"), student["final_map"], bias=False)
+        s_maps = classify(linear_head(self.student, "student"), student["final_map"], bias=False)
         with torch.no_grad():
             head = linear_head(self.teacher, "teacher")
-            other = classify(head, teacher["final_map"], bias=False)
-        return self.beta * catkd_loss(own, other, **self.options)
+            t_maps = classify(head, teacher["final_map"], bias=False)
+        return self.beta * catkd_loss(s_maps, t_maps, **self.options)

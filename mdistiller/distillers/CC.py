@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, gram, probe, unit
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}
@@ -77,7 +78,7 @@ def cc_loss(
 
 
 def unknown_form(form: str) -> UserError:
-    """The error for a form that there is not."""
+    """The error for an unknown CC.FORM."""
     return UserError(f"CC.FORM {form!r} is neither neighbour nor kernel")
 
 
@@ -121,7 +122,7 @@ class CC(Distiller):
             raise unknown_form(cfg.CC.FORM)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(
+        s_feat, t_feat = gather_batch(
             self.embed_s(student["pooled_feat"]), self.embed_t(teacher["pooled_feat"])
         )
-        return self.feat_loss_weight * cc_loss(own, other, **self.settings)
+        return self.feat_loss_weight * cc_loss(s_feat, t_feat, **self.settings)

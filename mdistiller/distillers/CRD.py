@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, probe, require_positive, settle, unit
-from mdistiller.distillers._contrast import Bank
-from mdistiller.distillers._negatives import Negatives
+from mdistiller.distillers.helpers.memory_bank import Bank
+from mdistiller.distillers.helpers.negatives import Negatives
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.settings import require_positive, resolve_setting
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -104,7 +106,7 @@ class CRD(Distiller):
         self.mode = node.MODE
         _check(node)
         widths = [
-            settle(
+            resolve_setting(
                 f"CRD.FEAT.{key}",
                 node.FEAT[key],
                 DEFAULTS["FEAT"][key],

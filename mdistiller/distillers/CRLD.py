@@ -11,7 +11,7 @@ temperature 1 is at least TAU_W (or TAU_S), else 0:
     loss   = CE_WEIGHT * (CE(z_w) + CE(z_s)) + WV_WEIGHT * within + CV_WEIGHT * cross
 
 The means are over all samples of the batch. The student runs once for each view, so batch norm sees
-them apart. The strong view is MLKD's: a crop and mirror of its own, two random operations, a square
+them apart. The strong view is MLKD's: another crop and mirror, two random operations, and a square
 of up to half the side cut out. Under LSKD, the divergences take standardised logits, m plain ones.
 """
 
@@ -25,19 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import (
-    cross_entropy,
-    require_positive,
-    soften,
-    weighted_divergence,
-)
+from mdistiller.distillers.helpers.numerics import cross_entropy, scale_logits, weighted_divergence
+from mdistiller.distillers.helpers.settings import require_positive
 
 Pair = tuple[Tensor, Tensor]
 
 
 def confident(logits_teacher: Tensor, threshold: float) -> Tensor:
     """m: 1 where the highest probability of logits [N, C] is at least `threshold`, else 0; [N]."""
-    highest = soften(logits_teacher, 1.0).softmax(dim=1).amax(dim=1)
+    highest = scale_logits(logits_teacher, 1.0).softmax(dim=1).amax(dim=1)
     return (highest >= threshold).to(highest.dtype)
 
 
@@ -57,7 +53,7 @@ def crld_terms(
         standardize: what the divergences do with logits [N, C] first.
     """
     (z_w, v_w), (z_s, v_s) = (
-        [F.log_softmax(soften(standardize(logits), temperature), dim=1) for logits in view]
+        [F.log_softmax(scale_logits(standardize(logits), temperature), dim=1) for logits in view]
         for view in (weak, strong)
     )
     scale = temperature**2 / len(z_w)

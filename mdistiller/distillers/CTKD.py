@@ -32,14 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    probe,
-    require_one_of,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers.logit_losses import dkd_loss, kd_loss
+from mdistiller.distillers.helpers.logit_losses import dkd_loss, kd_loss
+from mdistiller.distillers.helpers.numerics import scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers.helpers.shapes import probe
 
 EPS = 1e-7
 """Added to the teacher's probabilities where every sample has its own temperature."""
@@ -67,8 +63,8 @@ def instance_kd_loss(
         temperature: [N, 1], > 0.
         eps: added to the teacher's probabilities, which are not scaled back to sum 1.
     """
-    p = F.softmax(soften(logits_teacher, temperature), dim=1) + eps
-    log_q = F.log_softmax(soften(logits_student, temperature), dim=1)
+    p = F.softmax(scale_logits(logits_teacher, temperature), dim=1) + eps
+    log_q = F.log_softmax(scale_logits(logits_student, temperature), dim=1)
     rows = (p * (p.log() - log_q)).sum(dim=1, keepdim=True)
     return (rows * temperature**2).mean()
 
@@ -147,10 +143,10 @@ class CTKD(Distiller):
             self.temperature = InstanceTemperature(classes, hidden, node.INIT)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        own = list(self.temperature.parameters())
-        ids = {id(p) for p in own}
+        params = list(self.temperature.parameters())
+        ids = {id(p) for p in params}
         others = [p for p in self.get_learnable_parameters() if id(p) not in ids]
-        return [{"params": others}, {"params": own, "weight_decay": self.node.PARAM_WD}]
+        return [{"params": others}, {"params": params, "weight_decay": self.node.PARAM_WD}]
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         node, epoch = self.node, batch["epoch"]

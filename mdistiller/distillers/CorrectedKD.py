@@ -28,14 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    require_one_of,
-    require_positive,
-    soften,
-)
-from mdistiller.distillers._decoupled import labelled_mean, target_column
-from mdistiller.distillers.logit_losses import kd_rows
+from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.logit_losses import kd_rows
+from mdistiller.distillers.helpers.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,23 +42,23 @@ _LARGEST = 1e15  # of a logit whose difference is squared
 
 def swap(logits: Tensor, column: Tensor) -> Tensor:
     """Logits [N, C] with those of the classes `column` [N, 1] and the largest ones exchanged."""
-    logits = soften(logits, 1.0)
+    logits = scale_logits(logits, 1.0)
     largest, best = logits.max(dim=1, keepdim=True)
     return logits.scatter(1, best, logits.gather(1, column)).scatter(1, column, largest)
 
 
 def soft_swap(logits: Tensor, column: Tensor, margin: float = 0.05) -> Tensor:
     """Logits [N, C] where class `column` [N, 1] leads the best other one by `margin` or more."""
-    logits = soften(logits, 1.0)
-    own = logits.gather(1, column)
+    logits = scale_logits(logits, 1.0)
+    right = logits.gather(1, column)
     wrong, rival = logits.scatter(1, column, float("-inf")).max(dim=1, keepdim=True)
-    half = (wrong - own + margin).clamp(min=0) / 2
-    return logits.scatter(1, rival, wrong - half).scatter(1, column, own + half)
+    half = (wrong - right + margin).clamp(min=0) / 2
+    return logits.scatter(1, rival, wrong - half).scatter(1, column, right + half)
 
 
 def raised(logits: Tensor, column: Tensor) -> Tensor:
     """Logits [N, C] with each sample's largest added to that of class `column`; no gradient."""
-    logits = soften(logits.detach(), 1.0)
+    logits = scale_logits(logits.detach(), 1.0)
     return logits.scatter_add(1, column, logits.amax(dim=1, keepdim=True))
 
 
@@ -97,8 +93,8 @@ def mode_loss(node: Any) -> RowLoss:
         return kd_rows(student, soft_swap(teacher, column, node.MARGIN), temperature)
 
     def rc(student: Tensor, teacher: Tensor, column: Tensor) -> Tensor:
-        own = kd_rows(student, raised(student, column), temperature)
-        return kd_rows(student, teacher, temperature) + node.RC_WEIGHT * own
+        correction = kd_rows(student, raised(student, column), temperature)
+        return kd_rows(student, teacher, temperature) + node.RC_WEIGHT * correction
 
     def revision(student: Tensor, teacher: Tensor, column: Tensor) -> Tensor:
         return revision_rows(student, teacher, column, node.MSE_WEIGHT, node.SHARE)

@@ -34,21 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
-from mdistiller.distillers._common import (
-    require_one_of,
-    require_positive,
-    soften,
-    unit,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import (
+from mdistiller.distillers.helpers.decoupled import (
     decoupled_log_probs,
     labelled_mean,
     target_column,
     target_mask,
 )
-from mdistiller.distillers._gather import gather_batch
-from mdistiller.distillers.logit_losses import dkd_terms
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.logit_losses import dkd_terms
+from mdistiller.distillers.helpers.numerics import scale_logits, unit
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
 
 
 def term_gradients(
@@ -63,7 +58,7 @@ def term_gradients(
     (s_target, r_s), (t_target, r_t) = (
         (log_b[:, 0].exp(), log_r.exp().masked_fill(is_target, 0.0))
         for log_b, log_r in (
-            decoupled_log_probs(soften(z, temperature), column)
+            decoupled_log_probs(scale_logits(z, temperature), column)
             for z in (logits_student, logits_teacher)
         )
     )
@@ -153,7 +148,7 @@ class DGKD(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other, labels = gather_batch(student.logits, teacher.logits, target)
-        self.metrics = gradient_metrics(own, other, labels, self.temperature)
-        loss = dgkd_loss(own, other, labels, **self.settings)
+        s_logits, t_logits, labels = gather_batch(student.logits, teacher.logits, target)
+        self.metrics = gradient_metrics(s_logits, t_logits, labels, self.temperature)
+        loss = dgkd_loss(s_logits, t_logits, labels, **self.settings)
         return warmup_factor(batch["epoch"], self.warmup) * loss

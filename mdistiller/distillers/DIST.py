@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import centre, require_positive, soften
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import centre, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive
 
 
 def correlation(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
@@ -52,7 +53,9 @@ def dist_loss(
         tau: temperature, > 0.
         eps: > 0.
     """
-    student, teacher = (F.softmax(soften(z, tau), dim=1) for z in (logits_student, logits_teacher))
+    student, teacher = (
+        F.softmax(scale_logits(z, tau), dim=1) for z in (logits_student, logits_teacher)
+    )
     inter, intra = (1 - correlation(student, teacher, dim, eps).mean() for dim in (1, 0))
     return tau**2 * (beta * inter + gamma * intra)
 
@@ -86,5 +89,5 @@ class DIST(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student.logits, teacher.logits)
-        return self.kd_loss_weight * dist_loss(own, other, **self.settings)
+        s_logits, t_logits = gather_batch(student.logits, teacher.logits)
+        return self.kd_loss_weight * dist_loss(s_logits, t_logits, **self.settings)

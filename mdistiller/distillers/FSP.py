@@ -14,8 +14,8 @@ LOSS.FEAT_WEIGHT above 0. M has the networks' channels for its sides, so these m
 
 FORM sum, 30 epochs at the run's own rate is RepDistiller (its weight 50 has no effect). The
 Knowledge-Distillation-Zoo is FORM mean over pairs, 50 epochs at a tenth of the run's rate with
-LR_DECAY_STAGES [30, 40]; other than there, the classifier has no weight decay in the first stage,
-and momentum starts anew in the second.
+LR_DECAY_STAGES [30, 40]; unlike there, the classifier has no weight decay in the first stage,
+and momentum restarts in the second.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, get_feat_shapes, require_one_of
-from mdistiller.distillers._init_stage import INIT, InitPlan, require_transfer, stage_modules
-from mdistiller.distillers._stages import FORMS, match_size, reduce_stages
+from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
+from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.shapes import get_feat_shapes
+from mdistiller.distillers.helpers.stages import FORMS, match_size, reduce_stages
 from mdistiller.registry import UserError
 
 

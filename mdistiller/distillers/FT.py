@@ -25,15 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    mean_square_error,
-    probe,
-    require_one_of,
-    unit,
-)
-from mdistiller.distillers._init_stage import INIT, InitPlan
-from mdistiller.distillers._stages import match_size
+from mdistiller.distillers.helpers.init_stage import INIT, InitPlan
+from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error, unit
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import match_size
 from mdistiller.registry import UserError
 
 
@@ -48,8 +44,8 @@ def ft_loss(student: Tensor, teacher: Tensor, p: float = 1, form: str = "attenti
     student, teacher = match_size(full_precision(student), full_precision(teacher))
     if form == "attention":
         student, teacher = (x.square().mean(dim=1) for x in (student, teacher))
-    own, other = (unit(x.flatten(1)) for x in (student, teacher))
-    difference = (own - other).abs()
+    s_unit, t_unit = (unit(x.flatten(1)) for x in (student, teacher))
+    difference = (s_unit - t_unit).abs()
     return (difference if p == 1 else difference.pow(p)).mean()
 
 

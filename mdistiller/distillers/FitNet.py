@@ -7,6 +7,9 @@ With a regressor R (convolution, batch norm, ReLU) and the feature maps F of one
 
 Trained in one stage with the cross-entropy; the paper trains the lower half of the student by hints
 first. R ends in a ReLU, so it never reaches the negative values of teachers with signed maps (WRN).
+
+HINT_LAYERS names several layers: their losses add up, and each R is a 1x1 convolution alone (for
+the pyramids of detectors, whose maps are signed).
 """
 
 from __future__ import annotations
@@ -14,17 +17,21 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe_size, require_maps
-from mdistiller.distillers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.settings import probe_size
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
 from mdistiller.registry import UserError
 
 __all__ = ["FitNet", "fitnet_loss"]
 
 DEFAULTS: dict[str, Any] = {
     "HINT_LAYER": 2,
+    "HINT_LAYERS": [],  # several, in place of HINT_LAYER
     "INPUT_SIZE": (32, 32),
     "LOSS": {"CE_WEIGHT": 1.0, "FEAT_WEIGHT": 100.0},
 }
@@ -48,7 +55,10 @@ def hint_layer(wanted: int, layers: int) -> int:
 
 @DISTILLERS.register("FITNET", config=DEFAULTS)
 class FitNet(Distiller):
-    """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's."""
+    """Hints: the student's map at layer HINT_LAYER (0 is the stem) predicts the teacher's.
+
+    HINT_LAYERS names several in its place.
+    """
 
     needs_teacher_classifier = False
     soft_labels = True
@@ -64,12 +74,26 @@ class FitNet(Distiller):
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT
         size = probe_size("FITNET", cfg, DEFAULTS["INPUT_SIZE"], image_size)
-        own, other = get_feat_shapes(student, teacher, size)
-        require_maps("feats", [*own, *other])
-        layer = hint_layer(cfg.FITNET.HINT_LAYER, min(len(own), len(other)))
+        s_shapes, t_shapes = get_feat_shapes(student, teacher, size)
+        require_maps("feats", [*s_shapes, *t_shapes])
+        count = min(len(s_shapes), len(t_shapes))
+        self.layers = [hint_layer(layer, count) for layer in cfg.FITNET.HINT_LAYERS]
+        if self.layers:
+            self.adapters = nn.ModuleList(
+                nn.Conv2d(s_shapes[layer][1], t_shapes[layer][1], 1) for layer in self.layers
+            )
+            return
+        layer = hint_layer(cfg.FITNET.HINT_LAYER, count)
         self.hint_layer = layer
-        self.conv_reg = ConvReg(own[layer], other[layer])
+        self.conv_reg = ConvReg(s_shapes[layer], t_shapes[layer])
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        hint = self.conv_reg(student["feats"][self.hint_layer])
-        return self.feat_loss_weight * fitnet_loss(hint, teacher["feats"][self.hint_layer])
+        s_maps, t_maps = student["feats"], teacher["feats"]
+        if not self.layers:
+            hint = self.conv_reg(s_maps[self.hint_layer])
+            return self.feat_loss_weight * fitnet_loss(hint, t_maps[self.hint_layer])
+        losses = [
+            fitnet_loss(adapt(s_maps[layer]), t_maps[layer])
+            for adapt, layer in zip(self.adapters, self.layers, strict=True)
+        ]
+        return self.feat_loss_weight * torch.stack(losses).sum()

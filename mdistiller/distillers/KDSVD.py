@@ -12,8 +12,8 @@ Only stages of equal width W can be compared. As in the original library the row
 channel x height; RepDistiller has the channels as columns, and other values.
 
 The sign of a singular vector is arbitrary, yet R depends on the teacher's signs relative to each
-other in consecutive stages. SIGNS chooses them: "lapack" (the default, since the original's numbers
-hold with no other) takes those of LAPACK's decomposition in float32, on a GPU those of its own
+other in consecutive stages. SIGNS chooses them: "lapack" (the default; the original's numbers
+need it) takes those of LAPACK's decomposition in float32, on a GPU those of its own
 library; "canonical" makes the sum of every vector non-negative, the same on every machine.
 The two agree on most samples where maps are non-negative.
 
@@ -32,18 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    probe,
-    require_one_of,
-    require_positive,
-    unit,
-)
-from mdistiller.distillers._stages import pair_by_height, paired_stages
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import pair_by_height, paired_stages
 from mdistiller.registry import UserError
 
 EXTRA = 3
-"""The student offers so many vectors more than the teacher."""
+"""Number of vectors that the student offers beyond the teacher's."""
 GAP = 1e-6
 """Squared singular values nearer than this share of the largest count as equal in backward."""
 
@@ -93,10 +89,10 @@ def teacher_vectors(matrix: Tensor, k: int, signs: str) -> tuple[Tensor, Tensor]
 
 def aligned_vectors(student: Tensor, teacher: Tensor, k: int, signs: str) -> tuple[Tensor, Tensor]:
     """The matched, scaled vectors of both networks; maps [N, C, H, W] -> two of [N, W, k]."""
-    own, other = (feature.flatten(1, 2) for feature in (student, teacher))
+    s_maps, t_maps = (feature.flatten(1, 2) for feature in (student, teacher))
     with torch.no_grad():
-        target, scale = teacher_vectors(other, k, signs)
-    vectors = _RightVectors.apply(own, min(k + EXTRA, *own.shape[1:]))
+        target, scale = teacher_vectors(t_maps, k, signs)
+    vectors = _RightVectors.apply(s_maps, min(k + EXTRA, *s_maps.shape[1:]))
     with torch.no_grad():
         cosine = vectors.mT @ target
         largest = cosine.abs().amax(dim=1, keepdim=True)
@@ -128,8 +124,8 @@ def kdsvd_loss(
     pairs = [aligned_vectors(s, t, k, signs) for s, t in zip(g_s, g_t, strict=True)]
     total = pairs[0][0].new_zeros(())
     for shallow, deep in pairwise(pairs):
-        own, other = (relation(*both) for both in zip(shallow, deep, strict=True))
-        total = total + (own - other).square().sum()
+        relation_s, relation_t = (relation(*both) for both in zip(shallow, deep, strict=True))
+        total = total + (relation_s - relation_t).square().sum()
     return (total / len(g_s[0])).to(g_s[0].dtype)
 
 
@@ -174,5 +170,5 @@ class KDSVD(Distiller):
             check_widths(widths[0], widths[1], self.k)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = paired_stages(student, teacher)
-        return self.feat_loss_weight * kdsvd_loss(own, other, self.k, self.signs)
+        s_maps, t_maps = paired_stages(student, teacher)
+        return self.feat_loss_weight * kdsvd_loss(s_maps, t_maps, self.k, self.signs)

@@ -12,8 +12,8 @@ A softmax over two classes is a logistic function of the difference of their log
 matrix of differences has both probabilities of every pair: there is no loop over pairs. With k
 classes or fewer KL_rest is 0.
 
-R, ALPHA, BETA and T are the authors' for resnet32x4 -> resnet8x4. Their k is an option of a script
-whose value was not at hand; 5 is a choice made here.
+R, ALPHA, BETA and T are the authors' for resnet32x4 -> resnet8x4. Their k is an unpublished option
+of a script; 5 is our choice.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import divergence, require_positive, soften
-from mdistiller.distillers._decoupled import rest_log_probs
+from mdistiller.distillers.helpers.decoupled import rest_log_probs
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.registry import UserError
 
 
@@ -41,7 +42,7 @@ def ldrld_terms(
         topk: k >= 2; all classes where there are fewer.
         temperature: T > 0.
     """
-    student, teacher = (soften(z, temperature) for z in (logits_student, logits_teacher))
+    student, teacher = (scale_logits(z, temperature) for z in (logits_student, logits_teacher))
     top = student.detach().topk(min(topk, student.shape[1]), dim=1).indices
     scale = temperature**2 / len(student)
     local = _local(student.gather(1, top), teacher.gather(1, top)) * scale

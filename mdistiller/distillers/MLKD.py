@@ -14,7 +14,7 @@ m_n is 1 where the highest probability is at most its median over the batch, m_c
 probability summed over the batch is at most its median over classes; else 0. (Of an even number of
 values the lower middle one is the median.)
 
-Paper and authors' code part, and published numbers are the code's. MASK chooses: "per_item" is the
+Paper and authors' code differ, and published numbers are the code's. MASK "per_item" is the
 above. "as_coded", the default: a loss is averaged before the mask is applied, so m_n and m_c are
 constants, their means (about 1/2); and from the fourth temperature on, kd_strong takes the weak
 view. The student runs once for each view, so batch norm sees them apart, and its running statistics
@@ -33,14 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import (
-    cross_entropy,
-    divergence,
-    require_one_of,
-    require_positive,
-    soften,
-)
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import cross_entropy, divergence, scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 MASKS = ("as_coded", "per_item")
@@ -50,7 +45,7 @@ Pair = tuple[Tensor, Tensor]
 
 def low_confidence(logits_teacher: Tensor) -> Pair:
     """Masks m_n [N] and m_c [C] of the teacher's logits [N, C] on the weak view, 0 or 1."""
-    probs = soften(logits_teacher, 1.0).softmax(dim=1)
+    probs = scale_logits(logits_teacher, 1.0).softmax(dim=1)
     confidence, frequency = probs.amax(dim=1), probs.sum(dim=0)
     samples, classes = confidence <= confidence.median(), frequency <= frequency.median()
     return samples.to(probs.dtype), classes.to(probs.dtype)
@@ -58,7 +53,7 @@ def low_confidence(logits_teacher: Tensor) -> Pair:
 
 def log_probs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Log-softmax of logits [N, C] at K temperatures, [K, N, C]."""
-    return torch.stack([F.log_softmax(soften(logits, t), dim=1) for t in temperatures])
+    return torch.stack([F.log_softmax(scale_logits(logits, t), dim=1) for t in temperatures])
 
 
 def divergences(logits: Pair, temperatures: Sequence[float]) -> Tensor:
@@ -107,9 +102,9 @@ def mlkd_terms(
 
 
 def _changed(kd: Any) -> bool:
-    """Whether the KD node, of which the authors' files set MLKD's numbers, is not as it comes."""
-    own = DISTILLERS.config["KD"]
-    return (kd.TEMPERATURE, dict(kd.LOSS)) != (own["TEMPERATURE"], own["LOSS"])
+    """Whether the KD node differs from its defaults, as in the authors' files for MLKD."""
+    defaults = DISTILLERS.config["KD"]
+    return (kd.TEMPERATURE, dict(kd.LOSS)) != (defaults["TEMPERATURE"], defaults["LOSS"])
 
 
 @DISTILLERS.register(

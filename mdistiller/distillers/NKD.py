@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import require_positive
-from mdistiller.distillers._decoupled import labelled_mean, target_column
-from mdistiller.distillers.logit_losses import nkd_rows
+from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.logit_losses import nkd_rows
+from mdistiller.distillers.helpers.settings import require_positive
 
 __all__ = ["NKD", "nkd_loss", "nkd_rows", "nkd_terms"]
 
@@ -31,11 +31,11 @@ def nkd_terms(
 ) -> tuple[Tensor, Tensor]:
     """Two scalars: means of :func:`nkd_rows` over the labelled samples."""
     _, labelled = target_column(target)
-    own, others = (
+    target_term, other_term = (
         labelled_mean(rows, labelled)
         for rows in nkd_rows(logits_student, logits_teacher, target, temperature)
     )
-    return own, others
+    return target_term, other_term
 
 
 def nkd_loss(
@@ -46,8 +46,8 @@ def nkd_loss(
     gamma: float,
 ) -> Tensor:
     """Target term + gamma * other classes' term, a scalar; see :func:`nkd_terms`."""
-    own, others = nkd_terms(logits_student, logits_teacher, target, temperature)
-    return own + gamma * others
+    target_term, other_term = nkd_terms(logits_student, logits_teacher, target, temperature)
+    return target_term + gamma * other_term
 
 
 @DISTILLERS.register(

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, unit
-from mdistiller.distillers._stages import match_size, paired_stages
+from mdistiller.distillers.helpers.numerics import full_precision, unit
+from mdistiller.distillers.helpers.stages import match_size, paired_stages
 
 
 def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -35,8 +35,7 @@ def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT).square().mean()
 
-    own, other, cross = ((student, student), (teacher, teacher), (student, teacher))
-    return kernel(*own) + kernel(*other) - 2 * kernel(*cross)
+    return kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher)
 
 
 def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, require_positive, weighted_divergence
+from mdistiller.distillers.helpers.numerics import full_precision, weighted_divergence
+from mdistiller.distillers.helpers.settings import require_positive
 
 _LARGEST = 1e14  # of a logit
 _SMALLEST = 1e-7  # of a standard deviation
@@ -36,11 +37,11 @@ def _normalized(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     mean = logits.mean(dim=1, keepdim=True)
     centred = logits - mean
     scale = temperature / math.sqrt(max(logits.shape[1] - 1, 1))
-    own = torch.linalg.vector_norm(centred, dim=1, keepdim=True) * scale
+    t_v = torch.linalg.vector_norm(centred, dim=1, keepdim=True) * scale
     noise = mean.detach().abs() * (8 * temperature * torch.finfo(logits.dtype).eps)
-    constant = own.detach() <= noise.clamp(min=_SMALLEST * temperature)
-    own = own.masked_fill(constant, math.inf)
-    return F.log_softmax(centred / own, dim=1), own
+    constant = t_v.detach() <= noise.clamp(min=_SMALLEST * temperature)
+    t_v = t_v.masked_fill(constant, math.inf)
+    return F.log_softmax(centred / t_v, dim=1), t_v
 
 
 def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
@@ -51,8 +52,8 @@ def normkd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: flo
         temperature: of logits with standard deviation 1, > 0.
     """
     log_p, _ = _normalized(logits_student, temperature)
-    log_q, own = _normalized(logits_teacher, temperature)
-    weights = own.masked_fill(own == math.inf, 0.0).square().flatten() / len(log_p)
+    log_q, t_v = _normalized(logits_teacher, temperature)
+    weights = t_v.masked_fill(t_v == math.inf, 0.0).square().flatten() / len(log_p)
     return weighted_divergence(log_q, log_p, weights)
 
 

@@ -1,8 +1,8 @@
 """OFA. Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
 Distillation, NeurIPS 2023, arXiv 2310.19444.
 
-A branch behind each stage of the student ends in logits of its own (see `_branches.py`), so that
-only logits are compared and the two networks need have nothing in common. With the teacher's
+A branch behind each stage of the student ends in logits (`helpers/branches.py`), so only logits are
+compared and the two networks need not resemble each other. With the teacher's
 p = softmax(z_teacher / T), the student's q = softmax(z_student / T), and the target class t:
 
     ofa(z) = -1 / N * sum_n (((1 + p_t)^EPS - 1) log q_t + sum_{c != t} p_c^EPS log q_c)
@@ -10,7 +10,7 @@ p = softmax(z_teacher / T), the student's q = softmax(z_student / T), and the ta
 
 CE is smoothed by LABEL_SMOOTHING. With EPS = 1, ofa is the soft cross-entropy.
 
-Paper and authors' code part. FORM "code" is the above. FORM "paper" has (1 + p_t)^EPS log q_t, and
+Paper and code differ. FORM "code" is the above. FORM "paper" has (1 + p_t)^EPS log q_t, and
 p_c without exponent; its 1 is the cross-entropy, at the branches as well, so CE is not added again.
 """
 
@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._branches import ConvBranch, TokenBranch
-from mdistiller.distillers._common import probe, require_one_of, require_positive, soften
-from mdistiller.distillers._decoupled import labelled_mean, target_mask
+from mdistiller.distillers.helpers.branches import ConvBranch, TokenBranch
+from mdistiller.distillers.helpers.decoupled import labelled_mean, target_mask
+from mdistiller.distillers.helpers.numerics import scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 FORMS = ("code", "paper")
@@ -51,8 +53,8 @@ def ofa_loss(
         form: "code" or "paper".
     """
     is_target, labelled = target_mask(target, logits_student.shape[1])
-    log_q = F.log_softmax(soften(logits_student, temperature), dim=1)
-    p = F.softmax(soften(logits_teacher, temperature), dim=1)
+    log_q = F.log_softmax(scale_logits(logits_student, temperature), dim=1)
+    p = F.softmax(scale_logits(logits_teacher, temperature), dim=1)
     if form == "code":
         weight = torch.where(is_target, torch.expm1(eps * torch.log1p(p)), p**eps)
     else:
@@ -60,7 +62,7 @@ def ofa_loss(
     return labelled_mean(-(weight * log_q).sum(dim=1), labelled)
 
 
-def settle_stages(stages: Sequence[int], count: int) -> list[int]:
+def resolve_stages(stages: Sequence[int], count: int) -> list[int]:
     """The stages, from 1, that get a branch: those given, or all of `count` if none are."""
     chosen = list(stages) or list(range(1, count + 1))
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(1, count + 1)):
@@ -68,7 +70,7 @@ def settle_stages(stages: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def settle_eps(eps: Sequence[float], branches: int) -> list[float]:
+def resolve_eps(eps: Sequence[float], branches: int) -> list[float]:
     """Exponents of the branches and, last, of the logits; a single one is for all."""
     values = list(eps) * (branches + 1) if len(eps) == 1 else list(eps)
     if len(values) != branches + 1 or min(values) <= 0:
@@ -118,8 +120,8 @@ class OFA(Distiller):
         self.ce_loss_weight = node.LOSS.CE_WEIGHT if node.FORM == "code" else 0.0
         self.label_smoothing = node.LABEL_SMOOTHING
         self.kd_loss_weight, self.feat_loss_weight = node.LOSS.KD_WEIGHT, node.LOSS.FEAT_WEIGHT
-        self.stages = settle_stages(node.STAGES, len(probe(student, image_size)["feats"]) - 1)
-        self.eps = settle_eps(node.EPS, len(self.stages))
+        self.stages = resolve_stages(node.STAGES, len(probe(student, image_size)["feats"]) - 1)
+        self.eps = resolve_eps(node.EPS, len(self.stages))
         self.branches = make_branches(student, teacher, self.stages, image_size)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
@@ -148,7 +150,7 @@ def make_branches(
 ) -> nn.ModuleList:
     """A branch behind each of the student's stages."""
     shapes, others = probe(student, image_size), probe(teacher, image_size)
-    s_width, t_width = (found["pooled_feat"][1:].numel() for found in (shapes, others))
+    s_width, t_width = (shape["pooled_feat"][1:].numel() for shape in (shapes, others))
     count, classes = len(shapes["feats"]) - 1, shapes["logits"][1]
     branches: list[nn.Module] = []
     for stage in stages:

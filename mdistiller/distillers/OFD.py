@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, pool_to, probe
-from mdistiller.distillers._stages import warn_left_over
+from mdistiller.distillers.helpers.connectors import pool_to
+from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import warn_left_over
 from mdistiller.registry import UserError
 
 

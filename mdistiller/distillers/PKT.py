@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import full_precision
 
 
 def cosines(features: Tensor, eps: float) -> Tensor:
@@ -85,5 +85,5 @@ class PKT(Distiller):
         self.feat_loss_weight = cfg.PKT.LOSS.FEAT_WEIGHT
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
-        return self.feat_loss_weight * pkt_loss(own, other)
+        s_feat, t_feat = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
+        return self.feat_loss_weight * pkt_loss(s_feat, t_feat)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, gram
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import full_precision, gram
 
 ANGLES_AT_ONCE = 2**24
 """Larger batches (N > 256) go through the N^3 angles in parts, which backward computes again."""
@@ -133,5 +133,5 @@ class RKD(Distiller):
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
-        return self.feat_loss_weight * rkd_loss(own, other, **self.settings)
+        s_feat, t_feat = gather_batch(student["pooled_feat"], teacher["pooled_feat"])
+        return self.feat_loss_weight * rkd_loss(s_feat, t_feat, **self.settings)

@@ -27,18 +27,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import (
+from mdistiller.distillers.helpers.decoupled import (
     HIDDEN,
     binary_split,
     labelled_shares,
     target_column,
 )
+from mdistiller.distillers.helpers.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive, warmup_factor
 
 
 class _Terms(torch.autograd.Function):
@@ -58,7 +54,7 @@ class _Terms(torch.autograd.Function):
         temperatures: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
         upper, lower = temperatures
-        both = soften(torch.stack([logits_student, logits_teacher]), upper)
+        both = scale_logits(torch.stack([logits_student, logits_teacher]), upper)
         v = both[1]
         columns = torch.cat([column, v.argmax(dim=1, keepdim=True)])
         log_binary, within = binary_split(both.flatten(0, 1), columns)

@@ -14,10 +14,12 @@ distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 an
     loss = REVIEWKD_WEIGHT * min(epoch / WARMUP_EPOCHS, 1) * sum over levels of HCL
 
 MID is min(512, width of the student's pooled features) as in the original library, whose
-MAX_MID_CHANNEL has no effect either. Where the networks have unequal numbers of stages, those are
-compared that agree best in height (`_stages.py`); the original has no configs for such pairs. A
-teacher that returns no pre-activations (MobileNetV2, whose stages end without ReLU; networks of
-timm and torchvision) gives the outputs of its stages instead, after a ReLU if that is how they end.
+MAX_MID_CHANNEL has no effect either; MID_CHANNELS sets it. Networks that return no pooled features
+(a detector's pyramid) are compared by their maps alone. Where the networks have unequal numbers of
+stages, those are compared that agree best in height (`helpers/stages.py`); the original has no
+configs for such pairs. A teacher that returns no pre-activations (MobileNetV2, whose stages end
+without ReLU; networks of timm and torchvision) gives the outputs of its stages instead, after a
+ReLU if that is how they end.
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import FeatureShapes, probe, settle, warmup_factor
-from mdistiller.distillers._stages import pair_stages
-from mdistiller.distillers.map_losses import ABF, hcl_loss, review
+from mdistiller.distillers.helpers.map_losses import ABF, hcl_loss, review
+from mdistiller.distillers.helpers.settings import (
+    require_positive,
+    resolve_setting,
+    warmup_factor,
+)
+from mdistiller.distillers.helpers.shapes import FeatureShapes, probe
+from mdistiller.distillers.helpers.stages import pair_stages
 from mdistiller.registry import UserError
 
 __all__ = ["ABF", "ReviewKD", "hcl_loss", "review"]
@@ -45,13 +52,16 @@ DEFAULTS: dict[str, Any] = {
     "IN_CHANNELS": [64, 128, 256, 256],
     "OUT_CHANNELS": [64, 128, 256, 256],
     "MAX_MID_CHANNEL": 512,
+    "MID_CHANNELS": 0,  # 0: as the text above says
     "STU_PREACT": False,
 }
 
 
-def levels(features: Any, key: str, chosen: Sequence[int]) -> list[Tensor]:
-    """The chosen maps of `features[key]`, then the pooled vector as a 1x1 map."""
+def levels(features: Output, key: str, chosen: Sequence[int]) -> list[Tensor]:
+    """The chosen maps of `features[key]`, then the pooled vector, if any, as a 1x1 map."""
     maps = [features[key][i] for i in chosen]
+    if "pooled_feat" not in features.features:
+        return maps
     return [*maps, features["pooled_feat"].flatten(1)[:, :, None, None]]
 
 
@@ -106,10 +116,11 @@ class ReviewKD(Distiller):
         found = self._lists(s_shapes, t_shapes)
         for key, value in found.items():
             if image_size is not None or "CHANNELS" in key:
-                settle(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
-        mid_channels = min(512, found["IN_CHANNELS"][-1])
+                resolve_setting(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
+        mid_channels = node.MID_CHANNELS or min(512, found["IN_CHANNELS"][-1])
+        require_positive("REVIEWKD.MID_CHANNELS", mid_channels)
         blocks = [
-            ABF(s, mid_channels, t, fuse=level < len(self.chosen[0]))
+            ABF(s, mid_channels, t, fuse=level < len(found["IN_CHANNELS"]) - 1)
             for level, (s, t) in enumerate(
                 zip(found["IN_CHANNELS"], found["OUT_CHANNELS"], strict=True)
             )
@@ -119,11 +130,14 @@ class ReviewKD(Distiller):
     def _lists(self, student: FeatureShapes, teacher: FeatureShapes) -> dict[str, list[int]]:
         s_maps = [student[self.student_key][i] for i in self.chosen[0]]
         t_maps = [teacher[self.teacher_key][j] for j in self.chosen[1]]
+        if "pooled_feat" in student:
+            for maps, shapes in ((s_maps, student), (t_maps, teacher)):
+                maps.append(torch.Size([1, shapes["pooled_feat"][1:].numel(), 1, 1]))
         return {
-            "SHAPES": [1, *(shape[2] for shape in s_maps[::-1])],
-            "OUT_SHAPES": [1, *(shape[2] for shape in t_maps[::-1])],
-            "IN_CHANNELS": [*(shape[1] for shape in s_maps), student["pooled_feat"][1:].numel()],
-            "OUT_CHANNELS": [*(shape[1] for shape in t_maps), teacher["pooled_feat"][1:].numel()],
+            "SHAPES": [shape[2] for shape in s_maps[::-1]],
+            "OUT_SHAPES": [shape[2] for shape in t_maps[::-1]],
+            "IN_CHANNELS": [shape[1] for shape in s_maps],
+            "OUT_CHANNELS": [shape[1] for shape in t_maps],
         }
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:

@@ -23,8 +23,8 @@ Cells have equal area; pixels on a border count by their share, and cells smalle
 repeat it. The authors pool to 4 x 4 and from there on: the same for sides of 1, 2 or a multiple of
 4 (all CIFAR networks). For others, 7 x 7 say, their cells overlap, and the first region's logits
 are not those of the image.
-Samples without label are left out. Networks are refused whose logits are no linear layer on the
-average of `final_map`. The authors clip gradients at norm 40 (SOLVER.CLIP_GRAD_NORM).
+Samples without label are left out. Networks whose logits are not a linear layer on the average of
+`final_map` are refused. The authors clip gradients at norm 40 (SOLVER.CLIP_GRAD_NORM).
 """
 
 from __future__ import annotations
@@ -38,15 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    IGNORE_INDEX,
-    require_positive,
-    soften,
-    warmup_factor,
-)
-from mdistiller.distillers._decoupled import labelled_mean
-from mdistiller.distillers._heads import classify, linear_head
-from mdistiller.distillers.logit_losses import dkd_rows, kd_rows, nkd_rows
+from mdistiller.distillers.helpers.decoupled import labelled_mean
+from mdistiller.distillers.helpers.heads import classify, linear_head
+from mdistiller.distillers.helpers.logit_losses import dkd_rows, kd_rows, nkd_rows
+from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive, warmup_factor
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,12 +92,12 @@ def region_nkd(
     form: str = "code",
 ) -> Tensor:
     """NKD of each row [N], see the module's text; `form` is code or fixed."""
-    own, others = nkd_rows(logits_student, logits_teacher, target, temperature)
+    target_rows, other_rows = nkd_rows(logits_student, logits_teacher, target, temperature)
     if form == "code":
-        log_p = F.log_softmax(soften(logits_student, temperature), dim=1)
-        log_q = F.log_softmax(soften(logits_teacher, temperature), dim=1)
-        others = -(log_q.exp() * log_p).sum(dim=1) * temperature**2
-    return own + gamma * others
+        log_p = F.log_softmax(scale_logits(logits_student, temperature), dim=1)
+        log_q = F.log_softmax(scale_logits(logits_teacher, temperature), dim=1)
+        other_rows = -(log_q.exp() * log_p).sum(dim=1) * temperature**2
+    return target_rows + gamma * other_rows
 
 
 def complementary(teacher: Tensor, target: Tensor, consistency: str = "label") -> Tensor:
@@ -135,8 +131,8 @@ def sdd_loss(
         norm: "mean" or "sum" over regions.
     """
     count = student.shape[2]
-    own, other = (logits.transpose(1, 2).flatten(0, 1) for logits in (student, teacher))
-    rows = row_loss(own, other, target[:, None].expand(-1, count).flatten())
+    s_logits, t_logits = (logits.transpose(1, 2).flatten(0, 1) for logits in (student, teacher))
+    rows = row_loss(s_logits, t_logits, target[:, None].expand(-1, count).flatten())
     total = (weights * rows.unflatten(0, (-1, count))).sum(dim=1)
     return labelled_mean(total / count if norm == "mean" else total, target != IGNORE_INDEX)
 
@@ -163,15 +159,17 @@ class SDD(Distiller):
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         node = self.node
-        own = region_logits(linear_head(self.student, "student"), student["final_map"], node.SCALES)
+        s_logits = region_logits(
+            linear_head(self.student, "student"), student["final_map"], node.SCALES
+        )
         with torch.no_grad():
             head = linear_head(self.teacher, "teacher")
-            other = region_logits(head, teacher["final_map"], node.SCALES)
-            differs = complementary(other, target, node.CONSISTENCY)
+            t_logits = region_logits(head, teacher["final_map"], node.SCALES)
+            differs = complementary(t_logits, target, node.CONSISTENCY)
         self.metrics = {"complementary": differs.float().mean()}
         weights = 1.0 + (node.COMP_WEIGHT - 1.0) * differs
-        own, other = self.standardize(own), self.standardize(other)
-        loss = sdd_loss(own, other, target, self.row_loss, weights, node.NORM)
+        s_logits, t_logits = self.standardize(s_logits), self.standardize(t_logits)
+        loss = sdd_loss(s_logits, t_logits, target, self.row_loss, weights, node.NORM)
         return warmup_factor(batch["epoch"], self.warmup) * loss
 
 
@@ -193,7 +191,7 @@ def base_loss(name: str, node: Any) -> RowLoss:
 
 
 def check(node: Any) -> Any:
-    """The SDD node, if its values mean something."""
+    """The SDD node, with its values checked."""
     for key, value, allowed in (
         ("BASE", node.BASE.upper(), ("KD", "DKD", "NKD")),
         ("NORM", node.NORM, ("mean", "sum")),

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, gram, unit
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
 
 
 def similarities(features: Tensor) -> Tensor:
@@ -43,6 +43,7 @@ class SP(Distiller):
 
     needs_teacher_classifier = False
     soft_labels = True
+    relates_images = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher)

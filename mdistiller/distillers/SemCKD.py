@@ -37,16 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    gram,
-    probe,
-    require_positive,
-    unit,
-)
-from mdistiller.distillers._gather import gather_batch
-from mdistiller.distillers._stages import match_size
-from mdistiller.distillers.logit_losses import kd_loss
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.logit_losses import kd_loss
+from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.stages import match_size
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
@@ -132,6 +128,7 @@ class Attention(nn.Module):
 class SemCKD(Distiller):
     """All student stages learn from all teacher stages, by learned attention; and soft targets."""
 
+    relates_images = True
     soft_labels = True
 
     def __init__(
@@ -164,15 +161,15 @@ class SemCKD(Distiller):
         self.projectors = nn.ModuleList(projector(s, t) for s in s_widths for t in t_widths)
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = student["feats"][1:], teacher["feats"][1:]
-        all_maps = gather_batch(*own, *other)
-        attention = self.attention(all_maps[: len(own)], all_maps[len(own) :])
-        (errors,) = gather_batch(self.errors(own, other))
+        s_maps, t_maps = student["feats"][1:], teacher["feats"][1:]
+        all_maps = gather_batch(*s_maps, *t_maps)
+        attention = self.attention(all_maps[: len(s_maps)], all_maps[len(s_maps) :])
+        (errors,) = gather_batch(self.errors(s_maps, t_maps))
         kd = kd_loss(student.logits, teacher.logits, self.temperature)
         return self.kd_weight * kd + self.weight * semckd_loss(errors, attention)
 
-    def errors(self, own: Maps, other: Maps) -> Tensor:
+    def errors(self, s_maps: Maps, t_maps: Maps) -> Tensor:
         """e [n, S, K] of the process's own samples."""
-        pairs = [match_size(s, t) for s in own for t in other]
+        pairs = [match_size(s, t) for s in s_maps for t in t_maps]
         projected = [project(s) for project, (s, _) in zip(self.projectors, pairs, strict=True)]
-        return layer_errors(projected, [t for _, t in pairs]).unflatten(1, (len(own), -1))
+        return layer_errors(projected, [t for _, t in pairs]).unflatten(1, (len(s_maps), -1))

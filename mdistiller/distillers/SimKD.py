@@ -17,8 +17,8 @@ them like any other. (The authors' code runs the teacher at test too, to learn t
 here the neck knows it.)
 
 g ends in a ReLU and cannot reach negative values of a teacher's last map; the zoo's networks have
-none there. A teacher or student whose classifier is no linear layer on the average of `final_map`
-is refused.
+none there. A teacher or student whose classifier is not a linear layer on the average of
+`final_map` is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import full_precision, mean_square_error, pool_to, probe
-from mdistiller.distillers._heads import linear_head
+from mdistiller.distillers.helpers.connectors import pool_to
+from mdistiller.distillers.helpers.heads import linear_head
+from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error
+from mdistiller.distillers.helpers.shapes import probe
 from mdistiller.registry import UserError
 
 
@@ -81,10 +83,12 @@ class SimKD(Distiller):
     @torch.no_grad()
     def reuse(self, head: nn.Linear | nn.Conv2d) -> None:
         """Give the student's classifier the weights of `head`, to stay."""
-        own = linear_head(self.student, "student").requires_grad_(False)
-        own.weight.copy_(head.weight.view_as(own.weight))
-        assert own.bias is not None
-        own.bias.copy_(torch.zeros_like(own.bias) if head.bias is None else head.bias)
+        student_head = linear_head(self.student, "student").requires_grad_(False)
+        student_head.weight.copy_(head.weight.view_as(student_head.weight))
+        assert student_head.bias is not None
+        student_head.bias.copy_(
+            torch.zeros_like(student_head.bias) if head.bias is None else head.bias
+        )
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """The backbone's and the neck's: the classifier stays as it is."""

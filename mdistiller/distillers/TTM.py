@@ -14,7 +14,7 @@ The paper tunes both numbers for every pair of CIFAR-100 (TTM: GAMMA 0.1 to 0.4,
 flat predictions the divergence curves like 1 / C, so fewer classes want a smaller BETA: the 0.1 and
 100 of resnet32x4 -> resnet8x4 did not train on 10 classes. The defaults are those of
 resnet110 -> resnet20 for TTM, of resnet32x4 -> resnet8x4 for WTTM. DIVERGENCE puts another
-divergence of t and q in KL's place; see `_divergence.py`.
+divergence of t and q in KL's place; see `helpers/divergence.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import divergence, require_positive, soften
-from mdistiller.distillers._divergence import Divergence, read_divergence
+from mdistiller.distillers.helpers.divergence import Divergence, read_divergence
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.settings import require_positive
 
 
 def ttm_loss(
@@ -43,11 +44,11 @@ def ttm_loss(
         gamma: power of the teacher's probabilities, > 0.
         form: what is measured in place of the Kullback-Leibler divergence.
     """
-    log_q = F.log_softmax(soften(logits_student, 1.0), dim=1)
-    log_t = F.log_softmax(soften(logits_teacher, 1 / gamma), dim=1)
+    log_q = F.log_softmax(scale_logits(logits_student, 1.0), dim=1)
+    log_t = F.log_softmax(scale_logits(logits_teacher, 1 / gamma), dim=1)
     rows = form(log_t, log_q)
     if weighted:
-        log_p = F.log_softmax(soften(logits_teacher, 1.0), dim=1)
+        log_p = F.log_softmax(scale_logits(logits_teacher, 1.0), dim=1)
         rows = rows * (gamma * log_p).logsumexp(dim=1).exp()
     return rows.mean()
 

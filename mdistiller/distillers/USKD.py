@@ -13,7 +13,7 @@ j != t:
 
 zeta_j is 1 / rank of class j, scaled to sum 1 without the target, which takes part in the ranking;
 rank 1 has the largest score R_j = W_j / (1 - W_t + 1e-6) + X_j / (1 - X_t + 1e-6). P and zeta carry
-no gradient. Paper and code part over X: RANK "log" (the default, as the authors' code) takes the
+no gradient. Paper and code differ over X: RANK "log" (the default, as the authors' code) takes the
 student's log-probabilities, "prob" its probabilities, as published.
 
 Mixed labels ([N, C] probabilities) count with their two largest classes: P_k = S_k^2 + y_k - mean
@@ -32,9 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers._common import IGNORE_INDEX, cross_entropy, probe, require_one_of, soften
-from mdistiller.distillers._decoupled import labelled_mean
-from mdistiller.distillers._gather import gather_batch
+from mdistiller.distillers.helpers.decoupled import labelled_mean
+from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, cross_entropy, scale_logits
+from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.shapes import probe
 
 
 def label_weights(target: Tensor, classes: int) -> Tensor:
@@ -67,7 +69,7 @@ def uskd_terms(
         target: [N] class indices, or [N, C] probabilities; rows with IGNORE_INDEX do not count.
         rank: "log" or "prob", what of the student the ranking takes.
     """
-    log_s, log_w = (F.log_softmax(soften(z, 1.0), dim=1) for z in (logits, weak_logits))
+    log_s, log_w = (F.log_softmax(scale_logits(z, 1.0), dim=1) for z in (logits, weak_logits))
     labels = label_weights(target, logits.shape[1]).to(log_s.dtype)
     is_target = labels > 0
     labelled = is_target.any(dim=1)
@@ -77,13 +79,13 @@ def uskd_terms(
         score = torch.stack([x / (1 - (x * is_target).sum(1, True) + 1e-6) for x in shares]).sum(0)
         zeta = rank_weights(score, is_target)
     smooth = 0.9 * (target if target.is_floating_point() else labels) + 0.1 / logits.shape[1]
-    log_r = F.log_softmax(soften(logits, 1.0).masked_fill(is_target, -math.inf), dim=1)
+    log_r = F.log_softmax(scale_logits(logits, 1.0).masked_fill(is_target, -math.inf), dim=1)
     log_r = log_r.masked_fill(is_target, 0.0)
-    own, others, weak = (
+    target_term, other_term, weak_term = (
         -labelled_mean((weights * logs).sum(dim=1), labelled)
         for weights, logs in ((soft_target, log_s), (zeta, log_r), (smooth, log_w))
     )
-    return own, others, weak
+    return target_term, other_term, weak_term
 
 
 def _above_average(squares: Tensor, labels: Tensor) -> Tensor:
@@ -93,9 +95,9 @@ def _above_average(squares: Tensor, labels: Tensor) -> Tensor:
     """
     values, index = labels.topk(min(2, labels.shape[1]), dim=1)
     present = values > 0
-    own = squares.gather(1, index) * present
-    mean = own.sum(dim=0) / present.sum(dim=0).clamp(min=1)
-    return torch.zeros_like(squares).scatter(1, index, (own - mean) * present)
+    target_squares = squares.gather(1, index) * present
+    mean = target_squares.sum(dim=0) / present.sum(dim=0).clamp(min=1)
+    return torch.zeros_like(squares).scatter(1, index, (target_squares - mean) * present)
 
 
 @DISTILLERS.register(

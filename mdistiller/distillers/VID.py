@@ -21,15 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    full_precision,
-    get_feat_shapes,
-    pool_to,
-    probe_size,
-    require_maps,
-    require_positive,
-)
-from mdistiller.distillers._stages import pair_stages
+from mdistiller.distillers.helpers.connectors import pool_to
+from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.settings import probe_size, require_positive
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.stages import pair_stages
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {

@@ -8,8 +8,8 @@ P and Q those of the classes other than y at temperature T:
     W      = mean over n of the cost of moving Q_n to P_n at cost D_cd from class c to class d
     D      = 1 - exp(-SHARPEN dist)
 
-W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA (`_sinkhorn.py`).
-COST says what dist is:
+W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA
+(`helpers/sinkhorn.py`). COST chooses dist:
 
     cka        1 - linear CKA of the teacher's logits for the classes' training images
     cka_feats  the same of its pooled features
@@ -25,9 +25,9 @@ division,
     loss = CE_WEIGHT CE + (target + WKD_LOGIT_WEIGHT g W) + WKD_FEAT_WEIGHT g F
 
 A term of weight 0 is left out, `target` with W. g = 1 up to epoch COSINE_DECAY_EPOCH, then half a
-cosine down to 0 in the last one. The authors' code decays from the first epoch where the key is not
-set; so do the defaults here, which are those of ResNet34 -> ResNet18 on ImageNet (but for COST,
-there cka: the default needs no pass over images).
+cosine down to 0 in the last one. Without that key the authors' code decays from the first epoch, as
+the defaults here do. They are those of ResNet34 -> ResNet18 on ImageNet, except COST (there cka):
+the default needs no pass over images.
 
 Paper and code: the paper has full covariances in F and transports all classes together; the code,
 followed here, has diagonal ones and keeps the target apart. The authors ship their cost matrices;
@@ -45,18 +45,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._common import (
-    probe,
-    require_one_of,
-    require_positive,
-    soften,
-    unit,
-)
-from mdistiller.distillers._decoupled import labelled_mean, target_column
-from mdistiller.distillers._facts import TeacherFact, class_similarity, missing_fact
-from mdistiller.distillers._heads import linear_head
-from mdistiller.distillers._moments import make_projector, wkd_feature_loss
-from mdistiller.distillers._sinkhorn import transport_cost
+from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.heads import linear_head
+from mdistiller.distillers.helpers.moments import make_projector, wkd_feature_loss
+from mdistiller.distillers.helpers.numerics import scale_logits, unit
+from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.teacher_facts import TeacherFact, class_similarity, missing_fact
 from mdistiller.registry import UserError
 
 OUTPUTS = {"cka": "logits", "cka_feats": "pooled_feat"}
@@ -96,11 +92,11 @@ def wkd_logit_terms(
     """
     column, labelled = target_column(target)
     log_p, log_q = (
-        F.log_softmax(soften(z, 1.0), dim=1).gather(1, column)[:, 0]
+        F.log_softmax(scale_logits(z, 1.0), dim=1).gather(1, column)[:, 0]
         for z in (logits_student, logits_teacher)
     )
     student, teacher = (
-        soften(z, temperature).scatter(1, column, float("-inf")).log_softmax(dim=1)
+        scale_logits(z, temperature).scatter(1, column, float("-inf")).log_softmax(dim=1)
         for z in (logits_student, logits_teacher)
     )
     moved = transport_cost(student, teacher, cost.to(student.dtype), smoothing, rounds, largest)
@@ -224,9 +220,12 @@ class WKD(Distiller):
         decay = cosine_decay(batch["epoch"], self.decay_from, self.epochs)
         self.metrics, terms = {}, []
         if self.logit_weight:
-            own, moved = self._logit_terms(student.logits, teacher.logits, target)
-            self.metrics |= {"wkd_target": own.detach(), "wkd_logit": moved.detach()}
-            terms.append(own + decay * self.logit_weight * moved)
+            target_term, transport_term = self._logit_terms(student.logits, teacher.logits, target)
+            self.metrics |= {
+                "wkd_target": target_term.detach(),
+                "wkd_logit": transport_term.detach(),
+            }
+            terms.append(target_term + decay * self.logit_weight * transport_term)
         if self.feat_weight:
             maps = self.projector(student["feats"][self.layer]), teacher["feats"][self.layer]
             distance = wkd_feature_loss(*maps, self.grid, self.ratio)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers._returned import loss_of
+from mdistiller.distillers.helpers.checks import loss_of
 from mdistiller.registry import UserError
 
 
@@ -91,8 +91,8 @@ class Composed(Distiller):
         if not self.teacher_in_eval_mode:
             wants = [name for name, part in parts.items() if not part.teacher_in_eval_mode]
             warnings.warn(
-                f"{', '.join(wants)} has the teacher in train mode: the other parts of "
-                f"{'+'.join(parts)} see what it says by batch statistics, too",
+                f"{', '.join(wants)} runs the teacher in train mode: the other parts of "
+                f"{'+'.join(parts)} get outputs by batch statistics as well",
                 stacklevel=2,
             )
         for part in parts.values():
@@ -132,9 +132,9 @@ class Composed(Distiller):
         special = []
         for part in self.parts.values():
             assert isinstance(part, Distiller)
-            own = {id(p) for p in part.extra_parameters()}
+            extra_ids = {id(p) for p in part.extra_parameters()}
             for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in own]
+                params = [p for p in group["params"] if id(p) in extra_ids]
                 if group.keys() == {"params"}:
                     common += params
                 elif params:

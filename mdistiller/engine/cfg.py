@@ -1,8 +1,9 @@
 """The configuration: defaults, under a YAML file, under command-line overrides.
 
 Defaults live beside the code they steer: each distiller registers its own node, the data package
-its `DATASET` node, the engine has `cfg_defaults.py`. A key that has no default is an error that
-names the nearest one. What values may be is in `cfg_values.py` (types) and `cfg_checks.py`.
+its `DATASET` node, the engine has `config/defaults.py`. A key that has no default is an error that
+names the nearest one. How a config is merged is in `config/node.py`; what values may be, in
+`config/values.py` (types) and `config/checks.py`.
 """
 
 from __future__ import annotations
@@ -14,125 +15,34 @@ from typing import Any
 from yacs.config import CfgNode
 
 from mdistiller.dataset import DATASET_CONFIG
-from mdistiller.distillers import DISTILLERS
-from mdistiller.distillers._compose import part_names
-from mdistiller.engine.config.checks import check_values
+from mdistiller.distillers import DISTILLERS, part_names
+from mdistiller.engine import trainer_dict
 from mdistiller.engine.config.defaults import ENGINE_CONFIG
-from mdistiller.engine.config.files import read_yaml
+from mdistiller.engine.config.node import ConfigNode, fill
 from mdistiller.engine.config.safe_yaml import shown
-from mdistiller.engine.config.values import DEEPEST, as_read, coerce, flatten, is_plain, literal
-from mdistiller.engine.trainer import trainer_dict
+from mdistiller.engine.config.values import coerce, flatten
+from mdistiller.engine.tasks import task_of
 from mdistiller.engine.user_code.forks import UserCode, sections_read
-from mdistiller.engine.user_code.imports import import_user_modules, resolve_fork, resolve_imports
-from mdistiller.registry import UserError, is_builtin, suggest
+from mdistiller.engine.user_code.imports import import_user_modules
+from mdistiller.registry import UserError, is_builtin
 
 
-class Config(CfgNode):
-    """A yacs node that names the nearest key, takes ints for floats and reads only YAML."""
+class Config(ConfigNode):
+    """A config whose defaults are those of all methods and data sets that are registered."""
 
-    def merge_from_file(self, cfg_filename: str | Path) -> None:
-        """Merge a YAML file, its `_BASE_` files first; modules under IMPORTS are imported."""
-        self._merge_root(read_yaml(Path(cfg_filename)))
+    def import_user_code(self, modules: list[str]) -> None:
+        for code in import_user_modules(modules):
+            if code.name not in self["IMPORTS"]:
+                add_defaults(self, code)
+        add_registered_nodes(self)
 
-    def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
-        """Merge `[key, value, key, value, ...]`; string values are read as Python literals."""
-        if len(cfg_list) % 2:
-            raise UserError(
-                f"overrides come as KEY VALUE pairs, but {shown(cfg_list[-1])} has no partner"
-            )
-        for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
-            if not isinstance(key, str) or not all(key.split(".")) or key.count(".") > DEEPEST:
-                raise UserError(f"{shown(key)} is no config key (a key looks like SOLVER.LR)")
-            nested: Any = value
-            for part in reversed(key.split(".")):
-                nested = {part: nested}
-            self._merge_root(nested)
-
-    def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
-        """Merge another config or a nested mapping."""
-        self._merge_root(cfg_other)
-
-    def _merge_root(self, incoming: Mapping[str, Any]) -> None:
-        if self.is_frozen():
-            raise AttributeError("this config is frozen; clone() and defrost() it to change it")
-        if "SWEEP" in incoming:
-            raise UserError(
-                f"SWEEP: {shown(incoming['SWEEP'])} is a sweep: run it with tools/sweep.py"
-            )
-        if "DETECTION" in incoming and "DETECTION" not in self:
-            raise UserError(
-                "DETECTION: this is for a detector: run it with tools/train_detection.py"
-            )
-        modules = resolve_imports(literal(incoming.get("IMPORTS") or [], "IMPORTS"), Path())
-        if incoming.get("FORK") is not None:
-            modules = [resolve_fork(incoming["FORK"], Path()), *modules]
-        if modules:  # they add up; what they register has to be known before its keys are read
-            for code in import_user_modules(modules):
-                if code.name not in self["IMPORTS"]:
-                    add_defaults(self, code)
-            add_registered_nodes(self)
-            self["IMPORTS"] = list(dict.fromkeys([*self["IMPORTS"], *modules]))
-        rest = {k: v for k, v in incoming.items() if k not in ("IMPORTS", "FORK")}
-        merge(self, rest, (), root=self)
-
-
-def merge(node: CfgNode, incoming: Mapping[str, Any], path: tuple[str, ...], root: CfgNode) -> None:
-    """Write `incoming` into `node` in place, checking every key and type."""
-    for key, value in incoming.items():
-        if not isinstance(key, str):
-            raise UserError(f"{shown(key)} in {'.'.join(path)} is no config key")
-        name = ".".join((*path, key))
-        if value is None:  # "KEY:" without a value leaves the default
-            value = {} if isinstance(node.get(key), CfgNode) else node.get(key)
-        if key not in node:
-            if not node.is_new_allowed():
-                raise UserError(unknown_key(name, node, path, root))
-            node[key] = as_new(value, name)
-        elif isinstance(node[key], CfgNode):
-            value = literal(value, name)  # of the command line: "{'patch_size': 4}"
-            if not isinstance(value, Mapping):
-                raise UserError(
-                    f"{name} is a section with keys {', '.join(node[key])}, got {shown(value)}"
-                )
-            merge(node[key], value, (*path, key), root)
-        else:
-            node[key] = coerce(value, node[key], name, fractions=not is_declared(name, root))
-
-
-def is_declared(name: str, root: CfgNode) -> bool:
-    """Whether the default of a key is the library's: then a whole number is meant as one."""
-    first = name.partition(".")[0]
-    if first in DISTILLERS or first not in root:
-        return is_builtin(DISTILLERS.get(first))
-    if "DETECTION" in root:
-        return True
-    return name in {*flatten(ENGINE_CONFIG), *flatten({"DATASET": DATASET_CONFIG})}
-
-
-def as_new(value: Any, name: str) -> Any:
-    """`value` for a key without default: plain, a mapping as a node."""
-    if isinstance(value, Mapping) and name.count(".") < DEEPEST:
-        node = Config(new_allowed=True)
-        merge(node, value, (name,), node)
-        return node
-    value = literal(as_read(value, None, name), name)
-    if isinstance(value, Mapping) and name.count(".") < DEEPEST:  # spelled on the command line
-        return as_new(value, name)
-    if is_plain(value):
-        return value
-    raise UserError(
-        f"{name} wants a number, text, True, False, or lists and sections of these, got "
-        f"{shown(value)}"
-    )
-
-
-def unknown_key(name: str, node: CfgNode, path: tuple[str, ...], root: CfgNode) -> str:
-    """The error for a key that does not exist: the nearest beside it, else the nearest of all."""
-    siblings = [".".join((*path, key)) for key in node]
-    nearest = suggest(name, siblings) or (suggest(name, flatten(root)) if not path else "")
-    keys = f" (keys of {'.'.join(path)}: {', '.join(node)})" if path and not nearest else ""
-    plain = name if name.isprintable() and len(name) <= 120 else shown(name)
-    return f"unknown config key {plain}{nearest}{keys}"
+    def is_declared(self, name: str) -> bool:
+        first = name.partition(".")[0]
+        if first in DISTILLERS or first not in self:
+            return is_builtin(DISTILLERS.get(first))
+        if task_of(self) is not None:
+            return True
+        return name in {*flatten(ENGINE_CONFIG), *flatten({"DATASET": DATASET_CONFIG})}
 
 
 def add_registered_nodes(cfg: CfgNode) -> None:
@@ -153,9 +63,9 @@ def add_defaults(cfg: CfgNode, code: UserCode) -> None:
         UserError: the library has a key of another type, or `cfg` is of another kind of run.
     """
     is_fork = code.name.endswith("/")
-    if "DETECTION" in cfg:
+    if task_of(cfg) is not None:
         if is_fork:
-            raise UserError(f"FORK {code.name}: forks are for classification, not for detection")
+            raise UserError(f"FORK {code.name}: forks are for classification alone")
         return
     for name in code.methods:
         cfg[name] = Config(code.defaults.get(name, {}), new_allowed=name not in code.defaults)
@@ -208,17 +118,7 @@ def load_config(
     cfg = (CFG if defaults is None else defaults).clone()
     if defaults is None:
         add_registered_nodes(cfg)
-    if imports:
-        cfg.merge_from_list(["IMPORTS", list(imports)])
-    forks = [v for k, v in zip(overrides[0::2], overrides[1::2], strict=False) if k == "FORK"]
-    for fork in forks:  # its defaults lie under the file
-        cfg.merge_from_list(["FORK", fork])
-    if isinstance(path, Mapping):
-        cfg.merge_from_other_cfg(path)
-    elif path:
-        cfg.merge_from_file(path)
-    cfg.merge_from_list(overrides)
-    check_values(cfg)
+    fill(cfg, path, overrides, imports)
     cfg.freeze()
     return cfg
 

@@ -109,8 +109,11 @@ class Hook:
     def after_update(self, trainer: Trainer) -> None:
         """After every step of the optimizer in the main stage."""
 
-    def after_step(self, trainer: Trainer, meters: Any) -> None:
-        """After every micro-batch, with the means of the epoch so far (`meters.flush()` first)."""
+    def after_steps(self, trainer: Trainer, meters: Any) -> None:
+        """Every LOG.TENSORBOARD_FREQ micro-batches, with the means of the epoch so far."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After every micro-batch."""
 
     def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
         """Numbers for the epoch's record, after its last step and before the evaluation."""

@@ -35,6 +35,7 @@ class Optimization:
     scaler: Any
     accumulate: int
     step: int
+    processes: int
     guard: Any
 
     def call(self, moment: str, *args: Any) -> None:
@@ -106,6 +107,8 @@ class Optimization:
 
     def loss_weight(self) -> float:
         """Share of this process's micro-batch in the optimizer step, times the processes."""
+        if self.accumulate == 1 and self.processes == 1:
+            return 1.0
         weight = getattr(self.train_loader, "loss_weight", None)
         if weight is not None:
             share: float = weight(self.step - 1, self.accumulate)

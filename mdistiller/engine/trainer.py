@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.distillers._returned import logits_of, metrics_of, step_of
+from mdistiller.distillers.helpers.checks import logits_of, metrics_of, step_of
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
@@ -40,18 +40,13 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
-from mdistiller.engine.optim import (
-    autocast,
-    build_optimizer,
-    build_scheduler,
-    step_settings,
-)
+from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_settings
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, validate
 from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError
-from mdistiller.runtime import rank
+from mdistiller.runtime import rank, world_size
 
 trainer_dict = Registry("trainer (SOLVER.TRAINER)")
 
@@ -112,6 +107,7 @@ class BaseTrainer(Optimization):
         self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
         self.accumulate = cfg.SOLVER.ACCUMULATE
+        self.processes = world_size()
         self.epoch = 0
         self.step = 0
         self.best_acc = -1.0
@@ -197,8 +193,12 @@ class BaseTrainer(Optimization):
         try:
             for self.step, data in enumerate(batches, start=first):
                 message = self.train_iter(data, epoch, meters)
-                batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
-                self.call("after_step", meters)  # step curves, timed saves, signals
+                if not batches.disable:  # on a terminal
+                    batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
+                if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
+                    meters.flush()
+                    self.call("after_steps", meters)  # step curves
+                self.call("after_step")  # timed saves, signals
             record = self.epoch_record(meters)
         except NonFiniteLossError as error:
             raise self.guard.report(self, error) from None
@@ -216,12 +216,10 @@ class BaseTrainer(Optimization):
                 output, losses = step_of(self.model, self.distiller(**inputs))
             self.call("after_forward", losses)  # the guard against non-finite losses
             numbers, samples = self.measure(output, inputs)
-            train_meters.add(
-                f"{self.stage} epoch {epoch}, step {self.step}".strip(),
-                losses,
-                {**numbers, **metrics_of(self.model, self.device)},
-                samples,
-            )
+            if getattr(self.model, "metrics", None):
+                numbers |= metrics_of(self.model, self.device)
+            label = f"{self.stage} epoch {epoch}, step {self.step}".strip()
+            train_meters.add(label, losses, numbers, samples)
             self.optimize(losses)  # backward; at a group's end clip and step
         return ""
 
@@ -316,13 +314,14 @@ class BaseTrainer(Optimization):
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(self.device, non_blocking=True)
-            return [move(item) for item in value]
-
         names = ("image", "target", "index", "contrastive_index")
-        return {"epoch": epoch, **dict(zip(names, map(move, data), strict=False))}
+        inputs: dict[str, Any] = {"epoch": epoch}
+        for name, value in zip(names, data, strict=False):
+            if isinstance(value, Tensor):
+                inputs[name] = value.to(self.device, non_blocking=True)
+            else:  # two views
+                inputs[name] = [view.to(self.device, non_blocking=True) for view in value]
+        return inputs
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
         """Keep an epoch's numbers, and write them to every log; override to add your own."""

@@ -1,1 +1,1 @@
-"""Looking at trained networks: their quality, their teacher's beside it, features, pictures."""
+"""Evaluation of trained networks: accuracy, calibration, agreement with a teacher, plots."""

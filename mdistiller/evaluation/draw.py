@@ -29,7 +29,7 @@ def check_out(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {path} must end in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
+        raise UserError(f"--out {path}: folder {path.parent} does not exist")
     new_figure(1, 1)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.distillers._base import Output
-from mdistiller.distillers._stages import pair_by_height
+from mdistiller.distillers import Output
+from mdistiller.distillers.helpers.stages import pair_by_height
 from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (
@@ -24,7 +24,7 @@ from mdistiller.evaluation.subjects import Subject, side_by_side
 
 @dataclass
 class Evaluation:
-    """What was found of one network.
+    """The results of one network.
 
     Attributes:
         comparison: with the teacher, if there is one.
@@ -44,7 +44,7 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """Plain values, by name; percentages as such."""
         source, quality = self.subject.source, self.quality
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "label": source.label,
             "model": source.name,
             "weights": str(source.weights),
@@ -55,13 +55,13 @@ class Evaluation:
         }
         if self.comparison is not None:
             extra = {key: getattr(self.comparison, key) for key in ("agreement", "gap")}
-            found["teacher"] = {"label": self.teacher, **extra, **asdict(self.comparison)}
+            facts["teacher"] = {"label": self.teacher, **extra, **asdict(self.comparison)}
         if self.collapse is not None:
-            found["collapse"] = asdict(self.collapse)
+            facts["collapse"] = asdict(self.collapse)
         if self.cka:
-            found["cka"] = self.cka
+            facts["cka"] = self.cka
         lists = {"class_accuracy": quality.class_accuracy, "confusion": quality.confusion}
-        return {**found, **lists}
+        return {**facts, **lists}
 
 
 class _Sums:
@@ -81,15 +81,15 @@ class _Sums:
         self.collapse = CollapseSums(classes) if features else None
         self.cka: dict[str, Cka] = {}
 
-    def add(self, own: Output, teacher: Output | None, target: Tensor) -> None:
-        self.quality.add(own.logits, target)
+    def add(self, student: Output, teacher: Output | None, target: Tensor) -> None:
+        self.quality.add(student.logits, target)
         if self.comparison is not None and teacher is not None:
-            self.comparison.add(own.logits, teacher.logits, target)
+            self.comparison.add(student.logits, teacher.logits, target)
         if self.collapse is None:
             return
-        self.collapse.add(own["pooled_feat"], target)
+        self.collapse.add(student["pooled_feat"], target)
         if teacher is not None:
-            for name, x, y in matched_features(own, teacher):
+            for name, x, y in matched_features(student, teacher):
                 self.cka.setdefault(name, Cka()).add(x, y)
 
     def result(self) -> Evaluation:
@@ -108,9 +108,9 @@ def matched_features(student: Output, teacher: Output) -> list[tuple[str, Tensor
 
     Stages are paired as by methods that compare maps; the stem is left out.
     """
-    own, other = (output["feats"][1:] for output in (student, teacher))
-    heights = ([feat.shape[2] for feat in feats] for feats in (own, other))
-    pairs = [(f"{i + 1}-{j + 1}", own[i], other[j]) for i, j in pair_by_height(*heights)]
+    ours, theirs = (output["feats"][1:] for output in (student, teacher))
+    heights = ([feat.shape[2] for feat in feats] for feats in (ours, theirs))
+    pairs = [(f"{i + 1}-{j + 1}", ours[i], theirs[j]) for i, j in pair_by_height(*heights)]
     return [*pairs, ("pooled", student["pooled_feat"], teacher["pooled_feat"])]
 
 

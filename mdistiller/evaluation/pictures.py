@@ -37,8 +37,8 @@ def tsne_picture(
         raise UserError(f"--classes: at most {draw.MOST_CLASSES} can be told apart")
     positions = samples.choose_images(test.loader.dataset.targets, chosen, count, seed)
     titles, subjects = _titled(students, teacher)
-    found, targets = samples.collect(subjects, test, positions, device, samples.embedding)
-    panels = [(title, maps.tsne(f, seed)) for title, f in zip(titles, found, strict=True)]
+    embeddings, targets = samples.collect(subjects, test, positions, device, samples.embedding)
+    panels = [(title, maps.tsne(f, seed)) for title, f in zip(titles, embeddings, strict=True)]
     return draw.scatter(panels, targets, chosen, test.classes)
 
 
@@ -66,8 +66,8 @@ def correlation_picture(
     positions = samples.choose_images(test.loader.dataset.targets, everything, count, seed)
     titles, subjects = _titled(students, teacher)
     read = samples.logits_of(chosen)
-    found, _ = samples.collect(subjects, test, positions, device, read)
-    matrices = map(maps.logit_correlation, found)
+    logits, _ = samples.collect(subjects, test, positions, device, read)
+    matrices = map(maps.logit_correlation, logits)
     titled = list(zip(titles, matrices, strict=True))
     return draw.correlations(titled[0], titled[1:], [test.classes[k] for k in chosen])
 

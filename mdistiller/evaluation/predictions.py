@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers._common import divergence
+from mdistiller.distillers.helpers.numerics import divergence
 from mdistiller.engine.utils import correct_counts, count_cells
 
 BINS = 15
@@ -31,7 +31,7 @@ class Quality:
 
     Attributes:
         top1, top5: accuracy in percent.
-            NaN where the network says NaN of an image, as all other numbers then are.
+            NaN, like all other numbers, if the network gives NaN for an image.
         nll: mean cross-entropy, the negative log-likelihood of an image's class, in nats.
         ece: expected calibration error in percent: the mean over images of the difference between
             accuracy and mean confidence of their bin; [a, b) is a bin, as in torchmetrics,
@@ -86,7 +86,7 @@ class QualitySums:
         images = sum(map(sum, confusion))
         gaps = (self.bins[:, 0] - self.bins[:, 1]).abs().sum()
         top1, top5, nll, ece = (torch.cat([self.totals, gaps[None]]) / images).tolist()
-        if math.isnan(nll):  # the largest of what is no number is the first class
+        if math.isnan(nll):  # argmax of NaN is the first class
             top1 = top5 = math.nan
         return Quality(100 * top1, 100 * top5, nll, 100 * ece, confusion)
 
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """Images of which both name the same class, in percent."""
+        """Images that both assign to the same class, in percent."""
         return self.both_right + self.both_wrong_same
 
     @property
@@ -132,11 +132,11 @@ class ComparisonSums:
 
     def add(self, student: Tensor, teacher: Tensor, target: Tensor) -> None:
         """Add a batch: logits [N, C] of both, target [N] class indices."""
-        own, other = (logits.to(self.dtype) for logits in (student, teacher))
-        self.kl += divergence(other.log_softmax(dim=1), own.log_softmax(dim=1)).sum()
-        says, said = own.argmax(dim=1), other.argmax(dim=1)
-        right, taught = says == target, said == target
-        other_class = (says != said).long()
+        ours, theirs = (logits.to(self.dtype) for logits in (student, teacher))
+        self.kl += divergence(theirs.log_softmax(dim=1), ours.log_softmax(dim=1)).sum()
+        student_class, teacher_class = ours.argmax(dim=1), theirs.argmax(dim=1)
+        right, taught = student_class == target, teacher_class == target
+        other_class = (student_class != teacher_class).long()
         when_wrong = torch.where(right, 2, 3 + other_class)
         place = torch.where(taught, torch.where(right, 0, 1), when_wrong)
         self.outcomes.index_add_(0, place, torch.ones_like(place, dtype=self.dtype))

@@ -20,28 +20,28 @@ def choose_classes(classes: Sequence[str], wanted: Sequence[str], most: int) -> 
     """Indices of the classes with these names or numbers; the first `most` if none are named.
 
     Raises:
-        UserError: there is no such class.
+        UserError: a name is not a class.
     """
     if not wanted:
         return list(range(min(len(classes), most)))
-    found = []
+    labels = []
     for name in wanted:
         if name in classes:
-            found.append(list(classes).index(name))
+            labels.append(list(classes).index(name))
         elif name.isdecimal() and int(name) < len(classes):
-            found.append(int(name))
+            labels.append(int(name))
         else:
             raise UserError(
-                f"--classes: there is no class {name!r}{suggest(name, classes)} (classes have "
+                f"--classes: unknown class {name!r}{suggest(name, classes)} (classes have "
                 f"names and numbers from 0 to {len(classes) - 1})"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(labels))
 
 
 def choose_images(
     targets: Tensor, classes: Sequence[int], count: int = 0, seed: int = 0
 ) -> list[int]:
-    """Positions of `count` images of these classes, as many of each as can be; in order.
+    """Positions of `count` images of these classes in order, about the same number of each.
 
     Args:
         targets: [N] classes of all images.
@@ -99,13 +99,13 @@ def collect(
     Returns:
         One tensor [N, ...] for each network, and the targets [N].
     """
-    found: list[list[Tensor]] = [[] for _ in subjects]
+    tensors: list[list[Tensor]] = [[] for _ in subjects]
     targets = []
     for _, target, images in batches(test, positions, subjects):
-        for subject, image, parts in zip(subjects, images, found, strict=True):
+        for subject, image, parts in zip(subjects, images, tensors, strict=True):
             parts.append(read(*subject.net(image.to(device, non_blocking=True))).float())
         targets.append(target)
-    return [torch.cat(parts).cpu() for parts in found], torch.cat(targets).cpu()
+    return [torch.cat(parts).cpu() for parts in tensors], torch.cat(targets).cpu()
 
 
 def embedding(logits: Tensor, features: Mapping[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mdistiller.dataset import KnownData, TestData, known_data, load_test_loader, own_view
+from mdistiller.dataset import DataSpec, TestData, data_spec, eval_preprocessing, load_test_loader
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
@@ -96,15 +96,15 @@ def run_teachers(
     Raises:
         UserError: the weights of one are not where they were.
     """
-    found: dict[str, tuple[Source, dict[Path, float | None]]] = {}
+    teachers: dict[str, tuple[Source, dict[Path, float | None]]] = {}
     for one in {source.run: source for source in sources}.values():
         assert one.run is not None
         teacher = _run_teacher(one.run, one.cfg, data)
         settings = [teacher.cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
         weights = teacher.weights if teacher.weights == PRETRAINED else teacher.weights.resolve()
-        accuracies = found.setdefault(repr((settings, weights)), (teacher, {}))[1]
+        accuracies = teachers.setdefault(repr((settings, weights)), (teacher, {}))[1]
         accuracies[one.run] = recorded_teacher_acc(one.run)
-    return list(found.values())
+    return list(teachers.values())
 
 
 def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
@@ -139,17 +139,17 @@ def file_source(
 
     Args:
         path: the file, or "pretrain" for released weights.
-        name: its name in the zoo; empty for a file of a run folder, which says it itself.
+        name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
     if name:
-        own = cfg.clone()
-        own.defrost()
-        own.DISTILLER[role] = name
-        own.freeze()
+        node = cfg.clone()
+        node.defrost()
+        node.DISTILLER[role] = name
+        node.freeze()
         if path == "pretrain":
-            return Source(f"{name} released", own, PRETRAINED, role=role)
-        return Source(path, own, Path(path), role=role)
+            return Source(f"{name} released", node, PRETRAINED, role=role)
+        return Source(path, node, Path(path), role=role)
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
         raise UserError(f"-m must name the network of {path}, which is of no run folder")
@@ -157,7 +157,7 @@ def file_source(
 
 
 def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overrides) -> Config:
-    """The config that says what data runs are looked at on: their own, if they share them.
+    """The config of the data to evaluate runs on: that of the runs, if they share it.
 
     Raises:
         UserError: they do not.
@@ -196,11 +196,11 @@ def load_all(
     Returns:
         The test set of the first network, or of the first run's, and the networks.
     """
-    facts = known_data(cfg)
+    facts = data_spec(cfg)
     own = [_own_preprocessing(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
-    views = {one: own_view(cfg, one) for one in set(own)}
+    views = {one: eval_preprocessing(cfg, one) for one in set(own)}
     tests: dict[Preprocessing, TestData] = {}
     for i in sorted(range(len(sources)), key=lambda i: i != first):
         one, view = own[i], views[own[i]]
@@ -213,7 +213,9 @@ def load_all(
             views = dict.fromkeys(views, view)
         elif i == first and runs:
             cfg = _sized(cfg, tests[view].image_size[0])
-            views = {one: view if views[one] == view else own_view(cfg, one) for one in views}
+            views = {
+                one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
+            }
     main = tests[views[own[first]]]
     subjects = []
     for source, one in zip(sources, own, strict=True):
@@ -225,18 +227,18 @@ def load_all(
 
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
-    facts = known_data(cfg)
+    facts = data_spec(cfg)
     own = _own_preprocessing(source, facts) if facts.files else None
     if own is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
     sized = _sized(cfg, test.image_size[0])
-    if own_view(sized, own) == replace(test.preprocessing, mean=(), std=()):
+    if eval_preprocessing(sized, own) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, own)
     return replace(load(source, other, device), loader=other.loader)
 
 
-def _own_preprocessing(source: Source, facts: KnownData) -> Preprocessing | None:
+def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None

@@ -11,15 +11,16 @@ import yaml
 
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
-from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.student import Student
 from mdistiller.export.usage import interface, snippet
+from mdistiller.files.atomic import replacing
+from mdistiller.files.tables import markdown_table
 from mdistiller.models import count_cost
 
 _TEST_SET = "test set"
-_EMA = "ema_"  # before the names of what is measured of the moving average
+_EMA = "ema_"  # prefix of measurements of the moving average
 _LOCAL = ("LOG", "DEVICE")  # parts of a config that only concern the machine it ran on
 _PATHS = ("ROOT", "TEACHER_CKPT", "TEACHER_CFG")
 
@@ -43,7 +44,7 @@ class Latency(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """An accuracy of the run: of which weights, after which epoch, in percent, on which images."""
+    """An accuracy of the run in percent: its weights, epoch and images."""
 
     weights: str
     epoch: int
@@ -117,8 +118,8 @@ def origin(student: Student) -> str:
     )
     if method.uses_teacher:
         value = student.run.summary.get("teacher_acc")
-        known = "" if value is None else f" (top-1 {value:.2f} %)"
-        text += f" under the teacher `{node.TEACHER}`{known}"
+        accuracy = "" if value is None else f" (top-1 {value:.2f} %)"
+        text += f" under the teacher `{node.TEACHER}`{accuracy}"
     else:
         text += ", without a teacher"
     if method.forward_test is not Distiller.forward_test:
@@ -135,7 +136,7 @@ def accuracies(student: Student) -> list[Measured]:
         return []
     run, split = student.run, student.cfg.DATASET.VAL_SPLIT
     images = f"{split} held-out training images" if split else _TEST_SET
-    found = []
+    measured = []
     for prefix in ("", _EMA):
         key = f"{prefix}test_acc"
         values = {row["epoch"]: row[key] for row in run.epochs if key in row}
@@ -147,7 +148,7 @@ def accuracies(student: Student) -> list[Measured]:
         chosen = run.choice.removeprefix("epoch_")
         if chosen.isdigit() and not prefix:
             epochs[run.choice] = int(chosen)
-        found += [
+        measured += [
             Measured(name, epoch, values[epoch], images)
             for name, epoch in epochs.items()
             if epoch in values
@@ -155,26 +156,27 @@ def accuracies(student: Student) -> list[Measured]:
         if f"{key}_best" in run.summary:
             for name, epoch, which in (("best", best, "best"), ("latest", last, "last")):
                 value = run.summary[f"{key}_{which}"]
-                found.append(Measured(f"{prefix}{name}", epoch, value, _TEST_SET))
-    return found
+                measured.append(Measured(f"{prefix}{name}", epoch, value, _TEST_SET))
+    return measured
 
 
 def accuracy(student: Student) -> str:
     """Last and best, what the best was selected on, and which of them was exported."""
-    found = accuracies(student)
-    if student.run is None or not found:
-        return "Not known: the weights came without the record of a run."
-    lines = ["| weights | epoch | top-1 % | measured on |", "|---|---|---|---|"]
-    for item in found:
+    measured = accuracies(student)
+    if student.run is None or not measured:
+        return "Unknown: the weights came without the record of a run."
+    rows = []
+    for item in measured:
         mark = " (these files)" if item.weights == student.run.choice else ""
-        lines.append(f"| {item.weights}{mark} | {item.epoch} | {item.value:.2f} | {item.images} |")
-    selected = f"The best epoch was selected on the {found[0].images}"
-    flattered = ", which flatters its accuracy" if found[0].images == _TEST_SET else ""
-    lines += ["", f"{selected}{flattered}."]
-    if any(item.weights.startswith(_EMA) for item in found):
+        rows.append([f"{item.weights}{mark}", item.epoch, f"{item.value:.2f}", item.images])
+    selected = f"The best epoch was selected on the {measured[0].images}"
+    flattered = ", which flatters its accuracy" if measured[0].images == _TEST_SET else ""
+    head = ["weights", "epoch", "top-1 %", "measured on"]
+    lines = [markdown_table(head, rows), "", f"{selected}{flattered}."]
+    if any(item.weights.startswith(_EMA) for item in measured):
         decay = student.cfg.SOLVER.EMA
         lines.append(f"Rows {_EMA}* are of the moving average of the weights (decay {decay}).")
-    last, epochs = max(item.epoch for item in found), student.cfg.SOLVER.EPOCHS
+    last, epochs = max(item.epoch for item in measured), student.cfg.SOLVER.EPOCHS
     if last < epochs:
         lines.append(f"The run was not finished: {last} of {epochs} epochs.")
     return "\n".join(lines)
@@ -182,15 +184,13 @@ def accuracy(student: Student) -> str:
 
 def file_table(files: Sequence[Exported]) -> str:
     """Each file, its size, and how far it is from PyTorch."""
-    lines = [
-        "| file | MB | input | largest difference of a logit from PyTorch |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for file in files:
         size = file.path.stat().st_size / 1e6
         values = "0 to 1" if file.raw else "normalised"
-        lines.append(f"| `{file.path.name}` | {size:.2f} | {values} | {file.difference:.1e} |")
-    return "\n".join(lines)
+        rows.append([f"`{file.path.name}`", f"{size:.2f}", values, f"{file.difference:.1e}"])
+    head = ["file", "MB", "input", "largest difference of a logit from PyTorch"]
+    return markdown_table(head, rows)
 
 
 def cost(student: Student, latencies: Sequence[Latency], machine: str) -> str:
@@ -203,14 +203,14 @@ def cost(student: Student, latencies: Sequence[Latency], machine: str) -> str:
         "addition counted as two)."
     ]
     if latencies:
-        lines += ["", "| run by | batch | median ms | quartiles | images/s | runs |"]
-        lines.append("|---|---|---|---|---|---|")
+        head = ["run by", "batch", "median ms", "quartiles", "images/s", "runs"]
+        rows = []
         for row in latencies:
-            lines.append(
-                f"| {row.what} | {row.batch} | {row.ms:.2f} | {row.low:.2f} to {row.high:.2f} | "
-                f"{1e3 * row.batch / row.ms:,.0f} | {row.rounds} |"
+            times = [f"{row.ms:.2f}", f"{row.low:.2f} to {row.high:.2f}"]
+            rows.append(
+                [row.what, row.batch, *times, f"{1e3 * row.batch / row.ms:,.0f}", row.rounds]
             )
-        lines += ["", f"Wall-clock time on {machine}."]
+        lines += ["", markdown_table(head, rows), "", f"Wall-clock time on {machine}."]
     return "\n".join(lines)
 
 
@@ -223,17 +223,17 @@ def making(student: Student, files: Sequence[Exported]) -> str:
             f"- Trained: {start.get('time', '')}, seed {start.get('seed')}, on "
             f"{start.get('device', '')}; {_software(start.get('git', ''), start['versions'])}."
         )
-    packages = [package for file in files for package in FORMATS[file.format].packages]
-    own = versions() | {name: importlib.metadata.version(name) for name in packages}
-    lines.append(f"- Exported from {student.checkpoint}: {_software(git_revision(), own)}.")
+    names = [package for file in files for package in FORMATS[file.format].packages]
+    packages = versions() | {name: importlib.metadata.version(name) for name in names}
+    lines.append(f"- Exported from {student.checkpoint}: {_software(git_revision(), packages)}.")
     if student.run is not None:
         config = f"```yaml\n{_shareable_config(student)}```"
         lines += ["", f"<details><summary>Config</summary>\n\n{config}\n\n</details>"]
     return "\n".join(lines)
 
 
-def _software(revision: str, found: dict[str, str]) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+def _software(revision: str, packages: dict[str, str]) -> str:
+    listed = ", ".join(f"{name} {version}" for name, version in packages.items())
     return listed + (f", git revision {revision}" if revision else "")
 
 

@@ -115,7 +115,7 @@ def write_onnx(student: Student, deployed: Deployed) -> bytes:
 
 
 def read_onnx(path: Path, student: Student) -> Runner:
-    """The model in onnxruntime, on as many CPU threads as torch uses."""
+    """The model in onnxruntime, with torch's number of CPU threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -162,7 +162,7 @@ def _onnx_by_tracing(deployed: Deployed) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of the exporters, of which every result is verified."""
+    """Silence the warnings of the exporters; every file is verified afterwards."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings():

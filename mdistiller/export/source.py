@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.dataset import known_data, load_test_loader
+from mdistiller.dataset import data_spec, load_test_loader
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.class_order import stated_classes
@@ -35,8 +35,7 @@ from mdistiller.engine.run.record import data_facts
 from mdistiller.engine.utils import log_msg
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
-from mdistiller.models.normalize import Statistics
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network, recorded_facts
 
@@ -52,7 +51,7 @@ def from_run(
         imports: further user files.
 
     Raises:
-        UserError: it is no run folder, or has no such checkpoint.
+        UserError: it is not a run folder, or lacks the checkpoint.
     """
     cfg = recorded_config(folder, overrides, imports)
     refuse_commands(folder, cfg, overrides)
@@ -81,19 +80,19 @@ def from_checkpoint(
     """The student in a file.
 
     Args:
-        cfg: says what the data are.
+        cfg: names the data.
         checkpoint: the file, or "pretrain" for the released weights.
         num_classes: of the data. None: the data set is read, as for evaluation.
         side: of the images in pixels, where the data are not read.
         dataset: whether `cfg` names the data that it was trained on. If not, and the data are not
-            read, normalisation is only known if DATASET.MEAN says so.
+            read, normalisation is known from DATASET.MEAN alone.
     """
     if num_classes is None:
         data = data_facts(load_test_loader(cfg, torch.device("cpu"), _own(cfg, name, checkpoint)))
     elif min(num_classes, side) < 1:
         raise UserError("--num-classes and --image-size must be at least 1")
     else:
-        known = known_data(cfg)
+        known = data_spec(cfg)
         given = known.statistics if dataset or cfg.DATASET.MEAN else None
         mean, std = given or ((), ())
         data = {
@@ -119,7 +118,7 @@ def _own(cfg: Config, name: str, checkpoint: str) -> Preprocessing | None:
     """How the images of a network in a file are prepared, as far as that is not the data's."""
     released = checkpoint == "pretrain"
     stated = None if released else recorded_facts(checkpoint)
-    entry = get_model_entry(name, known_data(cfg).zoo)
+    entry = get_model_entry(name, data_spec(cfg).zoo)
     weights = PRETRAINED if released else checkpoint
     return own_preprocessing(cfg, "STUDENT", entry, weights, stated)
 

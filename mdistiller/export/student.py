@@ -1,4 +1,4 @@
-"""The student to export: its network, what its images must be, and what is known of its making."""
+"""The student to export: its network, the preprocessing of its images, and how it was trained."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.make import make_network
 from mdistiller.models import StagedNet, get_model_entry
-from mdistiller.models.normalize import Statistics
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 refuses transformers without a bound

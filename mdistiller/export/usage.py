@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from mdistiller.dataset import known_data
+from mdistiller.dataset import data_spec
 from mdistiller.engine.networks.make import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
@@ -90,7 +90,7 @@ def _fitting(student: Student) -> str:
         return f"Images of other sizes: {first} ({kind}, antialiased), and {middle}."
     if not student.dataset:
         return "Images of other sizes: as in training; how is not recorded."
-    if known_data(student.cfg).keeps_shape:
+    if data_spec(student.cfg).keeps_shape:
         return (
             f"Images of other sizes: the shorter side is resized to {round(height * 8 / 7)} pixels "
             f"(bilinear, antialiased), and the middle {width}x{height} cut out."

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.memory.loader import Normalize
-from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.export.files import FORMATS, Exported, Runner, check_packages, quiet
 from mdistiller.export.student import Deployed, Student
-from mdistiller.registry import UserError
+from mdistiller.files.atomic import replacing
+from mdistiller.registry import UserError, first_line
 
 TOLERANCE = 1e-4
 BATCHES = (1, 3, 8)  # none of them is the batch that was traced
@@ -57,7 +57,7 @@ def export_student(
 
 
 def _export_file(student: Student, deployed: Deployed, name: str, out: Path) -> Exported:
-    """Write one file under a passing name, run it, and only then give it its own."""
+    """Write a file under a temporary name, run it, and only then move it to its place."""
     kind = FORMATS[name]
     raw = deployed.normalizes and kind.standalone
     path = out / kind.file
@@ -85,10 +85,10 @@ def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
         UserError: it is more than TOLERANCE, relative to the largest logit if that is above 1.
     """
     generator = torch.Generator().manual_seed(0)
-    own = (student.mean, student.std) if student.mean else ((0.0,) * 3, (1.0,) * 3)
-    net, given = student.evaluated or (student.net, own)
+    trained = (student.mean, student.std) if student.mean else ((0.0,) * 3, (1.0,) * 3)
+    net, given = student.evaluated or (student.net, trained)
     ours, theirs = (
-        Normalize(tuple(mean), tuple(std), torch.device("cpu")) for mean, std in (given, own)
+        Normalize(tuple(mean), tuple(std), torch.device("cpu")) for mean, std in (given, trained)
     )
     largest = 0.0
     for batch in BATCHES:
@@ -97,10 +97,10 @@ def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
         wanted: Tensor = net(ours(images))[0].float()
         if not wanted.isfinite().all():
             raise UserError(f"{student.checkpoint} gives logits that are not finite; not exported")
-        found = run(images.float() / 255 if raw else theirs(images))
+        logits = run(images.float() / 255 if raw else theirs(images))
         difference = float("inf")
-        if found.shape == wanted.shape:
-            difference = float((found - wanted).abs().max())
+        if logits.shape == wanted.shape:
+            difference = float((logits - wanted).abs().max())
         largest = max(largest, difference)
         if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
             raise UserError(
@@ -119,5 +119,5 @@ def _trying(failure: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise UserError(f"{failure}: {first}") from error

@@ -1,4 +1,4 @@
-"""Files from elsewhere: downloads and archives, neither of which is trusted."""
+"""Downloads and archives, treated as untrusted."""
 
 from mdistiller.files.fetch import fetch
 from mdistiller.files.hashes import file_hash

@@ -215,7 +215,7 @@ def _position(answer: Any, start: int) -> int:
 
 
 def _whole_size(answer: Any, start: int) -> int | None:
-    """Bytes of the whole file, if the server says so."""
+    """Bytes of the whole file, if the server states them."""
     if getattr(answer, "status", 200) == 206:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -249,7 +249,7 @@ def _check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise _RefusedError(f"{url} is no address ({error})") from None
+        raise _RefusedError(f"{url} is not an address ({error})") from None
     local = parts.scheme == "file" or (parts.scheme == "http" and parts.hostname in _HERE)
     if parts.scheme != "https" and not local:
         raise _RefusedError(f"{url} is not https")

@@ -95,7 +95,7 @@ def move_in(source: Path, target: Path) -> None:
         UserError: it was not in the archive, or cannot be put there.
     """
     if not source.exists():
-        raise UserError(f"the archive holds no {source.name}, which belongs at {target}")
+        raise UserError(f"the archive has no file {source.name}, expected for {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         old = source.with_name(f"{source.name}.old")  # goes with the temporary folder

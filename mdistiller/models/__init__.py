@@ -3,18 +3,20 @@
 An entry unpacks as `(constructor, checkpoint path or None)` and can be called:
 
     net = get_model_entry("resnet8x4", "cifar")(num_classes=10)
-    logits, features = net(images)   # see mdistiller.models._base.StagedNet
+    logits, features = net(images)   # see mdistiller.models.StagedNet
 
-A new family is one file in a sub-package: every module here whose name has no leading
-underscore is imported, and enters its models with `@register_model`.
+A new family is one file in a sub-package that registers its networks with `@register_model`: every
+module whose name has no leading underscore is imported.
 """
 
 import importlib
 import pkgutil
 
-from mdistiller.models._base import (
+from mdistiller.models.cost import count_cost
+from mdistiller.models.external.plain import as_staged
+from mdistiller.models.staged import StagedNet
+from mdistiller.models.zoo import (
     ModelEntry,
-    StagedNet,
     cifar_model_dict,
     get_model_entry,
     imagenet_model_dict,
@@ -23,11 +25,11 @@ from mdistiller.models._base import (
     tiny_imagenet_model_dict,
     zoo_names,
 )
-from mdistiller.models.cost import count_cost
 
 __all__ = [
     "ModelEntry",
     "StagedNet",
+    "as_staged",
     "cifar_model_dict",
     "count_cost",
     "get_model_entry",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged
+from mdistiller.models.staged import Staged
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -35,7 +35,7 @@ class ResidualStage(nn.Sequential):
 
 
 class ActivatedStage(nn.Sequential):
-    """Layers in turn, and a ReLU that is not a child."""
+    """Layers in sequence, then a ReLU that is not a child."""
 
     def forward(self, x: Tensor) -> Staged:
         preact = super().forward(x)
@@ -43,7 +43,7 @@ class ActivatedStage(nn.Sequential):
 
 
 class LinearStage(nn.Sequential):
-    """Layers in turn whose output has no pre-activation to show."""
+    """Layers in sequence without a last ReLU, hence without pre-activation."""
 
     def forward(self, x: Tensor) -> Staged:
         return super().forward(x), None
@@ -53,7 +53,7 @@ def init_weights(net: nn.Module, linear_std: float | None = None) -> None:
     """Kaiming-normal convolutions by fan-out, sigma = sqrt(2 / (k*k*out)), and zero biases.
 
     Args:
-        net: network whose layers are drawn anew, in the order of its modules.
+        net: network whose layers are initialised, in the order of its modules.
         linear_std: sigma of linear weights, whose biases become zero; None leaves linear layers.
     """
     for layer in net.modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class Neck(nn.Sequential):
     """1x1, 3x3 and 1x1 convolution without bias, a batch norm and ReLU after each.
 
-    Its state dict says all that is needed to build it again, see :func:`read_neck`.
+    Its state dict suffices to build it again, see :func:`read_neck`.
 
     Args:
         inputs, hidden, outputs: channels before, between and after the convolutions.
@@ -56,7 +56,7 @@ def read_neck(state: Mapping[str, Tensor], prefix: str = "neck.") -> Neck | None
 
 
 def with_inputs(layer: nn.Module | None, inputs: int) -> nn.Linear | nn.Conv2d:
-    """A fresh classifier like `layer` (linear or 1x1 convolution) for so many inputs."""
+    """A fresh classifier like `layer` (linear or 1x1 convolution) with `inputs` channels."""
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     new: nn.Linear | nn.Conv2d
     if isinstance(layer, nn.Linear):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet
 from mdistiller.models._layers import (
     LinearStage,
     ResidualStage,
@@ -18,6 +17,7 @@ from mdistiller.models._layers import (
     init_weights,
     projection,
 )
+from mdistiller.models.staged import StagedNet
 
 
 class ResidualBlock(nn.Module):

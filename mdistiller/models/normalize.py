@@ -1,26 +1,26 @@
-"""A network that was trained on images normalised in another way than those it is given."""
+"""Input normalisation of a network that was trained on differently normalised images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mdistiller.preprocessing import Statistics
+
 #: Mean and standard deviation of each channel, for images in [0, 1].
-Statistics = tuple[Sequence[float], Sequence[float]]
 
 
-def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> None:
-    """Have `net` see images normalised by `own` where it is given such normalised by `given`.
+def renormalize_input(net: nn.Module, given: Statistics, wanted: Statistics) -> None:
+    """Make `net`, trained on images normalised by `wanted`, take images normalised by `given`.
 
-    One multiplication and addition a channel before each forward; nothing where the two agree, to
-    float32's precision. State dicts stay as they are.
+    Adds one multiplication and addition per channel before each forward, or nothing where the two
+    agree to float32's precision. State dicts do not change.
     """
     (mean, std), (own_mean, own_std) = (
-        [list(map(float, part)) for part in s] for s in (given, own)
+        [list(map(float, part)) for part in s] for s in (given, wanted)
     )
     net._image_norm = [own_mean, own_std]  # type: ignore[assignment]
     pairs = zip(mean + std, own_mean + own_std, strict=True)
@@ -34,7 +34,7 @@ def renormalize_input(net: nn.Module, given: Statistics, own: Statistics) -> Non
 
 
 def input_norm(net: nn.Module) -> list[list[float]] | None:
-    """[mean, std] that a network wants its images normalised with; None if it was never told."""
+    """[mean, std] set by :func:`renormalize_input`; None if it was not called."""
     return getattr(net, "_image_norm", None)
 
 

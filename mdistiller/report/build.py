@@ -17,7 +17,7 @@ from mdistiller.report.evaluations import (
 )
 from mdistiller.report.groups import Group, comparable, find_baselines, group
 from mdistiller.report.numbers import difference
-from mdistiller.report.published import beside
+from mdistiller.report.published import published_for
 from mdistiller.report.runs import FAILED, FINISHED, read_runs
 
 
@@ -93,10 +93,10 @@ def _beside(groups: Sequence[Group], base: Group | None, bases: Sequence[Group])
 def _rank(
     g: Group, bases: Sequence[Group], which: str, images: str
 ) -> tuple[int, bool, bool, float]:
-    """By baseline, that one first, then the best; last those of which no run has finished."""
-    found = tables.judged(g, which, images)
+    """Sort key: by baseline, which comes first, then by accuracy; without a finished run last."""
+    estimate = tables.judged(g, which, images)
     number = next((i for i, base in enumerate(bases) if comparable(g, base)), len(bases))
-    return number, g not in bases, found is None, -found.mean if found else 0.0
+    return number, g not in bases, estimate is None, -estimate.mean if estimate else 0.0
 
 
 def _lead(groups: Sequence[Group], bases: Sequence[Group]) -> list[str]:
@@ -118,8 +118,10 @@ def _numbers(
     rows = []
     for g in groups:
         base = next((base for base in bases if comparable(g, base)), None)
-        own = base or (bases[0] if len(bases) == 1 else None)
-        rows.append(_row(g, base, which, curves.goal(_beside(groups, own, bases), own, reach)))
+        reference = base or (bases[0] if len(bases) == 1 else None)
+        rows.append(
+            _row(g, base, which, curves.goal(_beside(groups, reference, bases), reference, reach))
+        )
     return rows
 
 
@@ -132,10 +134,10 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
         "failed": states[FAILED],
     }
     for kind in ("last", "best"):
-        found = tables.over_seeds(g, kind)
-        row[f"{kind}_mean"] = found.mean if found else None
-        row[f"{kind}_ci95"] = found.half if found else None
-        row[f"{kind}_seeds"] = found.n if found else 0
+        estimate = tables.over_seeds(g, kind)
+        row[f"{kind}_mean"] = estimate.mean if estimate else None
+        row[f"{kind}_ci95"] = estimate.half if estimate else None
+        row[f"{kind}_seeds"] = estimate.n if estimate else 0
     row["selected_on"] = "; ".join(g.facts("selected_on"))
     gap = None
     if base is not None and g is not base:
@@ -156,7 +158,7 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
     for name in COLUMNS:
         values = g.by_seed(lambda run, name=name: evaluated(run, which, name)).values()  # type: ignore[misc]
         row[name] = sum(values) / len(values) if values else None
-    lines = beside(g.config)
-    row["published"] = "; ".join(f"{line.top1:.2f}" for line in lines)
-    row["published_source"] = "; ".join(line.source for line in lines)
+    papers = published_for(g.config)
+    row["published"] = "; ".join(f"{line.top1:.2f}" for line in papers)
+    row["published_source"] = "; ".join(line.source for line in papers)
     return row

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from mdistiller.engine.tasks import TASKS
 from mdistiller.report.document import Chart, Line, Section, Table
-from mdistiller.report.groups import Group, family
+from mdistiller.report.groups import Group, comparable_groups
 from mdistiller.report.numbers import estimate
 from mdistiller.report.runs import Run
 from mdistiller.report.tables import NONE, plus_minus
@@ -21,15 +22,14 @@ _LEARNING = (
     ("train_acc", "Accuracy in training", "top-1 %"),
     ("test_loss", "Cross-entropy after each epoch", "nats"),
     ("train_loss", "Training loss, all terms", "loss"),
-    ("test_bbox/AP", "Box AP after each round", "AP %"),
-    ("test_segm/AP", "Mask AP after each round", "AP %"),
 )
 
 
 def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
     """Accuracy and loss by epoch, of the groups that compare with the baseline if there is one."""
     drawn, notes = _drawn(groups, base)
-    charts = [_chart(drawn, *words) for words in _LEARNING]
+    curves = (*_LEARNING, *(curve for task in TASKS.values() for curve in task.curves))
+    charts = [_chart(drawn, *words) for words in curves]
     longest = max((len(line.mean) for line in charts[0].lines), default=0)
     if longest >= 2 * FEW:
         half = _chart(drawn, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
@@ -48,7 +48,7 @@ def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
 
 def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
     """Groups that fit into one chart, and what to say of the others, a teacher's longer run say."""
-    drawn = family(groups, base)
+    drawn = comparable_groups(groups, base)
     left = ", ".join(g.name for g in groups if g not in drawn)
     notes = [f"Not drawn, as they do not compare with {base.name}: {left}."] if base else []
     return drawn, notes if left else []
@@ -92,10 +92,11 @@ def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> fl
 
 def reached(run: Run, accuracy: float) -> tuple[int, float] | None:
     """Epochs and seconds until a run's accuracy is there, earlier stages' seconds included."""
+    scores = ["test_acc", *(task.score for task in TASKS.values())]
     seconds = sum(row.get("seconds", 0.0) for row in run.stages)
     for row in run.epochs:
         seconds += row.get("seconds", 0.0)
-        if row.get("test_acc", row.get("test_bbox/AP", 0.0)) >= accuracy:
+        if max(row.get(key, 0.0) for key in scores) >= accuracy:
             return int(row["epoch"]), seconds
     return None
 
@@ -107,10 +108,10 @@ def convergence(groups: Sequence[Group], base: Group | None, reach: float | None
         return Section("Convergence")
     rows = []
     for g in groups:
-        found = [hit for run in g.finished if (hit := reached(run, wanted))]
+        hits = [hit for run in g.finished if (hit := reached(run, wanted))]
         if g.finished:
-            epochs, seconds = ([float(hit[i]) for hit in found] for i in (0, 1))
-            row = [g.name, f"{len(found)} of {len(g.finished)}", plus_minus(estimate(epochs))]
+            epochs, seconds = ([float(hit[i]) for hit in hits] for i in (0, 1))
+            row = [g.name, f"{len(hits)} of {len(g.finished)}", plus_minus(estimate(epochs))]
             rows.append([*row, f"{fmean(seconds):.1f}" if seconds else NONE])
     whose = base.name if base else "the best group"
     why = "" if reach is not None else f", {SHARE:.0%} of what {whose} ends at"

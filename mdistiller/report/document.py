@@ -1,13 +1,12 @@
-"""A report's parts, apart from how they are shown; Markdown and CSV of them."""
+"""A report's parts, apart from how they are shown; Markdown of them."""
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from mdistiller.files.tables import markdown_table
 
 
 @dataclass
@@ -80,17 +79,10 @@ def markdown(report: Report) -> str:
         parts.append(f"## {_safe(section.title)}")
         for table in section.tables:
             parts += [f"**{_safe(table.caption)}**"] if table.caption else []
-            parts.append(_table(table))
+            rows = [map(_safe, row) for row in table.rows]
+            parts += [markdown_table(map(_safe, table.head), rows)] if rows else []
         parts += map(_safe, section.notes)
     return "\n\n".join(parts) + "\n"
-
-
-def _table(table: Table) -> str:
-    lines = [table.head, ["---"] * len(table.head), *table.rows]
-    texts = [lines[0], *lines[2:]]
-    safe = [[_safe(cell).replace("|", "\\|") for cell in row] for row in texts]
-    safe.insert(1, lines[1])
-    return "\n".join(f"| {' | '.join(row)} |" for row in safe)
 
 
 def _safe(text: str) -> str:
@@ -99,21 +91,3 @@ def _safe(text: str) -> str:
     for sign in "`*[":
         escaped = escaped.replace(sign, f"\\{sign}")
     return escaped
-
-
-def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
-
-
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the columns of them all; what is missing or None is empty.
-
-    Text that a spreadsheet would take for a formula gets a quotation mark before it.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _no_formula(value) for key, value in row.items()})
-    return out.getvalue()

@@ -1,4 +1,4 @@
-"""What `eval` or `eval_detection` found of the runs, from its JSON file."""
+"""Results of `eval` and `eval_detection`, read from their JSON files."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ COLUMNS = {
 
 
 def attach_evaluations(runs: Sequence[Run], file: Path) -> None:
-    """Give runs what `eval --json FILE`, or `eval_detection`, found of their students.
+    """Add the results in a JSON file of `eval` or `eval_detection` to the runs of their students.
 
     Raises:
-        UserError: it is no such file, it is about none of the runs, or of a run it says another
-            accuracy than the run's own, so it is of other data or other weights.
+        UserError: the file is of another kind, has results for other runs alone, or another
+            accuracy than the run recorded, hence of other data or other weights.
     """
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
         taught = contents.get("own_teacher_of") or []
         teacher = "-" if "annotations" in contents else str(contents["teacher"] or "-")
-        found = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
+        networks = [(Path(one["weights"]), *_measured(one)) for one in contents["networks"]]
     except OSError as error:
         raise UserError(f"--evaluation {file} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError):
-        text = f"--evaluation {file} is not what eval writes with --json, nor what eval_detection"
+        text = f"--evaluation {file} is not a JSON file of eval or eval_detection (--json)"
         raise UserError(text) from None
-    own_of = {Path(folder).resolve() for folder in taught}
+    own_teacher = {Path(folder).resolve() for folder in taught}
     by_folder = {run.folder.resolve(): run for run in runs}
     taken = 0
-    for weights, top1, one in found:
+    for weights, top1, one in networks:
         run = by_folder.get(weights.parent.resolve())
         epoch = _EPOCHS.get(weights.name.removeprefix("student_"))
         if run is not None and epoch is not None:
-            own = run.number(epoch)
-            if own is not None and abs(own - top1) > _SAME:
+            accuracy = run.number(epoch)
+            if accuracy is not None and abs(accuracy - top1) > _SAME:
                 raise UserError(
-                    f"--evaluation {file} says {top1:.2f} % of {weights}, the run {own:.2f} %: it "
-                    "is of other data, or the run has been trained again; run eval again"
+                    f"--evaluation {file} has {top1:.2f} % for {weights}, the run recorded "
+                    f"{accuracy:.2f} %: the data differ, or the run was repeated; run eval again"
                 )
-            if weights.parent.resolve() in own_of:
+            if weights.parent.resolve() in own_teacher:
                 _check_teacher(run, one, file)
-            beside = one.get("teacher") or {}
-            one["compared_with"] = beside.get("label", teacher)
-            run.evaluations.setdefault(epoch, one)  # a teacher's own comes last
+            teacher_facts = one.get("teacher") or {}
+            one["compared_with"] = teacher_facts.get("label", teacher)
+            run.evaluations.setdefault(epoch, one)  # a teacher's accuracy comes last
             taken += 1
     if not taken:
         raise UserError(
-            f"--evaluation {file} is about none of these runs: it has "
-            f"{', '.join(str(weights) for weights, *_ in found[:3]) or 'no network'}"
+            f"--evaluation {file} has results for other runs only: "
+            f"{', '.join(str(weights) for weights, *_ in networks[:3]) or 'no network'}"
         )
 
 
@@ -77,13 +77,13 @@ def _check_teacher(run: Run, one: dict[str, Any], file: Path) -> None:
     top1 += float((one.get("teacher") or {}).get("gap", 0.0))
     if isinstance(recorded, float) and abs(recorded - top1) > _SAME:
         raise UserError(
-            f"--evaluation {file} says {top1:.2f} % of the teacher of {run.folder}, the run "
-            f"{recorded:.2f} %: one of the two has been made again; run eval again"
+            f"--evaluation {file} has {top1:.2f} % for the teacher of {run.folder}, the run "
+            f"recorded {recorded:.2f} %: one of the two changed since; run eval again"
         )
 
 
 def _measured(one: Any) -> tuple[float, dict[str, Any]]:
-    """A network's accuracy or box AP in %, and what to keep of what was found of it."""
+    """A network's accuracy or box AP in %, and the results to keep."""
     if "curves" not in one:
         return float(one["top1"]), one
     boxes = one["curves"]["bbox"]
@@ -101,20 +101,20 @@ def evaluated(run: Run, which: str, name: str) -> float | None:
 
 
 def predictions(groups: Sequence[Group], which: str) -> Section:
-    """Calibration, how the students' answers relate to their teachers', precision by recall."""
+    """Calibration, agreement with the teachers, and precision by recall."""
     rows: list[tuple[str, dict[str, Any], str]] = []
     used: set[str] = set()
     for g in groups:
         cells = {}
         for name in COLUMNS:
-            found = g.by_seed(lambda run, name=name: evaluated(run, which, name))  # type: ignore[misc]
-            if found:
-                cells[name] = estimate(list(found.values()))
+            values = g.by_seed(lambda run, name=name: evaluated(run, which, name))  # type: ignore[misc]
+            if values:
+                cells[name] = estimate(list(values.values()))
         if cells:
             used |= cells.keys()
-            said = (run.evaluations.get(which, {}).get("compared_with") for run in g.finished)
-            beside = ", ".join(dict.fromkeys(name for name in said if name))
-            rows.append((g.name, cells, beside))
+            labels = (run.evaluations.get(which, {}).get("compared_with") for run in g.finished)
+            teacher = ", ".join(dict.fromkeys(name for name in labels if name))
+            rows.append((g.name, cells, teacher))
     section = Section("Precision and recall", charts=_precision(groups, which))
     if section.charts:
         section.notes = [
@@ -125,11 +125,9 @@ def predictions(groups: Sequence[Group], which: str) -> Section:
         return section
     columns = [name for name in COLUMNS if name in used]
     shown = [
-        [name, *(_cell(cells.get(c), c) for c in columns), beside] for name, cells, beside in rows
+        [name, *(_cell(cells.get(c), c) for c in columns), teacher] for name, cells, teacher in rows
     ]
-    note = (
-        f"On the test set, {which} epoch, from tools/eval.py: docs/evaluation.md says what is what."
-    )
+    note = f"On the test set, {which} epoch, from tools/eval.py: docs/evaluation.md explains them."
     section.title = "Answers"
     section.notes.insert(0, note)
     section.tables = [Table(["group", *map(COLUMNS.__getitem__, columns), "teacher"], shown)]
@@ -141,11 +139,11 @@ def _precision(groups: Sequence[Group], which: str) -> list[Chart]:
     drawn: dict[str, list[Line]] = {}
     having = [g for g in groups if any("precision" in r.evaluations.get(which, {}) for r in g.runs)]
     for style, g in enumerate(having[:MOST]):
-        found: dict[str, list[list[float]]] = {}
+        by_class: dict[str, list[list[float]]] = {}
         for run in g.finished:
             for name, curve in run.evaluations.get(which, {}).get("precision", {}).items():
-                found.setdefault(name, []).append(curve)
-        for name, curves in found.items():
+                by_class.setdefault(name, []).append(curve)
+        for name, curves in by_class.items():
             points = list(zip(*curves, strict=False))
             ends = [min(point) for point in points], [max(point) for point in points]
             line = Line(g.name, [fmean(point) for point in points], *ends, style)
@@ -154,9 +152,9 @@ def _precision(groups: Sequence[Group], which: str) -> list[Chart]:
     return charts[: 1 + MOST]
 
 
-def _cell(found: Any, name: str) -> str:
-    if found is None:
+def _cell(estimate: Any, name: str) -> str:
+    if estimate is None:
         return "-"
     places = 4 if name.endswith(("nll", "kl")) else 2
-    half = "" if found.half is None else f" ± {found.half:.{places}f}"
-    return f"{found.mean:.{places}f}{half}"
+    half = "" if estimate.half is None else f" ± {estimate.half:.{places}f}"
+    return f"{estimate.mean:.{places}f}{half}"

@@ -14,21 +14,21 @@ from typing import Any
 
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
 
-# Keys that say where a run is and how it is watched, not what it is.
+# Keys of places and logging, which make no difference to the result.
 _PLACES = (
     *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG."),
     *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
     *("DATASET.WORKER_TIMEOUT", "SOLVER.RANK_TIMEOUT", "SOLVER.FIND_UNUSED_PARAMETERS"),
 )
-_PATHS = ("DATASET.ROOT", "DETECTION.DATA.VAL_ANNOTATIONS", "DISTILLER.TEACHER_CKPT")
-# What accuracies are accuracies of.
+_PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_CKPT")
+# The network and the images that accuracies belong to.
 _SUBJECT = (
-    *("DISTILLER.STUDENT", "DETECTION.STUDENT.ARCH", "DATASET.TYPE", "DATASET.ROOT"),
+    *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT"),
     *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
-    "DETECTION.DATA.VAL_ANNOTATIONS",
 )
 _SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
 
@@ -56,26 +56,26 @@ class Group:
 
     def by_seed(self, number: Callable[[Run], float | None]) -> dict[int, float]:
         """A number of the finished runs by seed; the mean of runs that share a seed."""
-        found = defaultdict(list)
+        values_of = defaultdict(list)
         for run in self.finished:
             value = number(run)
             if value is not None:
-                found[run.seed].append(value)
-        return {seed: fmean(values) for seed, values in found.items()}
+                values_of[run.seed].append(value)
+        return {seed: fmean(values) for seed, values in values_of.items()}
 
     def facts(self, key: str) -> list[Any]:
-        """What the summaries of the finished runs say under a key, each answer once."""
-        said = [run.summary[key] for run in self.finished if run.summary.get(key) is not None]
-        return list(dict.fromkeys(said))
+        """The values of a key in the summaries of the finished runs, each once."""
+        values = [run.summary[key] for run in self.finished if run.summary.get(key) is not None]
+        return list(dict.fromkeys(values))
 
-    def twins(self) -> list[int]:
+    def repeated_seeds(self) -> list[int]:
         """Seeds that several finished runs have."""
         return [s for s, count in Counter(run.seed for run in self.finished).items() if count > 1]
 
     def curve(self, key: str) -> list[list[float]]:
-        """By epoch, a number of all runs: of the finished ones, or of all if none is.
+        """By epoch, a number of the finished runs, or of all runs while none has finished.
 
-        It ends before an epoch that one of them does not tell of.
+        It ends before an epoch that one of the runs lacks.
         """
         runs = [run for run in self.finished or self.runs if run.epochs]
         told = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
@@ -86,25 +86,25 @@ class Group:
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of their first runs."""
-    found: dict[Any, list[Run]] = defaultdict(list)
+    members_of: dict[Any, list[Run]] = defaultdict(list)
     for run in runs:
-        own = run.config or {"folder": str(run.folder)}
-        found[tuple(sorted((k, str(v)) for k, v in _whole(own).items()))].append(run)
-    groups = [Group(_common_name(members), members) for members in found.values()]
+        config = run.config or {"folder": str(run.folder)}
+        members_of[tuple(sorted((k, str(v)) for k, v in _whole(config).items()))].append(run)
+    groups = [Group(_common_name(members), members) for members in members_of.values()]
     for name, count in Counter(g.name for g in groups).items():
-        twins = [g for g in groups if g.name == name]
-        varying = varying_keys(twins) if count > 1 else {}
-        for number, twin in enumerate(twins):
+        alike = [g for g in groups if g.name == name]
+        varying = varying_keys(alike) if count > 1 else {}
+        for number, one in enumerate(alike):
             shown = ", ".join(f"{k.rpartition('.')[2]}={v[number]}" for k, v in varying.items())
-            twin.name = f"{name} ({shown[:80]})" if varying else name
+            one.name = f"{name} ({shown[:80]})" if varying else name
     for name, count in Counter(g.name for g in groups).items():
-        for number, twin in enumerate([g for g in groups if g.name == name] if count > 1 else []):
-            twin.name = f"{name} #{number + 1}"
+        for number, one in enumerate([g for g in groups if g.name == name] if count > 1 else []):
+            one.name = f"{name} #{number + 1}"
     return groups
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What counts of a config; a key newer than the run has its default.
+    """The part of a config that makes a group; a key newer than the run has its default.
 
     A file is the same however it is spelled. A teacher in a folder with the run's own seed is the
     teacher of that seed: runs that have one each are a group.
@@ -112,13 +112,13 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {key.partition(".")[0] for key in config}
     defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
     whole = {**defaults, **config}
-    for key in _PATHS:
+    for key in (*_PATHS, *(key for task in TASKS.values() for key in task.paths)):
         if whole.get(key):
             whole[key] = str(Path(whole[key]).resolve())
     seed = config.get("EXPERIMENT.SEED", 0)
     if whole.get("DISTILLER.TEACHER_CKPT"):
-        own = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
-        whole["DISTILLER.TEACHER_CKPT"] = own.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
+        own_seed = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
+        whole["DISTILLER.TEACHER_CKPT"] = own_seed.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 
@@ -138,12 +138,12 @@ def varying_keys(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """Config keys that differ between groups, with the value of each group."""
     wholes = [_whole(g.config) for g in groups]
     keys = dict.fromkeys(key for whole in wholes for key in whole)
-    found = {key: [whole.get(key) for whole in wholes] for key in keys}
-    return {key: v for key, v in found.items() if len(set(map(str, v))) > 1 and key != "folder"}
+    values = {key: [whole.get(key) for whole in wholes] for key in keys}
+    return {key: v for key, v in values.items() if len(set(map(str, v))) > 1 and key != "folder"}
 
 
 def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
-    """The groups that others are compared with, of which no two compare with each other.
+    """The groups that others are compared with; no two of them are comparable.
 
     Without a name: plain training of each student, where exactly one group is that.
 
@@ -162,21 +162,23 @@ def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
     return [g for g in plain if sum(comparable(g, other) for other in plain) == 1]
 
 
-def family(groups: Sequence[Group], base: Group | None) -> list[Group]:
+def comparable_groups(groups: Sequence[Group], base: Group | None) -> list[Group]:
     """The groups that compare with a baseline; all of them without one."""
     return [g for g in groups if base is None or comparable(g, base)]
 
 
 def measure(groups: Sequence[Group]) -> str:
     """What their accuracy is."""
-    kinds = ["box AP" if run.detects else "top-1" for g in groups for run in g.runs]
+    tasks = [task_of(run.config) for g in groups for run in g.runs]
+    kinds = ["top-1" if task is None else task.score_name for task in tasks]
     return " or ".join(dict.fromkeys(kinds))
 
 
 def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
     ours, theirs = _whole(first.config), _whole(second.config)
-    return all(ours.get(key) == theirs.get(key) for key in {*_SUBJECT, *_network(ours, theirs)})
+    subject = {*_SUBJECT, *(key for task in TASKS.values() for key in task.subject)}
+    return all(ours.get(key) == theirs.get(key) for key in subject | {*_network(ours, theirs)})
 
 
 def _network(*configs: Mapping[str, Any]) -> Iterator[str]:
@@ -198,7 +200,7 @@ class Grid:
         keys: of the rows and of the columns.
         axes: their values.
         cells: groups by pair of values; some may be missing.
-        fixed: what the groups have in common of all that varies elsewhere.
+        fixed: values that these groups share and others do not.
     """
 
     keys: tuple[str, str]
@@ -210,7 +212,7 @@ class Grid:
 def grids(groups: Sequence[Group]) -> list[Grid]:
     """Grids of at least 2 x 2 with more than half their cells filled, the largest first."""
     varying = _apart(varying_keys(groups))
-    found = []
+    candidates = []
     for pair in itertools.combinations(varying, 2):
         rest = [key for key in varying if key not in pair]
         buckets: dict[Any, list[int]] = defaultdict(list)
@@ -226,10 +228,10 @@ def grids(groups: Sequence[Group]) -> list[Grid]:
             first, second = (varying[key] for key in pair)
             cells = {(str(first[n]), str(second[n])): groups[n] for n in members}
             fixed = {key: varying[key][members[0]] for key in rest}
-            found.append(Grid(pair, (axes[0], axes[1]), cells, fixed))
-    found.sort(key=lambda grid: -len(grid.cells))
+            candidates.append(Grid(pair, (axes[0], axes[1]), cells, fixed))
+    candidates.sort(key=lambda grid: -len(grid.cells))
     kept: list[Grid] = []
-    for grid in found:  # each group in one
+    for grid in candidates:  # each group in one
         taken = {id(g) for other in kept for g in other.cells.values()}
         if not taken & {id(g) for g in grid.cells.values()}:
             kept.append(grid)

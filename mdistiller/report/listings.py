@@ -45,9 +45,9 @@ def _heat(grid: Grid, which: str, images: str) -> Table:
     rows, heat = [], []
     for first in grid.axes[0]:
         cells = [grid.cells.get((str(first), str(second))) for second in grid.axes[1]]
-        found = [judged(cell, which, images) if cell else None for cell in cells]
-        heat.append([None, *(each.mean if each else None for each in found)])
-        texts = (f"{each.mean:.2f} ({each.n})" if each else NONE for each in found)
+        estimates = [judged(cell, which, images) if cell else None for cell in cells]
+        heat.append([None, *(each.mean if each else None for each in estimates)])
+        texts = (f"{each.mean:.2f} ({each.n})" if each else NONE for each in estimates)
         rows.append([f"{grid.keys[0]} {short(first)}", *texts])
     fixed = {key: value for key, value in grid.fixed.items() if value is not None}
     caption = f"{grid.keys[0]} by {grid.keys[1]}"

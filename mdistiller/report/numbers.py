@@ -31,7 +31,7 @@ class Difference(Estimate):
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95 % t interval of independent values; None of none."""
+    """Mean and 95 % t interval of independent values; None without values."""
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)
@@ -68,12 +68,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: Difference, p: float | None) -> str:
-    """What a difference lets one say, given its p-value among those of all tests made."""
-    if found.n < FEWEST:
-        return f"too few pairs to conclude ({found.n})"
+def verdict(gap: Difference, p: float | None) -> str:
+    """The conclusion from a difference, given its p-value adjusted for all tests made."""
+    if gap.n < FEWEST:
+        return f"too few pairs to conclude ({gap.n})"
     if p is None:
         return "no test: every pair differs by the same"
     if p < 1 - LEVEL:
-        return "higher" if found.mean > 0 else "lower"
+        return "higher" if gap.mean > 0 else "lower"
     return "not told apart"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,7 +45,7 @@ def _line(row: dict[str, Any]) -> Published:
     return Published(**{**row, "top1": float(row["top1"]), "verified": row["verified"] == "yes"})
 
 
-def beside(config: Mapping[str, Any]) -> list[Published]:
+def published_for(config: Mapping[str, Any]) -> list[Published]:
     """What is published for the method, networks and data set of a run."""
     method = config.get("DISTILLER.TYPE", "")
     if not _plainly_trained(config):
@@ -71,42 +72,42 @@ def departures(config: Mapping[str, Any], line: Published, processes: int = 1) -
 
     All settings are compared with those of the config that is shipped for the line.
     """
-    theirs, known = _protocol(config, line)
+    theirs, complete = _protocol(config, line)
     images = config.get("SOLVER.BATCH_SIZE", 0) * config.get("SOLVER.ACCUMULATE", 1) * processes
     ours = {**config, "images a step": images}
-    found = [
+    texts = [
         f"{_word(key)} {ours[key]} instead of {value}"
         for key, value in theirs.items()
         if key in ours and ours[key] != value
     ]
-    if not known:
-        found.append("other settings were not compared: no config of this line is shipped")
+    if not complete:
+        texts.append("other settings were not compared: no config of this line is shipped")
     held_out = config.get("DATASET.VAL_SPLIT", 0)
     if held_out:
-        found.append(
+        texts.append(
             f"{held_out} training images held out to select the epoch; published: the test set"
         )
-    return found
+    return texts
 
 
 def _protocol(config: Mapping[str, Any], line: Published) -> tuple[dict[str, Any], bool]:
     """The settings of a published line, and whether they are all of them."""
     theirs = dict(_shipped(line, _standardised(config), _variant(config)))
     foreign = line.source.startswith("Knowledge-Distillation-Zoo")
-    known = bool(theirs) and not foreign
+    complete = bool(theirs) and not foreign
     if foreign:
         theirs = {"SOLVER.EPOCHS": 200, "SOLVER.BATCH_SIZE": 128}
-    elif not known:
+    elif not complete:
         theirs = {"SOLVER.EPOCHS": 100} if line.dataset == "imagenet" else dict(_CIFAR)
     if "SOLVER.BATCH_SIZE" in theirs:
         theirs["images a step"] = theirs.pop("SOLVER.BATCH_SIZE")
     arguments = {key: "the default" for key in config if key.startswith(_ARGUMENTS)}
-    return {**arguments, **theirs}, known
+    return {**arguments, **theirs}, complete
 
 
 _CIFAR = {"SOLVER.EPOCHS": 240, "SOLVER.BATCH_SIZE": 64}
 _ARGUMENTS = ("DISTILLER.STUDENT_ARGS.", "DISTILLER.TEACHER_ARGS.")
-_ELSEWHERE = (  # said in other words, or in `beside`
+_ELSEWHERE = (  # said in other words, or in `published_for`
     *("DATASET.ROOT", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED", "SOLVER.ACCUMULATE", "SOLVER.DOT"),
     *("SOLVER.TRAINER", "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT"),
 )
@@ -139,7 +140,7 @@ def _standardised(config: Mapping[str, Any]) -> bool:
 @lru_cache
 def _shipped(line: Published, standardised: bool, variant: str) -> dict[str, Any]:
     """The settings of the config for a published line; empty if there is none."""
-    for file in _configs(line.dataset).get((line.type, line.teacher, line.student), ()):
+    for file in _configs(line.dataset, line.type).get((line.teacher, line.student), ()):
         cfg = load_config(file)
         whole = {key: lookup(cfg, key) for key in flatten(cfg)}
         alike = _standardised(whole) == standardised and _variant(whole) == variant
@@ -154,13 +155,15 @@ def _shipped(line: Published, standardised: bool, variant: str) -> dict[str, Any
 
 
 @lru_cache
-def _configs(dataset: str) -> dict[tuple[str, str, str], list[Path]]:
-    """Shipped configs of a data set by method, teacher ("" without one) and student."""
-    found: dict[tuple[str, str, str], list[Path]] = {}
+def _configs(dataset: str, method: str) -> dict[tuple[str, str], list[Path]]:
+    """Shipped configs of a data set for a method, by teacher ("" without one) and student."""
+    files: dict[tuple[str, str], list[Path]] = {}
+    typed = re.compile(rf"\bTYPE:\s*[\"']?{re.escape(method)}\b")
     for file in sorted((config_root() / dataset).rglob("*.yaml")):
+        if not typed.search(file.read_text(encoding="utf-8")):  # spares parsing most files
+            continue
         named = read_yaml(file).get("DISTILLER", {})  # a sweep has none
-        method, student = named.get("TYPE", "NONE"), named.get("STUDENT", "")
         teacher = "" if method in ALONE else named.get("TEACHER", "")
-        if student:
-            found.setdefault((method, teacher, student), []).append(file)
-    return found
+        if named.get("TYPE", "NONE") == method and named.get("STUDENT"):
+            files.setdefault((teacher, named["STUDENT"]), []).append(file)
+    return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,13 @@ class Run:
 
     Attributes:
         config: values by dotted key; empty if the run recorded none.
-        state: "finished", "failed", "unfinished", or what a sweep says of it ("pruned", ...).
+        state: "finished", "failed", "unfinished", or the state in its sweep ("pruned", ...).
         why: the error, or how far it got.
         summary: of a finished run, else empty.
         epochs: rows of `metrics.jsonl`, those of the stages before the main one left out.
         stages: those.
         record: `run.json`.
-        evaluations: what `eval` found of the student, by epoch ("last", "best").
+        evaluations: results of `eval` for the student, by epoch ("last", "best").
     """
 
     folder: Path
@@ -56,11 +55,6 @@ class Run:
         """Accuracy on the test set in %, of the "last" or the "best" epoch."""
         return self.summary.get(f"test_acc_{which}", self.summary.get(f"{which}_acc"))
 
-    @property
-    def detects(self) -> bool:
-        """Whether it trained a detector, whose accuracy is its box AP."""
-        return "DETECTION.STUDENT.ARCH" in self.config
-
     def held_out(self, which: str) -> float | None:
         """Accuracy on held-out images in %, None for a run that holds out none."""
         return self.summary.get(f"{which}_acc") if "test_acc_best" in self.summary else None
@@ -70,18 +64,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs in and below some folders, each once.
 
     Raises:
-        UserError: a path is no folder, or there is no run in or below it.
+        UserError: a path is not a folder, or has no run in or below it.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder; give run folders, sweeps, or folders of runs")
-        own = list(_below(path))
-        if not own:
-            raise UserError(f"there is no run in or below {path} (no config.yaml, no study.db)")
-        for run in own:
-            found.setdefault(run.folder.resolve(), run)
-    return list(found.values())
+            raise UserError(f"{path} is not a folder; give run folders, sweeps, or folders of runs")
+        below = list(_below(path))
+        if not below:
+            raise UserError(f"no runs found in or below {path} (no config.yaml, no study.db)")
+        for run in below:
+            runs.setdefault(run.folder.resolve(), run)
+    return list(runs.values())
 
 
 def _below(path: Path) -> Iterator[Run]:
@@ -117,7 +111,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def read_run(folder: Path) -> Run | None:
-    """A run folder; None if its `config.yaml` is that of something else."""
+    """A run folder; None if its `config.yaml` belongs to another program."""
     config: Any = {}
     why = ""
     try:
@@ -138,12 +132,12 @@ def read_run(folder: Path) -> Run | None:
         record=read_record(folder),
     )
     if config:
-        _judge(run)
+        _set_state(run)
     return run
 
 
-def _judge(run: Run) -> None:
-    """Set what a run has come to."""
+def _set_state(run: Run) -> None:
+    """Set a run's state, and why it did not finish."""
     try:
         summary = json.loads((run.folder / "summary.json").read_text())
         run.summary = summary if isinstance(summary, dict) else {}
@@ -178,41 +172,28 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_study(folder: Path) -> Iterator[Run]:
-    """The runs of a sweep's folder, with what its study says of those that are not finished."""
-    known = {}
+    """The runs of a sweep's folder; those that did not finish get their state from the study."""
+    runs = {}
     for child in sorted(folder.iterdir(), key=lambda path: _natural(path.name)):
         for run in _below(child) if child.is_dir() else ():
-            known[run.folder.resolve()] = run
+            runs[run.folder.resolve()] = run
     for place, config, state, error in _trials(folder):
-        run = known.setdefault((folder / place).resolve(), Run(folder / place))
+        run = runs.setdefault((folder / place).resolve(), Run(folder / place))
         run.config = run.config or {key: lookup(config, key) for key in flatten(config)}
         if not run.finished:
             run.state = UNFINISHED if state in ("done", "open") else state
             run.why = error or run.why or "not begun"
-    yield from known.values()
+    yield from runs.values()
 
 
 def _trials(folder: Path) -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
     """Of each trial of a sweep: run folder, config, state, error."""
-    import optuna
-    import sqlalchemy
+    from mdistiller.sweep.study import connect
+    from mdistiller.sweep.trial_state import attempts_by_trial, trial_states
 
-    from mdistiller.sweep.judge import status
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.db').resolve()}")
-        studies = storage.get_all_studies()
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{folder / 'study.db'} cannot be read: {first}") from error
-    for study in studies:
-        forgiven = int(storage.get_study_user_attrs(study._study_id).get("forgiven", -1))
-        attempts: dict[str, list[Any]] = defaultdict(list)
-        for attempt in storage.get_all_trials(study._study_id, deepcopy=False):
-            if "trial" in attempt.user_attrs:
-                attempts[attempt.user_attrs["trial"]].append(attempt)
-        for group in attempts.values():
-            config = Config(parse_yaml(group[-1].user_attrs["config"]))
-            now = status(group, forgiven)
-            yield experiment_name(config), config, now.state, now.error
+    storage = connect(f"sqlite:///{(folder / 'study.db').resolve()}")
+    for study in storage.get_all_studies():
+        states = trial_states(storage, study._study_id)
+        for name, attempts in attempts_by_trial(storage, study._study_id).items():
+            config = Config(parse_yaml(attempts[-1].user_attrs["config"]))
+            yield experiment_name(config), config, states[name].state, states[name].error

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from mdistiller.report.document import Section, Table
-from mdistiller.report.groups import Group, comparable, family, measure, otherwise
+from mdistiller.report.groups import Group, comparable, comparable_groups, measure, otherwise
 from mdistiller.report.numbers import (
     FEWEST,
     Difference,
@@ -18,7 +18,7 @@ from mdistiller.report.numbers import (
     holm,
     verdict,
 )
-from mdistiller.report.published import beside, departures
+from mdistiller.report.published import departures, published_for
 from mdistiller.report.runs import Run
 
 NONE = "-"
@@ -42,12 +42,12 @@ def judged(group: Group, which: str, images: str) -> Estimate | None:
     return estimate(list(group.by_seed(functools.partial(Run.held_out, which=which)).values()))
 
 
-def plus_minus(found: Estimate | None, sign: str = "") -> str:
+def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
     """An estimate to two places."""
-    if found is None:
+    if estimate is None:
         return NONE
-    half = "" if found.half is None else f" ± {found.half:.2f}"
-    return f"{found.mean:{sign}.2f}{half}"
+    half = "" if estimate.half is None else f" ± {estimate.half:.2f}"
+    return f"{estimate.mean:{sign}.2f}{half}"
 
 
 def joined(values: Sequence[Any]) -> str:
@@ -73,16 +73,20 @@ def accuracy(groups: Sequence[Group]) -> Section:
     notes = ["Mean ± half the 95 % confidence interval over seeds (t distribution)."]
     if split and chosen_by(groups) == "held-out":
         notes.append("Groups are in the order of their held-out accuracy.")
-    if any((found := over_seeds(g, "last")) and found.n == 1 for g in groups):
+    if any((last := over_seeds(g, "last")) and last.n == 1 for g in groups):
         notes.append("One seed has no interval: nothing is known of how much another would differ.")
     if any("test set" in g.facts("selected_on") for g in groups):
         notes.append(
             "A best epoch that was selected on the test set is too high a number; "
             "compare last epochs, or hold out images (DATASET.VAL_SPLIT)."
         )
-    twins = [f"{g.name} (seed {', '.join(map(str, g.twins()))})" for g in groups if g.twins()]
-    if twins:
-        notes.append(f"Several runs of one seed count as their mean: {'; '.join(twins)}.")
+    repeated = [
+        f"{g.name} (seed {', '.join(map(str, g.repeated_seeds()))})"
+        for g in groups
+        if g.repeated_seeds()
+    ]
+    if repeated:
+        notes.append(f"Several runs of one seed count as their mean: {'; '.join(repeated)}.")
     return Section("Accuracy", notes, [Table(head, rows)])
 
 
@@ -96,7 +100,7 @@ def _difference(name: str, gap: Difference | None, adjusted: float | None) -> li
 def _trained_otherwise(groups: Sequence[Group], base: Group) -> list[str]:
     """A note on each group that differs from the baseline in more than its method."""
     notes = []
-    for g in family(groups, base):
+    for g in comparable_groups(groups, base):
         words = [f"{k} {ours} against {their}" for k, ours, their in otherwise(g, base)]
         notes += [f"{g.name} was trained otherwise as well: {', '.join(words)}."] if words else []
     return notes
@@ -112,13 +116,13 @@ def differences(groups: Sequence[Group], base: Group | None, which: str) -> Sect
     def number(run: Run) -> float | None:
         return run.number(which)
 
-    found, apart = {}, [g.name for g in groups if not comparable(g, base)]
-    for g in family(groups, base):
+    gaps, apart = {}, [g.name for g in groups if not comparable(g, base)]
+    for g in comparable_groups(groups, base):
         if g is not base:
-            found[g.name] = difference(*(each.by_seed(number) for each in (g, base)))
-    ps = {k: gap.p for k, gap in found.items() if gap and gap.p is not None and gap.n >= FEWEST}
+            gaps[g.name] = difference(*(each.by_seed(number) for each in (g, base)))
+    ps = {k: gap.p for k, gap in gaps.items() if gap and gap.p is not None and gap.n >= FEWEST}
     adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
-    rows = [_difference(name, gap, adjusted.get(name)) for name, gap in found.items()]
+    rows = [_difference(name, gap, adjusted.get(name)) for name, gap in gaps.items()]
     head = ["group", "pairs", f"points above {base.name}", "p", "p, Holm", "verdict"]
     section.tables.append(Table(head, rows))
     unit = measure(groups)
@@ -150,7 +154,7 @@ def published(groups: Sequence[Group]) -> Section:
     rows = []
     for g in groups:
         last, best = over_seeds(g, "last"), over_seeds(g, "best")
-        for line in beside(g.config) if best else []:
+        for line in published_for(g.config) if best else []:
             gap = f"{best.mean - line.top1:+.2f}" if best else NONE
             source = line.source if line.verified else f"{line.source} (not verified)"
             row = [g.name, plus_minus(last), plus_minus(best), f"{line.top1:.2f}", gap]
@@ -173,11 +177,11 @@ def teachers(groups: Sequence[Group]) -> Section:
     head = ["group", "teacher", f"its {measure(groups)} %", "student, last", "student - teacher"]
     rows = []
     for g in groups:
-        found = g.by_seed(lambda run: run.summary.get("teacher_acc"))
-        teacher = estimate(list(found.values()))
+        theirs = g.by_seed(lambda run: run.summary.get("teacher_acc"))
+        teacher = estimate(list(theirs.values()))
         if teacher:
             same = g.by_seed(lambda run: run.number("last"))
-            gap = difference(same, found)
+            gap = difference(same, theirs)
             name = str(g.config.get("DISTILLER.TEACHER", NONE))
             rows.append([g.name, name, f"{teacher.mean:.2f}"])
             rows[-1] += [plus_minus(estimate(list(same.values()))), plus_minus(gap, "+")]

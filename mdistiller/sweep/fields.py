@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 }
 _VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}}
 # Config keys that a sweep sets for each run, and where they come from.
-_OWN = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
+_SET_BY_SWEEP = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ Axis = Range | tuple[Any, ...]
 
 
 def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A sweep file's table with its defaults, every key known and every value of its kind."""
+    """A sweep file's table with its defaults; keys and types of values are checked."""
     table = _checked(table, DEFAULTS, "")
     if not table["SWEEP"]:
         raise UserError("SWEEP wants the name of the study")
     if table["METRIC"] not in METRICS:
         raise UserError(
-            f"METRIC {table['METRIC']!r} is none of {', '.join(METRICS)}"
+            f"METRIC {table['METRIC']!r} must be one of {', '.join(METRICS)}"
             f"{suggest(table['METRIC'], METRICS)}"
         )
     for key in ("TRIALS", "PRUNE"):
         if table[key] < 0:
             raise UserError(f"{key} must not be negative, got {table[key]}")
         if table[key] and not table["SPACE"]:
-            raise UserError(f"{key} belongs to a search, and there is no SPACE")
+            raise UserError(f"{key} belongs to a search: add SPACE")
     if table["SPACE"]:
         for key in ("VARIANTS", "GRID"):
             if table[key]:
@@ -158,11 +158,11 @@ def _choices(where: str, key: str, given: Sequence[Any], cfg: Config) -> list[An
     return values
 
 
-def refuse_own(overrides: Sequence[Any], axes: Mapping[str, Any], where: str) -> None:
+def refuse_set_keys(overrides: Sequence[Any], axes: Mapping[str, Any], where: str) -> None:
     """Refuse overrides of what differs between the trials."""
     for key in overrides[0::2]:
-        if key in _OWN:
-            raise UserError(f"{where} {key}: in a sweep that comes from {_OWN[key]}")
+        if key in _SET_BY_SWEEP:
+            raise UserError(f"{where} {key}: in a sweep that comes from {_SET_BY_SWEEP[key]}")
         if key in axes:
             raise UserError(f"{where} {key}: that is an axis of the sweep")
 

@@ -88,7 +88,7 @@ def read_plan(
         reader = _Reader(file.parent, table, list(overrides), list(imports), out)
         space = reader.space()
         trials = tuple(reader.points() if space else reader.cells())
-        _refuse_twins(trials)
+        _refuse_duplicates(trials)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     name, metric, loss_falls = table["SWEEP"], table["METRIC"], table["LOSS_FALLS"]
@@ -112,15 +112,15 @@ class _Reader:
             fixed = self.fixed(variant["OVERRIDES"])
             base = self.load(variant["NAME"], config, fixed, whole=False)  # may register methods
             axes = fields.grid_axes({**self.table["GRID"], **variant["GRID"]}, base)
-            own = fields.as_settled(fields.words(fields.nested(variant["OVERRIDES"])), base)
-            fields.refuse_own(self.overrides, axes, "command line:")
+            changed = fields.as_settled(fields.words(fields.nested(variant["OVERRIDES"])), base)
+            fields.refuse_set_keys(self.overrides, axes, "command line:")
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
                 parts = [variant["NAME"], *fields.label(chosen)]
                 cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
                 pairs = [word for pair in chosen.items() for word in pair]
                 cfg = self.load(cell, config, [*fixed, *pairs])
-                changes = [*own, *pairs]
+                changes = [*changed, *pairs]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
                     yield Trial(cell, name, changes, (self.placed(cfg, name, seed),))
@@ -137,7 +137,7 @@ class _Reader:
     def space(self) -> dict[str, fields.Axis]:
         """The axes of a search, each tried at its ends."""
         given, config = self.table["SPACE"], self.table["CONFIG"]
-        fields.refuse_own(self.overrides, given, "command line:")
+        fields.refuse_set_keys(self.overrides, given, "command line:")
         axes = {}
         for key, axis in given.items():
             fixed = self.fixed({})
@@ -153,14 +153,14 @@ class _Reader:
         both = overlay(fields.nested(self.table["OVERRIDES"]), fields.nested(overrides))
         resolve_paths(both, self.folder)
         fixed = fields.words(both)
-        fields.refuse_own(fixed, {}, "OVERRIDES:")
+        fields.refuse_set_keys(fixed, {}, "OVERRIDES:")
         return fixed
 
     def load(self, name: str, config: str, overrides: list[Any], whole: bool = True) -> Config:
         """A trial's config; if it is the `whole` one, checked as far as that goes without data."""
         try:
-            beside = self.folder / config
-            file = beside if config and beside.is_file() else config
+            sibling = self.folder / config
+            file = sibling if config and sibling.is_file() else config
             cfg = load_config(file, [*overrides, *self.overrides], self.imports)
             if whole:
                 self.check(cfg)
@@ -181,14 +181,14 @@ class _Reader:
 
     def placed(self, cfg: Config, name: str, seed: int) -> Config:
         """`cfg` for one run of the sweep."""
-        own: Config = cfg.clone()
-        own.defrost()
-        own.EXPERIMENT.NAME, own.EXPERIMENT.SEED, own.LOG.PREFIX = name, seed, str(self.out)
-        own.freeze()
-        return own
+        copy: Config = cfg.clone()
+        copy.defrost()
+        copy.EXPERIMENT.NAME, copy.EXPERIMENT.SEED, copy.LOG.PREFIX = name, seed, str(self.out)
+        copy.freeze()
+        return copy
 
 
-def _refuse_twins(trials: Sequence[Trial]) -> None:
+def _refuse_duplicates(trials: Sequence[Trial]) -> None:
     """Refuse trials or run folders that share a name."""
     names = Counter(trial.name for trial in trials)
     folders = Counter(experiment_name(cfg) for trial in trials for cfg in trial.configs)

@@ -1,29 +1,41 @@
 """The trials of a sweep in an Optuna study, shared out among any number of processes and machines.
 
-Every attempt at a trial is an Optuna trial that carries its name and who is at it. The database
-numbers attempts one after the other, so of several running attempts at one trial the first holds
-it, and whoever finds an earlier one after entering his own withdraws: no two ever work on the same
-trial, on any SQL database, without a lock. An attempt whose process is gone no longer counts.
+Every attempt at a trial is an Optuna trial with the name of ours and its process. The database
+numbers attempts one after the other, so of several running attempts at one trial the first counts,
+and a process that finds an earlier one after adding its own withdraws: no two ever work on the same
+trial, on any SQL database, without a lock (Optuna's own queue of waiting trials can give one to
+two processes on SQLite). Optuna's heartbeats show which attempts are stale; those are closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
-from collections import defaultdict
 from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.sweep.fields import Range
-from mdistiller.sweep.judge import GRACE, Status, counting, holds, place, status
 from mdistiller.sweep.plan import Plan, Trial
 from mdistiller.sweep.settings import changes, noted
+from mdistiller.sweep.trial_state import (
+    GRACE,
+    HEARTBEAT,
+    Status,
+    attempts_by_trial,
+    last_reset,
+    occupies,
+    place,
+    stale_attempts,
+    trial_states,
+)
 
+_OptunaError = optuna.exceptions.OptunaError
 _CONNECTS = 3  # processes that start together may disturb each other's creation of the tables
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,16 +49,16 @@ class Study:
         create: make the study if it is not there.
 
     Raises:
-        UserError: no database there, or no study in it.
+        UserError: the database or the study in it does not exist.
     """
 
     def __init__(self, plan: Plan, url: str, create: bool = True):
         self.plan, self.url = plan, url
-        self.storage = optuna.storages.get_storage(_connect(url))
+        self.storage: Any = optuna.storages.get_storage(connect(url))
         try:
             self.id = self._find_or_create(create)
         except KeyError:
-            raise UserError(f"there is no study {plan.name!r} in {shown(url)} yet") from None
+            raise UserError(f"no study {plan.name!r} in {shown(url)} yet") from None
         self.optuna = optuna.load_study(
             study_name=plan.name,
             storage=self.storage,
@@ -66,7 +78,7 @@ class Study:
 
     def check_settings(self) -> None:
         """Refuse a plan that has trials of the study with other settings."""
-        attempts = self.attempts()
+        attempts = attempts_by_trial(self.storage, self.id)
         for trial in self.plan.trials:
             for attempt in attempts[trial.name][-1:]:
                 recorded = attempt.user_attrs
@@ -79,77 +91,55 @@ class Study:
                         f"other settings ({'; '.join(others)}): choose another --out or SWEEP name"
                     )
 
-    def attempts(self) -> dict[str, list[FrozenTrial]]:
-        """All attempts by name of their trial, in order."""
-        found: dict[str, list[FrozenTrial]] = defaultdict(list)
-        for attempt in self.storage.get_all_trials(self.id, deepcopy=False):
-            found[attempt.user_attrs.get("trial", "")].append(attempt)
-        return found
-
     def status(self) -> dict[str, Status]:
-        """Where every trial of the plan stands."""
-        attempts, forgiven = self.attempts(), self._forgiven()
-        return {t.name: status(attempts[t.name], forgiven) for t in self.plan.trials}
+        """The state of every trial of the plan."""
+        states = trial_states(self.storage, self.id)
+        return {t.name: states.get(t.name) or Status("open", [], {}) for t in self.plan.trials}
 
     def open_trials(self) -> list[Trial]:
-        """Trials that nobody has done or is at."""
+        """Trials that are neither done nor running."""
         status = self.status()
         return [trial for trial in self.plan.trials if status[trial.name].state == "open"]
 
-    def forgive(self) -> None:
+    def reset(self) -> None:
         """Open all failed trials again."""
-        last = max((a.number for group in self.attempts().values() for a in group), default=-1)
-        self.storage.set_study_user_attr(self.id, "forgiven", last)
+        last = self.storage.get_n_trials(self.id) - 1
+        self.storage.set_study_user_attr(self.id, "reset", last)
 
     def take(self, trial: Trial) -> Attempt | None:
         """Begin an attempt at an open trial; None if another process was first."""
-        earlier = self.attempts()[trial.name]
-        if any(holds(other) for other in counting(earlier, self._forgiven())):
+        for stale in stale_attempts(self.storage, self.id):
+            with contextlib.suppress(RuntimeError):  # closed by another, or by its own process
+                self.storage.set_trial_state_values(stale, TrialState.FAIL)
+        earlier = attempts_by_trial(self.storage, self.id)[trial.name]
+        reset = last_reset(self.storage, self.id)
+        if any(occupies(other, reset) for other in earlier):
             return None
-        known = next((other for other in reversed(earlier) if other.params), None)
-        attempt = Attempt(self, trial, self._enter(trial, known))
+        sampled = next((other for other in reversed(earlier) if other.params), None)
+        attempt = Attempt(self, trial, self._add(trial, sampled))
+        attempt.beat()
         mine = self.storage.get_trial(attempt.id).number
-        for other in counting(self.attempts()[trial.name], self._forgiven()):
-            if other.number < mine and (holds(other) or not self._bury(other)):
-                attempt.end(TrialState.FAIL, end="withdrawn")
-                return None
+        others = attempts_by_trial(self.storage, self.id)[trial.name]
+        if any(other.number < mine and occupies(other, reset) for other in others):
+            attempt.end(TrialState.FAIL, end="withdrawn")
+            return None
         return attempt
 
-    def _enter(self, trial: Trial, known: FrozenTrial | None) -> int:
-        """Enter an attempt, in one transaction; a searched point stays where it was `known`."""
-        attrs = {
-            "trial": trial.name,
-            **noted(self.plan, trial),
-            "place": place(),
-            "pid": os.getpid(),
-            "alive": time.time(),
-        }
+    def _add(self, trial: Trial, sampled: FrozenTrial | None) -> int:
+        """Add an attempt, in one transaction; one `sampled` before keeps its values."""
+        attrs: dict[str, Any] = {"trial": trial.name, **noted(self.plan, trial)}
+        attrs |= {"place": place(), "pid": os.getpid()}
         entry = optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=known.params if known else {},
-            distributions=known.distributions if known else {},
+            params=sampled.params if sampled else {},
+            distributions=sampled.distributions if sampled else {},
             user_attrs=attrs,
         )
         return self.storage.create_new_trial(self.id, entry)
 
-    def _bury(self, attempt: FrozenTrial) -> bool:
-        """Close an attempt whose process is gone; False if that finished it after all."""
-        if attempt.state.is_finished():
-            return True
-        try:
-            self.storage.set_trial_user_attr(attempt._trial_id, "end", "died")
-            self.storage.set_trial_state_values(attempt._trial_id, TrialState.FAIL)
-        except RuntimeError:  # closed by another: by its own process, or as dead
-            return not holds(self.storage.get_trial(attempt._trial_id))
-        return True
-
-    def _forgiven(self) -> int:
-        """Failed attempts up to this number do not count."""
-        return int(self.storage.get_study_user_attrs(self.id).get("forgiven", -1))
-
 
 class Attempt:
-    """This process at work on a trial."""
+    """A trial that this process runs."""
 
     def __init__(self, study: Study, trial: Trial, number: int):
         self.study, self.trial, self.id = study, trial, number
@@ -165,8 +155,8 @@ class Attempt:
         return {key: _suggest(handle, key, axis) for key, axis in space.items()}
 
     def beat(self) -> None:
-        """Sign of life."""
-        self.study.storage.set_trial_user_attr(self.id, "alive", time.time())
+        """Record a heartbeat."""
+        self.study.storage.record_heartbeat(self.id)
 
     def report(self, step: int, value: float) -> bool:
         """Record an epoch's accuracy; True if the trial should be pruned.
@@ -181,8 +171,8 @@ class Attempt:
             return False
         except RuntimeError:
             raise UserError(
-                f"{self.trial.name} was taken over by another process, because this one gave no "
-                f"sign of life for {GRACE:.0f} s"
+                f"{self.trial.name} was taken over by another process, because this one recorded "
+                f"no heartbeat for {GRACE} s"
             ) from None
         return handle.should_prune()
 
@@ -213,20 +203,25 @@ def _suggest(handle: optuna.Trial, key: str, axis: Any) -> Any:
     return handle.suggest_float(key, axis.low, axis.high, step=axis.step, log=axis.log)
 
 
-def _connect(url: str) -> optuna.storages.RDBStorage:
+def connect(url: str) -> optuna.storages.RDBStorage:
+    """A database with heartbeats.
+
+    Raises:
+        UserError: it is not there, or of another program.
+    """
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    beats: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
     for left in reversed(range(_CONNECTS)):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=options)
-        except (sqlalchemy.exc.ArgumentError, ImportError) as error:
-            reason: Exception = error
-            break
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-            reason = error
-            if left:
-                time.sleep(1.0)
-    first = str(reason).splitlines()[0]
-    raise UserError(f"--storage {shown(url)}: no database there: {first}")
+            with warnings.catch_warnings():  # of some versions: heartbeats are new
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(url, options, **beats)
+        except (ImportError, RuntimeError, sqlalchemy.exc.SQLAlchemyError, _OptunaError) as error:
+            reason = first_line(error)
+            if isinstance(error, (ImportError, sqlalchemy.exc.ArgumentError)):
+                break
+            time.sleep(min(left, 1.0))
+    raise UserError(f"{shown(url)} cannot be opened as a database: {reason}")
 
 
 def shown(url: str) -> str:

@@ -1,19 +1,18 @@
-"""What came of a sweep: a Markdown table and a CSV file, a row a cell (or a searched point)."""
+"""Results of a sweep: a Markdown table and a CSV file, a row a cell (or a searched point)."""
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mdistiller.files.tables import csv_table, markdown_table
 from mdistiller.sweep.fields import METRICS
 
 if TYPE_CHECKING:
-    from mdistiller.sweep.judge import Status
     from mdistiller.sweep.plan import Plan
+    from mdistiller.sweep.trial_state import Status
 
 LABELS = dict(
     zip(
@@ -109,20 +108,21 @@ def markdown(plan: Plan, table: Sequence[Row]) -> str:
     head = ["trial" if plan.space else "cell", *(LABELS[m] for m in columns), "best selected on"]
     head += ["loss, first → last epoch", "training top-1 %", "loss fell"] if plan.loss_falls else []
     head += ["runs", "failed"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for row in table:
-        cells = [row.name, *(mean_std(row.values(m)) for m in columns), row.selected_on() or "-"]
-        cells += _loss_cells(row) if plan.loss_falls else []
-        cells += [str(len(row.runs)), str(len(row.failed))]
-        lines.append(f"| {' | '.join(cells)} |")
+        means = (mean_std(row.values(m)) for m in columns)
+        losses = _loss_cells(row) if plan.loss_falls else []
+        end = (len(row.runs), len(row.failed))
+        lines.append([row.name, *means, row.selected_on() or "-", *losses, *end])
+    text = [markdown_table(head, lines)]
     several = any(len(row.runs) > 1 for row in table)
-    lines += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
-    failures = [f"- {name} failed: {text}" for row in table for name, text in row.failed.items()]
-    lines += ["", *failures] if failures else []
+    text += ["", "Mean ± sample standard deviation over the runs of a row."] if several else []
+    failures = [f"- {name} failed: {error}" for row in table for name, error in row.failed.items()]
+    text += ["", *failures] if failures else []
     missing = {state: sum(r.unfinished.get(state, 0) for r in table) for state in _STATES}
     counts = [f"{count} {state}" for state, count in missing.items() if count]
-    lines += ["", f"Not finished: {', '.join(counts)}."] if counts else []
-    return "\n".join(lines)
+    text += ["", f"Not finished: {', '.join(counts)}."] if counts else []
+    return "\n".join(text)
 
 
 _STATES = ("running", "open", "pruned")
@@ -140,19 +140,17 @@ def _loss_cells(row: Row) -> list[str]:
 
 
 def csv_text(plan: Plan, table: Sequence[Row]) -> str:
-    """The same numbers, unrounded; empty where there is none."""
-    columns = metrics(plan, table)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    pairs = [f"{metric}_{kind}" for metric in columns for kind in ("mean", "std")]
-    ends = [f"{n}_{end}" for n in ("train_loss", "train_acc") for end in ("first", "last")]
-    writer.writerow(["name", *pairs, *ends, "selected_on", "runs", "failed"])
+    """The same numbers, unrounded; empty where a number is missing."""
+    rows = []
     for row in table:
-        numbers: list[Any] = []
-        for values in map(row.values, columns):
-            numbers.append(statistics.mean(values) if values else "")
-            numbers.append(statistics.stdev(values) if len(values) > 1 else "")
+        cells: dict[str, Any] = {"name": row.name}
+        for metric in metrics(plan, table):
+            values = row.values(metric)
+            cells[f"{metric}_mean"] = statistics.mean(values) if values else None
+            cells[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
         for number in ("train_loss", "train_acc"):
-            numbers += row.ends(number) if row.runs else ["", ""]
-        writer.writerow([row.name, *numbers, row.selected_on(), len(row.runs), len(row.failed)])
-    return out.getvalue()
+            ends = row.ends(number) if row.runs else (None, None)
+            cells |= {f"{number}_first": ends[0], f"{number}_last": ends[1]}
+        counts = {"runs": len(row.runs), "failed": len(row.failed)}
+        rows.append({**cells, "selected_on": row.selected_on(), **counts})
+    return csv_table(rows)

@@ -26,11 +26,11 @@ from mdistiller.engine.run.teacher import being_trained
 from mdistiller.engine.run.train import train_or_continue
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
-from mdistiller.runtime import resolve_device
+from mdistiller.runtime import keep_freed_memory, resolve_device
 from mdistiller.sweep.plan import Plan
 from mdistiller.sweep.study import Attempt, Study
+from mdistiller.sweep.trial_state import HEARTBEAT
 
-HEARTBEAT = 10.0  # seconds between signs of life
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
@@ -39,10 +39,10 @@ def run_sweep(study: Study, jobs: int | None = None) -> None:
     jobs = jobs or default_jobs(study.plan)
     while waiting := study.open_trials():
         count = min(jobs, len(waiting))
-        before = study.attempts()
+        before = study.storage.get_n_trials(study.id)
         if count == 1:
             work(study)
-        elif not _run_processes(study, count) and study.attempts() == before:
+        elif not _run_processes(study, count) and study.storage.get_n_trials(study.id) == before:
             raise UserError("every worker process died before it began a trial; see above")
 
 
@@ -93,6 +93,7 @@ def _run_processes(study: Study, count: int) -> bool:
 
 def _worker(plan: Plan, url: str, gpu: str) -> None:
     """A worker process; `gpu` is the only one it uses, as CUDA_VISIBLE_DEVICES names it."""
+    keep_freed_memory()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for trial in plan.trials:
@@ -102,7 +103,7 @@ def _worker(plan: Plan, url: str, gpu: str) -> None:
 
 
 def work(study: Study) -> None:
-    """Take and run open trials until there is none."""
+    """Take and run open trials until all are taken."""
     if resolve_device(study.plan.trials[0].configs[0].DEVICE).type == "cpu":
         torch.set_num_threads(1)  # best for small networks, and sums do not depend on --jobs
     while attempt := _next(study):
@@ -110,7 +111,7 @@ def work(study: Study) -> None:
 
 
 def _next(study: Study) -> Attempt | None:
-    """An attempt at an open trial, if there is one; last those whose teacher is in the making."""
+    """An attempt at an open trial, if there is one; trials whose teacher is being trained last."""
     later = []
     for trial in study.open_trials():
         teacher = being_trained(trial.configs[0])
@@ -126,10 +127,10 @@ def _next(study: Study) -> Attempt | None:
 
 
 def _run_trial(study: Study, attempt: Attempt) -> None:
-    """Run an attempt to its end, whatever that is, record it and print a line."""
+    """Run an attempt, record how it ended and print a line."""
     plan, trial = study.plan, attempt.trial
     started = time.perf_counter()
-    with _signs_of_life(attempt):
+    with _heartbeats(attempt):
         try:
             params = attempt.choose() if plan.space else {}
             results = []
@@ -143,7 +144,7 @@ def _run_trial(study: Study, attempt: Attempt) -> None:
         except KeyboardInterrupt:
             attempt.end(TrialState.FAIL, end="interrupted")
             raise
-        except Exception as error:  # one trial's failure is no other's
+        except Exception as error:  # the other trials go on
             outcome = one_line(error)
             attempt.end(TrialState.FAIL, error=outcome)
             outcome = f"failed: {outcome}"
@@ -158,12 +159,12 @@ def _run_trial(study: Study, attempt: Attempt) -> None:
 
 def _with(cfg: Config, params: Mapping[str, Any]) -> Config:
     """A config with the values of a searched point."""
-    own: Config = cfg.clone()
-    own.defrost()
-    own.merge_from_list([word for pair in params.items() for word in pair])
-    check_values(own)
-    own.freeze()
-    return own
+    point: Config = cfg.clone()
+    point.defrost()
+    point.merge_from_list([word for pair in params.items() for word in pair])
+    check_values(point)
+    point.freeze()
+    return point
 
 
 def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
 
 
 class _Report(Hook):
-    """Tells the study each epoch's accuracy, and ends the run if it is to be pruned or is lost.
+    """Reports each epoch's accuracy to the study; ends a run that is pruned or taken over.
 
     Args:
         first: epochs of the runs before this one.
@@ -198,8 +199,8 @@ class _Report(Hook):
 
 
 @contextlib.contextmanager
-def _signs_of_life(attempt: Attempt) -> Iterator[None]:
-    """Tell the study now and then that this process lives; end it if its parent does not."""
+def _heartbeats(attempt: Attempt) -> Iterator[None]:
+    """Record heartbeats; end this process if its parent is gone."""
     stop = threading.Event()
     thread = threading.Thread(target=_beat, args=(attempt, stop), daemon=True)
     thread.start()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from support import REPO, TOY, command, image_folder, saved_teacher, write_config
+from support import REPO, TOY, command, image_folder, saved_teacher, unpadded, write_config
 
 from mdistiller.cli import COMMANDS
 from mdistiller.cli import eval as eval_command
@@ -29,7 +29,7 @@ def refused(capsys, words, main=train_command.main):
 
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
-    "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD has none of the keys ALPHA_T in KD;",
+    "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD lacks the keys ALPHA_T in KD;",
     "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number",
     "DISTILLER.STUDENT resnet9": "DISTILLER.STUDENT: unknown CIFAR model 'resnet9'; did you mean",
     "DISTILLER.TYPE KDD": "unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean 'KD'?",
@@ -45,7 +45,7 @@ BAD = {
     "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CKPT none.pth": "TEACHER_CKPT: none.pth does not exist",
     "DISTILLER.TYPE KD DISTILLER.TEACHER_CFG none.yaml": "config file 'none.yaml' not found",
-    "DEVICE tpu": "DEVICE 'tpu' is no device",
+    "DEVICE tpu": "DEVICE 'tpu' is not a device",
     "SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0",
     "DISTILLER.STUDENT BabyStudent DATASET.TYPE tiny16": "take 32x32 images, not 16x16",
     "EXPERIMENT.PROJECT a/../../b": "make no folder name",
@@ -108,17 +108,18 @@ def test_a_run_is_not_started_over_and_a_damaged_one_not_resumed(tmp_path, capsy
         (run / name).write_bytes(before[name][:-100])
     error = refused(capsys, ["--cfg", config, "--resume"])
     assert "latest is not what its run wrote (damaged" in error
-    assert "nor can any other here be used" in error
+    assert "the other checkpoints there are damaged as well" in error
 
 
 README = (REPO / "README.md").read_text()
 
 
-def test_the_readmes_own_data_recipe(tmp_path, monkeypatch):
-    """Its two commands as they stand, on a folder of small images, for one epoch."""
+def test_the_recipe_for_ones_own_images(tmp_path, monkeypatch):
+    """The two commands of docs/train.md as they stand, on a folder of small images, an epoch."""
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "data" / "flowers", size=40)
-    block = next(b for b in README.split("```sh") if "data/flowers" in b and "train.py" in b)
+    page = (REPO / "docs" / "train.md").read_text()
+    block = next(b for b in page.split("```sh") if "data/flowers" in b and "train.py" in b)
     lines = block.split("```")[0].replace("\\\n", " ").strip().splitlines()
     assert len(lines) == 2
     for line in lines:
@@ -253,7 +254,7 @@ def test_demo_tables_and_plots(tmp_path, capsys):
     from mdistiller.cli import demo
 
     runs = [{"last_acc": acc, "parameters": 1234, "seconds": 2.0} for acc in (90.0, 92.0)]
-    assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in demo.table({"KD": runs})
+    assert "| KD | 91.00 ± 1.41 | 2 | 1,234 | 2.0 |" in unpadded(demo.table({"KD": runs}))
     demo.plot({"KD": [[10.0, 20.0], [12.0, 22.0]]}, tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size > (500, 300)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from support import same_state
 
-from mdistiller.cli import _convert_worker, convert_checkpoint
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
+from mdistiller.cli.convert import worker
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_network
@@ -40,7 +41,7 @@ class Touch:
 
 def read(source, target):
     """What the program that touches the file makes of it with shells, here in this process."""
-    _convert_worker.main(str(source), str(target), "shells")
+    worker.main(str(source), str(target), "shells")
     return load_checkpoint(target)
 
 
@@ -83,7 +84,7 @@ def test_what_a_checkpoint_of_ours_records_is_kept(tmp_path, net, monkeypatch):
     """Its classes and preprocessing were dropped, being a mapping."""
 
     def in_this_process(words, **_):
-        _convert_worker.main(*words[-3:])
+        worker.main(*words[-3:])
         return types.SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(convert_checkpoint.subprocess, "run", in_this_process)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import TOY, command, image_folder, saved_teacher, write_config
+from support import TOY, command, image_folder, saved_teacher, unpadded, write_config
 
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import export as export_command
@@ -59,7 +59,7 @@ def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
     assert best["note"] == f"epoch {summary['best_epoch']}, selected on the test set"
     assert (latest["note"], latest["model"], latest["images"]) == ("", "resnet8", 60)
     assert latest["label"] == "toy/run latest"
-    shown = capsys.readouterr().out.splitlines()
+    shown = unpadded(capsys.readouterr().out).splitlines()
     line = f"resnet8 on toy (60 images): top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
     assert shown[0] == f"[EVAL] {line}  loss {latest['nll']:.4f}"
     assert any(text.startswith("| resnet8 | toy/run best |") for text in shown)
@@ -143,7 +143,7 @@ def test_a_student_beside_its_teacher(run, tmp_path, capsys):
     assert "cka" not in teacher
     assert "teacher" not in teacher
     assert teacher["collapse"]["nc1"] > 0
-    table = capsys.readouterr().out
+    table = unpadded(capsys.readouterr().out)
     assert f"| toy/run latest | {beside['gap']:.2f} | {beside['agreement']:.2f} |" in table
     assert f"| {student['cka']['pooled']:.3f} |" in table
 
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     cases = [
         ([], "name run folders or files by -c, or networks by -m"),
         (["-c", path], f"-m must name the network of {path}"),
-        (["-c", tmp_path], f"{tmp_path} is no run folder"),
+        (["-c", tmp_path], f"{tmp_path} is not a run folder"),
         ([run, "-m", "resnet8"], "-m goes with a file"),
         (["-m", "resnet8", "-m", "vgg8", "-c", path], "-m names 2 networks for 1 files"),
         ([run, "--checkpoint", "epoch_9"], "has no checkpoint epoch_9 (it has: best, latest)"),
@@ -223,8 +223,8 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         ([run, other], "different data (DATASET.TYPE 'toy' and 'tiny16'); name the data"),
         ([run, "--json", tmp_path / "no" / "x.json"], "there is no folder"),
         ([run, "--csv", tmp_path], "is a folder"),
-        (["nothere"], "there is no run folder or file nothere"),
-        ([run, tmp_path / "typo"], f"there is no run folder or file {tmp_path / 'typo'}"),
+        (["nothere"], "run folder or file nothere does not exist"),
+        ([run, tmp_path / "typo"], f"run folder or file {tmp_path / 'typo'} does not exist"),
     ]
     for words, says in cases:
         assert says in refused(capsys, *words), words

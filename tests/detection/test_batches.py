@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from mdistiller.detection.batches import TrainBatches, ValBatches
 from mdistiller.detection.coco.dataset import CocoDetectionSet
 from mdistiller.detection.data import DATA, train_batches, val_loader
-from mdistiller.detection.sampler import Draws
+from mdistiller.detection.sampler import AspectRatioSampler
 from mdistiller.registry import UserError
 
 
@@ -96,15 +96,15 @@ def test_orders_and_views_are_drawn_anew_in_each_round(data):
 
 def test_views_follow_the_drawn_sizes_and_flips(data):
     stream = batches(data)
-    views = [stream.tasks.view(position, 0) for position in range(3000)]
+    views = [stream.requests.view(position, 0) for position in range(3000)]
     sizes = Counter(view.min_size for view in views)
     assert set(sizes) == {40, 48, 56}
     assert min(sizes.values()) > 900
     assert 1400 < sum(view.flip for view in views) < 1600
-    assert not any(batches(data, flip=0.0).tasks.view(p, 0).flip for p in range(50))
-    assert all(batches(data, flip=1.0).tasks.view(p, 0).flip for p in range(50))
+    assert not any(batches(data, flip=0.0).requests.view(p, 0).flip for p in range(50))
+    assert all(batches(data, flip=1.0).requests.view(p, 0).flip for p in range(50))
     other = batches(data, seed=6)
-    assert [other.tasks.view(p, 0) for p in range(50)] != views[:50]
+    assert [other.requests.view(p, 0) for p in range(50)] != views[:50]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -179,10 +179,10 @@ def test_a_state_of_another_set_is_refused(data, synth):
 
 def test_draws_reach_far_positions_at_once():
     """A resumed run does not draw again what came before."""
-    draws = Draws(np.zeros(7, bool), 2, seed=1)
+    draws = AspectRatioSampler(np.zeros(7, bool), 2, seed=1)
     draws.load_state_dict({"position": 7 * 10**9 + 3, "waiting": [[], []]})
     assert [position for position, _ in draws.next()] == [7 * 10**9 + 3, 7 * 10**9 + 4]
-    whole = Draws(np.zeros(7, bool), 7, seed=1)
+    whole = AspectRatioSampler(np.zeros(7, bool), 7, seed=1)
     assert sorted(image for _, image in whole.next()) == list(range(7))
 
 
@@ -235,7 +235,7 @@ def config(synth, **keys):
 def test_a_config_gives_both_streams(synth):
     train, val = train_batches(config(synth)), val_loader(config(synth))
     assert (len(train.dataset), len(val.dataset)) == (9, 11)  # training leaves out empty images
-    assert (train.batch_size, train.tasks.draws.seed, val.batch_size) == (2, 3, 1)
+    assert (train.batch_size, train.requests.sampler.seed, val.batch_size) == (2, 3, 1)
     assert min(next(iter(train))[0][0].shape[1:]) == 40
     assert min(next(iter(val))[0][0].shape[1:]) == 44
     assert len(train_batches(config(synth, KEEP_EMPTY=True)).dataset) == 11

@@ -21,12 +21,18 @@ ORIGINAL = [
 ]
 
 
+_made = {}
+
+
 def build(cfg, role, classes):
-    """A network of a config without weights to look for, and without memory."""
+    """A network of a config without weights to look for, and without memory; made once."""
     node = cfg.DETECTION[role].clone()
     node.defrost()
     node.WEIGHTS, node.BACKBONE_WEIGHTS, node.NORM, node.FREEZE_AT = "", "", "batch", 0
-    return build_detector(node, classes)
+    key = (role, classes, repr(node))
+    if key not in _made:
+        _made[key] = build_detector(node, classes)
+    return _made[key]
 
 
 @pytest.mark.parametrize("name", FILES)

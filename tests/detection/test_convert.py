@@ -13,7 +13,7 @@ import zoo
 from torchvision.models.resnet import Bottleneck, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from mdistiller.cli import convert_detectron2
+from mdistiller.cli.convert import detectron2 as convert_detectron2
 from mdistiller.detection.convert.caffe2 import convert_backbone
 from mdistiller.detection.convert.detectron2 import convert, read, rename
 from mdistiller.detection.networks.models import assemble, build_detector
@@ -92,15 +92,13 @@ def test_a_converted_mask_rcnn_gives_what_the_zoos_does(tmp_path, mask18, capsys
     assert "is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_bottlenecks_stride_where_it_is_said(stride_in_1x1):
+def test_bottlenecks_stride_in_their_1x1_layer():
     arrays = zoo.weights("resnet50")
-    contents = converted(arrays, stride_in_1x1=stride_in_1x1)
-    keys = {"ARCH": "resnet50", "STRIDE_IN_1X1": stride_in_1x1}
-    net = assemble(node("", **keys), 4)
+    contents = converted(arrays, stride_in_1x1=True)
+    net = assemble(node("", ARCH="resnet50", STRIDE_IN_1X1=True), 4)
     net.load_state_dict(contents["model"], strict=False)
-    compare(net.eval(), zoo.Reference(arrays, stride_in_1x1))
-    assert contents["detector"]["stride_in_1x1"] == stride_in_1x1
+    compare(net.eval(), zoo.Reference(arrays))
+    assert contents["detector"]["stride_in_1x1"]
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -161,7 +159,9 @@ def test_everything_must_be_known_and_there(mask18):
     with pytest.raises(UserError, match=r"4 rows for 3 classes; .* same for all classes"):
         converted(mask18 | {boxes: np.zeros((4, 1024), "f")})
     block = {"backbone.bottom_up.res5.2.conv1.weight": np.zeros((512, 512, 3, 3), "f")}
-    with pytest.raises(UserError, match=r"no ResNet with FPN .* stages have 2, 2, 2, 3 blocks"):
+    with pytest.raises(
+        UserError, match=r"not of a supported ResNet with FPN .* stages have 2, 2, 2, 3 blocks"
+    ):
         converted(mask18 | block)
     with pytest.raises(UserError, match=r"another shape \(rpn\.head\.conv\.0\.0\.bias is \[5\]"):
         converted(mask18 | {"proposal_generator.rpn_head.conv.bias": np.zeros(5, "f")})
@@ -273,10 +273,10 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, capsys, call, name):
 def test_damaged_files_get_one_line(tmp_path):
     whole = zoo.write(tmp_path / "zoo.pkl", {"a": np.zeros(99)}).read_bytes()
     cases = {
-        "cut.pkl": (whole[: len(whole) // 2], "is damaged or no pickle"),
-        "text.pkl": (b"<html>", "is damaged or no pickle"),
+        "cut.pkl": (whole[: len(whole) // 2], "is damaged or not a pickle"),
+        "text.pkl": (b"<html>", "is damaged or not a pickle"),
         "list.pkl": (pickle.dumps([1, 2]), "holds no weights under 'model'"),
-        "words.pkl": (pickle.dumps({"model": {"a": "b"}}), "'a' is no array of numbers"),
+        "words.pkl": (pickle.dumps({"model": {"a": "b"}}), "'a' is not an array of numbers"),
         "text.pth": (b"<html>", "is a web page .*, not a PyTorch file"),
     }
     for name, (data, error) in cases.items():

@@ -120,7 +120,7 @@ def test_boxes_and_masks_go_with_the_pixels(shared, flip):
 
 
 def test_run_lengths_are_resized_to_the_nearest_pixel(synth):
-    """Of an object that is no crowd; compressed by pycocotools or not."""
+    """Of an object other than a crowd region; compressed by pycocotools or not."""
     from pycocotools import mask as api
 
     for record in synth.contents["annotations"]:
@@ -335,7 +335,7 @@ def test_images_without_objects_are_left_out_on_demand(shared, capsys):
 def test_a_set_of_crowds_alone_teaches_nothing(synth):
     for record in synth.contents["annotations"]:
         record["iscrowd"] = 1
-    with pytest.raises(UserError, match="no image has an object that is no crowd"):
+    with pytest.raises(UserError, match="every object is a crowd region"):
         coco_set(synth.save(), keep_empty=False)
 
 

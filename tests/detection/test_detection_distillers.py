@@ -10,19 +10,27 @@ from support import same_state
 
 from mdistiller.detection.config import load_config
 from mdistiller.detection.distillers import DetectionDistiller
-from mdistiller.detection.methods import METHODS
+from mdistiller.detection.methods import DETECTOR_SETTINGS, build_method, method_names
 from mdistiller.detection.networks.backbones import with_frozen_norms
 from mdistiller.detection.run import build_distiller
+from mdistiller.distillers import DISTILLERS
 from mdistiller.registry import UserError
 
-EVERY = "+".join(METHODS)
-LOSSES = {name: METHODS[name].loss for name in METHODS}
+EVERY = "+".join(DETECTOR_SETTINGS)
+TERMS = {"loss_kd", "loss_dkd", "loss_review", "loss_fitnet"}
+OWN = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+LOGIT_METHODS = {
+    *("CORRECTEDKD", "CTKD", "DGKD", "DIST", "DKD", "GDKD", "GDKD3", "KD", "LDRLD", "LOGITS"),
+    *("NKD", "NORMKD", "RLD", "TTM", "WKD", "WTTM"),
+}
+MAP_METHODS = {"AT", "FITNET", "KDSVD", "NST", "REVIEWKD", "SEMCKD", "SP", "VID"}
 
 
 def join(kind, student=None, teacher=None, *words):
     student = detector() if student is None else student
     teacher = detector(seed=1) if teacher is None else teacher
     cfg = load_config("", ["DISTILLER.TYPE", kind, *words])
+    torch.manual_seed(2)  # of what methods add
     return DetectionDistiller(student, None if kind == "NONE" else teacher, cfg).train()
 
 
@@ -32,24 +40,130 @@ def step(distiller, masks=False, seed=0):
     return distiller(images=images(), targets=targets(masks))[1]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_trains_all_there_is_to_train(name):
-    distiller = join(name)
+def test_a_step_trains_all_there_is_to_train():
+    distiller = join(EVERY)
     losses = step(distiller)
-    own = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
-    assert set(losses) == own | {LOSSES[name]}
+    assert set(losses) == OWN | TERMS
     sum(losses.values()).backward()
     for key, parameter in distiller.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
     losses = step(distiller)
-    losses[LOSSES[name]].backward()
-    assert next(distiller.student.backbone.body.parameters()).grad.norm() > 0
+    stem = next(distiller.student.backbone.body.parameters())
+    for name in TERMS:
+        stem.grad = None
+        losses[name].backward(retain_graph=True)
+        assert stem.grad.norm() > 0, name
+
+
+def test_every_method_takes_a_step_or_is_refused_in_a_line():
+    """Under the methods' own defaults; outputs of the student are leaves here, to save time."""
+    student, teacher = detector(), detector(seed=1)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        batch, _ = student.prepare(images())
+        features = student.backbone(batch.tensors)
+        student.losses(batch, features, targets())
+        samples = student.roi_heads.samples
+        maps = teacher.eval().backbone(batch.tensors)
+        judged = teacher.roi_logits(maps, samples.proposals, batch.image_sizes)
+    logits = samples.logits.requires_grad_()
+    features = {name: level.requires_grad_() for name, level in features.items()}
+    ran, wrong = set(), []
+    for name in sorted(DISTILLERS.keys() - {"NONE"}):
+        logits.grad = None
+        for level in features.values():
+            level.grad = None
+        try:
+            cfg = load_config("", ["DISTILLER.TYPE", name])
+            distiller = DetectionDistiller(student, teacher, cfg).train()
+            distiller.try_methods()
+        except UserError as error:
+            if not str(error).startswith(f"DISTILLER.TYPE {name} cannot") or "\n" in str(error):
+                wrong.append(f"{name}: {error}")
+            continue
+        losses = distiller.distill_regions((logits, features), (judged, maps), samples.labels, 1)
+        (loss,) = losses.values()
+        loss.backward()
+        grads = [t.grad for t in (logits, *features.values()) if t.grad is not None]
+        if not loss.isfinite() or not any(grad.abs().sum() > 0 for grad in grads):
+            wrong.append(f"{name}: {loss.item()}")
+        ran.add(name)
+    assert wrong == []
+    assert ran == LOGIT_METHODS | MAP_METHODS
+
+
+def test_what_a_method_asks_for_in_vain():
+    pair = detector(), detector(seed=1)
+    for kind, settings, reason in [
+        ("CRLD", (), "it needs two views of each image"),
+        ("USKD", (), "it has no teacher"),
+        ("SIMKD", (), "it gives the student another head"),
+        ("CRD", (), "it remembers every training sample"),
+        ("OFD", (), "it needs the teacher in training mode"),
+        ("RKD", (), "this method needs 'pooled_feat'"),
+        ("FT", (), "a stage of training before the main one"),
+        ("WKD", ("WKD.COST", "cka"), "it needs class_cost of the teacher and all training images"),
+        ("DIST", ("DIST.TAU", "0"), "DIST.TAU must be positive"),
+        ("KD", ("DETECTION.KD.T", "0"), "DETECTION.KD: KD.TEMPERATURE must be positive"),
+    ]:
+        with pytest.raises(UserError, match=f"DISTILLER.TYPE {kind} cannot .*{re.escape(reason)}"):
+            join(kind, *pair, *settings).try_methods()
+    with pytest.raises(UserError, match=r"DIST.LOSS.CE_WEIGHT 0.5 has no effect in detection"):
+        join("DIST", *pair, "DIST.LOSS.CE_WEIGHT", "0.5")
+    with pytest.raises(UserError, match=r"LSKD.ENABLE: NST has no use for standardised logits"):
+        join("NST", *pair, "LSKD.ENABLE", "True")
+    with pytest.raises(UserError, match=r"unknown config key DKD"):
+        load_config("", ["DKD.BETA", "1.0"])
+
+
+def test_methods_that_relate_images_want_one_process(monkeypatch):
+    monkeypatch.setattr("mdistiller.detection.methods.world_size", lambda: 2)
+    with pytest.raises(UserError, match="SP cannot train a detector: it compares the maps of all"):
+        method_names("SP+DKD")
+
+
+def test_a_networks_without_the_pyramid_learns_from_logits_only():
+    student = detector(ARCH="fasterrcnn_mobilenet_v3_large_fpn", CHANNELS=256)
+    teacher = detector(ARCH="fasterrcnn_mobilenet_v3_large_fpn", CHANNELS=256)
+    assert join("DIST", student, teacher).methods
+    with pytest.raises(UserError, match=r"pyramids from P2 to P6, which fasterrcnn_mobilenet_v3"):
+        join("VID", student, teacher)
+
+
+def test_levels_and_standardised_logits():
+    student, maps = detector(), {name: torch.zeros(1, 32, 2, 2) for name in "0123"}
+    cfg = load_config("", ["DISTILLER.TYPE", "AT", "DETECTION.LEVELS", "['P4', 'P3']"])
+    feats = build_method("AT", student, detector(), cfg).student.features(maps)["feats"]
+    assert [id(level) for level in feats] == [id(maps[name]) for name in ("1", "1", "2")]
+    losses = [
+        step(join("KD", None, None, "LSKD.ENABLE", switch))["loss_kd"].item()
+        for switch in ("False", "True")
+    ]
+    assert losses[0] != pytest.approx(losses[1], rel=0.05)
+
+
+def test_wkd_compares_regions_and_maps():
+    weights = ["WKD.LOSS.WKD_LOGIT_WEIGHT", "30", "WKD.LOSS.WKD_FEAT_WEIGHT", "0.1"]
+    distiller = join("WKD", None, None, *weights)
+    loss = step(distiller)["loss_wkd"]
+    loss.backward()
+    assert loss.isfinite()
+    assert {"wkd_target", "wkd_logit", "wkd_feat"} <= distiller.metrics.keys()
+    assert distiller.methods["WKD"].class_cost.shape == (4, 4)
+    layer = distiller.student.roi_heads.box_predictor.cls_score.weight
+    assert layer.grad.abs().sum() > 0
+    assert distiller.student.backbone.fpn.layer_blocks[3][0].weight.grad.abs().sum() > 0  # P5
+
+
+def test_a_method_keeps_its_own_optimizer_settings():
+    groups = join("CTKD+REVIEWKD", None, None, "CTKD.PARAM_WD", "0.25").param_groups()
+    assert [group.get("weight_decay") for group in groups] == [None, 0.0, 0.25]
 
 
 def test_the_teacher_stays_as_it_is():
     distiller = join(EVERY)
-    teacher = distiller.guide
+    teacher = distiller.teacher
     before = copy.deepcopy(teacher.state_dict())
     optimizer = torch.optim.SGD(distiller.param_groups(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for seed in range(2):
@@ -100,7 +214,7 @@ def test_each_network_sees_the_images_its_own_way():
 def test_without_a_teacher_it_is_the_detector():
     student = detector()
     distiller = join("NONE", student)
-    assert distiller.guide is None
+    assert distiller.teacher is None
     losses = step(distiller)
     torch.manual_seed(0)
     for name, value in student(images(), targets()).items():
@@ -120,7 +234,7 @@ def test_a_step_in_bf16():
         low = step(distiller)
     assert all(value.dtype == torch.float32 for value in low.values())
     for name in ("loss_objectness", "loss_review", "loss_fitnet"):
-        assert low[name].item() == pytest.approx(full[name].item(), rel=0.05), name
+        assert low[name].item() == pytest.approx(full[name].item(), rel=0.1), name
     sum(low.values()).backward()
     assert all(p.grad.isfinite().all() for p in distiller.parameters())
 
@@ -139,13 +253,13 @@ def test_norms_have_a_weight_decay_of_their_own():
 def test_other_classes_are_refused_where_logits_are_compared():
     other = detector(num_classes=5, seed=1)
     for kind in ("DKD", "KD+REVIEWKD"):
-        with pytest.raises(UserError, match="student tells 4 classes apart and the teacher 5"):
+        with pytest.raises(UserError, match="student has 4 classes and the teacher 5"):
             join(kind, None, other)
     assert step(join("REVIEWKD", None, other))["loss_review"].isfinite()
 
 
 def test_methods_that_make_no_sense():
-    with pytest.raises(UserError, match=r"unknown detection method.*'DKDD'.*did you mean 'DKD'"):
+    with pytest.raises(UserError, match=r"unknown distiller.*'DKDD'.*did you mean 'DKD'"):
         join("DKDD")
     with pytest.raises(UserError, match=r"DISTILLER.TYPE DKD\+DKD names a method twice"):
         join("DKD+DKD")
@@ -157,55 +271,57 @@ def test_methods_that_make_no_sense():
 def test_a_method_from_elsewhere(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from mdistiller.detection.methods import METHODS, Method\n\n"
-        "@METHODS.register('GAP', config={'WEIGHT': 1.0, 'POWER': 2.0})\n"
-        "class Gap(Method):\n"
-        "    loss = 'loss_gap'\n"
-        "    def forward(self, views):\n"
-        "        return self.weight * (views.student['0'] - views.teacher['0']).square().mean()\n"
+        "from mdistiller.distillers import DISTILLERS, Distiller\n\n"
+        "@DISTILLERS.register('GAP', config={'WEIGHT': 1.0, 'POWER': 2.0})\n"
+        "class Gap(Distiller):\n"
+        "    needs_teacher_classifier = False\n"
+        "    def __init__(self, student, teacher, cfg):\n"
+        "        super().__init__(student, teacher)\n"
+        "        self.weight = cfg.GAP.WEIGHT\n"
+        "    def distill(self, student, teacher, target, **batch):\n"
+        "        gap = student['feats'][1] - teacher['feats'][1]\n"
+        "        return self.weight * gap.square().mean()\n"
     )
     try:
-        words = ["DISTILLER.TYPE", "GAP+DKD", "DETECTION.GAP.WEIGHT", "0.5"]
+        words = ["DISTILLER.TYPE", "GAP+DKD", "GAP.WEIGHT", "0.5"]
         cfg = load_config("", words, imports=[str(path)])
         losses = step(DetectionDistiller(detector(), detector(seed=1), cfg).train())
     finally:
-        METHODS.pop("GAP", None)
-        METHODS.config.pop("GAP", None)
+        DISTILLERS.pop("GAP", None)
+        DISTILLERS.config.pop("GAP", None)
     assert {"loss_gap", "loss_dkd"} <= set(losses)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("TEACHER.WEIGHTS ''", "DKD needs a trained teacher: set DETECTION.TEACHER.WEIGHTS"),
-        ("TEACHER.WEIGHTS none.pth", "DETECTION.TEACHER.WEIGHTS: none.pth does not exist"),
-        ("TEACHER.INPUT upstream_r18", "upstream_r18 is for the student"),
-        ("STUDENT.INPUT upstream_r18_teacher", "upstream_r18_teacher is for the teacher"),
-        ("TEACHER.NEW_HEAD True", "NEW_HEAD starts the teacher's classifier anew, and DKD"),
-        ("STUDENT.INPUT bgr", None),
-        (
-            "TEACHER.INPUT bgr",
-            "is of a detector with INPUT rgb, but DETECTION.TEACHER.INPUT is bgr",
-        ),
-        ("TEACHER.FLAVOUR d2", "is of a detector with FLAVOUR tv"),
-    ],
-)
-def test_mixed_up_networks(tmp_path, words, message):
-    """Teacher and student of a config; the teacher's file is of a run and says what it is of."""
+SWAPPED = [
+    ("TEACHER.WEIGHTS ''", "DKD needs a trained teacher: set DETECTION.TEACHER.WEIGHTS"),
+    ("TEACHER.WEIGHTS none.pth", "DETECTION.TEACHER.WEIGHTS: none.pth does not exist"),
+    ("TEACHER.INPUT upstream_r18", "upstream_r18 is for the student"),
+    ("STUDENT.INPUT upstream_r18_teacher", "upstream_r18_teacher is for the teacher"),
+    ("TEACHER.NEW_HEAD True", "NEW_HEAD starts the teacher's classifier anew, and DKD"),
+    ("STUDENT.INPUT bgr", None),
+    (
+        "TEACHER.INPUT bgr",
+        "is of a detector with INPUT rgb, but DETECTION.TEACHER.INPUT is bgr",
+    ),
+    ("TEACHER.FLAVOUR d2", "is of a detector with FLAVOUR tv"),
+]
+
+
+def test_swapped_networks(tmp_path):
+    """Teacher and student of a config; the teacher's file is of a run and describes it."""
     net = detector(seed=1)
     path = tmp_path / "teacher.pth"
     torch.save({"model": net.state_dict(), "detector": net.facts}, path)
     keys = {key: value for key, value in node().items() if key != "WEIGHTS"}
-    small = [f"DETECTION.{r}.{key}" for r in ("STUDENT", "TEACHER") for key in keys]
-    pairs = [word for key in small for word in (key, keys[key.rpartition(".")[2]])]
-    key, value = words.split()
-    pairs += ["DETECTION.TEACHER.WEIGHTS", str(path), f"DETECTION.{key}", value.strip("'")]
-    cfg = load_config("", ["DISTILLER.TYPE", "DKD", *pairs])
-    if message is None:
-        assert same_state(
-            build_distiller(cfg, list("abcd"), torch.device("cpu")).guide.state_dict(),
-            net.state_dict(),
-        )
-        return
-    with pytest.raises(UserError, match=re.escape(message)):
-        build_distiller(cfg, list("abcd"), torch.device("cpu"))
+    common = ["DISTILLER.TYPE", "DKD", "DETECTION.TEACHER.WEIGHTS", str(path)]
+    for role in ("STUDENT", "TEACHER"):
+        common += [word for k in keys for word in (f"DETECTION.{role}.{k}", keys[k])]
+    for words, message in SWAPPED:
+        key, value = words.split()
+        cfg = load_config("", [*common, f"DETECTION.{key}", value.strip("'")])
+        if message is None:
+            built = build_distiller(cfg, list("abcd"), torch.device("cpu"))
+            assert same_state(built.teacher.state_dict(), net.state_dict())
+            continue
+        with torch.device("meta"), pytest.raises(UserError, match=re.escape(message)):
+            build_distiller(cfg, list("abcd"), torch.device("cpu"))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from nets import SMALL, detector
-from support import command
+from support import unpadded
 from synth import make_coco
 
 from mdistiller.cli import eval_detection
@@ -27,7 +27,7 @@ def student_file(path, **keys):
 def place(tmp_path_factory):
     """A set, a config that names it, and files of three networks."""
     folder = tmp_path_factory.mktemp("eval_detection")
-    val = make_coco(folder, 5, split="val", size=(64, 96))
+    val = make_coco(folder, 3, split="val", size=(64, 96))
     networks = "".join(
         f"  {role}:\n" + "".join(f"    {key}: {value}\n" for key, value in SMALL.items())
         for role in ("STUDENT", "TEACHER")
@@ -65,8 +65,8 @@ def test_numbers_are_those_of_the_evaluator(place, tmp_path, capsys):
     assert one["numbers"] == pytest.approx(numbers)
     assert one["parameters"] == sum(p.numel() for p in detector().parameters())
     assert one["curves"]["bbox"]["classes"].keys() == {"disc", "box", "triangle"}
-    assert (found["images"], found["classes"]) == (5, ["disc", "box", "triangle"])
-    out = capsys.readouterr().out
+    assert (found["images"], found["classes"]) == (3, ["disc", "box", "triangle"])
+    out = unpadded(capsys.readouterr().out)
     assert f"| {place / 'one'} | mobilenet_v2 | {numbers['bbox/AP']:.2f} |" in out
     assert f"| triangle | {numbers['bbox/AP/triangle']:.2f} |" in out
     assert f"AP {numbers['bbox/AP']:.2f}" in out
@@ -84,7 +84,7 @@ def test_a_run_folder_says_itself_what_it_holds(place, tmp_path, capsys):
     words = ["-c", str(folder), "-c", str(folder / "student_latest"), "--teacher"]
     teacher = ["DETECTION.TEACHER.WEIGHTS", str(place / "two")]
     assert run(place, *words, *teacher, cfg=False) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = unpadded(capsys.readouterr().out).splitlines()
     rows = {line.split(" | ")[0]: line.split(" | ")[2:] for line in lines if "mobilenet" in line}
     assert list(rows) == ["| detection/run best", "| detection/run latest", "| teacher"]
     assert rows["| detection/run latest"] == rows["| teacher"]
@@ -118,7 +118,7 @@ def test_masks_are_measured_beside_boxes(place, tmp_path, capsys):
     val = make_coco(tmp_path, 1, split="val", size=(64, 96), empty=0)
     words = ["-c", str(place / "masks"), "DETECTION.STUDENT.MASK", "True", *val.keys("val")]
     assert run(place, *words) == 0
-    out = capsys.readouterr().out
+    out = unpadded(capsys.readouterr().out)
     assert "| masks | network | AP |" in out
     assert "mask AP" in out
     assert run(place, *words, "--boxes") == 0
@@ -132,16 +132,12 @@ def test_pictures_are_drawn(place, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
-def test_two_processes_measure_what_one_does(place, tmp_path):
-    words = ["-c", str(place / "one"), "--json"]
-    assert run(place, *words, str(tmp_path / "one")) == 0
-    words = ["--cfg", place / "small.yaml", *words, tmp_path / "two"]
-    done = command(*words, module="eval_detection", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[EVAL]") == 1
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
-    assert one["networks"][0]["numbers"] == two["networks"][0]["numbers"]
-    assert one["networks"][0]["curves"] == two["networks"][0]["curves"]
+def test_only_the_first_process_writes(place, tmp_path, capsys, monkeypatch):
+    """What several processes measure together is tested in test_evaluate.py and test_trainer.py."""
+    monkeypatch.setattr("mdistiller.engine.utils.is_main_process", lambda: False)
+    assert run(place, "-c", str(place / "one"), "--json", str(tmp_path / "found.json")) == 0
+    assert not (tmp_path / "found.json").exists()
+    assert "[EVAL]" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
@@ -149,7 +145,7 @@ def test_what_cannot_be_measured_is_one_line(place, tmp_path, capsys):
     assert "by --cfg" in refused(capsys, place, "-c", one, cfg=False)
     assert "name weights by -c" in refused(capsys, place)
     assert "name run folders by -c" in refused(capsys, place, cfg=False)
-    assert "is no run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
+    assert "is not a run folder" in refused(capsys, place, "-c", str(tmp_path), cfg=False)
     assert "TEACHER.WEIGHTS names no file" in refused(capsys, place, "--teacher")
     assert "none does not exist" in refused(capsys, place, "-c", str(tmp_path / "none"))
     (tmp_path / "cut").write_bytes((place / "one").read_bytes()[:5000])

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from nets import detector
 from support import golden_values
 
-from mdistiller.detection.config import default_config
-from mdistiller.detection.methods import LEVELS, METHODS, Views
-from mdistiller.detection.networks.roi import RoISamples
+from mdistiller.detection.config import load_config
+from mdistiller.detection.methods import LEVELS, build_method
+from mdistiller.distillers import Output
 from mdistiller.registry import UserError
 
 SIZES = {"0": (24, 40), "1": (12, 20), "2": (6, 10), "3": (3, 5), "pool": (2, 3)}
@@ -21,13 +21,19 @@ def net():
 
 def method(name, net, **changes):
     """A method over a network with itself as the teacher."""
-    node = default_config().DETECTION[name]
-    node.merge_from_list([word for pair in changes.items() for word in pair])
-    return METHODS[name](node, net, net)
+    words = [word for key, value in changes.items() for word in (f"DETECTION.{name}.{key}", value)]
+    return build_method(name, net, net, load_config("", ["DISTILLER.TYPE", name, *words]))
 
 
-def of_logits(student, teacher, labels):
-    return Views({}, {}, RoISamples([], labels, student), teacher)
+def of_logits(part, student, teacher, labels):
+    """The term of logits [R, classes]."""
+    return part.distill(Output(student, {}), Output(teacher, {}), labels, epoch=1)
+
+
+def of_maps(part, student, teacher):
+    """The term of two pyramids."""
+    outputs = [Output(torch.zeros(0), part.student.features(maps)) for maps in (student, teacher)]
+    return part.distill(*outputs, torch.zeros(0), epoch=1)
 
 
 def pyramid(seed, channels=32):
@@ -52,7 +58,7 @@ def golden_logits():
 )
 def test_logit_terms_have_the_reference_values(net, name, settings, value, gradient):
     student, teacher, labels = golden_logits()
-    loss = method(name, net, **settings)(of_logits(student, teacher, labels))
+    loss = of_logits(method(name, net, **settings), student, teacher, labels)
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-7)
     assert student.grad.norm().item() == pytest.approx(gradient, rel=1e-6)
@@ -60,10 +66,9 @@ def test_logit_terms_have_the_reference_values(net, name, settings, value, gradi
 
 def test_dkd_has_the_original_weights(net):
     """alpha 1, beta 0.25, T 1: what the originals of these configs have."""
-    student, teacher, labels = golden_logits()
-    views = of_logits(student, teacher, labels)
-    terms = [method("DKD", net, ALPHA=a, BETA=b)(views) for a, b in ((1.0, 0.0), (0.0, 1.0))]
-    assert method("DKD", net)(views).item() == pytest.approx((terms[0] + terms[1] / 4).item())
+    weights = ({"ALPHA": 1.0, "BETA": 0.0}, {"ALPHA": 0.0, "BETA": 1.0}, {})
+    tckd, nckd, both = (of_logits(method("DKD", net, **w), *golden_logits()) for w in weights)
+    assert both.item() == pytest.approx((tckd + nckd / 4).item())
 
 
 def test_dkd_does_not_care_how_classes_are_numbered(net):
@@ -72,10 +77,9 @@ def test_dkd_does_not_care_how_classes_are_numbered(net):
     order = torch.tensor([7, 3, 0, 9, 1, 8, 2, 5, 6, 4])
     place = order.argsort()
     dkd = method("DKD", net)
-    moved = of_logits(student[:, order], teacher[:, order], place[labels])
-    assert dkd(moved).item() == pytest.approx(
-        dkd(of_logits(student, teacher, labels)).item(), rel=1e-12
-    )
+    moved = of_logits(dkd, student[:, order], teacher[:, order], place[labels])
+    plain = of_logits(dkd, student, teacher, labels)
+    assert moved.item() == pytest.approx(plain.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["DKD", "KD"])
@@ -83,26 +87,17 @@ def test_saturated_logits_give_finite_terms(net, name):
     """The textbook form is NaN where both networks are sure of the background."""
     sure = torch.tensor([[200.0, 0, 0], [1e4, -1e4, 0]])
     student = sure.clone().requires_grad_()
-    loss = method(name, net)(of_logits(student, sure, torch.tensor([0, 0])))
+    part = method(name, net)
+    loss = of_logits(part, student, sure, torch.tensor([0, 0]))
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert student.grad.isfinite().all()
     student.grad = None
-    loss = method(name, net)(of_logits(student, -sure, torch.tensor([0, 2])))
+    loss = of_logits(part, student, -sure, torch.tensor([0, 2]))
     loss.backward()
     assert loss.isfinite()
     assert loss > 100
     assert student.grad.isfinite().all()
-
-
-def test_terms_are_in_full_precision_under_autocast(net):
-    student, teacher, labels = golden_logits()
-    low = of_logits(student.bfloat16(), teacher.bfloat16(), labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        terms = [method(name, net)(low) for name in ("DKD", "KD")]
-        maps = Views(pyramid(1), pyramid(2), None, None)
-        terms += [method(name, net)(maps) for name in ("REVIEWKD", "FITNET")]
-    assert {term.dtype for term in terms} == {torch.float32}
 
 
 def reference_review(review, student, teacher):
@@ -145,14 +140,13 @@ def test_review_is_the_papers(net):
     torch.manual_seed(0)
     review = method("REVIEWKD", net, WEIGHT=1.2, MID_CHANNELS=16)
     student, teacher = pyramid(1), pyramid(2)
-    loss = review(Views(student, teacher, None, None))
+    loss = of_maps(review, student, teacher)
     assert loss.item() == pytest.approx(1.2 * reference_review(review, student, teacher).item())
 
 
 def test_review_has_the_originals_size():
     with torch.device("meta"):
-        wide = detector_of(256)
-        review = METHODS["REVIEWKD"](default_config().DETECTION.REVIEWKD, wide, wide)
+        review = method("REVIEWKD", detector_of(256))
     assert sum(p.numel() for p in review.parameters()) == 3_286_024
 
 
@@ -167,7 +161,7 @@ def detector_of(channels):
 def test_fitnet_sums_the_levels_differences(net):
     fitnet = method("FITNET", net, LEVELS=["P6", "P3"], WEIGHT=2.0)
     student, teacher = pyramid(1), pyramid(2)
-    loss = fitnet(Views(student, teacher, None, None))
+    loss = of_maps(fitnet, student, teacher)
     expected = 0.0
     for adapter, name in zip(fitnet.adapters, ("1", "pool"), strict=True):
         mapped = torch.einsum("oi,nihw->nohw", adapter.weight[:, :, 0, 0], student[name])
@@ -175,10 +169,11 @@ def test_fitnet_sums_the_levels_differences(net):
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("levels", [["P7"], [], ["P2", "P2"]])
-def test_levels_that_are_not_there(net, levels):
-    with pytest.raises(UserError, match=r"DETECTION\.FITNET\.LEVELS .* must name some of P2, P3"):
-        method("FITNET", net, LEVELS=levels)
+def test_levels_that_are_not_there(net):
+    for levels in (["P7"], [], ["P2", "P2"]):
+        message = r"DETECTION\.FITNET\.LEVELS .* must name some of P2, P3"
+        with pytest.raises(UserError, match=message):
+            method("FITNET", net, LEVELS=levels)
 
 
 def test_levels_are_torchvisions(net):

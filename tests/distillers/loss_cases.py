@@ -14,16 +14,16 @@ import torch
 from logit_cases import logit_cases
 from torch import Tensor, nn
 
-from mdistiller.distillers._common import ConvReg
-from mdistiller.distillers._contrast import Bank
-from mdistiller.distillers._divergence import read_divergence
-from mdistiller.distillers._moments import wkd_feature_loss
-from mdistiller.distillers._negatives import Negatives
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
 from mdistiller.distillers.CRD import crd_loss
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.FitNet import fitnet_loss
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.divergence import read_divergence
+from mdistiller.distillers.helpers.memory_bank import Bank
+from mdistiller.distillers.helpers.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.negatives import Negatives
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LDRLD import ldrld_terms

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from support import golden_values
 from torch import nn
 
-from mdistiller.dataset.sampler import BatchPlan
+from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap
@@ -70,7 +70,7 @@ def step(name):
     for module in distiller.modules():
         if isinstance(module, nn.BatchNorm2d):  # its statistics are each process's own
             module.eval()
-    plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
+    plan = DistributedBatchSampler(GLOBAL_BATCH, GLOBAL_BATCH // world_size(), rank(), world_size())
     start, stop = plan.local_batch(0)
     views = golden_values((2, GLOBAL_BATCH, 3, 8, 8), 7)[:, start:stop]
     image = list(views) if distiller.two_views else views[0]

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers._common import ConvReg, get_feat_shapes, probe, settle
+from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.settings import resolve_setting
+from mdistiller.distillers.helpers.shapes import get_feat_shapes, probe
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -91,38 +93,37 @@ def test_regressors_for_all_sizes(s_size, t_size, kernel, out):
 
 
 def test_settings_are_the_found_value_or_refused():
-    assert settle("A.B", 256, 256, 64) == 64
-    assert settle("A.B", 64, 256, 64) == 64
-    assert settle("A.B", (32, 32), [64, 64], (32, 32)) == [32, 32]
+    assert resolve_setting("A.B", 256, 256, 64) == 64
+    assert resolve_setting("A.B", 64, 256, 64) == 64
+    assert resolve_setting("A.B", (32, 32), [64, 64], (32, 32)) == [32, 32]
     with pytest.raises(UserError, match=r"^A\.B is 128, but these networks need 64"):
-        settle("A.B", 128, 256, 64)
+        resolve_setting("A.B", 128, 256, 64)
 
 
 COUNTS = [
     ("FITNET", "resnet32x4>resnet8x4", 16768),
     ("FITNET", "resnet56>resnet20", 1120),
     ("FITNET", "vgg13>vgg8", 66304),
-    ("FITNET", "ResNet50>MobileNetV2", 132608),
     ("FITNET", "resnet32x4>ShuffleV1", 983424),
     ("OFD", "resnet32x4>resnet8x4", 86912),
     ("OFD", "vgg13>vgg8", 609024),
     ("OFD", "resnet32x4>ShuffleV2", 156800),
     # The published counts of VID, and the scales that are trained here.
     ("VID", "resnet32x4>resnet8x4", 258048 + 64 + 128 + 256),
-    ("VID", "ResNet50>MobileNetV2", 11529216 + 256 + 512 + 1024 + 2048),
     ("REVIEWKD", "resnet32x4>resnet8x4", 1808774),
     ("CRD", "resnet32x4>resnet8x4", 2 * 128 * 257 + 5 + 256 * 40),
     ("CRD", "vgg8>MobileNetV2", 128 * (1281 + 513) + 5 + 256 * 40),
 ]
 
 
-@pytest.mark.parametrize(("method", "pair", "want"), COUNTS)
-def test_extra_parameters(method, pair, want):
-    assert build(method, pair).get_extra_parameters() == want
+def test_extra_parameters():
+    counts = {
+        (method, pair): build(method, pair).get_extra_parameters() for method, pair, _ in COUNTS
+    }
+    assert counts == {(method, pair): want for method, pair, want in COUNTS}
 
 
-UNLIKE = ["vgg8>MobileNetV2", "vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1"]
-UNLIKE += ["resnet8>MobileNetV2", "ResNet50>vgg8", "wrn_16_1>ShuffleV2"]
+UNLIKE = ["vgg8>resnet8", "resnet8>vgg8", "resnet8>ShuffleV1", "wrn_16_1>MobileNetV2"]
 
 
 @pytest.mark.parametrize("pair", UNLIKE)

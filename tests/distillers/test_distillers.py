@@ -1,4 +1,4 @@
-"""The Distiller contract, for every registered method."""
+"""The Distiller contract: what every registered method keeps to."""
 
 import contextlib
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
-from mdistiller.distillers._common import cross_entropy, warmup_factor
+from mdistiller.distillers.helpers.numerics import cross_entropy
+from mdistiller.distillers.helpers.settings import warmup_factor
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
@@ -44,20 +45,26 @@ def batch(size=6):
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
-    distiller = build(method).train()
-    before = (
-        {}
-        if distiller.teacher is None
-        else {k: v.clone() for k, v in distiller.teacher.state_dict().items()}
-    )
-    items = batch()
+def items(distiller, epoch=2):
+    """A training batch as the method wants it."""
+    given = batch() | {"epoch": epoch}
     if distiller.two_views:
-        items["image"] = items["image"], items["image"].flip(3)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        logits, losses = distiller(**items)
+        given["image"] = given["image"], given["image"].flip(3)
+    return given
+
+
+def stage(distiller):
+    """The stage whose loss reaches the student: the main one but where that is cross-entropy."""
+    return contextlib.nullcontext() if distiller.distills else running(distiller, "init")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_in_bf16_trains_what_is_learnable_and_leaves_the_teacher(method):
+    distiller = build(method).train()
+    teacher = distiller.teacher
+    before = {} if teacher is None else {k: v.clone() for k, v in teacher.state_dict().items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, losses = distiller(**items(distiller))
     assert logits.shape == (6, 10)
     assert set(losses) == ({"loss_ce"} if method == "NONE" else {"loss_ce", "loss_kd"})
     total = sum(losses.values())
@@ -71,24 +78,23 @@ def test_a_step_gives_finite_losses_and_moves_only_the_student(method, dtype):
             assert torch.isfinite(param.grad).all(), name
         else:  # a part that the method keeps as it is
             assert name.startswith("teacher.") or not param.requires_grad, name
-    if distiller.teacher is not None:
-        assert all(p.grad is None for p in distiller.teacher.parameters())
-        after = distiller.teacher.state_dict()
+    if teacher is not None:
+        assert all(p.grad is None for p in teacher.parameters())
+        after = teacher.state_dict()
         if not distiller.teacher_in_eval_mode:  # running statistics move, parameters do not
-            before = {key: before[key] for key, _ in distiller.teacher.named_parameters()}
+            before = {key: before[key] for key, _ in teacher.named_parameters()}
         assert all(torch.equal(before[key], after[key]) for key in before)
+    distiller.eval()
+    image = batch()["image"]
+    assert torch.equal(distiller(image=image), distiller.student(image)[0])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "NONE"])
 def test_the_distillation_term_alone_reaches_the_students_stem_and_not_the_teacher(method):
     """Where it is a stage of its own (AB, FSP), what that stage minimises."""
     distiller = build(method).train()
-    items = batch()
-    if distiller.two_views:
-        items["image"] = items["image"], items["image"].flip(3)
-    stage = contextlib.nullcontext() if distiller.distills else running(distiller, "init")
-    with stage:
-        _, losses = distiller.train()(**items)
+    with stage(distiller):
+        _, losses = distiller.train()(**items(distiller))
         losses["loss_kd" if distiller.distills else "loss_init"].backward()
         gradient = distiller.student.conv1.weight.grad
         assert gradient is not None
@@ -97,11 +103,92 @@ def test_the_distillation_term_alone_reaches_the_students_stem_and_not_the_teach
             assert all(p.grad is None for p in distiller.teacher.parameters())
 
 
+ROUGH = {
+    "zeros": lambda x: 0 * x,
+    "equal rows": lambda x: x[:1].expand_as(x),
+    "large, one class sure": lambda x: 1e4 * torch.cat([x[:, :1] + 1, x[:, 1:] - 1], dim=1),
+}
+
+
+def roughen(net, change):
+    """Have `net` return `change` of its logits and of every feature."""
+
+    def everywhere(value):
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, dict):
+            return {name: everywhere(item) for name, item in value.items()}
+        return type(value)(everywhere(item) for item in value)
+
+    return net.register_forward_hook(lambda module, args, output: everywhere(output))
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_eval_gives_the_students_logits(method):
-    distiller = build(method).eval()
-    image = batch()["image"]
-    assert torch.equal(distiller(image=image), distiller.student(image)[0])
+def test_a_step_in_bf16_on_degenerate_outputs_of_both_networks_stays_finite(method):
+    """Connectors, losses, and the backward pass into the student, in all stages of the method."""
+    distiller, bad = build(method).train(), []
+    for kind, change in ROUGH.items():
+        nets = filter(None, (distiller.student, distiller.teacher))
+        hooks = [roughen(net, change) for net in nets]
+        for name in ["", *distiller.init_stages()]:
+            distiller.zero_grad()
+            with running(distiller, name) if name else contextlib.nullcontext():
+                distiller.train()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    _, losses = distiller(**items(distiller, epoch=30))  # warm-ups are over
+                sum(losses.values()).backward()
+            tensors = {
+                **losses,
+                **{key: p.grad for key, p in distiller.named_parameters() if p.grad is not None},
+                **dict(distiller.named_buffers()),
+            }
+            bad += [(kind, name, key) for key, x in tensors.items() if not x.isfinite().all()]
+        for hook in hooks:
+            hook.remove()
+    assert bad == []
+
+
+# With the teacher's own outputs these have a gradient all the same, by their formulas.
+NOT_AT_REST = {
+    "DIST": "its 1e-8 is not small beside what the logits of untrained networks vary over a batch",
+    "NKD": "the target's term is a cross-entropy with weight p_t",
+    "RLD": "the student's confidence in the label follows the teacher's in its guess",
+    "CRLD": "the two views teach each other",
+    "CORRECTEDKD": "the label corrects the teacher",
+    "TTM": "the student at temperature 1 is to match a softened teacher",
+    "WKD": "the target's term is a cross-entropy with weight p_t",
+    "WTTM": "the student at temperature 1 is to match a softened teacher",
+}
+
+
+def test_a_student_that_equals_its_teacher_is_left_alone():
+    """Not so where new layers lie between the networks: they start anywhere."""
+    tried, wrong = [], []
+    for method in METHODS:
+        distiller = build(method).train()
+        new_layers = len(distiller.student.state_dict()) > len(networks()[0].state_dict())
+        if distiller.teacher is None or distiller.extra_parameters() or new_layers:
+            continue
+        if not distiller.distills:
+            continue
+        tried.append(method)
+        distiller.student.load_state_dict(distiller.teacher.state_dict())
+        distiller.student.eval()
+        distiller.teacher.eval()
+        outputs = {}
+        distiller.student.register_forward_hook(
+            lambda m, a, output, outputs=outputs: outputs.update(out=output)
+        )
+        _, losses = distiller(**items(distiller, epoch=30))
+        logits, features = outputs["out"]
+        tensors = [logits, *features["feats"], features["pooled_feat"]]
+        grads = torch.autograd.grad(losses["loss_kd"], tensors, allow_unused=True)
+        largest = max(g.abs().max().item() for g in grads if g is not None)
+        if (largest > 1e-4) != (method in NOT_AT_REST):
+            wrong.append((method, largest))
+    assert wrong == []
+    assert set(NOT_AT_REST) < set(tried)
+    assert {"KD", "DKD", "AT", "SP", "RKD"} < set(tried)
 
 
 def test_train_keeps_the_teacher_in_eval_mode_and_wants_a_bool():
@@ -115,11 +202,10 @@ def test_train_keeps_the_teacher_in_eval_mode_and_wants_a_bool():
 def test_weights_and_warm_up_scale_the_terms():
     cfg = default_config()
     cfg.merge_from_list(["DKD.CE_WEIGHT", 0.25, "DKD.WARMUP", 20, "KD.LOSS.KD_WEIGHT", 3])
-    items = batch()
 
     def losses(method, epoch, config):
         distiller = distiller_dict[method].build(*networks(), config, 50).train()
-        return distiller(**{**items, "epoch": epoch})[1]
+        return distiller(**{**batch(), "epoch": epoch})[1]
 
     early, late, later = (losses("DKD", epoch, cfg) for epoch in (1, 20, 200))
     assert early["loss_kd"].item() == pytest.approx(late["loss_kd"].item() / 20, rel=1e-5)
@@ -194,6 +280,8 @@ def test_cross_entropy_without_labels_is_zero_and_takes_soft_targets():
     unlabelled.backward()
     assert unlabelled == 0
     assert not logits.grad.any()
+    some = cross_entropy(logits, torch.tensor([0, -100, 2, -100]))
+    assert some.item() == pytest.approx(cross_entropy(logits[::2], torch.tensor([0, 2])).item())
     hard = torch.tensor([0, 1, 2, 1])
     soft = nn.functional.one_hot(hard, 3).float()
     assert cross_entropy(logits, hard).item() == pytest.approx(cross_entropy(logits, soft).item())
@@ -223,18 +311,18 @@ def test_a_config_key_that_is_not_set_is_named():
 def test_a_method_says_truly_whether_the_teachers_logits_are_all_it_reads(method):
     """With them alone the same losses, or else an error."""
     distiller, again = build(method).train(), build(method).train()
-    items = batch()
+    given = items(distiller)
     runs_it_plainly = distiller.distills and distiller.teacher_in_eval_mode
     if distiller.two_views or not runs_it_plainly:
         assert not distiller.can_do_without_teacher()
         return
-    known = distiller.run_teacher(items["image"]).logits
+    known = distiller.run_teacher(given["image"]).logits
     if not distiller.can_do_without_teacher():
         with pytest.raises((UserError, KeyError)):
-            distiller(**items, teacher_logits=known)
+            distiller(**given, teacher_logits=known)
         return
     again.run_teacher = None
-    losses, others = distiller(**items)[1], again(**items, teacher_logits=known)[1]
+    losses, others = distiller(**given)[1], again(**given, teacher_logits=known)[1]
     for name, loss in losses.items():
         assert torch.equal(loss, others[name])
 

@@ -8,9 +8,9 @@ from support import golden_values
 from mdistiller.distillers import RKD as RKD_CLASS
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._base import Output
-from mdistiller.distillers._common import mean_square_error
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
+from mdistiller.distillers.helpers.numerics import mean_square_error
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LOGITS import logits_loss
 from mdistiller.distillers.NST import nst_loss

@@ -8,9 +8,9 @@ from modern_golden import check_golden, golden_inputs
 from support import golden_values
 from torch import nn
 
-from mdistiller.distillers._heads import classify
 from mdistiller.distillers.CATKD import binarize, catkd_loss
 from mdistiller.distillers.DKD import dkd_rows
+from mdistiller.distillers.helpers.heads import classify
 from mdistiller.distillers.KD import kd_rows
 from mdistiller.distillers.SDD import cells, complementary, region_logits, region_nkd, sdd_loss
 from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss

@@ -8,8 +8,8 @@ from support import REPO
 from test_distillers import batch
 
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers._heads import linear_head
 from mdistiller.distillers.CATKD import catkd_loss
+from mdistiller.distillers.helpers.heads import linear_head
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.SDD import region_logits
 from mdistiller.engine.cfg import default_config, load_config
@@ -38,22 +38,6 @@ def refusal(method, *overrides, **networks):
         build(method, *overrides, **networks)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("dtype", "scale"),  # more overflows in the networks' own fp16 convolutions
-    [(None, 0), (None, 1e4), (torch.bfloat16, 1e4), (torch.float16, 0), (torch.float16, 100)],
-)
-def test_steps_are_finite_on_blank_and_glaring_images(method, scale, dtype):
-    distiller = build(method)
-    items = batch() | {"epoch": 20}
-    items["image"] = items["image"] * scale
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        _, losses = distiller(**items)
-    sum(losses.values()).backward()
-    for param in distiller.get_learnable_parameters():
-        assert torch.isfinite(param.grad).all()
 
 
 @pytest.mark.parametrize("method", HEADS)

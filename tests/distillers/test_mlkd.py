@@ -109,34 +109,6 @@ def test_as_coded_takes_the_weak_view_from_the_fourth_temperature_on():
     assert every["kd_strong"].item() == pytest.approx((first["kd_strong"] + of_weak).item())
 
 
-def rough_logits():
-    row = torch.arange(10.0)
-    one_hot = torch.eye(10)[3]
-    return {
-        "random": torch.randn(5, 10, generator=torch.Generator().manual_seed(0)),
-        "zeros": torch.zeros(5, 10),
-        "constant": torch.full((5, 10), 7.0),
-        "duplicates": row.repeat(5, 1),
-        "1e4-fold": 1e4 * torch.randn(5, 10, generator=torch.Generator().manual_seed(1)),
-        "one class saturated": 1e4 * one_hot.repeat(5, 1),
-        "largest": 3.4e38 * (2.0 * (row % 2) - 1).repeat(5, 1),
-    }
-
-
-@pytest.mark.parametrize("mask", ["as_coded", "per_item"])
-@pytest.mark.parametrize("student", rough_logits())
-@pytest.mark.parametrize("teacher", rough_logits())
-def test_terms_and_gradients_are_finite(student, teacher, mask):
-    for rows in (5, 2, 1):
-        logits = rough_logits()[student][:rows].clone().requires_grad_()
-        view = logits, rough_logits()[teacher][:rows]
-        terms = mlkd_terms(view, view, TEMPS, mask)
-        value = sum(terms.values())
-        value.backward()
-        assert torch.isfinite(value)
-        assert torch.isfinite(logits.grad).all()
-
-
 def test_equal_networks_have_nothing_to_distil():
     z = 5 * golden_values((8, 6), 1).requires_grad_()
     z2 = 5 * golden_values((8, 6), 2).requires_grad_()
@@ -164,22 +136,10 @@ def test_each_view_has_a_student_forward_of_its_own():
     assert torch.equal(logits, again)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_the_losses_are_float32_and_finite(dtype):
-    images = 100 * torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    model = distiller(*networks())
-    with torch.autocast("cpu", dtype=dtype):
-        _, losses = model(image=list(images), target=torch.arange(4), epoch=1)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.student.parameters())
-    assert all(p.grad is None for p in model.teacher.parameters())
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is none of as_coded, per_item"),
+        (["MLKD.MASK", "coded"], r"MLKD\.MASK 'coded' is not one of as_coded, per_item"),
         (["MLKD.TEMPS", []], r"MLKD\.TEMPS is empty"),
         (["MLKD.TEMPS", [4.0, 0.0]], r"MLKD\.TEMPS must be positive, got 0"),
     ],

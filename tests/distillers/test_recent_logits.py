@@ -5,18 +5,16 @@ import math
 
 import pytest
 import torch
-from support import REPO, golden_values, saved_teacher, write_config
+from support import REPO, golden_values
 from test_distillers import batch, networks
-from test_logit_losses import hostile_logits
 
-from mdistiller.cli import train as train_command
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers._standardize import standardize
 from mdistiller.distillers.CorrectedKD import mode_loss, soft_swap, swap
 from mdistiller.distillers.CRLD import crld_terms
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
+from mdistiller.distillers.helpers.standardize import standardize
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.NormKD import normkd_loss
 from mdistiller.distillers.RLD import rld_loss, rld_terms
@@ -176,35 +174,6 @@ def test_value_and_gradient_equal_those_of_single_samples(name, kind, dtype, rto
     near = 5e-3 if dtype == torch.bfloat16 else 10 * rtol
     scale = gradient.abs().max().item()
     torch.testing.assert_close(got.double(), gradient, rtol=near, atol=near * scale)
-
-
-def views_loss(student, teacher):
-    """CRLD with the same logits on both views."""
-    view = student, teacher
-    return sum(crld_terms(view, view, 4.0, (0.9, 0.2)).values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*LOSSES, "CRLD", "GDKD reverse", "GDKD both", "GDKD3 both"])
-def test_any_finite_logits_give_finite_values_and_gradients(name, dtype):
-    target = torch.full((5,), 3)
-    kind = name.split()[-1]
-    loss = {
-        "CRLD": lambda z, v, y: views_loss(z, v),
-        "GDKD reverse": lambda z, v, y: gdkd_loss(z, v, WEIGHTS, 3, 4.0, kind),
-        "GDKD both": lambda z, v, y: gdkd_loss(z, v, WEIGHTS, 3, 4.0, kind),
-        "GDKD3 both": lambda z, v, y: gdkd3_loss(z, v, WEIGHTS, 4, 4.0, kind),
-    }.get(name) or LOSSES[name][0]
-    noise = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
-    inputs = {**hostile_logits(), "random": noise, "1e4-fold": 1e4 * noise, "7.7": 7.7 + 0 * noise}
-    limits = torch.finfo(dtype).min, torch.finfo(dtype).max
-    for student_kind, rows in inputs.items():
-        for teacher_kind, others in inputs.items():
-            student = rows.clamp(*limits).to(dtype).requires_grad_()
-            value = loss(student, others.clamp(*limits).to(dtype), target)
-            value.backward()
-            assert torch.isfinite(value), (student_kind, teacher_kind)
-            assert torch.isfinite(student.grad).all(), (student_kind, teacher_kind)
 
 
 def test_gdkd_of_one_class_is_dkd_where_the_teacher_is_right():
@@ -419,22 +388,6 @@ def test_shipped_configs_hold_the_stated_weights():
 
 def numbers(node, names):
     return [node[name] for name in names.split()]
-
-
-@pytest.mark.parametrize("name", ["rld", "crld"])
-def test_one_command_trains(name, tmp_path):
-    config = write_config(
-        tmp_path,
-        "CRLD: {TAU_W: 0.0, TAU_S: 0.0}",  # an untrained teacher is sure of nothing
-        method=name.upper(),
-        student="BabyStudent",
-        TEACHER="BabyTeacher",
-        TEACHER_CKPT=str(saved_teacher(tmp_path, "BabyTeacher")),
-    )
-    assert train_command.main(["--cfg", str(config)]) == 0
-    state = torch.load(tmp_path / "out" / "toy" / "run" / "latest", weights_only=True)
-    assert state["epoch"] == 2
-    assert all(0 < epoch["train_loss_kd"] < math.inf for epoch in state["history"])
 
 
 GDKD_WEIGHTS = {  # W1, W2; in all pairs that the authors state

@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import linprog
 from support import REPO, golden_values
 from test_distillers import batch, networks
-from test_logit_losses import hostile_logits
 
-from mdistiller.distillers import _moments, _sinkhorn, get_distiller
-from mdistiller.distillers._facts import class_similarity
-from mdistiller.distillers._moments import wkd_feature_loss
-from mdistiller.distillers._sinkhorn import transport_cost
+from mdistiller.distillers import get_distiller
+from mdistiller.distillers.helpers import moments, sinkhorn
+from mdistiller.distillers.helpers.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.teacher_facts import class_similarity
 from mdistiller.distillers.WKD import class_costs, cosine_decay, wkd_logit_terms
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError
@@ -29,8 +29,8 @@ BOTH = pytest.mark.parametrize("direct", [True, False], ids=["direct", "logarith
 @pytest.fixture
 def form(monkeypatch, direct):
     """The form that transport takes; on logarithms a few rows at a time."""
-    monkeypatch.setattr(_sinkhorn, "DIRECT", math.inf if direct else 0.0)
-    monkeypatch.setattr(_sinkhorn, "CHUNK", 300)
+    monkeypatch.setattr(sinkhorn, "DIRECT", math.inf if direct else 0.0)
+    monkeypatch.setattr(sinkhorn, "CHUNK", 300)
 
 
 def weighted(student, teacher, cost=COST, temperature=2.0):
@@ -71,22 +71,6 @@ def test_with_lambda_to_zero_the_cost_is_that_of_the_cheapest_plan():
         gaps.append(np.abs(got.numpy() - exact).max())
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-4
-
-
-@BOTH
-@pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [1.0, 8.0])
-def test_finite_for_any_finite_logits(direct, dtype, temperature):
-    limits = torch.finfo(dtype).min, torch.finfo(dtype).max
-    kinds = [rows.clamp(*limits).to(dtype) for rows in hostile_logits().values()]
-    for rows in kinds:
-        for others in kinds:
-            student = rows.clone().requires_grad_()
-            value = weighted(student, others, COST.float(), temperature)
-            value.backward()
-            assert torch.isfinite(value)
-            assert torch.isfinite(student.grad).all()
 
 
 def test_unlabelled_samples_do_not_count():
@@ -145,8 +129,8 @@ def test_cells_of_a_side_that_is_no_multiple_are_those_of_adaptive_pooling():
     assert torch.isfinite(wkd_feature_loss(student, golden_values((2, 3, 8, 4), 3), 4, 1.0))
     whole = golden_values((2, 3, 8, 8), 5)
     for grid in (2, 4):  # both ways to the moments of cells that do not overlap
-        one = _moments.grid_moments(whole, grid)
-        cells = torch.stack([c.flatten(2) for c in _moments._cells(whole, grid)], 2)
+        one = moments.grid_moments(whole, grid)
+        cells = torch.stack([c.flatten(2) for c in moments._cells(whole, grid)], 2)
         torch.testing.assert_close(one[0].flatten(2), cells.mean(3))
         torch.testing.assert_close(one[1].flatten(2), (cells.var(3) + 1e-5).sqrt())
 
@@ -197,7 +181,7 @@ def test_the_hint_layer_is_that_of_the_config():
 
 def test_the_projectors_are_convolutions_with_norm_and_relu():
     for kind, sides in (("conv1x1", [1]), ("bottleneck", [1, 3, 1])):
-        layers = list(_moments.make_projector(kind, 4, 6, 5))
+        layers = list(moments.make_projector(kind, 4, 6, 5))
         assert [layer.kernel_size[0] for layer in layers[::3]] == sides
         assert {type(layer) for layer in layers[1::3]} == {torch.nn.BatchNorm2d}
         assert {type(layer) for layer in layers[2::3]} == {torch.nn.ReLU}
@@ -220,12 +204,15 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["WKD.COST", "cosine"], "WKD.COST 'cosine' is none of cka, cka_feats, fc"),
+        (["WKD.COST", "cosine"], "WKD.COST 'cosine' is not one of cka, cka_feats, fc"),
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", 0.0], "one must be above 0"),
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", -3.0], "neither may be negative"),
         (["WKD.LAMBDA", 0.0], "WKD.LAMBDA must be positive, got 0"),
         ([f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.HINT_LAYER", 9], "WKD.HINT_LAYER 9: the networks"),
-        ([f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"], "WKD.PROJECTOR 'mlp' is none"),
+        (
+            [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"],
+            "WKD.PROJECTOR 'mlp' is not one of",
+        ),
         (
             [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "DISTILLER.TEACHER_CACHE", "memory"],
             "DISTILLER.TEACHER_CACHE memory: it remembers logits, but",

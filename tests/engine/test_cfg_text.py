@@ -109,7 +109,7 @@ def test_nothing_but_plain_values_leaves_a_config(tmp_path):
 
 
 def test_a_key_that_is_no_text_is_shown_as_written(tmp_path):
-    with pytest.raises(UserError, match="line 2: 010 is no config key"):
+    with pytest.raises(UserError, match="line 2: 010 is not a config key"):
         load_config(write(tmp_path, "SOLVER:\n  010: 1\n"))
 
 

@@ -54,7 +54,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         load_checkpoint(tmp_path)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(UserError, match="text is truncated, damaged or no PyTorch file"):
+    with pytest.raises(UserError, match="text is truncated, damaged or not a PyTorch file"):
         load_checkpoint(tmp_path / "text")
 
 

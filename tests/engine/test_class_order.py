@@ -87,9 +87,9 @@ def test_classes_are_numbered_as_the_key_says(tmp_path, capsys, key):
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (["cat"], "does not name the class 'dog'"),
+        (["cat"], "lacks the class 'dog'"),
         (["cat", "dog", "cat"], "names the class 'cat' 2 times"),
-        ("nowhere.txt", "want 'natural', a list of class names, or a text file"),
+        ("nowhere.txt", "expected 'natural', a list of class names, or a text file"),
         (["cat", "", "dog"], "line 2 is empty"),
         ([["cat"]], "wants a list of names, or text"),
     ],

@@ -11,8 +11,8 @@ from test_distillers import batch, networks
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import DISTILLERS, get_distiller
-from mdistiller.distillers._split import Split, split_terms
 from mdistiller.distillers.DKD import dkd_terms
+from mdistiller.distillers.helpers.split import Split, split_terms
 from mdistiller.distillers.KD import KD, kd_loss
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import default_config, load_config
@@ -216,7 +216,10 @@ def test_a_run_in_two_parts_is_the_whole_run(tmp_path, form):
     [
         (["DISTILLER.TYPE", "KD+AT"], ", not KD+AT"),
         (["DISTILLER.TYPE", "NONE"], ", not NONE"),
-        (["SOLVER.DEEPKD.FORM", "paper"], "SOLVER.DEEPKD.FORM 'paper' is none of coded, written"),
+        (
+            ["SOLVER.DEEPKD.FORM", "paper"],
+            "SOLVER.DEEPKD.FORM 'paper' is not one of coded, written",
+        ),
         (["SOLVER.DEEPKD.TOPK", 1], "SOLVER.DEEPKD.TOPK must be 0 (all classes) or at least 2"),
         (["SOLVER.DEEPKD.DELTA_NCG", 0.1], "SOLVER.DEEPKD.DELTA_NCG 0.1 must be at least 0 and"),
         (["SOLVER.TYPE", "Adam"], "SOLVER.TRAINER deepkd needs SOLVER.TYPE SGD"),

@@ -9,7 +9,7 @@ from support import command, image_folder, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.distillers._facts import class_similarity
+from mdistiller.distillers.helpers.teacher_facts import class_similarity
 from mdistiller.distillers.WKD import class_costs
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.frozen_teacher.facts import choose_images, class_outputs
@@ -103,6 +103,7 @@ def test_images_that_are_resized_or_decoded_otherwise_give_other_costs(tmp_path)
     path = config(tmp_path, WKD + text)
     changes = ((), ("RESIZE", "stretch"), ("RESIZE", "crop", "CROP_PCT", 0.5))
     changes += (("INTERPOLATION", "nearest"), ("EXIF", False), ("SCALE_16_BIT", True))
+    changes += (("JPEG_SCALING", "all"),)
     for count, change in enumerate(changes, start=1):
         words = [f"DATASET.{x}" if k % 2 == 0 else x for k, x in enumerate(change)]
         built(path, "SOLVER.BATCH_SIZE", 4, *words)

@@ -7,7 +7,7 @@ import time
 import pytest
 from support import command, torchrun, write_config
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.engine.run import failure
 
 FAILS = """
@@ -37,7 +37,7 @@ class Dies(BaseTrainer):
         (
             ["SOLVER.TRAINER", "fails"],
             "error (rank 1): non-finite loss in epoch 1, step 2",
-            {"prefix": torchrun(2)},
+            {"processes": 2},
         ),
         (["DATASET.TYPE", "nothing"], "error: unknown data set 'nothing'", {"processes": 2}),
     ],

@@ -9,7 +9,7 @@ from support import TOY, saved_teacher, write_config
 
 from mdistiller.cli import eval as evaluate
 from mdistiller.cli import train
-from mdistiller.cli._probe import random_step, untrained
+from mdistiller.cli.support.probe import random_step, untrained
 from mdistiller.distillers import Distiller, distiller_dict, get_distiller
 from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry

@@ -89,7 +89,7 @@ def test_it_follows_the_teachers_weights(how):
         frozen.teacher.layer2[0].bn1.running_var.mul_(3)
     else:
         frozen.teacher.conv1.weight.data.mul_(2)
-        frozen.renew()
+        frozen.refresh()
     assert worst(frozen(IMAGE), frozen.teacher(IMAGE)) <= 1e-5
     assert fused_operations(lambda: frozen(IMAGE)) == 4
 
@@ -99,7 +99,7 @@ def test_operations_are_recorded_once_for_the_same_weights(monkeypatch):
     frozen = frozen_net("resnet8")
     frozen(IMAGE)
     monkeypatch.setattr(frozen_module, "fuse", None)
-    frozen.renew()
+    frozen.refresh()
     frozen(IMAGE)
 
 

@@ -8,7 +8,7 @@ from support import same_state, write_config
 from torch import nn
 
 from mdistiller.cli import train as train_command
-from mdistiller.dataset.sampler import BatchPlan
+from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.engine.networks.lone_image import try_step
 from mdistiller.models import get_model_entry
 
@@ -24,7 +24,7 @@ def train(folder, capsys, student, size, *words):
 
 @pytest.mark.parametrize(("count", "steps"), [(32, 2), (33, 2), (34, 3), (35, 3)])
 def test_a_plan_joins_only_a_lone_image(count, steps):
-    plan = BatchPlan(count, 16, least=2)
+    plan = DistributedBatchSampler(count, 16, min_per_rank=2)
     assert len(plan) == steps
     assert plan.smallest >= 2
     spans = [plan.local_batch(step) for step in range(steps)]
@@ -32,8 +32,8 @@ def test_a_plan_joins_only_a_lone_image(count, steps):
 
 
 def test_each_process_of_several_has_two():
-    assert BatchPlan(18, 8, 0, 2).smallest == 1
-    plans = [BatchPlan(18, 8, rank, 2, least=2) for rank in range(2)]
+    assert DistributedBatchSampler(18, 8, 0, 2).smallest == 1
+    plans = [DistributedBatchSampler(18, 8, rank, 2, min_per_rank=2) for rank in range(2)]
     assert [plan.local_batch(0) for plan in plans] == [(0, 9), (9, 18)]
     assert [(len(plan), plan.loss_weight(0)) for plan in plans] == [(1, 1), (1, 1)]
 

@@ -217,7 +217,7 @@ def test_released_weights_bring_their_normalisation_and_others_do_not(tmp_path, 
     constructor = imagenet_model_dict["ResNet18"].constructor
     entry = ModelEntry(constructor, "torchvision:ResNet18_Weights.IMAGENET1K_V1")
     monkeypatch.setitem(imagenet_model_dict, "ResNet18", entry)
-    monkeypatch.setattr("mdistiller.models._base.place_of", lambda checkpoint: path)
+    monkeypatch.setattr("mdistiller.models.zoo.place_of", lambda checkpoint: path)
     config = write_config(tmp_path, method="KD", TEACHER="ResNet18")
     cfg = load_config(config, ["DATASET.TYPE", "toy_imagenet"])
     data = load_data(cfg, CPU)

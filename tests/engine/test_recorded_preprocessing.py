@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from support import image_folder, write_config
 
-from mdistiller.cli import convert_checkpoint
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
+from mdistiller.cli.convert import checkpoint as convert_checkpoint
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.networks.build import build_distiller, measure_teacher, teacher_test_loader
+from mdistiller.engine.run.folder import recorded_config
 from mdistiller.preprocessing import read_preprocessing
 from mdistiller.weights import load_checkpoint
 
@@ -192,6 +193,19 @@ def test_a_run_of_an_earlier_version_is_looked_at_and_continued_as_it_was(
     assert train_command.main(more) == 2
     assert "set DATASET.RESIZE stretch and DATASET.EXIF False" in capsys.readouterr().err
     assert train_command.main([*more, *older]) == 0
+    assert "JPEG_SCALING: train" in (run / "config.yaml").read_text()
+
+
+def test_a_run_from_before_jpeg_scaling_goes_on_decoding_in_full(photographs, tmp_path):
+    words = ["--cfg", str(write_config(tmp_path, epochs=1)), *data_of(photographs)]
+    words += ["DATASET.IMAGE_SIZE", "40", *NAMED]
+    assert train_command.main(words) == 0
+    config = tmp_path / "out" / "toy" / "older" / "config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if "JPEG_SCALING" not in line))
+    assert recorded_config(config.parent).DATASET.JPEG_SCALING == "none"
+    assert train_command.main([*words, "--resume"]) == 0
+    assert "JPEG_SCALING: none" in config.read_text()
 
 
 NAMED = ["EXPERIMENT.NAME", "older"]

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import socket
-import time
+import threading
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from support import same_state, write_config
 from test_training import load
 
@@ -213,28 +212,23 @@ def test_two_runs_never_write_one_folder(tmp_path, capsys):
     train(tmp_path, epochs=1)
 
 
-def test_another_machine_is_believed_while_it_shows_life(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "STALE", 1.5)
-    holder = tmp_path / ".holder"
-    holder.write_text(json.dumps({"host": "elsewhere", "process": 7}))
-    os.utime(holder, (7, 7))
-
-    def sleep(seconds, original=time.sleep):
-        original(seconds)
-        os.utime(holder, (9, 9))  # by a clock that is years behind
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lock.time, "sleep", sleep)
-        with pytest.raises(UserError, match="written by process 7 on elsewhere"):
-            lock.locked(tmp_path).__enter__()
-    with lock.locked(tmp_path):  # it is silent now
-        assert json.loads(holder.read_text()) == {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-        }
-        with lock.locked(tmp_path):  # the teacher's folder, by who needs it
+def test_a_process_enters_its_own_lock_again(tmp_path):
+    """A teacher's folder is locked by who needs it, and by its run; in lock-step, by threads."""
+    with lock.locked(tmp_path):
+        with lock.locked(tmp_path):
             pass
-    assert not holder.exists()
+
+        def enter():
+            with lock.locked(tmp_path):
+                pass
+
+        entered = threading.Thread(target=enter, daemon=True)
+        entered.start()
+        entered.join(10)
+        assert not entered.is_alive()
+        with pytest.raises(Timeout):  # still locked for others
+            FileLock(tmp_path / ".lock").acquire(timeout=0)
+    assert not lock.is_locked(tmp_path)
 
 
 def test_low_disk_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):

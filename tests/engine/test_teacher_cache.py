@@ -56,7 +56,9 @@ def drawn_hits(path, epochs, kept=160, ranks=1, shared=True):
     """Percentages that a plain count over the drawn views gives."""
     loaders = [load_data(load_config(path), CPU).train for _ in range(ranks)]
     for rank, loader in enumerate(loaders):
-        loader.plan = type(loader.plan)(loader.num_data, loader.batch_size, rank, ranks)
+        loader.batch_sampler = type(loader.batch_sampler)(
+            loader.num_data, loader.batch_size, rank, ranks
+        )
     seen, found = [set() for _ in loaders], []
     for epoch in range(1, epochs + 1):
         drawn = []
@@ -223,7 +225,7 @@ class Staged(KD):
     """KD behind a stage that trains the student by what the teacher's maps say."""
 
     def init_stages(self):
-        from mdistiller.distillers._init_stage import InitPlan
+        from mdistiller.distillers.helpers.init_stage import InitPlan
 
         self.init = InitPlan(2, 0.01, [], 0.1)
         return {"init": self}

@@ -17,7 +17,7 @@ from support import golden_values, write_config
 from torch import nn
 
 from mdistiller.dataset import DATASETS, load_data
-from mdistiller.dataset.sampler import share
+from mdistiller.dataset.sampler import rank_slice
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.distributed import sum_over_ranks
@@ -92,7 +92,7 @@ def normalized():
     net = nn.Sequential(*layers).double()
     synchronize_batch_norm(Vanilla(net))
     image, weight = golden_values((9, 3, 4, 4), 1), golden_values((9, 16), 2)
-    mine = slice(*share(9, rank(), world_size()))
+    mine = slice(*rank_slice(9, rank(), world_size()))
     own = image[mine].clone().requires_grad_()
     output = net(own)
     (output * weight[mine]).sum().backward()

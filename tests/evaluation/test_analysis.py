@@ -241,7 +241,7 @@ def test_classes_are_named_or_numbered():
     names = ["cat", "dog", "0"]
     assert samples.choose_classes(names, ["dog", "0", "1"], 9) == [1, 2]  # names come first
     assert samples.choose_classes(names, [], 2) == [0, 1]
-    with pytest.raises(UserError, match="no class 'dgo'; did you mean 'dog'"):
+    with pytest.raises(UserError, match="unknown class 'dgo'; did you mean 'dog'"):
         samples.choose_classes(names, ["dgo"], 9)
 
 

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 
 LOST = 1
 
@@ -19,6 +19,14 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--suites", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument("--quick", action="store_true", help="few faults of each kind")
+    parser.add_argument(
+        "--planted",
+        nargs="?",
+        const="",
+        metavar="WORDS",
+        help="instead, plant single-edit bugs in a copy of the package (those with WORDS in their "
+        "name), and see whether a test fails for each",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="two processes, for so long")
     parser.add_argument(
@@ -32,6 +40,10 @@ def faults(args: argparse.Namespace, folder: Path) -> bool:
     import torch
 
     torch.set_num_threads(1)  # threads do not survive a fork
+    if args.planted is not None:
+        from faults.planted import plant
+
+        return plant(folder, args.planted)
     from faults.soak import soak
     from faults.suites import SUITES
     from faults.work import Work

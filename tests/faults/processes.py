@@ -151,7 +151,7 @@ def _under_torchrun(work: Work, whole: Path, outcome: Outcome, draw: random.Rand
 
 def _launch(work: Work, name: str) -> subprocess.Popen[bytes]:
     """Begin or continue a run by torchrun."""
-    words = ["--standalone", "--nproc-per-node=2", "-m", "mdistiller.cli", "train"]
+    words = ["--standalone", "--nproc-per-node=2", "-m", "mdistiller", "train"]
     own = ["--resume=auto", "--import", "faults.work"]
     settings = work.settings(name, **_PAIR)
     values = [str(word) for pair in settings.items() for word in pair]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from faults.compare import differences
-from mdistiller.cli.command import guarded
+from mdistiller.cli.support.command import guarded
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
 from mdistiller.dataset.data_source import Options, Split
 from mdistiller.engine.cfg import Config, load_config

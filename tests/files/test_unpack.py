@@ -47,7 +47,7 @@ def test_what_is_in_arrives(tmp_path, mode):
         (tmp_path / "target").mkdir()
         (tmp_path / "target" / "old").write_text("")
         move_in(folder / "top", tmp_path / "target")
-        with pytest.raises(UserError, match="the archive holds no other"):
+        with pytest.raises(UserError, match="the archive has no file other"):
             move_in(folder / "other", tmp_path / "target")
     assert sorted(os.listdir(tmp_path)) == ["archive", "target"]
     assert sorted(os.listdir(tmp_path / "target")) == ["a.txt", "empty", "sub"]

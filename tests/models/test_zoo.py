@@ -83,28 +83,39 @@ def test_pretrained_says_what_is_wrong(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("ResNet18", "resnet18"),
-        ("ResNet34", "resnet34"),
-        ("wrn_50_2", "wide_resnet50_2"),
-        ("resnext50_32x4d", "resnext50_32x4d"),
-    ],
-)
-def test_residual_networks_are_torchvisions_but_for_the_stem(tmp_path, name, theirs):
+def torchvisions(name, classes=5):
+    """torchvision's network with the stem for small images."""
+    net = torchvision.models.get_model(name, num_classes=classes)
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return net
+
+
+def test_residual_networks_are_torchvisions_but_for_the_stem(tmp_path):
     """Files with `downsample` for the shortcut and `fc` for the classifier load; logits agree."""
     torch.manual_seed(0)
-    other = torchvision.models.get_model(theirs, num_classes=5).eval()
-    other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    name, other = "ResNet18", torchvisions("resnet18").eval()
     torch.save({"model": other.state_dict()}, tmp_path / "file")
     net = get_model_entry(name, "cifar")(num_classes=5).eval()
     load_network(net, tmp_path / "file", name, 5)
-    image = torch.randn(1, 3, 32, 32)
+    image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(net(image)[0], other(image))
-    shortcut = "shortcut" if name == "ResNet18" else "downsample"
-    assert f"layer2.0.{shortcut}.0.weight" in net.state_dict()
+    assert "layer2.0.shortcut.0.weight" in net.state_dict()
+
+
+def test_deeper_and_wider_residual_networks_have_torchvisions_tensors():
+    pairs = {
+        "ResNet34": "resnet34",
+        "wrn_50_2": "wide_resnet50_2",
+        "resnext50_32x4d": "resnext50_32x4d",
+    }
+    for name, theirs in pairs.items():
+        with torch.device("meta"):
+            ours = get_model_entry(name, "cifar")(num_classes=5).state_dict()
+            other = torchvisions(theirs).state_dict()
+        renamed = {k.replace("shortcut", "downsample"): v for k, v in ours.items()}
+        shapes = {k.replace("linear.", "fc."): v.shape for k, v in renamed.items()}
+        assert shapes == {key: value.shape for key, value in other.items()}
 
 
 def test_files_of_repdistillers_resnet18_load(tmp_path):

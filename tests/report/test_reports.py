@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import functools
 import io
+import itertools
 import json
 import math
 from collections import Counter
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from report_runs import config, make_run
 from scipy import stats
-from support import REPO, write_config
+from support import REPO, cache_yaml, write_config
 
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
@@ -20,13 +22,14 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page
 from mdistiller.report.build import build_report
-from mdistiller.report.document import Chart, Line, csv_text, markdown
+from mdistiller.report.document import Chart, Line, markdown
 from mdistiller.report.groups import find_baselines, grids, group, varying_keys
 from mdistiller.report.numbers import difference, estimate, holm, verdict
-from mdistiller.report.published import Published, beside, departures, published
+from mdistiller.report.published import Published, _configs, departures, published, published_for
 from mdistiller.report.runs import read_runs
 
 METHODS = {"plain": ("DISTILLER.TYPE", "NONE"), "KD": ("DISTILLER.TYPE", "KD")}
@@ -360,7 +363,7 @@ def test_axes_enclose_the_values_with_round_numbers():
 
 
 def test_numbers_for_a_spreadsheet_are_not_rounded(two):
-    plain, kd = csv.DictReader(io.StringIO(csv_text(build_report([two]).numbers)))
+    plain, kd = csv.DictReader(io.StringIO(csv_table(build_report([two]).numbers)))
     assert float(kd["p"]) == stats.ttest_rel(ENDS["KD"], ENDS["plain"]).pvalue
     assert (plain["p"], plain["group"], kd["failed"]) == ("", "plain", "0")
 
@@ -473,7 +476,7 @@ def pair(method, *pairs, teacher="resnet32x4", student="resnet8x4"):
 
 def test_a_run_finds_what_is_published_for_it():
     def found(*words, **names):
-        return [(line.method, line.top1) for line in beside(pair(*words, **names))]
+        return [(line.method, line.top1) for line in published_for(pair(*words, **names))]
 
     assert found("DKD") == [("DKD", 76.32)]
     assert found("DKD", "LSKD.ENABLE", True) == [("LSKD-DKD", 77.01)]
@@ -490,18 +493,22 @@ def test_a_run_finds_what_is_published_for_it():
     assert found("DKD", teacher="resnet8x4", student="resnet32x4") == []
 
 
-def test_a_shipped_config_has_the_protocol_of_its_published_line():
+def _pair(line):
+    return line.teacher, line.student
+
+
+def test_a_shipped_config_has_the_protocol_of_its_published_line(monkeypatch):
     """Also MLKD's, of 480 and 960 epochs. Of the Knowledge-Distillation-Zoo little is known."""
-    seen, others = 0, {}
-    for dataset in ("cifar100", "cifar10", "imagenet"):
-        for path in sorted((REPO / "configs" / dataset).rglob("*.yaml")):
-            if "\nSWEEP:" in path.read_text():
-                continue
-            own = flat(load_config(path))
-            for line in beside(own):
-                seen += 1
-                if departures(own, line):
-                    others[path.relative_to(REPO / "configs").as_posix()] = departures(own, line)
+    cache_yaml(monkeypatch)
+    seen, others, load = 0, {}, functools.cache(load_config)
+    monkeypatch.setattr("mdistiller.report.published.load_config", load)
+    shipped = (_configs(one.dataset, one.type).get(_pair(one), ()) for one in published())
+    for path in sorted(set(itertools.chain(*shipped))):
+        settings = flat(load(path))
+        for line in published_for(settings):
+            seen += 1
+            if named := departures(settings, line):
+                others[path.relative_to(REPO / "configs").as_posix()] = named
     assert seen > 200
     assert others.pop("cifar100/ctkd/res32x4_res8x4_dkd.yaml")  # beside CTKD on KD
     zoo = ("teacher", "self_distillation/res20", "self_distillation/res110")
@@ -512,7 +519,7 @@ def test_another_protocol_is_named():
     def shipped(*changes, name="cifar100/dkd/res32x4_res8x4"):
         return flat(load_config(f"configs/{name}.yaml", list(changes)))
 
-    (line,) = beside(shipped())
+    (line,) = published_for(shipped())
     for _ in range(2):  # what is remembered of the shipped config stays as it is
         assert departures(shipped(), line, processes=2) == ["images a step 128 instead of 64"]
     other = ("SOLVER.EPOCHS", 10, "SOLVER.ACCUMULATE", 2, "DATASET.VAL_SPLIT", 5000)
@@ -532,9 +539,9 @@ def test_another_protocol_is_named():
         "DISTILLER.STUDENT_ARGS.num_filters [1, 1, 1, 1] instead of the default"
     ]
     large = shipped("SOLVER.LR", 3.0, name="imagenet/r34_r18/kd")
-    assert all("lr 3.0 instead of 0.2" in departures(large, line) for line in beside(large))
+    assert all("lr 3.0 instead of 0.2" in departures(large, line) for line in published_for(large))
     alone = flat(load_config("configs/cifar100/vanilla.yaml", ["DISTILLER.STUDENT", "vgg8"]))
-    (line,) = beside(alone)
+    (line,) = published_for(alone)
     assert departures(alone, line) == [
         "other settings were not compared: no config of this line is shipped"
     ]
@@ -553,7 +560,7 @@ def test_the_report_sets_a_run_beside_its_published_number(tmp_path):
 
 def test_no_cell_of_a_table_is_a_formula():
     rows = [{"name": "=1+2", "other": "-x", "number": -1.5}, {"name": "@a", "number": None}]
-    lines = csv_text(rows).splitlines()
+    lines = csv_table(rows).splitlines()
     assert lines == ["name,other,number", "'=1+2,'-x,-1.5", "'@a,,"]
 
 

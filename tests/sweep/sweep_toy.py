@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from mdistiller.distillers import DISTILLERS, Vanilla
-from mdistiller.models._base import register_model
+from mdistiller.models.zoo import register_model
 
 
 class Dot(nn.Module):

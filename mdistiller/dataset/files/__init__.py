@@ -1,1 +1,1 @@
-"""Images read from files or shards by worker processes: loaders and transforms."""
+"""Loaders and transforms of images that worker processes read from files or shards."""

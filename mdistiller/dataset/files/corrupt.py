@@ -1,8 +1,8 @@
-"""DATASET.SKIP_CORRUPT: images that cannot be read are found before a run, and left out of it.
+"""DATASET.SKIP_CORRUPT: find unreadable images before a run and skip them.
 
-Every file is decoded once, then remembered: names, sizes and times of change of all files together
-say whether the answer still holds. What is left out follows from the files alone, so it is the same
-in every process and every run; indices number the images that remain, in their order.
+Every file is decoded once. The result is cached under a hash of names, sizes and modification times
+of all files, so every process and every run skips the same ones; indices number the remaining
+images in order.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mdistiller.dataset.files.file_set import FileSet
 from mdistiller.registry import UserError
 from mdistiller.runtime import first_on_machine, local_rank
 
-_SHOWN = 5  # names in the message
-_known: dict[str, list[int]] = {}  # of this process, where nothing can be written
+_SHOWN = 5  # file names in the message
+_cache: dict[str, list[int]] = {}  # of this process, for when no file can be written
 
 
 def drop_corrupt(files: FileSet, threads: int) -> FileSet:
-    """The files that can be read as images; what is left out is named on stderr.
+    """The files that can be read as images; the others are listed on stderr.
 
     Raises:
-        UserError: a class has none left.
+        UserError: a class has no readable image.
     """
-    bad = corrupt(files, threads)
+    bad = find_corrupt(files, threads)
     if not bad:
         return files
     keep = torch.ones(len(files), dtype=torch.bool)
@@ -42,38 +42,38 @@ def drop_corrupt(files: FileSet, threads: int) -> FileSet:
     return rest
 
 
-def corrupt(files: FileSet, threads: int) -> list[int]:
-    """Positions of the files that cannot be read as images; they are named on stderr."""
+def find_corrupt(files: FileSet, threads: int) -> list[int]:
+    """Positions of the files that cannot be read as images, which are listed on stderr."""
     digest = _digest(files)
-    place = Path.home() / ".cache" / "mdistiller" / f"{digest}-corrupt.json"
+    path = Path.home() / ".cache" / "mdistiller" / f"{digest}-corrupt.json"
     with first_on_machine():
-        if digest not in _known:
-            found = _remembered(place, len(files))
-            if found is None:
-                found = _find(files, threads)
-                _remember(place, found)
-            _known[digest] = found
-            report([str(files.path(i)) for i in found], len(files))
-    return _known[digest]
+        if digest not in _cache:
+            bad = _read_cache(path, len(files))
+            if bad is None:
+                bad = _scan(files, threads)
+                _write_cache(path, bad)
+            _cache[digest] = bad
+            report_skipped([str(files.path(i)) for i in bad], len(files))
+    return _cache[digest]
 
 
 def require_classes(
     before: torch.Tensor, after: torch.Tensor, classes: list[str], where: str
 ) -> None:
-    """Refuse to leave out all images of a class."""
+    """Raise UserError where all images of a class are unreadable."""
     lost = sorted(set(before.tolist()) - set(after.tolist()))
     if lost:
         raise UserError(
-            f"no image of class {classes[lost[0]]} in {where} can be read; mend or remove them"
+            f"no image of class {classes[lost[0]]} in {where} can be read; repair or remove them"
         )
 
 
-def report(bad: list[str], total: int) -> None:
-    """Say what is left out, once on each machine."""
+def report_skipped(bad: list[str], total: int) -> None:
+    """Print which images are skipped, once on each machine."""
     if bad and local_rank() == 0:
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         print(
-            f"DATASET.SKIP_CORRUPT: {len(bad)} of {total} images cannot be read and are left out: "
+            f"DATASET.SKIP_CORRUPT: {len(bad)} of {total} images cannot be read and are skipped: "
             f"{', '.join(bad[:_SHOWN])}{more}",
             file=sys.stderr,
             flush=True,
@@ -81,16 +81,16 @@ def report(bad: list[str], total: int) -> None:
 
 
 def _digest(files: FileSet) -> str:
-    """What tells one state of the files from another."""
+    """Hash of the names, sizes and modification times of the files."""
     digest = hashlib.sha256(f"2 {files.scale_16_bit} {files.folder.resolve()}".encode())
     for i in range(len(files)):
         with contextlib.suppress(OSError):
-            facts = os.stat(files.path(i))
-            digest.update(files.names[i] + f"\0{facts.st_size} {facts.st_mtime_ns}\0".encode())
+            status = os.stat(files.path(i))
+            digest.update(files.names[i] + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:24]
 
 
-def _find(files: FileSet, threads: int) -> list[int]:
+def _scan(files: FileSet, threads: int) -> list[int]:
     from mdistiller.dataset.files.images import UnreadableError
 
     def readable(i: int) -> bool:
@@ -101,23 +101,23 @@ def _find(files: FileSet, threads: int) -> list[int]:
         return True
 
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(readable, range(len(files)))
-        bar = tqdm(found, "reading images", len(files), leave=False, disable=None)
+        results = pool.map(readable, range(len(files)))
+        bar = tqdm(results, "reading images", len(files), leave=False, disable=None)
         return [i for i, good in enumerate(bar) if not good]
 
 
-def _remembered(place: Path, num: int) -> list[int] | None:
-    """Positions of bad files as once found; None if that is not known."""
+def _read_cache(path: Path, num: int) -> list[int] | None:
+    """Cached positions of unreadable files; None without a valid cache file."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        found = json.loads(place.read_text())
-        if isinstance(found, list) and all(type(i) is int and 0 <= i < num for i in found):
-            return found
+        bad = json.loads(path.read_text())
+        if isinstance(bad, list) and all(type(i) is int and 0 <= i < num for i in bad):
+            return bad
     return None
 
 
-def _remember(place: Path, bad: list[int]) -> None:
+def _write_cache(path: Path, bad: list[int]) -> None:
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(bad))
-        temporary.replace(place)
+        temporary.replace(path)

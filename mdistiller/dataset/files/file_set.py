@@ -6,23 +6,28 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
+
 
 @dataclass
 class FileSet:
-    """A split as files, read when they are needed.
+    """A split as image files that are read on demand.
 
     Attributes:
-        folder: where they are.
-        names: their paths below it, as an array of bytes: worker processes share it.
+        folder: root of the files.
+        names: paths below it, as an array of bytes, whose memory worker processes share.
         targets: class indices, int64, [N].
         classes: class names.
-        upright: turn images as their EXIF orientation says.
-        scale_16_bit: bring grey images of 16 bits to 8.
+        upright: rotate images by their EXIF orientation.
+        scale_16_bit: scale grey images of 16 bits to 8.
+        jpeg_scaling: DATASET.JPEG_SCALING, see :class:`EncodedImage`.
     """
 
     folder: Path
@@ -31,12 +36,13 @@ class FileSet:
     classes: list[str]
     upright: bool = True
     scale_16_bit: bool = False
+    jpeg_scaling: str = "none"
 
     @classmethod
     def of(
         cls, folder: Path, names: Iterable[str], targets: Sequence[int], classes: Sequence[str]
     ) -> FileSet:
-        """The set of the files `names` below `folder`."""
+        """The files `names` below `folder`."""
         encoded = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         return cls(folder, encoded, torch.tensor(targets), list(classes))
 
@@ -53,6 +59,17 @@ class FileSet:
 
         return read_image(self.path(index), self.upright, self.scale_16_bit)
 
+    def encoded(self, index: int) -> EncodedImage:
+        """The image at a position, not decoded yet."""
+        from mdistiller.dataset.files.scaled_jpeg import read_encoded
+
+        return read_encoded(self.path(index), self.upright, self.scale_16_bit, self.jpeg_scaling)
+
     def select(self, indices: Tensor) -> FileSet:
-        """The files at `indices` (int64, [M]), as a set of their own."""
+        """The files at `indices` (int64, [M]), as a new set."""
         return replace(self, names=self.names[indices.numpy()], targets=self.targets[indices])
+
+
+def image_name(images: Any, index: int) -> str:
+    """Name of an image in errors: its file, or its number where the set is not files."""
+    return str(images.path(index)) if isinstance(images, FileSet) else f"image {index}"

@@ -1,4 +1,4 @@
-"""Folders of image files: listed, and read into memory."""
+"""Folders of image files: list them, and read them into memory."""
 
 from __future__ import annotations
 
@@ -29,36 +29,39 @@ _SIGNATURES = (
     *(b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
     *(b"P4", b"P5", b"P6"),
 )
-_CHUNK = 64  # files that a thread decodes at a time
+_CHUNK = 64  # files that a thread decodes at once
 
 
 class FileSource(DataSource):
-    """Base of data sets that are files of images: `files` lists a split, without reading it."""
+    """Base of data sets that are image files: `files` lists a split without reading the images."""
 
     def files(self, root: Path, split: Split) -> FileSet:
         """The files of one split; see :meth:`DataSource.load`."""
         raise NotImplementedError
 
-    def usable(self, root: Path, split: Split, options: Options) -> FileSet:
-        """`files`, without those that DATASET.SKIP_CORRUPT leaves out."""
+    def readable_files(self, root: Path, split: Split, options: Options) -> FileSet:
+        """`files`, without those that DATASET.SKIP_CORRUPT skips."""
         files = replace(
-            self.files(root, split), upright=options.upright, scale_16_bit=options.scale_16_bit
+            self.files(root, split),
+            upright=options.upright,
+            scale_16_bit=options.scale_16_bit,
+            jpeg_scaling=options.jpeg_scaling,
         )
         if not options.skip_corrupt:
             return files
         return drop_corrupt(files, options.workers)
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
-        return load_files(self.usable(root, split, options), options)
+        return load_files(self.readable_files(root, split, options), options)
 
 
 def is_image(name: str) -> bool:
-    """Whether the name of a file is that of an image; hidden files are not."""
+    """Whether a file name is that of an image; hidden files are not images."""
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def starts_as_image(path: str) -> bool:
-    """Whether the first bytes of a file are those of an image: for names without a suffix."""
+    """Whether a file starts with the signature of an image format, for names without suffix."""
     try:
         with open(path, "rb") as file:
             return file.read(8).startswith(_SIGNATURES)
@@ -67,26 +70,23 @@ def starts_as_image(path: str) -> bool:
 
 
 def class_folders(folder: Path, ignore: Collection[str] = ()) -> list[str]:
-    """Sorted names of the folders in `folder`, without hidden ones and those in `ignore`.
-
-    Nor is `__MACOSX` a class, which unpacked archives of macOS have.
-    """
+    """Sorted names of the folders in `folder`, without hidden ones, `ignore`, and `__MACOSX`."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; it should hold one folder of images for each class")
+        raise UserError(f"{folder} does not exist; expected one folder of images per class")
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     return [name for name in names if name not in ignore and name != "__MACOSX"]
 
 
 def list_class_folders(
-    folder: Path, classes: Sequence[str], left_out: Counter[str] | None = None
+    folder: Path, classes: Sequence[str], skipped: Counter[str] | None = None
 ) -> FileSet:
     """All images in ``folder/CLASS/``, at any depth, sorted by class and path.
 
     Args:
-        left_out: counts the other files by their suffix, hidden ones aside.
+        skipped: counts the other files by suffix, except hidden ones.
     """
     if not classes:
-        raise UserError(f"{folder} has no class folders; put the images of each class in one")
+        raise UserError(f"{folder} has no class folders; put the images of each class into one")
     names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
@@ -96,8 +96,8 @@ def list_class_folders(
                 path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
                 if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
                     found.append(os.path.relpath(path, folder))
-                elif left_out is not None and file[0] != ".":
-                    left_out[suffix or "no suffix"] += 1
+                elif skipped is not None and file[0] != ".":
+                    skipped[suffix or "no suffix"] += 1
         if not found:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
         names += sorted(found, key=lambda path: path.split(os.sep))
@@ -105,23 +105,23 @@ def list_class_folders(
     return FileSet.of(folder, names, targets, classes)
 
 
-_said: set[str] = set()  # lines of this process, which lists a folder several times
+_printed: set[str] = set()  # a process lists a folder several times
 
 
-def report_left_out(folder: Path, left_out: Counter[str]) -> None:
-    """Print how many files of a folder are not read, once on each machine."""
-    kinds = ", ".join(f"{number} x {suffix}" for suffix, number in left_out.most_common(5))
+def report_skipped(folder: Path, skipped: Counter[str]) -> None:
+    """Print how many files of a folder are skipped, once on each machine."""
+    kinds = ", ".join(f"{number} x {suffix}" for suffix, number in skipped.most_common(5))
     line = (
-        f"{folder}: {left_out.total()} files do not have an image's name and are left out "
-        f"({kinds}{', ...' if len(left_out) > 5 else ''})"
+        f"{folder}: {skipped.total()} files do not have an image suffix and are skipped "
+        f"({kinds}{', ...' if len(skipped) > 5 else ''})"
     )
-    if left_out and local_rank() == 0 and line not in _said:
-        _said.add(line)
+    if skipped and local_rank() == 0 and line not in _printed:
+        _printed.add(line)
         print(line, file=sys.stderr, flush=True)
 
 
 def decoded_gigabytes(files: FileSet, height: int, width: int) -> float:
-    """What the images take in memory at that size, in 1e9 bytes."""
+    """Memory of the images at that size, in 1e9 bytes."""
     return len(files) * 3 * height * width / 1e9
 
 
@@ -129,16 +129,14 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     """Decode image files to RGB, in threads.
 
     Raises:
-        UserError: a file is broken, sizes differ, or the images would not fit.
+        UserError: a file is broken, sizes differ, or the images do not fit in memory.
     """
-    from mdistiller.dataset.files.images import fit_square
-
     side, how = options.image_size, options.preprocessing
     height, width = (side, side) if side else files.image(0).shape[1:]
     gigabytes = decoded_gigabytes(files, height, width)
     if gigabytes > options.max_memory_gb:
         raise UserError(
-            f"{len(files)} images of {width}x{height} pixels beside {files.path(0)} take "
+            f"{len(files)} images of {width}x{height} pixels in {files.folder} take "
             f"{gigabytes:.1f} GB, more than DATASET.MAX_MEMORY_GB {options.max_memory_gb:g}; "
             "lower DATASET.IMAGE_SIZE, raise DATASET.MAX_MEMORY_GB, or set DATASET.LOADER workers"
         )
@@ -146,20 +144,18 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = files.image(i)
-            if side:
-                image = fit_square(image, side, how)
+            image = files.encoded(i).square(side, how) if side else files.image(i)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 
     with ThreadPoolExecutor(options.workers) as pool:
         for _ in pool.map(fill, range(0, len(files), _CHUNK)):
-            pass  # raises what a thread raised
+            pass  # raises the exceptions of threads
     return ImageSet(images, files.targets, files.classes)
 
 
 def check_size(image: Tensor, height: int, width: int, path: Path | str, first: Path | str) -> None:
-    """Refuse an image that has another size than the first one of its set."""
+    """Raise UserError for an image whose size differs from that of the first one."""
     if image.shape[1:] != (height, width):
         raise UserError(
             f"{first} is {width}x{height} pixels but {path} is "

@@ -1,7 +1,7 @@
-"""Image files to pixels, and pixels to one size. Brings torchvision: imported where it is needed.
+"""Decode image files and resize images. Imports torchvision, which is slow: import it where needed.
 
-torchvision decodes JPEG to Pillow's pixels in two thirds of the time, and resizes bytes to within
-one level of Pillow in half of it. Whatever it cannot read, or no longer, Pillow reads.
+torchvision decodes JPEG to Pillow's pixels in two thirds of the time, and resizes uint8 images to
+within one level of Pillow in half of it. Pillow reads all other files.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
-try:  # deprecated since torchvision 0.29, so some later one will not have it
+try:  # deprecated since torchvision 0.29, so a later version will remove it
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
 
 
 MAX_PIXELS = 80_000_000
-"""Of one image, 240 MB in memory: a few bytes of file can announce far more."""
+"""Limit for one image, 240 MB in memory: the header of a small file can claim far more."""
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-"""What Pillow may take a file for; others start programs (EPS), or are no photographs."""
+"""Formats that Pillow may read; others start programs (EPS) or are not photographs."""
 
 
-_ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnreadableError(UserError):
-    """A file that is no image, or a broken one."""
+    """A file is not an image, or is broken."""
 
 
 def read_image(path: Path, upright: bool = False, scale_16_bit: bool = False) -> Tensor:
     """The image in a file; see :func:`decode`."""
+    return decode(read_bytes(path), path, upright, scale_16_bit)
+
+
+def read_bytes(path: Path) -> Tensor:
+    """The bytes of a file: uint8, [bytes]."""
     try:
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise _unreadable(path, error) from error
-    return decode(data, path, upright, scale_16_bit)
 
 
 def decode(
@@ -55,8 +59,8 @@ def decode(
     Args:
         data: uint8, [bytes].
         name: of the file, for errors.
-        upright: turn the image as its EXIF orientation says.
-        scale_16_bit: bring grey images of 16 bits to 8; else they are refused.
+        upright: rotate the image by its EXIF orientation.
+        scale_16_bit: scale grey images of 16 bits to 8; otherwise they are refused.
 
     Returns:
         uint8, [3, H, W], with the channels last in memory.
@@ -64,11 +68,11 @@ def decode(
     Raises:
         UnreadableError: it is not an image, or broken, or has more than 8 bits a channel.
     """
-    size = _jpeg_size(data)
+    size = jpeg_size(data)
     if size is not None:
-        _check_pixels(*size, name)
+        check_pixels(*size, name)
     if decode_jpeg is not None and size is not None:
-        with contextlib.suppress(RuntimeError):  # what is wrong Pillow says in plainer words
+        with contextlib.suppress(RuntimeError):  # Pillow reports the error more clearly
             pixels: Tensor = decode_jpeg(
                 data, mode=ImageReadMode.RGB, apply_exif_orientation=upright
             )
@@ -76,9 +80,9 @@ def decode(
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes()), formats=FORMATS) as file:
             width, height = file.size
-            _check_pixels(width, height, name)
+            check_pixels(width, height, name)
             image = _upright(file) if upright else file
-            if file.mode == "F" or file.mode.startswith("I"):  # Pillow cuts such values off at 255
+            if file.mode == "F" or file.mode.startswith("I"):  # Pillow clips such values at 255
                 image = _eight_bits(image, file.mode, name, scale_16_bit)
             image = image.convert("RGB")
     except UnreadableError:
@@ -89,7 +93,7 @@ def decode(
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; as it is where EXIF is damaged."""
+    """The image rotated by its EXIF orientation; unchanged where EXIF is damaged."""
     try:
         return ImageOps.exif_transpose(image)
     except UnreadableError:
@@ -100,7 +104,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, mode: str, name: Path | str, scale: bool) -> Image.Image:
-    """A grey image of 16 bits with its values from 0 to 65535 brought to 0 to 255."""
+    """A grey image of 16 bits with its values scaled from 0..65535 to 0..255."""
     values = np.asarray(image)
     inside = mode != "F" and values.min() >= 0 and values.max() <= 65535
     if scale and inside:
@@ -112,18 +116,18 @@ def _eight_bits(image: Image.Image, mode: str, name: Path | str, scale: bool) ->
 
 
 def header_size(path: Path, upright: bool) -> tuple[int, int] | None:
-    """(height, width) that the header of a file announces; None where it cannot be read."""
+    """(height, width) from the header of a file; None where it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
-            turned = upright and file.getexif().get(_ORIENTATION, 1) >= 5
-    except Exception:  # what is wrong is reported when the image is read
+            turned = upright and file.getexif().get(ORIENTATION, 1) >= 5
+    except Exception:  # the error is reported when the image is read
         return None
     return (width, height) if turned else (height, width)
 
 
-def _jpeg_size(data: Tensor) -> tuple[int, int] | None:
-    """Width and height that the header of a JPEG announces; None for anything else."""
+def jpeg_size(data: Tensor) -> tuple[int, int] | None:
+    """Width and height from the header of a JPEG; None for other data."""
     file = io.BytesIO(data.numpy().data)
     if file.read(2) != b"\xff\xd8":
         return None
@@ -139,26 +143,28 @@ def _jpeg_size(data: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def _check_pixels(width: int, height: int, name: Path | str) -> None:
+def check_pixels(width: int, height: int, name: Path | str) -> None:
+    """Raise UnreadableError for an image with more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise UnreadableError(
-            f"{name} announces {width}x{height} pixels, more than {MAX_PIXELS} (a bomb?); replace "
-            "or remove it"
+            f"{name} announces {width}x{height} pixels, more than the limit of {MAX_PIXELS} (a "
+            "decompression bomb?); replace or remove it"
         )
 
 
 def _unreadable(name: Path | str, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    reason = "no image of a known format" if "cannot identify image file" in reason else reason
+    reason = first_line(error)
+    if "cannot identify image file" in reason:
+        reason = "no image of a known format"
     return UnreadableError(f"{name} cannot be read as an image ({reason}); replace or remove it")
 
 
 def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> Tensor:
-    """A uint8 image [3, H, W] at another size, antialiased; itself if it has it.
+    """A uint8 image [3, H, W] resized with antialiasing; unchanged if it has that size.
 
     Args:
-        interpolation: nearest, bilinear or bicubic, by Pillow, whose pixels other libraries'
-            networks are evaluated on; empty: bilinear by torchvision, faster and within one level.
+        interpolation: nearest, bilinear or bicubic by Pillow, as other libraries evaluate their
+            networks; empty: bilinear by torchvision, which is faster and within one level.
     """
     if image.shape[1:] == (height, width):
         return image
@@ -170,21 +176,28 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> T
     return resized
 
 
-def fit_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
-    """A uint8 image [3, H, W] at `side` x `side`: resized, then its middle, as `how` says.
-
-    What is padded is black. For `crop` this is torchvision's ``Resize`` and ``CenterCrop``.
-    """
-    height, width = image.shape[1:]
+def resized_shape(height: int, width: int, side: int, how: Preprocessing) -> tuple[int, int]:
+    """Height and width of an image before the centre crop or the padding to `side`."""
     scaled = how.resized_side(side)
     if how.resize == "stretch":
-        height, width = scaled, scaled
-    elif (height <= width) == (how.resize == "crop"):  # the height is the side that decides
-        height, width = scaled, max(1, int(scaled * width / height))
-    else:
-        height, width = max(1, int(scaled * height / width)), scaled
-    image = resize(image, height, width, how.interpolation)
-    if (height, width) == (side, side):
+        return scaled, scaled
+    if (height <= width) == (how.resize == "crop"):  # the height is the side that decides
+        return scaled, max(1, int(scaled * width / height))
+    return max(1, int(scaled * height / width)), scaled
+
+
+def resize_to_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
+    """A uint8 image [3, H, W] resized to `side` x `side`; the centre crop, or padded with black.
+
+    For `crop` this is torchvision's ``Resize`` and ``CenterCrop``.
+    """
+    height, width = resized_shape(image.shape[1], image.shape[2], side, how)
+    return crop_or_pad(resize(image, height, width, how.interpolation), side)
+
+
+def crop_or_pad(image: Tensor, side: int) -> Tensor:
+    """The centre of an image [3, H, W], with black where it is smaller: [3, side, side]."""
+    if image.shape[1:] == (side, side):
         return image
     cropped: Tensor = transforms.center_crop(image, [side, side])
     return cropped

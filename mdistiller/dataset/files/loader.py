@@ -1,9 +1,8 @@
-"""Loaders whose images are read in every epoch, by worker processes, for sets that fill no memory.
+"""Loaders whose images worker processes read in every epoch, for sets that do not fit in memory.
 
-They give what the loaders over memory give: the same order, the same views of the augmentations
-that both know, items on the device. Everything that is random is drawn in the main process, so no
-number of workers changes it. Workers return whole batches in bytes, which travel from pinned memory
-and are normalised on the device.
+They give the same batches as the loaders over memory: same order, same augmentation, items on the
+device. The main process draws all random numbers, so the number of workers does not matter. Workers
+return whole uint8 batches, which are copied from pinned memory and normalised on the device.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mdistiller.dataset.data_source import ImageSet
-from mdistiller.dataset.files.file_set import FileSet
-from mdistiller.dataset.files.transforms import TestView, TrainView
+from mdistiller.dataset.files.file_set import FileSet, image_name
+from mdistiller.dataset.files.transforms import EvalTransform, Picture, TrainTransform
 from mdistiller.dataset.memory.loader import Epoch, EvalLoader, TrainLoader
 from mdistiller.registry import UserError
 
-PREFETCH = 4  # batches that each worker makes ahead
+PREFETCH = 4  # batches that each worker prepares ahead
 
 
 @dataclass(frozen=True)
-class Task:
-    """A batch to make: positions in the set, [B], and the parameters of their views, [B, P]."""
+class BatchRequest:
+    """A batch to build: positions in the set, [B], and augmentation parameters, [B, P]."""
 
     index: Tensor
     parameters: Tensor | None = None
@@ -39,49 +38,50 @@ class Task:
 class Reader(Protocol):
     """Reads images, in a worker process."""
 
-    def __call__(self, task: Any) -> Iterable[tuple[Tensor, str]]:
-        """The images of a task, uint8 [3, H, W] of any size, each with its name for errors."""
+    def __call__(self, request: Any) -> Iterable[tuple[Picture, str]]:
+        """The images of a request, uint8 [3, H, W] or files, each with its name for errors."""
 
 
 @dataclass
-class SetReader:
-    """Reads from a set with random access: files, or images in memory."""
+class ImageReader:
+    """Reads images from a set with random access: files, or images in memory."""
 
     dataset: FileSet | ImageSet
 
-    def __call__(self, task: Task) -> Iterator[tuple[Tensor, str]]:
-        for i in task.index.tolist():
-            name = str(self.dataset.path(i)) if isinstance(self.dataset, FileSet) else f"image {i}"
-            yield self.dataset.image(i), name
+    def __call__(self, request: BatchRequest) -> Iterator[tuple[Picture, str]]:
+        for i in request.index.tolist():
+            data = self.dataset
+            image = data.encoded(i) if isinstance(data, FileSet) else data.image(i)
+            yield image, image_name(data, i)
 
 
-class Maker(Protocol):
-    """Makes the batch of a task, in a worker process."""
+class BatchBuilder(Protocol):
+    """Builds the batch of a request in a worker process."""
 
-    def __getitem__(self, task: Any) -> Any:
-        """Something with `to(device)` and `pin_memory()`, such as a tensor; or what is wrong."""
+    def __getitem__(self, request: Any) -> Any:
+        """An object with `to(device)` and `pin_memory()`, such as a tensor; or an error text."""
 
 
 @dataclass
-class BatchMaker:
-    """Makes the batch of a task; the `dataset` of a DataLoader, whose keys are tasks.
+class ImageBatchBuilder:
+    """Builds the batch of a request: the `dataset` of a DataLoader whose keys are requests.
 
     Attributes:
-        reader: gives the images.
-        view: of one image, from its name and, for training, its parameters. Several views may be
+        reader: reads the images.
+        transform: of one image, its name and, for training, its parameters. Several views may be
             stacked, [V, 3, H, W]: a batch, normalised or not, then is [B, V, 3, H, W].
     """
 
     reader: Reader
-    view: Callable[..., Tensor]
+    transform: Callable[..., Tensor]
 
-    def __getitem__(self, task: Task) -> Tensor | str:
-        """uint8, [B, 3, H, W]; or what is wrong, since an exception would lose its one line."""
-        rows = () if task.parameters is None else (task.parameters,)
+    def __getitem__(self, request: BatchRequest) -> Tensor | str:
+        """uint8, [B, 3, H, W]; or an error text: DataLoader adds a traceback to exceptions."""
+        rows = () if request.parameters is None else (request.parameters,)
         try:
             views = [
-                self.view(image, name, *row)
-                for (image, name), *row in zip(self.reader(task), *rows, strict=True)
+                self.transform(image, name, *row)
+                for (image, name), *row in zip(self.reader(request), *rows, strict=True)
             ]
         except UserError as error:
             return str(error)
@@ -89,110 +89,109 @@ class BatchMaker:
 
 
 @dataclass
-class _Tasks:
-    """The sampler of a DataLoader that lives for many epochs: whatever was put in last."""
+class _RequestSampler:
+    """Sampler of a DataLoader that lives for many epochs; `requests` are set for each."""
 
-    tasks: Iterable[Any] = field(default_factory=tuple)
+    requests: Iterable[Any] = field(default_factory=tuple)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.tasks)
+        return iter(self.requests)
 
 
-class Workers:
-    """Worker processes that stay, and turn tasks into batches on the device, in order.
+class WorkerPool:
+    """Persistent worker processes that turn requests into batches on the device, in order.
 
     Args:
-        maker: what a worker does; it must pickle where processes are spawned.
-        num: of workers; 0 makes the batches in this process.
-        device: where batches go.
-        timeout: seconds to wait for a batch; 0: for ever.
+        builder: builds a batch; must be picklable where processes are spawned.
+        num: number of workers; 0 builds the batches in this process.
+        device: of the batches.
+        timeout: seconds to wait for a batch; 0: no limit.
     """
 
-    def __init__(self, maker: Maker, num: int, device: torch.device, timeout: float = 0):
+    def __init__(self, builder: BatchBuilder, num: int, device: torch.device, timeout: float = 0):
         self.device = device
-        self._tasks = _Tasks()
+        self._sampler = _RequestSampler()
         staying: dict[str, Any] = {}
         if num:
             staying = {"persistent_workers": True, "prefetch_factor": PREFETCH, "timeout": timeout}
         self._loader: DataLoader[Any] = DataLoader(
-            maker,  # type: ignore[arg-type]
+            builder,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._tasks,
+            sampler=self._sampler,
             num_workers=num,
-            collate_fn=_as_it_is,
+            collate_fn=_identity_collate,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one
-            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # leaves the global one alone
+            worker_init_fn=_set_signal_handlers,
             **staying,
         )
         _open.add(self)
 
     def close(self) -> None:
-        """End the processes; batches that are asked for later start new ones.
+        """End the processes; later batches start new ones.
 
-        Nothing public of torch does. The garbage collector, where it frees the queues before the
-        loader, and the interpreter's exit send one SIGTERM and wait.
+        torch has no public function for this. Without it, exit sends one SIGTERM and waits.
         """
         running, self._loader._iterator = self._loader._iterator, None
         if running is not None and hasattr(running, "_shutdown_workers"):
             running._shutdown_workers()
 
-    def batches(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """What the maker makes of each task (uint8, [B, 3, H, W], say), on the device.
+    def batches(self, requests: Iterable[Any]) -> Iterator[Any]:
+        """The batch of each request on the device, such as uint8 [B, 3, H, W].
 
         Raises:
             UserError: an image cannot be read, or a worker process died or hangs.
         """
-        self._tasks.tasks = tasks
+        self._sampler.requests = requests
         batches = iter(self._loader)
         while True:
             try:
-                made = next(batches)
+                batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
                 raise _worker_failure(error) from error
-            if isinstance(made, str):
+            if isinstance(batch, str):
                 self.close()
-                raise UserError(made)
-            yield made.to(self.device, non_blocking=True)
+                raise UserError(batch)
+            yield batch.to(self.device, non_blocking=True)
 
 
-_open: weakref.WeakSet[Workers] = weakref.WeakSet()
+_open: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Before multiprocessing's hook, which signals once and then waits: it was registered first."""
+    """Runs before the exit hook of multiprocessing, which signals once and then waits."""
     for workers in list(_open):
         workers.close()
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _identity_collate(batch: Any) -> Any:
+    return batch
 
 
 def _worker_failure(error: RuntimeError) -> Exception:
-    """What torch says about a worker process, in a line; any other error as it is."""
+    """One line for torch's error about a worker process; any other error unchanged."""
     text = str(error)
     if "exited unexpectedly" in text or "killed by signal" in text:
         cause = " ".join(text.split()[:14])
         return UserError(
-            f"a process that reads images has died ({cause} ...): killed, or out of memory; "
-            "fewer DATASET.NUM_WORKERS take less"
+            f"a data loading worker died ({cause} ...): killed, or out of memory; a smaller "
+            "DATASET.NUM_WORKERS takes less memory"
         )
     if "timed out after" in text:
         return UserError(
-            f"no batch of images came for long ({' '.join(text.split())}): the storage hangs, or a "
-            "batch takes longer than DATASET.WORKER_TIMEOUT seconds"
+            f"data loading timed out ({' '.join(text.split())}): the storage hangs, or a batch "
+            "takes longer than DATASET.WORKER_TIMEOUT seconds"
         )
     return error
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let a signal to the whole process group end the run between two steps, not its workers.
+def _set_signal_handlers(worker: int) -> None:
+    """Ignore signals to the process group, so that the run can end between two steps.
 
-    A second SIGTERM ends a worker: that is how one which hangs is got rid of.
+    A second SIGTERM ends a worker, also one that hangs.
     """
 
     def once(number: int, frame: Any) -> None:
@@ -204,32 +203,32 @@ def _outlive_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _FromWorkers:
-    """What both loaders share: a set that stays where it is, and who reads it."""
+class _WorkerLoader:
+    """Shared by both loaders: a set that stays on the CPU or disk, and its workers."""
 
     dataset: Any
-    _workers: Workers
+    _workers: WorkerPool
 
-    def _keep(self, dataset: Any, device: torch.device) -> None:
+    def _place_images(self, dataset: Any, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
         self._targets = dataset.targets.to(device)
 
     def _reader(self) -> Reader:
-        return SetReader(self.dataset)
+        return ImageReader(self.dataset)
 
     def close(self) -> None:
-        """End the processes that read; another iteration starts new ones."""
+        """End the worker processes; another iteration starts new ones."""
         self._workers.close()
 
 
-class WorkerTrainLoader(_FromWorkers, TrainLoader):
+class WorkerTrainLoader(_WorkerLoader, TrainLoader):
     """Shuffled, augmented batches `(image, target, index)`; see :class:`TrainLoader`.
 
     Args:
         dataset: the training images.
-        view: makes a view of one.
-        num_workers: processes that do; of each process of the run.
-        timeout: seconds to wait for a batch; 0: for ever.
+        transform: makes the view of an image.
+        num_workers: worker processes for each process of the run.
+        timeout: seconds to wait for a batch; 0: no limit.
     """
 
     makes_images = False
@@ -238,7 +237,7 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         self,
         dataset: Any,
         batch_size: int,
-        view: TrainView,
+        transform: TrainTransform,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
@@ -247,11 +246,13 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         timeout: float = 0,
         **options: Any,
     ):
-        super().__init__(dataset, batch_size, view, mean, std, device, **options)  # type: ignore[arg-type]
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
+        super().__init__(dataset, batch_size, transform, mean, std, device, **options)  # type: ignore[arg-type]
+        self._workers = WorkerPool(
+            ImageBatchBuilder(self._reader(), transform), num_workers, device, timeout
+        )
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        """The positions of an epoch, [N]; of other processes' shares they are not used."""
+        """Order of the epoch, [N]; only this process's part is used."""
         return torch.randperm(self.num_data, generator=generator)
 
     def _draw(self, generator: torch.Generator) -> Epoch:
@@ -259,27 +260,27 @@ class WorkerTrainLoader(_FromWorkers, TrainLoader):
         parameters = self.augment.draw(self.num_data, generator)
         return Epoch(order, parameters, self.augment.views(parameters).to(self.device))
 
-    def _task(self, step: int, drawn: Epoch) -> Any:
-        """What a worker needs for the batch of a step."""
-        index = drawn.order[slice(*self.plan.local_batch(step))]
-        return Task(index, drawn.parameters[index])
+    def _request(self, step: int, drawn: Epoch) -> Any:
+        """The request for the batch of a step."""
+        index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
+        return BatchRequest(index, drawn.parameters[index])
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tasks = (self._task(step, drawn) for step in range(start, len(self.plan)))
-        for step, images in enumerate(self._workers.batches(tasks), start):
-            index = drawn.order[slice(*self.plan.local_batch(step))]
+        requests = (self._request(step, drawn) for step in range(start, len(self.batch_sampler)))
+        for step, images in enumerate(self._workers.batches(requests), start):
+            index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
             index = index.to(self.device, non_blocking=True)
             yield self.normalize(images), self._targets[index], index
 
 
-class WorkerEvalLoader(_FromWorkers, EvalLoader):
+class WorkerEvalLoader(_WorkerLoader, EvalLoader):
     """Batches `(image, target)` without augmentation; see :class:`EvalLoader`."""
 
     def __init__(
         self,
         dataset: Any,
         batch_size: int,
-        view: TestView,
+        transform: EvalTransform,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
@@ -289,14 +290,16 @@ class WorkerEvalLoader(_FromWorkers, EvalLoader):
         **options: Any,
     ):
         super().__init__(dataset, batch_size, mean, std, device, **options)
-        self._workers = Workers(BatchMaker(self._reader(), view), num_workers, device, timeout)
+        self._workers = WorkerPool(
+            ImageBatchBuilder(self._reader(), transform), num_workers, device, timeout
+        )
 
-    def _tasks(self) -> Iterator[Any]:
-        for start, stop in self._shares():
-            yield Task(torch.arange(start, stop))
+    def _batch_requests(self) -> Iterator[Any]:
+        for start, stop in self._slices():
+            yield BatchRequest(torch.arange(start, stop))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        tasks = list(self._tasks())
-        for task, images in zip(tasks, self._workers.batches(tasks), strict=True):
-            index = task.index.to(self.device, non_blocking=True)
+        requests = list(self._batch_requests())
+        for request, images in zip(requests, self._workers.batches(requests), strict=True):
+            index = request.index.to(self.device, non_blocking=True)
             yield self.normalize(images), self._targets[index]

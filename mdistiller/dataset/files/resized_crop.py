@@ -1,22 +1,28 @@
-"""The augmentation of ImageNet, for images of any size as they are read from files."""
+"""ImageNet's augmentation: a random resized crop and a flip of images of any size."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
+
+CROP_MARGIN = 1
+"""A crop is decoded to at least this many times its final size."""
+
 
 @AUGMENTS.register("resized_crop_flip")
 class ResizedCropFlip(Identity):
-    """A random part of the image, resized to a square, then a mirror, p = .5.
+    """A random crop of the image resized to a square, then a horizontal flip, p = .5.
 
-    torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, 3/4 to 4/3 of the
-    shape) and ``RandomHorizontalFlip``. For evaluation images are cut to the square about their
-    middle.
+    torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, aspect ratio 3/4
+    to 4/3) and ``RandomHorizontalFlip``. Evaluation uses the centre crop.
     """
 
     num_views = None
@@ -26,7 +32,7 @@ class ResizedCropFlip(Identity):
 
     @cached_property
     def _crop(self) -> Any:
-        from torchvision.transforms import v2  # a slow import that data in memory does not need
+        from torchvision.transforms import v2  # a slow import that images in memory do not need
 
         return v2.RandomResizedCrop((self.height, self.width), antialias=True)
 
@@ -36,9 +42,29 @@ class ResizedCropFlip(Identity):
 
         return v2.RandomHorizontalFlip()
 
-    def view(self, image: Tensor, interpolation: str = "") -> Tensor:
-        """A view of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W]."""
+    def view(self, image: Tensor | EncodedImage, interpolation: str = "") -> Tensor:
+        """A crop of a uint8 image [3, any, any], drawn from torch's generator: [3, H, W].
+
+        The crop of a file is the same; with DATASET.JPEG_SCALING its pixels come from the smallest
+        sufficient scale of a JPEG.
+        """
         if interpolation:
             self._crop.interpolation = type(self._crop.interpolation)(interpolation)
-        view: Tensor = self._flip(self._crop(image))
+        if isinstance(image, Tensor):
+            part: Tensor = self._crop(image)
+        else:
+            part = self._crop_encoded(image, interpolation)
+        view: Tensor = self._flip(part)
         return view
+
+    def _crop_encoded(self, image: EncodedImage, interpolation: str) -> Tensor:
+        size = None
+        if image.scaling != "none":
+            size = image.large_size(self.height, self.width, CROP_MARGIN)
+        if size is None:
+            whole: Tensor = self._crop(image.pixels())
+            return whole
+        place = self._crop.make_params([torch.empty(3, *size, device="meta")])
+        box = place["top"], place["left"], place["height"], place["width"]
+        part = image.region(box, self.height, self.width, interpolation, CROP_MARGIN)
+        return self._crop.transform(image.pixels(), place) if part is None else part

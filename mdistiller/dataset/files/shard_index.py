@@ -1,4 +1,4 @@
-"""The number and the classes of the samples in shards: counted once, then remembered."""
+"""Number and classes of the samples in shards: counted once, then cached in an index file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ def index_shards(
     readable: Sequence[str] = (),
     scale_16_bit: bool = False,
 ) -> list[list[int | None]]:
-    """Classes of the samples of every shard; shards are read once, then remembered.
+    """Classes of the samples of every shard; each shard is read once, then cached.
 
-    With `readable`, suffixes of images, a sample whose image cannot be decoded has the class None;
-    so has one of 16 bits unless `scale_16_bit`.
+    The index is a JSON file. By path of the shard, relative to the folder of the first one, it
+    holds a stamp (suffix of the class, size, modification time; for a URL the suffix alone) and the
+    classes.
 
-    The index is a JSON file: by path of the shard, relative to the folder of the first one, what
-    tells whether it has changed (suffix of the class, bytes, time of the last change; the suffix
-    alone for a URL) and its classes.
+    Args:
+        urls: of the shards.
+        target: suffix of the class in a sample.
+        threads: number of threads.
+        readable: suffixes of images to decode; a sample whose image is unreadable gets None.
+        scale_16_bit: accept images of 16 bits.
     """
     files = [Path(url) if os.path.isfile(url) else None for url in urls]
     stamps = [_stamp(target, file, readable, scale_16_bit) for file in files]
@@ -40,20 +44,20 @@ def index_shards(
         Path(os.path.relpath(file, folder)).as_posix() if file else url
         for file, url in zip(files, urls, strict=True)
     ]
-    place = _index_file(files[0], urls[0])
-    known: dict[str, Any] = {}
+    path = _index_file(files[0], urls[0])
+    index: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        # Older indices have names without a folder, at the top level: those are counted again.
-        known = dict(json.loads(place.read_text())["shards"])
-    missing = [k for k, name in enumerate(names) if known.get(name, [None])[0] != stamps[k]]
+        # Indices of earlier versions have no folders in their names: those are counted again.
+        index = dict(json.loads(path.read_text())["shards"])
+    missing = [k for k, name in enumerate(names) if index.get(name, [None])[0] != stamps[k]]
     if missing:
         with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda k: _classes(urls[k], target, readable, scale_16_bit), missing)
-            bar = tqdm(found, "counting shards", len(missing), leave=False, disable=None)
+            counted = pool.map(lambda k: _classes(urls[k], target, readable, scale_16_bit), missing)
+            bar = tqdm(counted, "counting shards", len(missing), leave=False, disable=None)
             for k, classes in zip(missing, bar, strict=True):
-                known[names[k]] = [stamps[k], classes]
-        _remember(place, known)
-    return [known[name][1] for name in names]
+                index[names[k]] = [stamps[k], classes]
+        _write_index(path, index)
+    return [index[name][1] for name in names]
 
 
 def _stamp(
@@ -63,8 +67,8 @@ def _stamp(
     checked = [f"{kind} {';'.join(readable)}"] if readable else []
     if file is None:
         return [target, *checked]
-    facts = file.stat()
-    return [target, facts.st_size, facts.st_mtime_ns, *checked]
+    status = file.stat()
+    return [target, status.st_size, status.st_mtime_ns, *checked]
 
 
 def _classes(
@@ -86,7 +90,7 @@ def _classes(
 
 def _is_readable(sample: dict[str, Any], readable: Sequence[str], scale_16_bit: bool) -> bool:
     data = next((sample[key] for key in readable if key in sample), None)
-    if data is None:  # not asked for, or missing, which is said when it is read
+    if data is None:  # not requested, or missing: reported when it is read
         return True
     from mdistiller.dataset.files.images import UnreadableError, decode
 
@@ -104,10 +108,10 @@ def _index_file(first: Path | None, url: str) -> Path:
     return Path.home() / ".cache" / "mdistiller" / f"{digest}-{INDEX}"
 
 
-def _remember(place: Path, known: dict[str, Any]) -> None:
-    """Write the index, if that is possible: without it the shards are counted in every run."""
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write the index where possible; without it every run counts the shards."""
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"shards": known}))
-        temporary.replace(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"shards": index}))
+        temporary.replace(path)

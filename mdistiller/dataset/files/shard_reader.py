@@ -1,35 +1,38 @@
-"""Sets of images in tar files, read from front to back by the package webdataset."""
+"""Images in tar files, read from front to back with the package webdataset."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mdistiller.dataset.files.shard_sampler import LaneTask, Run
+from mdistiller.dataset.files.shard_sampler import ShardBatchRequest, ShardRange
 from mdistiller.registry import UserError
 
-INDEX = "mdistiller-index.json"  # where the samples of shards are remembered
+if TYPE_CHECKING:
+    from mdistiller.dataset.files.scaled_jpeg import EncodedImage
+
+INDEX = "mdistiller-index.json"  # number and classes of the samples of shards
 
 
 @dataclass
 class ShardSet:
-    """A split as shards, whose samples can only be read in order.
+    """A split as shards, whose samples are read in order.
 
     Attributes:
-        urls: files, or what webdataset opens.
+        urls: files, or URLs that webdataset opens.
         counts: samples of each, int64, [S].
         targets: classes of all samples, in the order of the shards, int64, [N].
         classes: class names.
-        image_keys: suffixes of the image in a sample, the first that is there.
-        target_key: suffix of its class; samples without one do not count.
-        window: places by which a sample may move within its stream.
-        upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
-        skipped: by shard, places of samples that do not count either, as their images are broken.
+        image_keys: suffixes of the image in a sample; the first one present is used.
+        target_key: suffix of its class; samples without one are skipped.
+        window: shuffling distance of a sample within its stream.
+        upright, scale_16_bit, jpeg_scaling: see :class:`EncodedImage`.
+        skipped: by shard, positions of samples with unreadable images.
     """
 
     urls: list[str]
@@ -42,57 +45,59 @@ class ShardSet:
     skipped: dict[int, set[int]] = field(default_factory=dict)
     upright: bool = True
     scale_16_bit: bool = False
+    jpeg_scaling: str = "none"
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def select(self, indices: Tensor) -> ShardSet:
-        """Refused: shards are read whole."""
+        """Raises UserError: shards are read whole."""
         raise UserError(
             "DATASET.VAL_SPLIT cannot be taken out of shards; leave some out of "
             "DATASET.SHARDS.TRAIN and name them in DATASET.SHARDS.VAL"
         )
 
     def read(self, shard: int, first: int, last: int) -> Iterator[tuple[bytes, str]]:
-        """Samples of a shard from `first` to `last`: the image's file, and a name for errors."""
+        """Samples `first` to `last` of a shard: bytes of the image file, and a name for errors."""
         url = self.urls[shard]
         samples = (sample for sample in read_shard(url) if self.target_key in sample)
         skipped = self.skipped.get(shard, ())
         samples = (sample for place, sample in enumerate(samples) if place not in skipped)
-        found = 0
+        count = 0
         for sample in islice(samples, first, last):
             yield self._file(sample), f"{url}: {sample['__key__']}"
-            found += 1
-        if found < last - first:
+            count += 1
+        if count < last - first:
             raise UserError(
                 f"shard {url} holds fewer samples than were counted; remove {INDEX} beside it to "
                 "count again"
             )
 
     def _file(self, sample: dict[str, Any]) -> bytes:
-        """The image's file in a sample."""
+        """The bytes of the image file in a sample."""
         for key in self.image_keys:
             if key in sample:
                 data: bytes = sample[key]
                 return data
-        found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
+        suffixes = ", ".join(sorted(key for key in sample if not key.startswith("__")))
         raise UserError(
-            f"{sample['__url__']}: {sample['__key__']} has {found}, but no "
+            f"{sample['__url__']}: {sample['__key__']} has {suffixes}, but no "
             f"{';'.join(self.image_keys)} (DATASET.SHARDS.IMAGE)"
         )
 
     def image(self, index: int) -> Tensor:
-        """The image at a position, for which its shard is read up to there: uint8, [3, H, W]."""
+        """The image at a position, uint8 [3, H, W]; reads its shard up to there."""
         shard = int((self.counts.cumsum(0) <= index).sum())
         place = index - int(self.counts[:shard].sum())
         data, name = next(self.read(shard, place, place + 1))
-        return self.decode(data, name)
+        return self.encoded(data, name).pixels()
 
-    def decode(self, data: bytes, name: str) -> Tensor:
-        """The image in the bytes of a file: uint8, [3, H, W]."""
-        from mdistiller.dataset.files.images import decode
+    def encoded(self, data: bytes, name: str) -> EncodedImage:
+        """The image in the bytes of a file, not decoded yet."""
+        from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 
-        return decode(as_tensor(data), name, self.upright, self.scale_16_bit)
+        settings = self.upright, self.scale_16_bit, self.jpeg_scaling
+        return EncodedImage(as_tensor(data), name, *settings)
 
 
 def as_tensor(data: bytes) -> Tensor:
@@ -101,7 +106,7 @@ def as_tensor(data: bytes) -> Tensor:
 
 
 def import_webdataset() -> Any:
-    """The package, which only this data set needs."""
+    """The optional package webdataset, or a UserError that names it."""
     try:
         import webdataset
     except ImportError:
@@ -112,21 +117,21 @@ def import_webdataset() -> Any:
 
 
 def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
-    """The samples of a shard in order; of files with the suffix `only`, if that is given.
+    """The samples of a shard in order; with `only`, only files with that suffix.
 
-    What macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) is left out: webdataset
-    takes `folder/._1.png` for the sample `folder/`, which parts the files of sample 1.
+    Files that macOS adds to archives (`._NAME` beside each file, `__MACOSX/`) are skipped:
+    webdataset takes `folder/._1.png` for the sample `folder/`, which splits sample 1.
     """
     wds = import_webdataset()
 
-    def wanted(name: str) -> bool:
+    def selected(name: str) -> bool:
         *folders, file = name.split("/")
-        added = file.startswith("._") or "__MACOSX" in folders
-        return not added and (not only or file.lower().endswith(f".{only}"))
+        macos = file.startswith("._") or "__MACOSX" in folders
+        return not macos and (not only or file.lower().endswith(f".{only}"))
 
     try:
         yield from wds.DataPipeline(
-            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=wanted)
+            wds.SimpleShardList([url]), wds.tarfile_to_samples(select_files=selected)
         )
     except Exception as error:  # tarfile's, the system's, those of a command in a pipe
         texts = [arg for arg in error.args if isinstance(arg, str)]  # webdataset adds objects
@@ -135,53 +140,57 @@ def read_shard(url: str, only: str = "") -> Iterator[dict[str, Any]]:
 
 
 @dataclass
-class StreamReader:
-    """Reads the images of :class:`LaneTask`; each lane goes on where the last batch ended."""
+class ShardStreamReader:
+    """Reads the images of a :class:`ShardBatchRequest`.
 
-    shards: ShardSet
-    _lanes: dict[int, tuple[int, _Lane]] = field(default_factory=dict)
-
-    def __call__(self, task: LaneTask) -> Iterator[tuple[Tensor, str]]:
-        reading, lane = self._lanes.get(task.lane, (0, None))
-        if lane is None or reading != task.reading:
-            lane = _Lane(self.shards, task.runs, min(task.floor, *task.offsets))
-            self._lanes[task.lane] = task.reading, lane
-        for offset in task.offsets:
-            data, name = lane.take(offset)
-            yield self.shards.decode(data, name), name
-        lane.forget(task.floor)
-
-
-class _Lane:
-    """A stream of samples, some held back until they are wanted.
-
-    Args:
-        start: the lowest offset that will be; what lies before it is left out.
+    Each stream continues after the batch before.
     """
 
-    def __init__(self, shards: ShardSet, runs: Sequence[Run], start: int = 0):
-        self._samples = self._read(shards, runs, start)
-        self._held: dict[int, tuple[bytes, str]] = {}
+    shards: ShardSet
+    _streams: dict[int, tuple[int, _Stream]] = field(default_factory=dict)
+
+    def __call__(self, request: ShardBatchRequest) -> Iterator[tuple[EncodedImage, str]]:
+        pass_number, stream = self._streams.get(request.stream, (0, None))
+        if stream is None or pass_number != request.pass_number:
+            start = min(request.oldest_needed, *request.offsets)
+            stream = _Stream(self.shards, request.shard_ranges, start)
+            self._streams[request.stream] = request.pass_number, stream
+        for offset in request.offsets:
+            data, name = stream.take(offset)
+            yield self.shards.encoded(data, name), name
+        stream.discard(request.oldest_needed)
+
+
+class _Stream:
+    """A stream of samples with a buffer for those that a later batch needs.
+
+    Args:
+        start: the lowest offset that any batch needs; earlier samples are skipped.
+    """
+
+    def __init__(self, shards: ShardSet, ranges: Sequence[ShardRange], start: int = 0):
+        self._samples = self._read(shards, ranges, start)
+        self._buffer: dict[int, tuple[bytes, str]] = {}
 
     @staticmethod
     def _read(
-        shards: ShardSet, runs: Sequence[Run], start: int
+        shards: ShardSet, ranges: Sequence[ShardRange], start: int
     ) -> Iterator[tuple[int, tuple[bytes, str]]]:
         offset = 0
-        for shard, first, last in runs:
-            left_out = min(max(start - offset, 0), last - first)
-            if left_out < last - first:
-                samples = shards.read(shard, first + left_out, last)
-                yield from enumerate(samples, offset + left_out)
+        for shard, first, last in ranges:
+            skipped = min(max(start - offset, 0), last - first)
+            if skipped < last - first:
+                samples = shards.read(shard, first + skipped, last)
+                yield from enumerate(samples, offset + skipped)
             offset += last - first
 
     def take(self, offset: int) -> tuple[bytes, str]:
-        while offset not in self._held:
+        while offset not in self._buffer:
             number, sample = next(self._samples)
-            self._held[number] = sample
-        return self._held.pop(offset)
+            self._buffer[number] = sample
+        return self._buffer.pop(offset)
 
-    def forget(self, floor: int) -> None:
-        """Drop what another process serves."""
-        for offset in [offset for offset in self._held if offset < floor]:
-            del self._held[offset]
+    def discard(self, oldest_needed: int) -> None:
+        """Drop samples that another process takes."""
+        for offset in [offset for offset in self._buffer if offset < oldest_needed]:
+            del self._buffer[offset]

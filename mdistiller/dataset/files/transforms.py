@@ -1,4 +1,4 @@
-"""What a worker process makes of one image."""
+"""Transforms of one image, applied by worker processes."""
 
 from __future__ import annotations
 
@@ -12,61 +12,69 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.files.folder import check_size
-from mdistiller.dataset.files.images import fit_square
+from mdistiller.dataset.files.images import resize_to_square
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
+from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.preprocessing import Preprocessing
+
+Picture = Tensor | EncodedImage
+"""An image as a worker reads it: pixels, uint8 [3, H, W], or the bytes of its file."""
 
 _FIRST = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass
-class TestView:
-    """An image of any size at the size of the set: uint8, [3, height, width].
+class EvalTransform:
+    """Resizes an image of any size to that of the set: uint8, [3, height, width].
 
     Attributes:
         size: (height, width) in pixels.
-        how: how it gets there; `keep`: an image of another size is refused.
-        first: the file that has this size, for the refusal.
+        preprocessing: resize and crop; with `keep`, images of another size raise a UserError.
+        first: the file that has this size, for that error.
     """
 
     size: tuple[int, int]
-    how: Preprocessing
+    preprocessing: Preprocessing
     first: str = ""
 
-    def __call__(self, image: Tensor, name: str) -> Tensor:
-        if self.how.resize == "keep":
+    def __call__(self, image: Picture, name: str) -> Tensor:
+        if isinstance(image, EncodedImage):
+            if self.preprocessing.resize != "keep":
+                return image.square(self.size[0], self.preprocessing)
+            image = image.pixels()
+        if self.preprocessing.resize == "keep":
             check_size(image, *self.size, name, self.first)
             return image
-        return fit_square(image, self.size[0], self.how)
+        return resize_to_square(image, self.size[0], self.preprocessing)
 
 
 @dataclass
-class TrainView:
-    """A random view of an image, uint8, [3, height, width], that its parameters decide.
+class TrainTransform:
+    """Augments an image by its drawn parameters: uint8, [3, height, width].
 
     Attributes:
-        augment: of an image at the size of the set, or, of ResizedCropFlip, of any size.
-        fit: gives an image the size of the set.
-        randaugment: operations and magnitude of RandAugment behind it; empty for none.
+        augment: takes an image at the size of the set; ResizedCropFlip takes any size.
+        resize: brings an image to the size of the set.
+        randaugment: operations and magnitude of RandAugment after it; empty: none.
     """
 
     augment: Identity
-    fit: TestView
+    resize: EvalTransform
     randaugment: Sequence[int] = ()
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
-        """Parameters of `num` images: what the augmentation draws, then a seed. int64, [num, P]."""
+        """Parameters of the augmentation and a seed for `num` images: int64, [num, P]."""
         drawn = self.augment.draw(num, generator)
         seeds = torch.randint(2**62, (num, 1), generator=generator)
         return torch.cat([drawn, seeds], dim=1)
 
-    def __call__(self, image: Tensor, name: str, parameters: Tensor) -> Tensor:
+    def __call__(self, image: Picture, name: str, parameters: Tensor) -> Tensor:
         with seeded(int(parameters[-1])):
             if isinstance(self.augment, ResizedCropFlip):
-                view = self.augment.view(image, self.fit.how.interpolation)
+                view = self.augment.view(image, self.resize.preprocessing.interpolation)
             else:
-                store = self.augment.store(self.fit(image, name)[None])
+                store = self.augment.store(self.resize(image, name)[None])
                 view = self.augment.apply(store, parameters[None, :-1], _FIRST)[0]
             return self._randaugment(view) if self.randaugment else view
 
@@ -89,7 +97,7 @@ class TrainView:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, which torchvision draws from; it is afterwards as it was."""
+    """Seed torch's CPU generator, which torchvision uses, and restore its state afterwards."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

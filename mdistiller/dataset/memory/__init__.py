@@ -1,1 +1,1 @@
-"""Images held on the device, and whole batches of them: loaders and augmentation."""
+"""Loaders and augmentation of images held on the device, in whole batches."""

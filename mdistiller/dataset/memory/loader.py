@@ -17,7 +17,7 @@ from mdistiller import runtime
 from mdistiller.dataset.data_source import ImageSet
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.mixup import BatchAugment
-from mdistiller.dataset.sampler import BatchPlan, share
+from mdistiller.dataset.sampler import DistributedBatchSampler, rank_slice
 from mdistiller.registry import UserError
 
 
@@ -77,11 +77,11 @@ class TrainLoader:
 
     Class attributes:
         makes_images: whether :meth:`images` can make any image of an epoch at any time.
-        joins_last: whether there is :meth:`join_last`.
+        merges_last_batch: whether there is :meth:`merge_last_batch`.
     """
 
     makes_images = True
-    joins_last = True
+    merges_last_batch = True
 
     def __init__(
         self,
@@ -98,24 +98,25 @@ class TrainLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ):
-        self.plan = BatchPlan(
+        self.batch_sampler = DistributedBatchSampler(
             len(dataset),
             batch_size,
             runtime.rank() if rank is None else rank,
             runtime.world_size() if world_size is None else world_size,
             drop_last,
         )
+        self._slices = self.batch_sampler.local_slices()
         self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
         self.augment, self.mix = augment, mix
         self.num_views = augment.num_views if mix is None else None
         self.normalize = Normalize(mean, std, device)
-        self._keep(dataset, device)
+        self._place_images(dataset, device)
         self.epoch = 0
         self._drawn: Epoch | None = None
         self._start = 0  # batches of the drawn epoch that are left out
         self._begun = True  # whether the drawn epoch has been iterated
 
-    def _keep(self, dataset: ImageSet, device: torch.device) -> None:
+    def _place_images(self, dataset: ImageSet, device: torch.device) -> None:
         """Put the images where the batches are made from."""
         augment = self.augment
         self._store = augment.store(dataset.images.to(device))
@@ -124,11 +125,12 @@ class TrainLoader:
         self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self._slices)
 
-    def join_last(self) -> None:
+    def merge_last_batch(self) -> None:
         """From now on, an epoch's last batch joins the one before if a process had one image."""
-        self.plan = replace(self.plan, least=2)
+        self.batch_sampler = replace(self.batch_sampler, min_per_rank=2)
+        self._slices = self.batch_sampler.local_slices()
         self._drawn, self.epoch, self._start, self._begun = None, 0, 0, True
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -162,7 +164,7 @@ class TrainLoader:
     def batches(self) -> list[Tensor]:
         """Positions in the set that this process's batches of the epoch take: int64, on the CPU."""
         order = self._epoch_drawn().order.cpu()
-        return [order[slice(*self.plan.local_batch(step))] for step in range(len(self.plan))]
+        return [order[part] for part in self._slices]
 
     def images(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
         """The epoch's views of the images at `index` (int64 [B], on the device), as in a batch.
@@ -181,8 +183,8 @@ class TrainLoader:
         return self._drawn
 
     def loss_weight(self, step: int, accumulate: int = 1) -> float:
-        """See :meth:`BatchPlan.loss_weight`; `step` counts from 0."""
-        return self.plan.loss_weight(step, accumulate)
+        """See :meth:`DistributedBatchSampler.loss_weight`; `step` counts from 0."""
+        return self.batch_sampler.loss_weight(step, accumulate)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if self._begun:
@@ -194,8 +196,8 @@ class TrainLoader:
         return self.mix(batches, self.num_data, self.seed, self.epoch, self._start)
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for step in range(start, len(self.plan)):
-            index = drawn.order[slice(*self.plan.local_batch(step))]
+        for part in self._slices[start:]:
+            index = drawn.order[part]
             images = self.images(index, drawn.parameters)
             yield images, self.dataset.targets[index], index
 
@@ -222,26 +224,26 @@ class EvalLoader:
     ):
         if batch_size < 1:
             raise UserError(f"DATASET.TEST.BATCH_SIZE {batch_size} must be at least 1")
-        self._keep(dataset, device)
+        self._place_images(dataset, device)
         self.batch_size, self.num_data = batch_size, len(dataset)
         self.normalize = Normalize(mean, std, device)
         rank = runtime.rank() if rank is None else rank
         world_size = runtime.world_size() if world_size is None else world_size
-        self.start, self.stop = share(len(dataset), rank, world_size)
+        self.start, self.stop = rank_slice(len(dataset), rank, world_size)
 
-    def _keep(self, dataset: ImageSet, device: torch.device) -> None:
+    def _place_images(self, dataset: ImageSet, device: torch.device) -> None:
         """Put the images where the batches are made from."""
         self.dataset = dataset.to(device)
 
     def __len__(self) -> int:
         return -(-(self.stop - self.start) // self.batch_size)
 
-    def _shares(self) -> Iterator[tuple[int, int]]:
+    def _slices(self) -> Iterator[tuple[int, int]]:
         """Start and stop of every batch."""
         for start in range(self.start, self.stop, self.batch_size):
             yield start, min(start + self.batch_size, self.stop)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start, stop in self._shares():
+        for start, stop in self._slices():
             images, targets = self.dataset.images[start:stop], self.dataset.targets[start:stop]
             yield self.normalize(images), targets.clone()

@@ -15,32 +15,32 @@ from torch import Tensor
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.memory.operations import OPERATIONS, UNIT
 
-_TURNS = 2  # operations on each image
-_ROW = 7  # parameters of a turn: operation, six terms
-_EDGES = slice(_TURNS * _ROW, _TURNS * _ROW + 4)
+_NUM_OPERATIONS = 2  # operations on each image
+_PARAMETERS = 7  # of each operation: its number, six terms
+_EDGES = slice(_NUM_OPERATIONS * _PARAMETERS, _NUM_OPERATIONS * _PARAMETERS + 4)
 _BASE = slice(_EDGES.stop, None)
 _LARGEST_CUT = 0.5  # side of the square, in widths of the image
 _CUT_COLOUR = (125, 123, 114)
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Which images of a batch an operation is for, known before the batch is made.
+class OperationGroups:
+    """Which images of a batch each operation applies to, computed before the batch.
 
     Attributes:
-        order: for each of the two turns, positions in the batch sorted by operation, [2, B].
-        counts: for each turn, how many images each operation has.
+        order: for each of the two operations, positions in the batch sorted by kind, [2, B].
+        counts: for each of the two, the number of images of each kind.
     """
 
     order: Tensor
     counts: list[list[int]]
 
-    def to(self, device: torch.device) -> Groups:
+    def to(self, device: torch.device) -> OperationGroups:
         """The same with `order` on `device`."""
-        return Groups(self.order.to(device), self.counts)
+        return OperationGroups(self.order.to(device), self.counts)
 
 
-class StrongView:
+class StrongAugmentation:
     """The changes described above, on top of another augmentation's crop and mirror.
 
     Args:
@@ -54,17 +54,17 @@ class StrongView:
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
         """Parameters of `num` images, int64, [num, P], on the CPU.
 
-        In turn: operation and six terms, twice; left, top, right and bottom edge of the square
+        In order: operation and six terms, twice; left, top, right and bottom edge of the square
         (the latter two outside); what the base draws.
         """
-        operations = torch.randint(len(OPERATIONS), (num, _TURNS), generator=generator)
-        position = torch.rand(num, _TURNS, generator=generator, dtype=torch.float64)
-        turns = [
+        operations = torch.randint(len(OPERATIONS), (num, _NUM_OPERATIONS), generator=generator)
+        position = torch.rand(num, _NUM_OPERATIONS, generator=generator, dtype=torch.float64)
+        drawn = [
             torch.cat([operations[:, t, None], self.encode(operations[:, t], position[:, t])], 1)
-            for t in range(_TURNS)
+            for t in range(_NUM_OPERATIONS)
         ]
         square = self._draw_square(num, generator)
-        return torch.cat([*turns, square, self.base.draw(num, generator)], dim=1)
+        return torch.cat([*drawn, square, self.base.draw(num, generator)], dim=1)
 
     def encode(self, operations: Tensor, position: Tensor) -> Tensor:
         """Terms [num, 6] of operations [num] with magnitudes at [num] places in their ranges."""
@@ -84,29 +84,31 @@ class StrongView:
         return edges.round().long()  # of the pixels whose centres are inside
 
     @staticmethod
-    def group(parameters: Tensor) -> Groups:
+    def group(parameters: Tensor) -> OperationGroups:
         """The groups of a batch, from the parameters of its images, [B, P], on the CPU."""
-        operations = parameters[:, : _EDGES.start : _ROW].T
+        operations = parameters[:, : _EDGES.start : _PARAMETERS].T
         order = operations.sort(dim=1, stable=True).indices
-        counts = [turn.bincount(minlength=len(OPERATIONS)).tolist() for turn in operations]
-        return Groups(order, counts)
+        counts = [row.bincount(minlength=len(OPERATIONS)).tolist() for row in operations]
+        return OperationGroups(order, counts)
 
-    def apply(self, store: Tensor, parameters: Tensor, index: Tensor, groups: Groups) -> Tensor:
+    def apply(
+        self, store: Tensor, parameters: Tensor, index: Tensor, groups: OperationGroups
+    ) -> Tensor:
         """Views of the images at `index`, uint8, [B, 3, H, W]; see :meth:`Identity.apply`.
 
         Args:
-            groups: of `parameters[index]`, with `order` on the device. They are not found here,
-                since the CPU would have to wait for the device.
+            groups: of `parameters[index]`, with `order` on the device. They are computed before,
+                since the CPU would otherwise wait for the device.
         """
         images = self.base.apply(store, parameters[:, _BASE], index)
         chosen = parameters[index]
-        for turn, counts in enumerate(groups.counts):
-            order = groups.order[turn]
-            terms = chosen[order, _ROW * turn + 1 : _ROW * turn + _ROW].split(counts)
+        for k, counts in enumerate(groups.counts):
+            order, first = groups.order[k], k * _PARAMETERS
+            terms = chosen[order, first + 1 : first + _PARAMETERS].split(counts)
             parts = images[order].split(counts)
             changed = [
-                operation.kernel(part, own)
-                for operation, part, own in zip(OPERATIONS.values(), parts, terms, strict=True)
+                operation.kernel(part, term)
+                for operation, part, term in zip(OPERATIONS.values(), parts, terms, strict=True)
                 if len(part)
             ]
             images = torch.empty_like(images).index_copy_(0, order, torch.cat(changed))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.memory.loader import Epoch, TrainLoader
-from mdistiller.dataset.memory.randaugment import Groups, StrongView
+from mdistiller.dataset.memory.randaugment import OperationGroups, StrongAugmentation
 
 _BLOCK_BYTES = 2**24
 """Strong views are made for so many bytes of images at a time, not to do small work often."""
@@ -22,7 +22,7 @@ class _TwoViewEpoch(Epoch):
     """Also the strong view's parameters, [N, P], and its groups, one for each block."""
 
     strong: Tensor
-    groups: list[Groups]
+    groups: list[OperationGroups]
 
 
 class TwoViewLoader(TrainLoader):
@@ -30,22 +30,22 @@ class TwoViewLoader(TrainLoader):
 
     The weak views are those that :class:`TrainLoader` gives with the same arguments, in the same
     order; `views` and `num_views` speak of them. The strong ones add to a crop and mirror of their
-    own what :class:`StrongView` describes. Both are float32 [B, 3, H, W], normalised.
+    own what :class:`StrongAugmentation` describes. Both are float32 [B, 3, H, W], normalised.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.strong = StrongView(self.augment)
-        self._share_blocks()
+        self.strong = StrongAugmentation(self.augment)
+        self._split_blocks()
 
-    def join_last(self) -> None:
-        super().join_last()
-        self._share_blocks()
+    def merge_last_batch(self) -> None:
+        super().merge_last_batch()
+        self._split_blocks()
 
-    def _share_blocks(self) -> None:
+    def _split_blocks(self) -> None:
         """Which steps have their strong views made together."""
         batch_bytes = self.batch_size * self.dataset.images[0].numel()
-        steps, size = len(self.plan), max(1, _BLOCK_BYTES // batch_bytes)
+        steps, size = len(self.batch_sampler), max(1, _BLOCK_BYTES // batch_bytes)
         self._blocks = [range(k, min(k + size, steps)) for k in range(0, steps, size)]
 
     def _draw(self, generator: torch.Generator) -> _TwoViewEpoch:
@@ -60,7 +60,7 @@ class TwoViewLoader(TrainLoader):
 
     def _block_index(self, order: Tensor, block: range) -> Tensor:
         """The images of this process in several steps."""
-        return torch.cat([order[slice(*self.plan.local_batch(step))] for step in block])
+        return torch.cat([order[slice(*self.batch_sampler.local_batch(step))] for step in block])
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
         assert isinstance(drawn, _TwoViewEpoch)

@@ -23,7 +23,7 @@ from mdistiller.dataset.files.folder import (
     FileSource,
     class_folders,
     list_class_folders,
-    report_left_out,
+    report_skipped,
 )
 from mdistiller.registry import UserError
 
@@ -45,7 +45,7 @@ class ImageFolder(FileSource):
         if train.is_dir() and test.is_dir():
             same_classes(class_folders(train), class_folders(test), root)
         folder = train if split == "train" else test
-        left_out: Counter[str] = Counter()
-        found = list_class_folders(folder, class_folders(folder), left_out)
-        report_left_out(folder, left_out)
-        return found
+        skipped: Counter[str] = Counter()
+        files = list_class_folders(folder, class_folders(folder), skipped)
+        report_skipped(folder, skipped)
+        return files

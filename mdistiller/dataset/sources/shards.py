@@ -22,7 +22,7 @@ from mdistiller.dataset.data_source import (
     Options,
     Split,
 )
-from mdistiller.dataset.files.corrupt import report
+from mdistiller.dataset.files.corrupt import report_skipped
 from mdistiller.dataset.files.shard_index import index_shards
 from mdistiller.dataset.files.shard_reader import ShardSet, import_webdataset
 from mdistiller.registry import UserError
@@ -75,6 +75,7 @@ class Shards(DataSource):
             skipped,
             options.upright,
             options.scale_16_bit,
+            options.jpeg_scaling,
         )
 
 
@@ -92,7 +93,7 @@ def _without_corrupt(
         for shard, places in skipped.items()
         for k in sorted(places)
     ]
-    report(bad, sum(map(len, classes)))
+    report_skipped(bad, sum(map(len, classes)))
     kept = [[label for label in labels if label is not None] for labels in classes]
     return kept, skipped
 

@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 
 from mdistiller.detection.coco.masks import finite_number, polygon_parts, rle_counts
-from mdistiller.detection.coco.repairs import LARGEST_SIDE, SLACK, Pictures, area_fault, number_ids
+from mdistiller.detection.coco.repairs import (
+    LARGEST_SIDE,
+    SLACK,
+    ImageFiles,
+    area_fault,
+    number_ids,
+)
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.registry import UserError
 
@@ -111,13 +117,15 @@ def read_contents(path: Path, key: str) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_bytes())
     except RecursionError:
-        raise UserError(f"{path} is no annotation file: its lists are nested too deeply") from None
+        raise UserError(
+            f"{path} is not an annotation file: its lists are nested too deeply"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged or no JSON ({error}); get it again") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(contents, dict) or not isinstance(contents.get(name), list):
             raise UserError(
-                f"{path} is no COCO instances file: it has no list {name!r} (want images, "
+                f"{path} is not a COCO instances file: it has no list {name!r} (want images, "
                 "annotations and categories)"
             )
     return contents
@@ -126,7 +134,7 @@ def read_contents(path: Path, key: str) -> dict[str, Any]:
 def read_annotations(
     path: Path,
     key: str,
-    pictures: Pictures,
+    pictures: ImageFiles,
     *,
     segmentations: bool = False,
     mend: bool = False,
@@ -149,7 +157,7 @@ def read_annotations(
 class _Reading:
     """One file on its way to arrays."""
 
-    def __init__(self, path: Path, pictures: Pictures, segmentations: bool, mend: bool):
+    def __init__(self, path: Path, pictures: ImageFiles, segmentations: bool, mend: bool):
         self.path, self.pictures = path, pictures
         self.segmentations, self.mend = segmentations, mend
         self.counts: Counter[str] = Counter()

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdistiller.dataset.files.corrupt import corrupt
+from mdistiller.dataset.files.corrupt import find_corrupt
 from mdistiller.dataset.files.file_set import FileSet
 from mdistiller.dataset.files.images import read_image, resize
 from mdistiller.detection.coco.annotations import read_annotations
 from mdistiller.detection.coco.labels import COCO91, label_of
 from mdistiller.detection.coco.masks import draw_mask
-from mdistiller.detection.coco.repairs import Pictures
+from mdistiller.detection.coco.repairs import ImageFiles
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
@@ -40,7 +40,7 @@ class View:
 class CocoDetectionSet:
     """Images of a folder with the objects that a COCO annotation file names.
 
-    Images come in the order of their ids. Crowd regions are no objects.
+    Images come in the order of their ids. Crowd regions are not objects.
 
     Args:
         images: the folder.
@@ -85,7 +85,7 @@ class CocoDetectionSet:
                 f"there is no image folder {self.folder}; set DETECTION.DATA.{split}_IMAGES"
             )
         key = f"DETECTION.DATA.{split}_ANNOTATIONS"
-        pictures = Pictures(self.folder, exif, skip_corrupt)
+        pictures = ImageFiles(self.folder, exif, skip_corrupt)
         self.annotations = read_annotations(
             Path(annotations), key, pictures, segmentations=masks, mend=mend
         )
@@ -117,7 +117,7 @@ class CocoDetectionSet:
         self.annotations.counts["images without objects"] = len(self.positions) - len(filled)
         if not len(filled):
             raise UserError(
-                f"{self.annotations.path}: no image has an object that is no crowd; name another "
+                f"{self.annotations.path}: every object is a crowd region; name another "
                 f"file by DETECTION.DATA.{self.split}_ANNOTATIONS"
             )
         self.positions = filled
@@ -125,7 +125,7 @@ class CocoDetectionSet:
     def _drop_corrupt(self, threads: int) -> None:
         names = self.annotations.names[self.positions]
         files = FileSet(self.folder, names, torch.zeros(len(names)), [])
-        bad = corrupt(files, threads)
+        bad = find_corrupt(files, threads)
         self.annotations.counts["unreadable images"] = len(bad)
         self.positions = np.delete(self.positions, bad)
         if not len(self):
@@ -201,12 +201,12 @@ class CocoDetectionSet:
             int64 [N], `image_id`, `size` (height, width before the resize), with masks `masks`
             uint8 [N, H, W].
         """
-        image, found = self.image(view.index), self.annotations
+        image, annotations = self.image(view.index), self.annotations
         height, width = image.shape[1:]
         new = resized_shape(height, width, view.min_size, view.max_size)
         image = resize(image, *new)
-        where = found.objects(int(self.positions[view.index]))
-        boxes = found.boxes[where] * np.tile([new[1] / width, new[0] / height], 2)
+        where = annotations.objects(int(self.positions[view.index]))
+        boxes = annotations.boxes[where] * np.tile([new[1] / width, new[0] / height], 2)
         if view.flip:
             image = image.flip(2)
             boxes = np.stack(

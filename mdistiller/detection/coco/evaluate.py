@@ -56,7 +56,7 @@ class CocoEvaluator:
         if not len(dataset.labels):
             what = "object with a mask" if dataset.masks else "object"
             raise UserError(
-                f"{dataset.annotations.path} has no {what} that is no crowd, so there is no "
+                f"{dataset.annotations.path} has no {what} except crowd regions, so there is no "
                 "average precision; name another file by DETECTION.DATA.VAL_ANNOTATIONS"
             )
         self.dataset, self.kinds = dataset, ("bbox", "segm") if masks else ("bbox",)

@@ -18,7 +18,7 @@ LARGEST_SIDE = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageFiles:
     """The image files beside an annotation file.
 
     Args:

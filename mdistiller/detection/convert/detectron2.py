@@ -103,7 +103,7 @@ def convert(
 
 
 def rename(name: str) -> str | None:
-    """What a weight of detectron2 is called here; None if there is none such."""
+    """What a weight of detectron2 is called here; None without a counterpart."""
     for pattern, target in RULES.items():
         if found := re.fullmatch(pattern, name):
             words = found.groupdict()
@@ -131,7 +131,7 @@ def read(path: Path) -> dict[str, Tensor]:
                 np.ascontiguousarray(value).astype(value.dtype.newbyteorder("="))
             )
         if not isinstance(value, Tensor):
-            raise UserError(f"{path}: {str(name)[:80]!r} is no array of numbers")
+            raise UserError(f"{path}: {str(name)[:80]!r} is not an array of numbers")
         tensors[str(name)] = value.float() if value.is_floating_point() else value
     return tensors
 
@@ -148,7 +148,7 @@ def _network(state: Mapping[str, Tensor], path: Path) -> CfgNode:
     if arch is None or pyramid is None:
         known = ", ".join(_DEPTHS.values())
         raise UserError(
-            f"{path} is of no ResNet with FPN that is known here ({known}): its stages have "
+            f"{path} is not of a supported ResNet with FPN ({known}): its stages have "
             f"{', '.join(map(str, depth))} blocks"
         )
     network = CfgNode(NETWORK)

@@ -95,4 +95,4 @@ def load_arrays(path: Path) -> Any:
             "files of detectron2's model zoo hold arrays only"
         ) from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(f"{path} is damaged or no pickle of arrays") from error
+        raise UserError(f"{path} is damaged or not a pickle of arrays") from error

@@ -17,7 +17,7 @@ from mdistiller.detection.coco.labels import class_advice
 from mdistiller.detection.convert.caffe2 import BACKBONE
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.preprocess import FORMATS
-from mdistiller.models._released import TORCHVISION, released_file
+from mdistiller.models.released import TORCHVISION, released_file
 from mdistiller.registry import UserError
 from mdistiller.weights import load_checkpoint, load_state, network_state
 

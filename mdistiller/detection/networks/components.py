@@ -1,4 +1,4 @@
-"""The parts of a detector by its config node: torchvision's own ones, or those of its detectors."""
+"""Backbone, proposal network and RoI heads of a detector, as its config node describes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from mdistiller.detection.networks import detectron2 as d2
+from mdistiller.detection.networks import detectron2
 from mdistiller.detection.networks.backbones import build_backbone
 from mdistiller.detection.networks.roi import RecordingRoIHeads
 
@@ -26,16 +26,18 @@ POOLED = ("0", "1", "2", "3")
 _RATIOS = (0.5, 1.0, 2.0)
 _HIDDEN = 1024
 
-Parts = tuple[nn.Module, RegionProposalNetwork, RecordingRoIHeads]
+Components = tuple[nn.Module, RegionProposalNetwork, RecordingRoIHeads]
 
 
-def own_parts(network: Any, num_classes: int) -> Parts:
+def build_components(network: Any, num_classes: int) -> Components:
     """Backbone, proposal network and RoI heads of a network of BACKBONES, in either flavour."""
     exact, channels = network.FLAVOUR == "d2", network.CHANNELS
     backbone = build_backbone(network.ARCH, channels, network.STRIDE_IN_1X1)
     sizes, ratios = [[size] for size in network.ANCHOR_SIZES], [_RATIOS] * len(STRIDES)
-    rpn = (d2.L1ProposalNetwork if exact else RegionProposalNetwork)(
-        d2.ExactAnchors(sizes, ratios, STRIDES) if exact else d2.Anchors(sizes, ratios),
+    rpn = (detectron2.L1ProposalNetwork if exact else RegionProposalNetwork)(
+        detectron2.ExactAnchors(sizes, ratios, STRIDES)
+        if exact
+        else detectron2.Anchors(sizes, ratios),
         RPNHead(channels, len(_RATIOS)),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
@@ -58,23 +60,23 @@ def own_parts(network: Any, num_classes: int) -> Parts:
         nms_thresh=0.5,
         detections_per_img=100,
         beta=0.0 if exact else 1 / 9,
-        mask_loss=d2.mask_loss if exact else maskrcnn_loss,
+        mask_loss=detectron2.mask_loss if exact else maskrcnn_loss,
     )
     if network.MASK:
         heads.mask_roi_pool = _pool(14, exact)
         heads.mask_head = MaskRCNNHeads(channels, (256,) * 4, 1)
         heads.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
     if exact:
-        d2.initialize(heads)
+        detectron2.initialize(heads)
     return backbone, rpn, heads
 
 
-def named_parts(network: Any, num_classes: int) -> Parts:
-    """The same of one of torchvision's detectors."""
+def torchvision_components(network: Any, num_classes: int) -> Components:
+    """The same components of one of torchvision's detectors."""
     make = getattr(stock, network.ARCH)
     net: GeneralizedRCNN = make(weights=None, weights_backbone=None, num_classes=num_classes)
     old = net.rpn.anchor_generator
-    net.rpn.anchor_generator = d2.Anchors(old.sizes, old.aspect_ratios)
+    net.rpn.anchor_generator = detectron2.Anchors(old.sizes, old.aspect_ratios)
     heads = RecordingRoIHeads.of(net.roi_heads)
     heads.fg_bg_sampler.batch_size_per_image = network.ROI_SAMPLES
     levels = range(4, 6) if "mobilenet_v3" in network.ARCH else range(2, 6)
@@ -86,14 +88,14 @@ def named_parts(network: Any, num_classes: int) -> Parts:
 
 def _pool(side: int, exact: bool) -> MultiScaleRoIAlign:
     if exact:
-        return d2.AlignedPool(POOLED, side, STRIDES[: len(POOLED)])
+        return detectron2.AlignedPool(POOLED, side, STRIDES[: len(POOLED)])
     return fix_scales(MultiScaleRoIAlign(list(POOLED), side, sampling_ratio=2), range(2, 6))
 
 
 def fix_scales(pool: MultiScaleRoIAlign, levels: range) -> MultiScaleRoIAlign:
-    """Tell a pool its maps' scales, 1 / 2**level: it would guess them from the first image.
+    """Set a pool's map scales, 1 / 2**level, which it would infer from the first image.
 
-    Of an image of 40 x 40 pixels, which is padded to 64 x 64, the guess is wrong for ever.
+    Of an image of 40 x 40 pixels, which is padded to 64 x 64, the inferred scales stay wrong.
     """
     pool.scales = [2.0**-level for level in levels]
     pool.map_levels = LevelMapper(levels[0], levels[-1])
@@ -101,9 +103,9 @@ def fix_scales(pool: MultiScaleRoIAlign, levels: range) -> MultiScaleRoIAlign:
 
 
 def paste_stock(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """torchvision's masks in the image, [N, H, W] of uint8; arguments as of `d2.paste_masks`."""
+    """torchvision's masks in the image, uint8 [N, H, W]; arguments as `detectron2.paste_masks`."""
     return (paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5).byte()
 
 
-PASTE = {"tv": paste_stock, "d2": d2.paste_masks}
-"""What puts masks into images, by flavour."""
+PASTE = {"tv": paste_stock, "d2": detectron2.paste_masks}
+"""Pastes masks into images, by flavour."""

@@ -1,4 +1,4 @@
-"""A Faster or Mask R-CNN whose parts a distiller can run one by one."""
+"""A Faster or Mask R-CNN whose components a distiller can run one by one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import resize_boxes
 
-from mdistiller.detection.networks.preprocess import Inputs
+from mdistiller.detection.networks.preprocess import Preprocess
 from mdistiller.detection.networks.roi import RecordingRoIHeads
 
 Paste = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 class Detector(GeneralizedRCNN):
-    """A two-stage detector whose parts a distiller can run one by one.
+    """A two-stage detector whose components a distiller can run one by one.
 
     Attributes:
         backbone: images [N, 3, H, W] to maps "0" to "3" and "pool".
-        facts: what a file of its weights says of it, as plain values; see `weights.load_detector`.
+        facts: its description in a file of its weights, plain values; see `weights.load_detector`.
     """
 
-    transform: Inputs
+    transform: Preprocess
     rpn: RegionProposalNetwork
     roi_heads: RecordingRoIHeads
 
@@ -35,14 +35,14 @@ class Detector(GeneralizedRCNN):
         backbone: nn.Module,
         rpn: RegionProposalNetwork,
         roi_heads: RecordingRoIHeads,
-        inputs: Inputs,
+        preprocess: Preprocess,
         paste: Paste,
         facts: dict[str, Any],
     ):
-        super().__init__(backbone, rpn, roi_heads, inputs)
+        super().__init__(backbone, rpn, roi_heads, preprocess)
         self.paste = paste
         self.facts = facts
-        # Under autocast boxes would be computed in half precision, which knows no single pixels.
+        # Under autocast boxes would be computed in half precision, which cannot hold single pixels.
         for head in (rpn.head, roi_heads.box_predictor, roi_heads.mask_predictor):
             if head is not None:
                 head.register_forward_hook(_in_full_precision)
@@ -76,7 +76,7 @@ class Detector(GeneralizedRCNN):
     def losses(
         self, batch: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The losses on a batch whose features are known; `roi_heads.samples` are set."""
+        """The losses on a batch, from its features; sets `roi_heads.samples`."""
         proposals, losses = self.rpn(batch, features, list(targets))
         _, more = self.roi_heads(features, proposals, batch.image_sizes, list(targets))
         return {**losses, **more}
@@ -97,7 +97,7 @@ class Detector(GeneralizedRCNN):
     def detect(
         self, images: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """What is seen in each image, in pixels of the original images.
+        """Detections in each image, in pixels of the original images.
 
         Args:
             images: as of :meth:`prepare`.
@@ -111,12 +111,12 @@ class Detector(GeneralizedRCNN):
         batch, _ = self.prepare(images)
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
-        found, _ = self.roi_heads(features, proposals, batch.image_sizes)
-        for one, size, original in zip(found, batch.image_sizes, original_sizes, strict=True):
+        detections, _ = self.roi_heads(features, proposals, batch.image_sizes)
+        for one, size, original in zip(detections, batch.image_sizes, original_sizes, strict=True):
             one["boxes"] = resize_boxes(one["boxes"], list(size), list(original))
             if "masks" in one:
                 one["masks"] = self.paste(one["masks"].float(), one["boxes"], original)
-        return found
+        return detections
 
 
 def _in_full_precision(layer: nn.Module, inputs: Any, output: Any) -> Any:

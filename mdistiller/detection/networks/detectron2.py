@@ -28,7 +28,7 @@ class Anchors(AnchorGenerator):
 class ExactAnchors(Anchors):
     """Anchors that are not rounded to whole pixels, at strides that are given.
 
-    torchvision rounds them, and divides the image's size by the map's, which is no stride where the
+    torchvision rounds them, and divides the image size by that of the map: not the stride where the
     map was rounded up (P6 of 800 pixels is 13 wide: 61, not 64).
 
     Args:

@@ -16,9 +16,14 @@ from typing import Any
 
 from mdistiller.detection.convert.weights import load_backbone, load_detector
 from mdistiller.detection.networks.backbones import BACKBONES, freeze_stages, with_frozen_norms
-from mdistiller.detection.networks.components import PASTE, STRIDES, named_parts, own_parts
+from mdistiller.detection.networks.components import (
+    PASTE,
+    STRIDES,
+    build_components,
+    torchvision_components,
+)
 from mdistiller.detection.networks.detector import Detector
-from mdistiller.detection.networks.preprocess import FORMATS, Inputs
+from mdistiller.detection.networks.preprocess import FORMATS, Preprocess
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import project_root
 
@@ -176,7 +181,7 @@ def _require_constants(network: Any, where: str) -> None:
 
 def assemble(network: Any, num_classes: int) -> Detector:
     """A detector with random weights and trainable batch norms; nothing is loaded or frozen."""
-    parts = named_parts if network.ARCH in NAMED else own_parts
+    parts = torchvision_components if network.ARCH in NAMED else build_components
     backbone, rpn, heads = parts(network, num_classes)
     facts = {
         "arch": network.ARCH,
@@ -189,5 +194,5 @@ def assemble(network: Any, num_classes: int) -> Detector:
         "num_classes": num_classes,
         "norm_eps": 0.0 if network.WEIGHTS and network.ARCH in _NO_EPS else _EPS,
     }
-    inputs = Inputs(FORMATS[network.INPUT])
-    return Detector(backbone, rpn, heads, inputs, PASTE[network.FLAVOUR], facts)
+    preprocess = Preprocess(FORMATS[network.INPUT])
+    return Detector(backbone, rpn, heads, preprocess, PASTE[network.FLAVOUR], facts)

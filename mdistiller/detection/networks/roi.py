@@ -1,4 +1,4 @@
-"""RoI heads that keep what they sampled, and whose losses are those of the detector's flavour."""
+"""RoI heads that keep the regions they sampled, with the losses of the detector's flavour."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class RecordingRoIHeads(RoIHeads):
         """In eval mode detections as torchvision gives them, in training the losses."""
         self.samples = None
         if not self.training:
-            found: tuple[Any, Any] = super().forward(features, proposals, image_shapes)
-            return found
+            detections: tuple[Any, Any] = super().forward(features, proposals, image_shapes)
+            return detections
         assert targets is not None
         regions, matched, labels, wanted = self.select_training_samples(proposals, targets)
         logits, deltas = self.predict(features, regions, image_shapes)
@@ -108,15 +108,15 @@ class RecordingRoIHeads(RoIHeads):
         matched: Sequence[Tensor],
         targets: Sequence[dict[str, Tensor]],
     ) -> Tensor:
-        objects = [torch.where(own > 0)[0] for own in labels]
-        boxes = [own[keep] for own, keep in zip(regions, objects, strict=True)]
+        objects = [torch.where(image > 0)[0] for image in labels]
+        boxes = [image[keep] for image, keep in zip(regions, objects, strict=True)]
         pooled = self.mask_roi_pool(features, boxes, sizes)
         return self.mask_loss(
             self.mask_predictor(self.mask_head(pooled)),
             boxes,
             [target["masks"] for target in targets],
             [target["labels"] for target in targets],
-            [own[keep] for own, keep in zip(matched, objects, strict=True)],
+            [image[keep] for image, keep in zip(matched, objects, strict=True)],
         )
 
 
@@ -131,6 +131,6 @@ def box_loss(deltas: Tensor, wanted: Tensor, labels: Tensor, beta: float) -> Ten
     """
     objects = (labels > 0)[:, None]
     place = labels[:, None, None].expand(-1, 1, 4)
-    own = deltas.view(len(labels), -1, 4).gather(1, place)[:, 0]
-    own, wanted = own.where(objects, 0), wanted.where(objects, 0)
-    return F.smooth_l1_loss(own, wanted, beta=beta, reduction="sum") / max(len(labels), 1)
+    predicted = deltas.view(len(labels), -1, 4).gather(1, place)[:, 0]
+    predicted, wanted = predicted.where(objects, 0), wanted.where(objects, 0)
+    return F.smooth_l1_loss(predicted, wanted, beta=beta, reduction="sum") / max(len(labels), 1)

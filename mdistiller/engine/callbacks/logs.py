@@ -18,12 +18,11 @@ from tensorboardX.summary import scalar
 from torch import Tensor
 
 from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.utils import log_msg
+from mdistiller.registry import first_line
 
-EPOCH_KEYS = (
-    *("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"),
-    *("test_bbox/AP", "test_bbox/AP50", "test_segm/AP"),
-)
+EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
 
 def plain(value: Any) -> Any:
@@ -85,7 +84,8 @@ class WorkLog(AppendedFile):
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         values = numbers_of(record)
-        numbers = [f"{key}: {values[key]:.2f}" for key in ("lr", *EPOCH_KEYS) if key in values]
+        keys = ["lr", *EPOCH_KEYS, *(key for task in TASKS.values() for key in task.logged)]
+        numbers = [f"{key}: {values[key]:.2f}" for key in keys if key in values]
         rule = "-" * 25
         title = f"{trainer.stage} epoch: {epoch}".strip()
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
@@ -153,9 +153,8 @@ class TensorBoard(Hook):
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)
 
-    def after_step(self, trainer: Trainer, meters: Any) -> None:
-        if self.steps is not None and trainer.global_step % trainer.cfg.LOG.TENSORBOARD_FREQ == 0:
-            meters.flush()
+    def after_steps(self, trainer: Trainer, meters: Any) -> None:
+        if self.steps is not None:
             for name, meter in meters.items():
                 self.steps.add(f"step/{name}", meter.avg, trainer.global_step)
 
@@ -222,5 +221,5 @@ class Wandb(Hook):
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)

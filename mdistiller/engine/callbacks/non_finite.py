@@ -125,10 +125,8 @@ class NonFiniteGuard(Hook):
         many = f" after {self.skipped} skipped steps" if self.skipped else ""
         raise NonFiniteLossError(f"non-finite {what} in {where}{many}: {show_terms(terms)}")
 
-    def after_step(self, trainer: Trainer, meters: Any) -> None:
-        if trainer.global_step % trainer.cfg.LOG.TENSORBOARD_FREQ == 0:
-            meters.flush()
-            self.read()
+    def after_steps(self, trainer: Trainer, meters: Any) -> None:
+        self.read()
 
     def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
         self.read()

@@ -115,7 +115,7 @@ class PreemptionHandler(Hook):
         self._saved = self._looked = time.monotonic()
         self._interval = self._left = 1  # steps from one exchange to the next, and to the next one
 
-    def after_step(self, trainer: Trainer, meters: Any) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         """Save or stop, if it is time to.
 
         Raises:

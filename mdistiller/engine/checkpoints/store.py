@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder, and how they are known to be what was written.
+"""The checkpoints of a run folder, verified by hash.
 
 `checkpoints.json` names the SHA-256 of every file. It is written before a file gets its name, and
 has the hash of the file that is replaced as well: whenever the process dies, or a move fails, what
@@ -22,10 +22,10 @@ from torch import nn
 from mdistiller.engine.checkpoints.write import (
     load_checkpoint,
     network_contents,
-    replacing,
     write_checkpoint,
 )
 from mdistiller.engine.utils import log_msg
+from mdistiller.files.atomic import replacing
 from mdistiller.manifest import MANIFEST, Entry, read_manifest, sha256
 from mdistiller.registry import UserError
 
@@ -157,14 +157,16 @@ class Store:
         path = self.folder / name
         state = load_checkpoint(path)
         if not isinstance(state, dict) or not {"epoch", "model", "optimizer"} <= set(state):
-            raise UserError(f"checkpoint {path} is none of a training run (want epoch, model, ...)")
+            raise UserError(
+                f"{path} is not a training checkpoint (expected keys epoch, model, optimizer)"
+            )
         return state
 
     def newest(self) -> tuple[str, dict[str, Any]]:
         """Name and state of the newest checkpoint that is good; says which ones are not.
 
         Raises:
-            UserError: there is none.
+            UserError: all are missing or damaged.
         """
         failures = []
         for name in self.candidates():
@@ -176,8 +178,8 @@ class Store:
             for failure in failures:
                 print(log_msg(f"{failure}: going back to {name}"), flush=True)
             return name, state
-        reason = failures[0] if failures else f"there is no checkpoint {self.folder / LATEST}"
-        others = "; nor can any other here be used" if len(failures) > 1 else ""
+        reason = failures[0] if failures else f"checkpoint {self.folder / LATEST} does not exist"
+        others = "; the other checkpoints there are damaged as well" if len(failures) > 1 else ""
         raise UserError(f"{reason}{others}")
 
     def put_aside(self, good: str) -> None:

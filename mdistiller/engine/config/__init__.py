@@ -1,1 +1,1 @@
-"""What a config may hold: defaults, files, values and their checks. The door is engine/cfg.py."""
+"""Defaults, YAML files and checks of config values; `engine/cfg.py` is the public module."""

@@ -7,8 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.config.safe_yaml import LIMIT, as_text, parse_yaml, shown
-from mdistiller.engine.user_code.imports import is_file, resolve_fork, resolve_imports
+from mdistiller.engine.config.safe_yaml import as_text, parse_yaml, shown
 from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
@@ -31,6 +30,15 @@ def find_config(name: str | Path) -> Path:
     raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
 
 
+def require_run(folder: Path) -> None:
+    """Refuse a path that is not a run folder."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is not a run folder: it has no config.yaml; for a checkpoint without one, "
+            "name the network and the file by -m and -c"
+        )
+
+
 def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The nested mapping of a YAML file, over that of its `_BASE_` file or files.
 
@@ -47,15 +55,13 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     if next(reads) > _MOST_FILES:
         raise UserError(f"{path}: _BASE_ reads more than {_MOST_FILES} files")
     try:
-        if path.stat().st_size > 4 * LIMIT:  # bytes of a character
-            raise ValueError(f"it has {path.stat().st_size} bytes")
         table = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path} holds no config (want sections of KEY: VALUE)")
+        raise UserError(f"{path} is not a config (expected sections of KEY: VALUE)")
     bases = table.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -92,3 +98,61 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = overlay(merged[key], value) if both else value
     return merged
+
+
+def resolve_imports(names: Any, folder: Path) -> list[str]:
+    """IMPORTS with files as absolute paths: beside the config that names them, or in the cwd.
+
+    Raises:
+        UserError: a file is not there, or `names` is not a list of names.
+    """
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)):
+        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
+    resolved = []
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
+        if name.endswith("/"):
+            name = f"{_find_folder(name, folder)}/"
+        elif name.endswith(".py"):
+            places = list(dict.fromkeys([folder / name, Path(name)]))
+            found = next((place for place in places if is_file(place)), None)
+            if found is None:
+                raise UserError(
+                    f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
+                )
+            name = str(found.resolve())
+        resolved.append(name)
+    return resolved
+
+
+def resolve_fork(name: Any, folder: Path) -> str:
+    """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
+    if not isinstance(name, str) or not name.strip("/") or "\0" in name:
+        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
+    return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
+
+
+def _find_folder(name: str, folder: Path) -> Path:
+    places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
+    found = next((place for place in places if is_folder(place)), None)
+    if found is None:
+        raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
+    return found.resolve()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False too for what can be no name of one."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False too for what can be no name of one."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

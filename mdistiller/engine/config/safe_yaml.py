@@ -1,4 +1,4 @@
-"""YAML that is plain values, of bounded size, each key once."""
+"""YAML of plain values, each key once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from typing import Any
 import yaml
 
 from mdistiller.registry import UserError
-
-LIMIT = 256 * 1024  # characters of a file
-NODES = 20_000  # values of a file, those behind an alias counted as often as it is used
-DEPTH = 50
-
 
 _TAG = "tag:yaml.org,2002:"
 _AMBIGUOUS = re.compile(r"[-+]?0[0-7]+|.*[_:].*")  # octal; thousands marked by _, base 60
@@ -71,7 +66,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 where = key_node.start_mark.line + 1
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else shown(key)
-                raise yaml.YAMLError(f"line {where}: {text} is no config key")
+                raise yaml.YAMLError(f"line {where}: {text} is not a config key")
             if key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
             seen.add(key)
@@ -103,46 +98,20 @@ def parse_yaml(text: str, source: str | None = None) -> Any:
         source: the file; if it is given, numbers and truth values come as :class:`Written`.
 
     Raises:
-        ValueError: it is no YAML, or too large, also by aliases of aliases; the text says why.
+        ValueError: it is not valid YAML, or nested too deeply.
     """
-    if len(text) > LIMIT:
-        raise ValueError(f"it has {len(text)} characters, at most {LIMIT} are read")
     loader = None
     try:
         loader = _Loader(text) if source is None else _WrittenLoader(text)
         loader.source = source or ""
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _size(node, {}, 0)
-        return loader.construct_document(node)
+        return loader.get_single_data()
     except RecursionError:
-        raise ValueError(f"it is nested deeper than {DEPTH} levels") from None
+        raise ValueError("it is nested too deeply") from None
     except Exception as error:  # constructors of dates, numbers and bytes raise many kinds
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def _size(node: yaml.Node, known: dict[int, int | None], depth: int) -> int:
-    """Values below a node, aliases followed, and checked before anything is built of them."""
-    if id(node) in known:
-        size = known[id(node)]
-        if size is None:
-            raise yaml.YAMLError("an alias leads back to itself")
-        return size
-    if depth > DEPTH:
-        raise RecursionError
-    known[id(node)] = None
-    children = node.value if isinstance(node, yaml.CollectionNode) else ()
-    if isinstance(node, yaml.MappingNode):
-        children = [part for pair in node.value for part in pair]
-    total = 1 + sum(_size(child, known, depth + 1) for child in children)
-    if total > NODES:
-        raise yaml.YAMLError(f"its aliases spell more than {NODES} values")
-    known[id(node)] = total
-    return total
 
 
 def shown(value: Any, longest: int = 120) -> str:

@@ -118,7 +118,7 @@ def check_norm(value: Any, name: str) -> Any:
 
 
 def read_statistics(value: Any) -> list[list[float]] | None:
-    """`value` as [mean, std] of three channels, for images in [0, 1]; None if it is none."""
+    """`value` as [mean, std] of three channels, for images in [0, 1]; None if it is not."""
     pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else ()
     rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
     if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
@@ -163,7 +163,7 @@ def _describe(default: Any) -> str:
 def literal(value: Any, name: str = "") -> Any:
     """Text as the Python literal it spells, if it spells one ("1e-3", "[1, 2]"); else unchanged.
 
-    What has 1_000 or 0o17 in it stays text, as in a file: 2024_11_29 is no number.
+    What has 1_000 or 0o17 in it stays text, as in a file: 2024_11_29 is not a number.
 
     Raises:
         UserError: a text too long, or nested too deep, to be looked at.

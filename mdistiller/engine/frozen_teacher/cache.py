@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.distillers import Distiller
-from mdistiller.distillers._common import undisturbed
+from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.cacheable import KEY, check_method, check_views, refusal
 from mdistiller.engine.frozen_teacher.fingerprint import (
@@ -251,7 +251,7 @@ class TeacherCache(Hook):
         some = torch.arange(size, device=self.device) % len(images)
         few = some[: max(1, min(_PROBES, size // 2))]
         alike = few.repeat(-(-size // len(few)))[:size]
-        with undisturbed(self.teacher):
+        with preserve_state(self.teacher):
             first, second = (
                 self._run(self.loader.normalize(images[index]))[: len(few)].cpu().numpy().copy()
                 for index in (some, alike)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mdistiller.dataset.memory.loader import TrainLoader
-from mdistiller.distillers import get_distiller
-from mdistiller.distillers._compose import part_names
+from mdistiller.distillers import get_distiller, part_names
 from mdistiller.registry import UserError
 
 KEY = "DISTILLER.TEACHER_CACHE"

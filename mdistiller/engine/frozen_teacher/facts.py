@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from mdistiller import __version__
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller
-from mdistiller.distillers._common import full_precision, missing_feature, undisturbed
-from mdistiller.distillers._facts import TeacherFact
-from mdistiller.engine.checkpoints.write import replacing
+from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.shapes import missing_feature, preserve_state
+from mdistiller.distillers.helpers.teacher_facts import TeacherFact
 from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.utils import log_msg
-from mdistiller.registry import UserError
+from mdistiller.files.atomic import replacing
+from mdistiller.registry import UserError, first_line
 
 
 def supply_facts(distiller: Distiller, cfg: Any, data: Data, device: torch.device) -> None:
@@ -111,7 +112,7 @@ def class_outputs(
     place[chosen.flatten()] = torch.arange(chosen.numel())
     loader = data.plain()
     first = loader.start
-    with undisturbed(teacher):
+    with preserve_state(teacher):
         blank = torch.zeros(1, 3, *data.image_size, device=device)
         width = _output(teacher, blank, output).shape[1]
         rows = torch.zeros(chosen.numel(), width, device=device)
@@ -161,7 +162,7 @@ def _read(path: Path, key: str) -> Any:
             return value
         reason = "its contents and their hash disagree"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     _say(f"{path} is damaged ({reason}) and made anew")
     return None
 

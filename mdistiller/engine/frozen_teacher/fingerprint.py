@@ -52,6 +52,8 @@ def image_set_digest(images: Any) -> str:
     epoch; of shards their names and counts; of both, how files are decoded.
     """
     decoding = [str(getattr(images, name, "")) for name in ("upright", "scale_16_bit")]
+    if getattr(images, "jpeg_scaling", "none") == "all":  # "train" scales random crops only
+        decoding.append("all")
     parts: list[Tensor | str] = [type(images).__qualname__, images.targets.cpu(), *decoding]
     if hasattr(images, "images"):
         parts += images.images.split(_BLOCK)

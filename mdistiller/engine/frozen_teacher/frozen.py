@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import Distiller
-from mdistiller.distillers._common import undisturbed
+from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.frozen_teacher.folding import (
     foldable,
     folded_weights,
@@ -85,7 +85,7 @@ class FrozenTeacher:
     it, and convolutions run in channels_last where that is faster; on CPUs they do the ReLUs and
     sums after them as well (:mod:`fusing <mdistiller.engine.frozen_teacher.fusing>`). The copy
     follows the teacher's weights: a change of them is noticed before the next forward, or, if it
-    is hidden from autograd (`param.data`), when :meth:`renew` is called, as it is at the start of
+    is hidden from autograd (`param.data`), when :meth:`refresh` is called, as it is at the start of
     every epoch. A teacher
     that has got hooks since is then run itself: they would see nothing of the copy.
 
@@ -142,7 +142,7 @@ class FrozenTeacher:
             fold: fold and choose the layout; else only `dtype` sets it apart.
         """
         try:
-            with undisturbed(teacher), torch.no_grad():
+            with preserve_state(teacher), torch.no_grad():
                 net = copy.deepcopy(teacher).eval()
                 image = _random_image(teacher, image_size)
                 exact = cls(teacher, net, foldable(net, image) if fold else [], None)
@@ -198,7 +198,7 @@ class FrozenTeacher:
         """Without the fused operations, which can neither be copied nor written."""
         return {**self.__dict__, "_fused": {}}
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Take over the teacher's weights before the next forward."""
         self._seen = None
 

@@ -20,6 +20,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from mdistiller.files.atomic import replacing
+
 Floats = NDArray[np.float32]
 Slots = NDArray[np.int64]
 
@@ -122,11 +124,9 @@ class FileStore:
         return f"it has {size} bytes, not {self._size}" if size != self._size else ""
 
     def _make(self) -> None:
-        fresh = self.path.with_name(f"{self.path.name}.new")
-        with fresh.open("wb") as file:
+        with replacing(self.path) as fresh, fresh.open("wb") as file:
             file.write(self._header)
             file.truncate(self._size)
-        os.replace(fresh, self.path)
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
         """See :class:`LogitStore`. A file that was cut off meanwhile is replaced."""

@@ -15,14 +15,13 @@ from mdistiller.dataset import (
     Data,
     DataSource,
     TestData,
-    known_data,
+    data_spec,
+    eval_preprocessing,
     load_test_loader,
     mixes_labels,
-    own_view,
 )
 from mdistiller.dataset.memory.loader import EvalLoader
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
-from mdistiller.distillers._compose import part_names
+from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller, part_names
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
@@ -258,7 +257,7 @@ def teacher_test_loader(
     None where the data's loader gives the same, or images keep the size they have.
     """
     used = data.preprocessing
-    if not known_data(cfg).files or used.resize == "keep":
+    if not data_spec(cfg).files or used.resize == "keep":
         return None
     entry = model_entry(cfg, "TEACHER", data)
     stated = None if weights == PRETRAINED else recorded_facts(weights)
@@ -269,7 +268,7 @@ def teacher_test_loader(
     sized.defrost()
     sized.DATASET.IMAGE_SIZE = used.image_size
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
-    if own_view(sized, how) == replace(used, mean=(), std=()):
+    if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
     if how.image_size not in (0, used.image_size) and rank() == 0:
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import are_numbers, first_difference, natural_key
-from mdistiller.distillers._common import undisturbed
+from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
@@ -117,7 +117,7 @@ def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) 
     images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
     params = [param for param in (layer.weight, layer.bias) if param is not None]
     kept = [param.clone() for param in params]
-    with undisturbed(net):
+    with preserve_state(net):
         wanted = net(images)[0][:, order]
         for param, rows in zip(params, kept, strict=True):
             param.copy_(rows[order])

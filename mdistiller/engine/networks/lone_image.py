@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.dataset.sampler import BatchPlan
-from mdistiller.distillers._common import undisturbed
+from mdistiller.dataset.sampler import DistributedBatchSampler
+from mdistiller.distillers.helpers.shapes import preserve_state
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.runtime import rank
 
 
@@ -28,7 +28,7 @@ def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -
     All processes decide the same. Nothing is tried where no batch of an epoch has one image.
 
     Args:
-        loader: of training batches; its plan says how many images each step has.
+        loader: of training batches; its `batch_sampler` gives the images of each step.
         trainer: makes the distiller's arguments of a batch.
         distiller: of this process; left as it is.
 
@@ -38,20 +38,24 @@ def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -
     Raises:
         UserError: the batch cannot be joined to another one.
     """
-    plan = getattr(loader, "plan", None)
-    if not isinstance(plan, BatchPlan) or plan.smallest > 1 or len(plan) == 0:
+    sampler = getattr(loader, "batch_sampler", None)
+    if (
+        not isinstance(sampler, DistributedBatchSampler)
+        or sampler.smallest > 1
+        or len(sampler) == 0
+    ):
         return False
     reason = _failure(loader, trainer, distiller, cfg)
     if reason is None:
         return False
-    if plan.batch_size == 1:
+    if sampler.batch_size == 1:
         raise one_is_too_few(reason)
-    if not getattr(loader, "joins_last", False):
+    if not getattr(loader, "merges_last_batch", False):
         raise UserError(
             f"the last batch of an epoch has one image (of a process): {reason}; set "
             "DATASET.DROP_LAST to True, or choose another SOLVER.BATCH_SIZE"
         )
-    loader.join_last()
+    loader.merge_last_batch()
     if rank() == 0:
         text = f"the epoch's last image would be alone in its batch ({reason}): it joins the one"
         print(log_msg(f"{text} before"), flush=True)
@@ -103,7 +107,7 @@ def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | Non
 
 
 def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
-    """For detection, whose batches all have SOLVER.BATCH_SIZE images: refuse 1 if that fails.
+    """For batches that all have SOLVER.BATCH_SIZE images: refuse 1 if a step with one fails.
 
     Args:
         stream: of training batches; afterwards where it was.
@@ -133,7 +137,7 @@ def try_step(
     Args:
         stage: name of the initialisation stage that the step is of; "" for the main one.
     """
-    with undisturbed(distiller):
+    with preserve_state(distiller):
         try:
             trial = copy.deepcopy(distiller)
         except (RuntimeError, TypeError):  # holds what cannot be copied: the first step will tell
@@ -146,7 +150,7 @@ def try_step(
             with autocast(device, amp):
                 _, losses = trial(**inputs)
         except Exception as error:  # whatever a user's method raises
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         finite = all(bool(torch.isfinite(loss).all()) for loss in losses.values())
         return None if finite else "its losses are not finite"
 

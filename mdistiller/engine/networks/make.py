@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data, TestData
-from mdistiller.models import ModelEntry
-from mdistiller.models.external.plain import as_staged
-from mdistiller.registry import UserError
+from mdistiller.models import ModelEntry, as_staged
+from mdistiller.registry import UserError, first_line
 
 
 def make_network(
@@ -83,7 +82,7 @@ def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
         raise
     except (RuntimeError, ValueError) as error:
         height, width = data.image_size
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
     finally:
         net.train(was_training)

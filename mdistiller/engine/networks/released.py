@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from mdistiller.engine.config.values import read_statistics
 from mdistiller.models import ModelEntry
-from mdistiller.models.normalize import Statistics
-from mdistiller.preprocessing import Preprocessing, read_preprocessing
+from mdistiller.preprocessing import Preprocessing, Statistics, read_preprocessing
 from mdistiller.registry import UserError
 
 PRETRAINED: Literal["pretrained"] = "pretrained"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.dataset import known_data, own_view
+from mdistiller.dataset import DATASET_CONFIG, data_spec, eval_preprocessing
 from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.config.files import require_run
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.run.record import recorded_settings
 from mdistiller.engine.user_code.imports import is_imported
@@ -31,13 +32,9 @@ def recorded_config(
         load: `load_config` of this kind of run.
 
     Raises:
-        UserError: it is no run folder, or it names other code.
+        UserError: it is not a run folder, or it names other code.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has no config.yaml; for a checkpoint without one, name "
-            "the network and the file by -m and -c"
-        )
+    require_run(folder)
     table = recorded_settings(folder)
     named = table.pop("IMPORTS", None) or []
     given = {_own_name(name) for name in imports}
@@ -54,7 +51,23 @@ def recorded_config(
         cfg.defrost()
         cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
         cfg.freeze()
+    if load is load_config and "DATASET.JPEG_SCALING" not in overrides[0::2]:
+        keep_full_decoding(table, cfg)
     return cfg
+
+
+def keep_full_decoding(recorded: Mapping[str, Any], cfg: Config) -> None:
+    """Turn DATASET.JPEG_SCALING off for a run from before it was a key, unless it is set.
+
+    Args:
+        recorded: the run's config.
+        cfg: the same with the keys that it lacks; changed in place.
+    """
+    unset = DATASET_CONFIG["JPEG_SCALING"] == cfg.DATASET.JPEG_SCALING
+    if unset and "JPEG_SCALING" not in recorded.get("DATASET", {}):
+        cfg.defrost()
+        cfg.DATASET.JPEG_SCALING = "none"
+        cfg.freeze()
 
 
 def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
@@ -66,10 +79,10 @@ def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
         recorded: its config.
         cfg: the same with the keys that it lacks.
     """
-    if "RESIZE" in recorded.get("DATASET", {}) or not known_data(cfg).files:
+    if "RESIZE" in recorded.get("DATASET", {}) or not data_spec(cfg).files:
         return False
-    view = own_view(cfg)
-    return not known_data(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
+    view = eval_preprocessing(cfg)
+    return not data_spec(cfg).keeps_shape and view.resize == "crop" and view.crop_pct != 1
 
 
 def _own_name(imported: str) -> str:
@@ -96,7 +109,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """The file with the student's weights of a checkpoint that was asked for by name.
 
     Raises:
-        UserError: the name is none, or the run has no such checkpoint.
+        UserError: the name is not a checkpoint, or the run has no such checkpoint.
     """
     if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
         raise UserError(
@@ -115,7 +128,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty if there is none.
+    """A file's mapping; empty without a file.
 
     Raises:
         UserError: it holds something else.
@@ -127,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping")
+        raise UserError(f"{path} is damaged: it is not a mapping")
     return found
 
 

@@ -21,11 +21,12 @@ import torch
 
 from mdistiller import __version__
 from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
-from mdistiller.engine.checkpoints.write import replacing
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.config.values import flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.engine.tasks import TASKS
+from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
@@ -64,7 +65,7 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
 class RunRecord(Hook):
     """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
 
-    The entry of a start that an exception ends says so under `ended`.
+    The entry of a start that an exception ends has the reason under `ended`.
 
     Args:
         facts: of what the student is trained on, for `run.json`.
@@ -249,7 +250,8 @@ def side_settings(folder: Path, cfg: Any) -> list[str]:
     """What differs from a run's recorded config and leaves its weights as they are."""
     recorded = recorded_settings(folder)
     sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
-    keys = [key for key in flatten(cfg) if key.startswith((*sections, *WITHOUT_EFFECT, "DEVICE"))]
+    names = (*sections, *keys_without_effect(), "DEVICE")
+    keys = [key for key in flatten(cfg) if key.startswith(names)]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
         f"{key} was {before}, is now {now}"
@@ -272,7 +274,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
-    keys = [key for key in keys if not key.startswith((*WITHOUT_EFFECT, *_ARGUMENTS))]
+    keys = [key for key in keys if not key.startswith((*keys_without_effect(), *_ARGUMENTS))]
     changes = []
     for key in _ARGUMENTS:  # whole: what was given in one of the two only counts as well
         before, now = (_get(config, key) or {} for config in (recorded, cfg))
@@ -306,9 +308,12 @@ WITHOUT_EFFECT = (
     "SOLVER.DETERMINISTIC",
     "SOLVER.SKIP_NONFINITE",
     "SOLVER.RANK_TIMEOUT",
-    "DETECTION.EVALUATOR",
-    "DETECTION.EVALUATE_TEACHER",
 )
+
+
+def keys_without_effect() -> tuple[str, ...]:
+    """:data:`WITHOUT_EFFECT` with the keys of every task."""
+    return (*WITHOUT_EFFECT, *(key for task in TASKS.values() for key in task.without_effect))
 
 
 def _get(node: Any, name: str) -> Any:

@@ -233,10 +233,10 @@ class SharedLoader:
         """The epoch of this run."""
         return self._epoch
 
-    def join_last(self) -> None:
-        """As the loader's, for this run and those that join as well."""
+    def merge_last_batch(self) -> None:
+        """As the loader's, for this run and those that merge it as well."""
         loader, key = copy.copy(self._loader), ("joined", id(self._loader))
-        loader.join_last()
+        loader.merge_last_batch()
         self._loader, self._memo = self._turn.share(key, lambda: (loader, {}))
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -302,10 +302,10 @@ class SharedTeacher:
             raise AttributeError(name)
         return getattr(self._teacher, name)
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Take over the teacher's weights before the next forward."""
         if not self.plain:
-            self._teacher.renew()
+            self._teacher.refresh()
 
     def __call__(self, image: Tensor) -> Any:
         at = getattr(image, "batch_of_group", None)

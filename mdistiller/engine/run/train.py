@@ -19,7 +19,7 @@ from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
-from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint, replacing
+from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
 from mdistiller.engine.distributed import meet, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
 from mdistiller.engine.hooks import Hook
@@ -33,7 +33,7 @@ from mdistiller.engine.networks.build import (
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
-from mdistiller.engine.run.folder import stretched
+from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
 from mdistiller.engine.run.record import (
     RunRecord,
@@ -58,6 +58,7 @@ from mdistiller.engine.run.together import (
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg, validate
+from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
 
@@ -200,6 +201,8 @@ def _train_with(
     prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     folder = Path(cfg.LOG.PREFIX) / name
+    if resume and prepare is None and (folder / "config.yaml").is_file():
+        keep_full_decoding(recorded_settings(folder), cfg)
     changes = check_folder(folder, cfg, resume, allow_changes)
     teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
     if teacher_acc is not None and rank() == 0:
@@ -288,11 +291,12 @@ def _train_in(
     return summary
 
 
-_AS_BEFORE = (
-    "DATASET.RESIZE was auto, is now stretch",
-    "DATASET.EXIF was True, is now False",
-)
-"""What these keys add to the config of a run from before they were there changes nothing."""
+_AS_BEFORE = {
+    "RESIZE": "DATASET.RESIZE was auto, is now stretch",
+    "EXIF": "DATASET.EXIF was True, is now False",
+    "JPEG_SCALING": "DATASET.JPEG_SCALING was train, is now none",
+}
+"""Settings that change nothing for a run from before these keys existed."""
 
 
 def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
@@ -327,14 +331,15 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
         return []
     changes = changed_settings(folder, cfg, goes_on=True)
     recorded = recorded_settings(folder)
-    if "RESIZE" not in recorded.get("DATASET", {}):
-        changes = [change for change in changes if change not in _AS_BEFORE]
-        if not allow_changes and stretched(recorded, cfg):
-            raise UserError(
-                f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
-                "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
-                "--allow-changes"
-            )
+    data = recorded.get("DATASET", {})
+    same = [text for key, text in _AS_BEFORE.items() if key not in data]
+    changes = [change for change in changes if change not in same]
+    if "RESIZE" not in data and not allow_changes and stretched(recorded, cfg):
+        raise UserError(
+            f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
+            "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
+            "--allow-changes"
+        )
     if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:

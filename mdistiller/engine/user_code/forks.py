@@ -61,7 +61,7 @@ _ABSENT = object()
 
 
 def fork_folder(folder: Path) -> Path | None:
-    """The folder of a fork that has `distillers/` in it; None if there is none."""
+    """The folder of a fork that has `distillers/` in it, or None."""
     for place in (folder / "mdistiller", folder, *sorted(folder.glob("*/mdistiller"))):
         if (place / "distillers").is_dir():
             return place
@@ -173,7 +173,7 @@ def import_method(file: Path, place: Path) -> tuple[ModuleType, Mapping[str, Any
 
 
 def fork_module(folder: Path, name: str) -> ModuleType:
-    """A module of a fork, such as "engine.utils"; the library's where the fork has none."""
+    """A module of a fork, such as "engine.utils"; the library's where the fork lacks it."""
     place = fork_folder(folder)
     assert place is not None
     return importlib.import_module(f"{fork_package(place.resolve())}.{name}")
@@ -225,7 +225,7 @@ def _rest(fork: UserCode) -> str:
 
 
 def _trainers(package: str, place: Path) -> tuple[Mapping[str, Any], str]:
-    """A fork's trainers by name, or why there are none: methods and defaults do without them."""
+    """A fork's trainers by name, or why they are unusable: the rest does without them."""
     try:
         engine = _import(f"{package}.engine", place)
     except UserError as error:

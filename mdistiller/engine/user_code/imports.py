@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mdistiller.distillers import DISTILLERS, adopt
+from mdistiller.distillers import DISTILLERS, register_module
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.user_code.forks import (
     LOADED,
@@ -29,48 +29,6 @@ from mdistiller.engine.user_code.forks import (
     snapshot,
 )
 from mdistiller.registry import USER_MODULE, UserError
-
-
-def resolve_imports(names: Any, folder: Path) -> list[str]:
-    """IMPORTS with files as absolute paths: beside the config that names them, or in the cwd.
-
-    Raises:
-        UserError: a file is not there, or `names` is no list of names.
-    """
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, (list, tuple)):
-        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
-    resolved = []
-    for name in names:
-        if not isinstance(name, str):
-            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
-        if name.endswith("/"):
-            name = f"{_find_folder(name, folder)}/"
-        elif name.endswith(".py"):
-            places = list(dict.fromkeys([folder / name, Path(name)]))
-            found = next((place for place in places if is_file(place)), None)
-            if found is None:
-                raise UserError(
-                    f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
-                )
-            name = str(found.resolve())
-        resolved.append(name)
-    return resolved
-
-
-def resolve_fork(name: Any, folder: Path) -> str:
-    """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
-    if not isinstance(name, str) or not name.strip("/") or "\0" in name:
-        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
-    return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
-
-
-def _find_folder(name: str, folder: Path) -> Path:
-    places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
-    found = next((place for place in places if is_folder(place)), None)
-    if found is None:
-        raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
-    return found.resolve()
 
 
 def import_user_modules(names: list[str]) -> list[UserCode]:
@@ -110,7 +68,7 @@ def _load(name: str) -> UserCode:
         module, defaults = import_method(Path(name), place)
     else:
         module = _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
-    adopt(module)
+    register_module(module)
     earlier = before[0][0]
     taken = [method for method in DISTILLERS if method not in earlier]
     replaced = [m for m in earlier if DISTILLERS[m] is not earlier[m]]
@@ -131,22 +89,6 @@ def is_imported(name: str) -> bool:
         name in LOADED
         or (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
     )
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; False too for what can be no name of one."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False too for what can be no name of one."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def _module_name(path: Path) -> str:

@@ -17,7 +17,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 from mdistiller.registry import UserError
 
 SIDE = 32

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, register_model
 from mdistiller.models._layers import LinearStage, conv1x1, conv3x3, init_weights
+from mdistiller.models.staged import StagedNet
+from mdistiller.models.zoo import register_model
 
 #: (expansion, width at factor 1, blocks, stride) of each group of blocks.
 GROUPS = (

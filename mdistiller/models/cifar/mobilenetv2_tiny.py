@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
 from mdistiller.models._layers import LinearStage
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 
 
 class LinearBottleneck(nn.Module):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mdistiller.models._base import register_model
 from mdistiller.models._layers import conv3x3
 from mdistiller.models._residual import BasicBlock, ResidualNet
+from mdistiller.models.zoo import register_model
 
 NARROW = (16, 16, 32, 64)
 WIDE = (32, 64, 128, 256)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from mdistiller.models import _residual
-from mdistiller.models._base import register_model
 from mdistiller.models._layers import conv3x3
+from mdistiller.models.zoo import register_model
 
 
 class BasicBlock(_residual.BasicBlock):

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, register_model
 from mdistiller.models._layers import ResidualStage, conv1x1, conv3x3
+from mdistiller.models.staged import StagedNet
+from mdistiller.models.zoo import register_model
 
 GROUPS = 3
 STEM = 24

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
 from mdistiller.models._layers import conv1x1, conv3x3
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 
 STEM = 24
 WIDTHS = (116, 232, 464)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
 from mdistiller.models._layers import ActivatedStage, init_weights
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 
 WIDTHS = (64, 128, 256, 512, 512)
 

@@ -14,8 +14,9 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
 from mdistiller.models._layers import conv1x1, conv3x3, init_weights
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 
 
 class BasicBlock(nn.Module):

@@ -20,11 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from mdistiller.models._base import LIBRARIES, ModelEntry
-from mdistiller.models._released import TORCHVISION, Pretrained, pretrained_on
-from mdistiller.models.external._wrapper import ExternalNet, first_line
+from mdistiller.models.external._wrapper import ExternalNet
+from mdistiller.models.released import TORCHVISION, Pretrained, pretrained_on
+from mdistiller.models.zoo import LIBRARIES, ModelEntry
 from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError, suggest
+from mdistiller.registry import UserError, first_line, suggest
 
 
 def import_timm() -> Any:
@@ -42,19 +42,19 @@ def import_timm() -> Any:
         ) from error
 
 
-def known_name(full_name: str, known: list[str]) -> UserError:
+def unknown_network(full_name: str, names: list[str]) -> UserError:
     """The error for a name that the library does not have."""
     package, _, name = full_name.partition("/")
-    return UserError(f"{package} has no network {name!r}{suggest(name, known)}")
+    return UserError(f"{package} has no network {name!r}{suggest(name, names)}")
 
 
 def for_images(
     make: Callable[..., Any], key: str, size: Any, name: str, settings: dict[str, Any]
 ) -> Any:
-    """`make(**settings)`, told the size of the images under `key` if it takes that.
+    """`make(**settings)`, with the image size as argument `key` if `make` accepts it.
 
     Raises:
-        UserError: it cannot be built so.
+        UserError: `make` refuses the arguments.
     """
     attempts = [settings]
     if size is not None and key not in settings:
@@ -85,7 +85,7 @@ class Timm:
         self.library = import_timm()
         self.name = full_name.partition("/")[2]
         if not self.library.is_model(self.name):
-            raise known_name(full_name, self.library.list_models())
+            raise unknown_network(full_name, self.library.list_models())
 
     def __call__(
         self,
@@ -131,17 +131,17 @@ class Timm:
             raise UserError(f"timm publishes no weights of {self.__name__}; choose another network")
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
-        """What the weights were trained on by timm's own record; None if there are none."""
+        """Classes and preprocessing of the weights by timm's record; None without weights."""
         if "pretrained_cfg" in settings:
             raise UserError(
                 f"{self.__name__}: pretrained_cfg cannot be given; choose released weights by "
                 "name, timm/NAME.TAG, or change parts of the record by pretrained_cfg_overlay"
             )
-        known = self.library.get_pretrained_cfg(self.name)
-        if known is None:
+        default = self.library.get_pretrained_cfg(self.name)
+        if default is None:
             return None
         try:
-            record = replace(known, **settings.get("pretrained_cfg_overlay", {}))
+            record = replace(default, **settings.get("pretrained_cfg_overlay", {}))
         except TypeError as error:
             raise UserError(f"{self.__name__}: pretrained_cfg_overlay: {error}") from error
         if not record.has_weights:
@@ -149,16 +149,16 @@ class Timm:
         return Pretrained(record.num_classes, _timm_preprocessing(record))
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
-        """How timm evaluates the architecture; None if it has no record of it."""
-        found = self.pretrained_on(settings)
-        if found is not None:
-            return found.preprocessing
+        """Preprocessing by which timm evaluates the architecture; None if unknown."""
+        release = self.pretrained_on(settings)
+        if release is not None:
+            return release.preprocessing
         record = self.library.get_pretrained_cfg(self.name)
         return None if record is None else _timm_preprocessing(record)
 
 
 def _timm_preprocessing(record: Any) -> Preprocessing:
-    """What a record of timm (a PretrainedCfg) says of evaluation."""
+    """Preprocessing in a record of timm (a PretrainedCfg)."""
     resize = {"squash": "stretch", "border": "pad"}.get(record.crop_mode, "crop")
     height, width = record.input_size[1:]
     return Preprocessing(
@@ -174,9 +174,9 @@ class Torchvision:
         self.__name__ = full_name
         self.library = importlib.import_module("torchvision.models")  # a slow import
         self.name = full_name.partition("/")[2]
-        known = self.library.list_models(module=self.library)
-        if self.name not in known:
-            raise known_name(full_name, known)
+        names = self.library.list_models(module=self.library)
+        if self.name not in names:
+            raise unknown_network(full_name, names)
 
     def __call__(
         self,
@@ -202,35 +202,35 @@ class Torchvision:
 
     def release(self, pretrained: bool | str = True) -> str:
         """`torchvision:` and the name of the weights; True: those that torchvision recommends."""
-        known = self.library.get_model_weights(self.name)
+        releases = self.library.get_model_weights(self.name)
         choice = "DEFAULT" if pretrained is True else pretrained
-        if choice not in known.__members__:
-            names = ", ".join(release.name for release in known)
+        if choice not in releases.__members__:
+            names = ", ".join(release.name for release in releases)
             raise UserError(
                 f"pretrained {pretrained!r}: the released weights of {self.__name__} are {names}; "
                 "name one of them, or say True"
             )
-        return f"{TORCHVISION}{known[choice]}"
+        return f"{TORCHVISION}{releases[choice]}"
 
     def pretrained_on(self, settings: Mapping[str, Any]) -> Pretrained | None:
-        """What the weights that `settings` choose were trained on."""
+        """Classes and preprocessing of the weights that `settings` choose."""
         return pretrained_on(self.release(settings.get("pretrained") or True))
 
     def preprocessing(self, settings: Mapping[str, Any], file: str) -> Preprocessing | None:
-        """How torchvision evaluates the release that `file` has the name of, else its default."""
-        known = self.library.get_model_weights(self.name)
-        for choice in known:
+        """Preprocessing of the release whose file name is `file`, else of the default release."""
+        releases = self.library.get_model_weights(self.name)
+        for choice in releases:
             if PurePosixPath(urlsplit(choice.url).path).name == file:
                 settings = {"pretrained": choice.name}
-        if not settings.get("pretrained") and not known.__members__:
+        if not settings.get("pretrained") and not releases.__members__:
             return None
-        found = self.pretrained_on(settings)
-        return found.preprocessing if found else None
+        release = self.pretrained_on(settings)
+        return release.preprocessing if release else None
 
 
 @dataclass(frozen=True)
 class Library:
-    """Makes entries, and lists names; registered for the part of a name before the slash."""
+    """Entries and names of a library's networks; registered under the part before the slash."""
 
     make: Callable[[str], Any]
     names: Callable[[], list[str]]

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 from torchvision.ops import Permute
 
-from mdistiller.models._released import released_file
 from mdistiller.models.external._wrapper import (
     MOST_WITHOUT_STEM,
     Collected,
-    ExternalNet,
+    HookedNet,
     as_map,
-    keep_input,
-    keep_output,
+    recorded_outputs,
     stage_indices,
-    take,
 )
+from mdistiller.models.released import released_file
 from mdistiller.weights import load_checkpoint, load_state, network_state, with_own_head
 
 # Where families keep their blocks, if not at the top level.
@@ -34,7 +30,7 @@ _BODIES = ("features", "trunk_output", "blocks", "layers", "encoder.layers")
 _NO_BLOCKS = (nn.AdaptiveAvgPool2d, nn.LayerNorm, nn.Linear, nn.Flatten, nn.Dropout, Permute)
 
 
-class TorchvisionNet(ExternalNet):
+class TorchvisionNet(HookedNet):
     """A classification network of torchvision.
 
     Its blocks are tried on an image; the last of each resolution are the stages. The first of five
@@ -49,22 +45,19 @@ class TorchvisionNet(ExternalNet):
         if not linear:
             raise self.unsupported("its head is no linear layer")
         self.head = linear[-1]
-        found = try_maps(net, image)
+        outputs = try_maps(net, image)
         self.stage_names = self._choose(
-            {name: found[name] for name in blocks(net) if name in found}
+            {name: outputs[name] for name in blocks(net) if name in outputs}
         )
-        last = found[self.stage_names[-1]]
+        last = outputs[self.stage_names[-1]]
         self.tokens = self.channels_last or last.ndim == 3
         place = slice(1, -1) if self.tokens else slice(2, None)  # the dimensions of h and w, or L
         self.final_name = [
             name
-            for name, value in found.items()
+            for name, value in outputs.items()
             if value.ndim == last.ndim and value.shape[place] == last.shape[place]
         ][-1]
-        for name in {*self.stage_names, self.final_name}:
-            keep_output(net.get_submodule(name))
-        keep_input(net.get_submodule(self.head))
-        return net
+        return self.keep_layers(net)
 
     def _choose(self, outputs: dict[str, Tensor]) -> list[str]:
         """The stem and the stages among the blocks, by their outputs."""
@@ -81,10 +74,7 @@ class TorchvisionNet(ExternalNet):
 
     def collect(self, x: Tensor) -> Collected:
         logits = self.net(x)
-        names = {*self.stage_names, self.final_name}
-        kept = {name: take(self.net.get_submodule(name)) for name in names}
-        pooled = take(self.net.get_submodule(self.head))
-        stages, last = [kept[name] for name in self.stage_names], kept[self.final_name]
+        stages, last, pooled = self.take_layers()
         if last.ndim == 4:
             return Collected(logits, list(map(self._map, stages)), [], self._map(last), pooled)
         stem, *rest = stages
@@ -106,30 +96,12 @@ class TorchvisionNet(ExternalNet):
             return state
         return adapted
 
-    def classifier(self) -> nn.Linear:
-        layer = self.net.get_submodule(self.head)
-        assert isinstance(layer, nn.Linear)
-        return layer
-
 
 def try_maps(net: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What every submodule gives for an image, in order, if it is a map or tokens."""
-    found: dict[str, Tensor] = {}
-
-    def note(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        found.pop(name, None)  # a layer that is called again comes later
-        if isinstance(output, Tensor) and output.ndim in (3, 4):
-            found[name] = output
-
-    hooks = [
-        layer.register_forward_hook(partial(note, name))
-        for name, layer in net.named_modules()
-        if name
-    ]
-    net(image)
-    for hook in hooks:
-        hook.remove()
-    return found
+    """Outputs of all submodules for an image that are maps or tokens, in order of the calls."""
+    with recorded_outputs(net) as outputs:
+        net(image)
+    return {k: v for k, v in outputs.items() if isinstance(v, Tensor) and v.ndim in (3, 4)}
 
 
 def blocks(net: nn.Module) -> Iterator[str]:

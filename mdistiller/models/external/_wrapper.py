@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.models._base import StagedNet, UnsupportedError
-from mdistiller.registry import UserError
+from mdistiller.models.staged import StagedNet, UnsupportedError
+from mdistiller.registry import UserError, first_line
 
 _QUARTERS = 4
 MOST_WITHOUT_STEM = 4
@@ -98,19 +99,19 @@ class ExternalNet(StagedNet):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        found = self.collect(x)
-        features: dict[str, Any] = {"feats": found.maps}
-        if found.class_tokens:
-            features["class_tokens"] = found.class_tokens
-        features |= {"pooled_feat": found.pooled, "final_map": found.final_map}
-        return found.logits, features
+        collected = self.collect(x)
+        features: dict[str, Any] = {"feats": collected.maps}
+        if collected.class_tokens:
+            features["class_tokens"] = collected.class_tokens
+        features |= {"pooled_feat": collected.pooled, "final_map": collected.final_map}
+        return collected.logits, features
 
-    def _declare(self, image: Tensor, own: Tensor) -> None:
-        """Find the stages' channels, and hold the network to the contract; `own`: its logits."""
+    def _declare(self, image: Tensor, expected: Tensor) -> None:
+        """Set the stages' channels and check the contract; `expected`: the network's logits."""
         logits, features = self.eval()(image)
         pooled = features["pooled_feat"]
         again = self.classifier()(pooled).flatten(1)
-        if not (_close(logits, own) and _close(again, own)):
+        if not (_close(logits, expected) and _close(again, expected)):
             raise self.unsupported("its logits are not the classifier of its pooled features")
         self.globally_pooled = _close(features["final_map"].mean((2, 3)), pooled.flatten(1))
         self.stem_channels, *widths = (feat.shape[1] for feat in features["feats"])
@@ -131,6 +132,66 @@ class ExternalNet(StagedNet):
     def unsupported(self, reason: str) -> UnsupportedError:
         """The error for a network that does not fit the contract."""
         return UnsupportedError(f"{self.name} cannot be used here: {reason}; choose another one")
+
+
+class HookedNet(ExternalNet):
+    """A wrapped network whose features are outputs of layers that :meth:`prepare` names.
+
+    Attributes:
+        stage_names: layers whose outputs are the stem's and the stages'.
+        final_name: layer whose output is pooled.
+        head: the classifier.
+    """
+
+    stage_names: list[str]
+    final_name: str
+
+    def keep_layers(self, net: nn.Module) -> nn.Module:
+        """Make the named layers of `net` keep what :meth:`take_layers` returns."""
+        for name in {*self.stage_names, self.final_name}:
+            keep_output(net.get_submodule(name))
+        keep_input(net.get_submodule(self.head))
+        return net
+
+    def take_layers(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Outputs of the stages and of the final layer, and the classifier's input."""
+        names = {*self.stage_names, self.final_name}
+        kept = {name: take(self.net.get_submodule(name)) for name in names}
+        pooled = take(self.net.get_submodule(self.head))
+        return [kept[name] for name in self.stage_names], kept[self.final_name], pooled
+
+    def classifier(self) -> nn.Linear | nn.Conv2d:
+        layer = self.net.get_submodule(self.head)
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        return layer
+
+
+@contextlib.contextmanager
+def recorded_outputs(net: nn.Module) -> Iterator[dict[str, Any]]:
+    """Within the context, the last output of every submodule by name, in order of the calls."""
+    outputs: dict[str, Any] = {}
+
+    def record(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.pop(name, None)  # a layer that is called again comes later
+        outputs[name] = output
+
+    layers = [(name, layer) for name, layer in net.named_modules() if name]
+    hooks = [layer.register_forward_hook(partial(record, name)) for name, layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_blank(net: nn.Module, image_size: Sequence[int]) -> Any:
+    """The output of `net` in eval mode for an image of zeros; its mode is restored."""
+    training = net.training
+    try:
+        with torch.no_grad():
+            return net.eval()(torch.zeros(1, 3, *image_size))
+    finally:
+        net.train(training)
 
 
 @contextlib.contextmanager
@@ -203,11 +264,6 @@ def _keep_output(layer: Any, inputs: Any, output: Any) -> None:
 
 def _keep_input(layer: Any, inputs: Any) -> None:
     layer.kept = inputs[0]
-
-
-def first_line(error: Exception) -> str:
-    """An error's text, cut to a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def share_state(wrapper: nn.Module) -> None:

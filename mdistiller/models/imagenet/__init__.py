@@ -1,5 +1,5 @@
-"""Networks for ImageNet, at 224x224 pixels unless told otherwise; a family a file."""
+"""Networks for ImageNet, at 224x224 pixels by default; a family a file."""
 
-from mdistiller.models._base import imagenet_model_dict
+from mdistiller.models.zoo import imagenet_model_dict
 
 __all__ = ["imagenet_model_dict"]

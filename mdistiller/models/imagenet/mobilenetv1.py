@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mdistiller.models._base import Staged, StagedNet, register_model
 from mdistiller.models._layers import ActivatedStage, conv1x1, conv3x3
+from mdistiller.models.staged import Staged, StagedNet
+from mdistiller.models.zoo import register_model
 
 #: (width, stride) of the depth-wise separable blocks, which are `model.1` and on.
 BLOCKS = (

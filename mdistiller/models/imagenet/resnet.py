@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mdistiller.models._base import register_model
 from mdistiller.models._residual import BasicBlock, Bottleneck, ResidualNet
+from mdistiller.models.zoo import register_model
 
 
 class ResNet(ResidualNet):

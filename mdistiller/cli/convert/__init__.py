@@ -1,0 +1,1 @@
+"""Commands that convert files of weights."""

@@ -1,0 +1,1 @@
+"""What commands share: arguments, errors, tables, networks to look at."""

@@ -1,0 +1,97 @@
+"""What all commands share: user errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from mdistiller.registry import UserError
+from mdistiller.runtime import keep_freed_memory
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# how gloo and NCCL say that the other end of a connection is gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
+_LATE = ("Timed out", "timed out", "Application timeout", "operation timeout")  # gloo, NCCL
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Run `command`; 0, or the exit code of what ended it.
+
+    They are that of a user's error (2), of a run that a signal ended with its state saved (75), and
+    of Ctrl-C elsewhere (130).
+
+    Of several processes one tells why they end: the first, if the cause is the same in all.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error (rank {rank})"
+    keep_freed_memory()
+    try:
+        import mdistiller.detection  # noqa: F401  # registers what configs and reports have of it
+
+        command()
+    except UserError as error:
+        return _end(f"{who}: {' '.join(str(error).split())}", BAD_INPUT)
+    except KeyboardInterrupt as stop:
+        advice = "continue a training run with --resume, a sweep by the same command"
+        if rank == "0":
+            print(str(stop) or f"interrupted; {advice}", file=sys.stderr, flush=True)
+        return getattr(stop, "code", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        return _end(f"{who}: cannot write {what}{error.strerror}", BAD_INPUT)
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        if any(sign in str(error) for sign in _LOST):
+            text = "another process ended without a word (killed, out of memory?); the launcher's"
+            return _end(f"{who}: {text} report names it", FAILED)
+        if any(sign in str(error) for sign in _LATE):
+            text = "another process has not come to where this one is within SOLVER.RANK_TIMEOUT"
+            return _end(f"{who}: {text}: it hangs or is stopped", FAILED)
+        return _end(f"{who}:\n{traceback.format_exc()}", FAILED)
+    return 0
+
+
+def _end(text: str, code: int) -> int:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        print(text, file=sys.stderr, flush=True)
+        return code
+    from mdistiller.engine.run.failure import first_to_fail, leave
+
+    told = first_to_fail()
+    if told:
+        print(text, file=sys.stderr, flush=True)
+    leave(told)
+    return code
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The trailing KEY VALUE pairs and --import."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file or module that registers methods, models or data sets; may be repeated",
+    )
+    parser.add_argument(
+        "--fork",
+        dest="imports",
+        action="append",
+        type=lambda folder: f"{folder.rstrip('/')}/",
+        metavar="DIR",
+        help="a fork of the original mdistiller, whose methods, trainers and defaults are taken",
+    )
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY VALUE", help="config overrides, e.g. SOLVER.LR 0.1"
+    )

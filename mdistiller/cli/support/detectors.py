@@ -1,0 +1,64 @@
+"""The picture of detectors that `visualize` makes of run folders."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def picture(args: argparse.Namespace, count: int) -> Figure:
+    """The figure of `visualize detections RUN ...`.
+
+    The teacher is that of --teacher, or of the first run if it had one.
+
+    Args:
+        count: of images.
+    """
+    from mdistiller.cli.eval_detection import name_subjects
+    from mdistiller.cli.support.detection_tables import Subject
+    from mdistiller.detection.data import build_set
+    from mdistiller.detection.networks.models import build_detector
+    from mdistiller.detection.visualize import draw_detections
+    from mdistiller.evaluation.samples import choose_classes
+    from mdistiller.runtime import resolve_device
+
+    paths = list(args.ckpt)
+    while args.opts and Path(args.opts[0]).exists():
+        paths.append(args.opts.pop(0))
+    if not paths:
+        missing = f"there is no run folder {args.opts[0]}; " if args.opts else ""
+        raise UserError(f"{missing}name run folders of tools/train_detection.py (see --help)")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold must be in 0..1, got {args.threshold}")
+
+    def named(ckpt: list[str], checkpoint: str) -> Any:
+        asked = {"cfg": args.cfg, "opts": args.opts, "imports": args.imports, "teacher": False}
+        return name_subjects(argparse.Namespace(ckpt=ckpt, checkpoint=checkpoint, **asked))
+
+    found = []
+    for name in args.checkpoint or ["latest"]:
+        cfg, some = named(paths, name)
+        found += some
+    if args.teacher:
+        found.insert(0, replace(named([args.teacher], "latest")[1][0], label="teacher"))
+    elif cfg.DISTILLER.TYPE != "NONE" and not cfg.DETECTION.TEACHER.NEW_HEAD:
+        found.insert(0, Subject("teacher", cfg.DETECTION.TEACHER, "DETECTION.TEACHER"))
+    device, data = resolve_device(cfg.DEVICE), build_set(cfg, "VAL")
+    networks = [
+        (
+            one.label,
+            build_detector(one.node, data.num_classes, one.where, data.class_names).to(device),
+        )
+        for one in found
+    ]
+    chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
+    labels = choose_classes(data.class_names, chosen, 0)
+    size = (cfg.DETECTION.DATA.TEST_MIN_SIZE, cfg.DETECTION.DATA.MAX_SIZE)
+    return draw_detections(networks, data, size, device, labels, count, args.threshold, args.seed)

@@ -1,0 +1,199 @@
+"""Which networks to look at, and on what data: the arguments that eval and visualize share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mdistiller.cli.support.command import add_overrides
+from mdistiller.cli.support.teachers import own_teachers, taught_by
+from mdistiller.engine.config.early import check_early
+from mdistiller.files.names import split_key
+from mdistiller.registry import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdistiller.dataset import TestData
+    from mdistiller.engine.cfg import Config
+    from mdistiller.evaluation.subjects import Source, Subject
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """The arguments; `KEY VALUE` may have further run folders and files before it."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        default=[],
+        help="name in the model zoo of the files that -c gives; repeated: of each",
+    )
+    parser.add_argument(
+        "-c",
+        "--ckpt",
+        action="append",
+        default=[],
+        metavar="RUN|FILE",
+        help="run folder, which needs no -m, or file with the weights; may be repeated. Default: "
+        "the released ones under download_ckpts/",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a run folder: latest, best, epoch_N, ema_latest or ema_best; may be repeated "
+        "(default: latest; eval: and best)",
+    )
+    parser.add_argument("-d", "--dataset", default="", help="data set (default: a run's; cifar100)")
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--cfg",
+        default="",
+        metavar="FILE",
+        help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from (TEACHER_*, too)",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="NAME|RUN|none",
+        help="teacher to compare with, or its run (default: the run folders' own)",
+    )
+    parser.add_argument(
+        "--teacher-ckpt",
+        default="pretrain",
+        metavar="FILE",
+        help="its weights; default: the run folders' own if it is theirs, else the released ones. "
+        "Of a run: the latest",
+    )
+    add_overrides(parser)
+
+
+@dataclass
+class Loaded:
+    """Networks in eval mode on the device, and the test set they are looked at on.
+
+    Attributes:
+        teachers: what each is compared with.
+        recorded: accuracy in percent of a run's own teacher, by run folder, if the data are those
+            of the run; it must be the same here (`check_teachers`).
+    """
+
+    dataset: str
+    test: TestData
+    device: torch.device
+    subjects: list[Subject]
+    teachers: list[Subject | None]
+    recorded: dict[Path, float]
+
+
+def find_paths(args: argparse.Namespace) -> None:
+    """Move run folders and files that stand before the overrides to those of -c.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    while args.opts and split_key(args.opts[0])[0].exists():
+        args.ckpt.append(args.opts.pop(0))
+    first = args.opts[0] if args.opts else ""
+    named = "/" in first or (first and not first.partition(".")[0].isupper())  # config keys are
+    for path in [*args.ckpt, *([first] if named else [])]:
+        if path != "pretrain" and not split_key(path)[0].exists():
+            raise UserError(f"run folder or file {path} does not exist")
+
+
+def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
+    """The networks and the data that the arguments name.
+
+    Args:
+        usual: checkpoints of a run folder, where --checkpoint names none.
+    """
+    find_paths(args)
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    check_early(args.cfg, overrides, args.imports)
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.evaluation.subjects import data_config, load_all
+    from mdistiller.runtime import resolve_device
+
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    given = load_config(args.cfg, overrides, args.imports)
+    sources = _sources(args, args.ckpt, given, usual)
+    teacher = _teacher(args, given, sources)
+    known = [*sources, *([teacher] if teacher else [])]
+    named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
+    runs = any(source.run for source in known)
+    cfg = data_config(known, overrides, args.imports) if runs and not named else given
+    device = resolve_device(cfg.DEVICE)
+    test, subjects = load_all(known, cfg, device)
+    teachers: list[Subject | None]
+    recorded: dict[Path, float] = {}
+    if teacher is not None:
+        shared = subjects.pop()
+        teachers = [shared] * len(subjects)
+    else:
+        teachers, recorded = own_teachers(args.teacher, sources, cfg, test, device)
+    if named or any(_decides(key) for key in args.opts[::2]):
+        recorded = {}
+    return Loaded(cfg.DATASET.TYPE, test, device, subjects, teachers, recorded)
+
+
+def _decides(key: str) -> bool:
+    """Whether a key of the config may decide what accuracy a teacher has."""
+    harmless = ("DATASET.LOADER", "DATASET.NUM_WORKERS", "DATASET.WORKER_TIMEOUT", "DATASET.TEST.")
+    return key.startswith("DATASET.") and not key.startswith(harmless)
+
+
+def _sources(
+    args: argparse.Namespace, paths: list[str], given: Config, usual: Sequence[str]
+) -> list[Source]:
+    """Run folders' students, and files of the networks that -m names."""
+    from mdistiller.evaluation.subjects import file_source, run_sources
+
+    files = [path for path in paths if not Path(path).is_dir()]
+    if not paths:
+        if not args.model:
+            raise UserError("name run folders or files by -c, or networks by -m (see --help)")
+        files = paths = ["pretrain"] * len(args.model)
+    if args.model and not files:
+        raise UserError("-m goes with a file of weights; a run folder states its network")
+    names = args.model * len(files) if len(args.model) < 2 else list(args.model)
+    if len(names) not in (0, len(files)):
+        raise UserError(
+            f"-m names {len(names)} networks for {len(files)} files: give one for all, or one each"
+        )
+    names = names or [""] * len(files)
+    if args.checkpoint and len(files) == len(paths):
+        raise UserError("--checkpoint goes with a run folder; a file is named by -c itself")
+    found: list[Source] = []
+    for path in paths:
+        if Path(path).is_dir():
+            found += run_sources(Path(path), args.checkpoint or usual, args.imports)
+        else:
+            found.append(file_source(path, names.pop(0), given, args.imports))
+    return found
+
+
+def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:
+    """The teacher that the arguments name; None without one, or if it is the runs' own."""
+    from mdistiller.evaluation.subjects import file_source, run_sources
+
+    if args.teacher in ("", "none"):
+        if args.teacher_ckpt != "pretrain":
+            raise UserError("--teacher-ckpt needs --teacher, the network's name")
+        return None
+    if Path(args.teacher).is_dir():
+        if args.teacher_ckpt == "pretrain":
+            return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
+        raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
+    told = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
+    own = [source.cfg for source in taught_by(args.teacher, sources)]
+    if own and not told:  # with the arguments and the normalisation it taught with
+        if args.teacher_ckpt == "pretrain":
+            return None
+        given = own[0]
+    return file_source(args.teacher_ckpt, args.teacher, given, role="TEACHER")

@@ -1,0 +1,1 @@
+"""Functions and modules that several methods use, by subject; no methods."""

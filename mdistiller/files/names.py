@@ -1,0 +1,14 @@
+"""Names of files as users give them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """FILE:KEY as (FILE, KEY); KEY is "" where there is none, or a file has the whole name."""
+    file, colon, key = str(path).rpartition(":")
+    if colon and file and Path(file).is_file() and not Path(path).exists():
+        return Path(file), key
+    return Path(path), ""

@@ -1,0 +1,39 @@
+"""Tables as Markdown, aligned so that a terminal shows them well, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+
+def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table of the cells as they are, empty without rows.
+
+    Bars in a cell are escaped, line breaks become spaces.
+    """
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *rows)
+    ]
+    return tabulate(cells[1:], cells[0], "github", disable_numparse=True) if cells[1:] else ""
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the columns of them all, unrounded; what is missing or None is empty.
+
+    Text that a spreadsheet would take for a formula gets a quotation mark before it.
+    """
+    out = io.StringIO()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _no_formula(value) for key, value in row.items()})
+    return out.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
