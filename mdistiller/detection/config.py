@@ -66,6 +66,7 @@ def default_config() -> Config:
             "DEVICE": ENGINE_CONFIG["DEVICE"],
             "LSKD": ENGINE_CONFIG["LSKD"],
             "IMPORTS": [],
+            "HOOKS": [],
             **method_sections(),
         }
     ).clone()
