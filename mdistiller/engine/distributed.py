@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.engine.run.failure import first_to_fail, watching
-from mdistiller.runtime import distributed, rank, side_group, wait_for_all, world_size
+from mdistiller.runtime import barrier, distributed, rank, side_group, world_size
 
 T = TypeVar("T")
 
 __all__ = [
     "average_gradients",
+    "barrier",
     "broadcast_buffers",
     "from_main_process",
     "is_main_process",
@@ -29,7 +30,6 @@ __all__ = [
     "sum_over_ranks",
     "unsynchronized",
     "unwrap",
-    "wait_for_all",
     "world_size",
     "wrap",
 ]
@@ -114,14 +114,6 @@ def average_gradients(params: Iterable[Tensor]) -> None:
     flat /= world_size()
     for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
-
-
-def meet(device: torch.device) -> None:
-    """Wait until all processes are here, no longer than for one that hangs in a step."""
-    if distributed():
-        sign = torch.zeros(1, device=device)
-        dist.all_reduce(sign)
-        sign.item()  # CUDA's collectives are only begun
 
 
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:

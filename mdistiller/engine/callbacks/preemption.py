@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mdistiller.engine.checkpoints.resume import current_position
-from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
+from mdistiller.engine.distributed import barrier, is_main_process, world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.utils import log_msg
@@ -147,7 +147,7 @@ class PreemptionHandler(Hook):
             self._stop(f"after {trainer.stage} epoch {epoch}")
 
     def _stop(self, where: str) -> None:
-        wait_for_all()  # a launcher ends all when one has ended
+        barrier()  # a launcher ends all when one has ended
         words = " ".join(where.split())
         raise Preempted(f"stopped by {_asked_name()} {words}: continue with --resume")
 

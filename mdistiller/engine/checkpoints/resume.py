@@ -20,10 +20,10 @@ from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import file_entries, load_state, strip_prefix
 from mdistiller.engine.distributed import (
+    barrier,
     from_main_process,
     of_all_processes,
     rank,
-    wait_for_all,
     world_size,
 )
 from mdistiller.engine.hooks import Trainer
@@ -235,7 +235,7 @@ def restore(trainer: Trainer) -> None:
     store = Store(trainer.log_path)
     name = from_main_process(lambda: store.newest()[0])
     path, state = trainer.log_path / name, store.load(name)
-    wait_for_all()
+    barrier()
     if rank() == 0:
         store.put_aside(name)
     _check_classes(trainer, state, path)

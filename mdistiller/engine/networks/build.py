@@ -44,7 +44,7 @@ from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import first_on_machine, project_root, rank
+from mdistiller.runtime import local_rank_zero_first, project_root, rank
 from mdistiller.weights import load_network, recorded_facts, split_key
 
 
@@ -120,7 +120,7 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
-    with first_on_machine() if wanted else contextlib.nullcontext():
+    with local_rank_zero_first() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
@@ -232,7 +232,7 @@ def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"
         if wanted is not None:
             require_classes(entry, settings, wanted)
         return PRETRAINED
-    with first_on_machine():
+    with local_rank_zero_first():
         released = entry.released(wanted, fetch=not trained_here)
     misfits = released and trained_here and entry.default_classes() != classes
     return None if misfits else released

@@ -14,7 +14,7 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.config.files import find_config
-from mdistiller.engine.distributed import from_main_process, wait_for_all
+from mdistiller.engine.distributed import barrier, from_main_process
 from mdistiller.engine.networks.build import check_pair, find_teacher, no_teacher
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
@@ -134,9 +134,9 @@ def _only_one(folder: Path) -> Iterator[None]:
     The first process of a run holds the lock for all of them.
     """
     if rank():
-        wait_for_all()
+        barrier()
         yield
         return
     with locked(folder, wait=f"waiting for another process to train the teacher in {folder}"):
-        wait_for_all()
+        barrier()
         yield

@@ -20,7 +20,7 @@ from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
-from mdistiller.engine.distributed import meet, process_group, wrap
+from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.networks.build import (
@@ -221,7 +221,7 @@ def _train_with(
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
-    meet(device)  # the folder is free
+    barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
     return summary
 
 
@@ -282,7 +282,7 @@ def _train_in(
         for hook in trainer.hooks:
             hook.abandon(trainer)
         raise
-    meet(trainer.device)  # the first one writes the files that all are going to read
+    barrier(trainer.cfg.SOLVER.RANK_TIMEOUT * 60)  # the first process has written the checkpoints
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
