@@ -140,7 +140,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
+        raise UserError(f"checkpoint {path} is damaged or not a safetensors file") from error
     contents: dict[str, Any] = {"model": state}
     if {"mean", "std"} <= facts.keys():
         contents["norm"] = [_json_or_text(facts[key]) for key in ("mean", "std")]
@@ -259,7 +259,7 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     missing = [key for key in own if key not in state and key not in counters]
     extra = [key for key in state if key not in own]
     shapes = [
-        f"{key} is {list(state[key].shape)}, want {list(own[key].shape)}"
+        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]

@@ -163,9 +163,9 @@ def test_a_trainer_of_another_method_ends_in_a_line(fork, tmp_path, capsys):
 BROKEN = {
     "FORK nowhere": "FORK: no folder nowhere",
     "FORK {empty}": "empty/ has no folder mdistiller/distillers",
-    "FORK /": "FORK wants the folder of a fork",
+    "FORK /": "FORK must be the folder of a fork",
     "FORK {syntax}": "distillers fails when imported: SyntaxError",
-    "FORK {typed}": "cfg.py: SOLVER.LR wants a finite number, got 'fast'",
+    "FORK {typed}": "cfg.py: SOLVER.LR must be a finite number, got 'fast'",
 }
 
 

@@ -121,11 +121,11 @@ def read_contents(path: Path, key: str) -> dict[str, Any]:
             f"{path} is not an annotation file: its lists are nested too deeply"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged or no JSON ({error}); get it again") from None
+        raise UserError(f"{path} is damaged or not JSON ({error}); get it again") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(contents, dict) or not isinstance(contents.get(name), list):
             raise UserError(
-                f"{path} is not a COCO instances file: it has no list {name!r} (want images, "
+                f"{path} is not a COCO instances file: it has no list {name!r} (expected images, "
                 "annotations and categories)"
             )
     return contents
@@ -149,7 +149,7 @@ def read_annotations(
             that could be used, and mend ids, sizes, file names and areas, instead of refusing them.
 
     Raises:
-        UserError: the file is missing, no JSON, or says what cannot be.
+        UserError: the file is missing, not JSON, or inconsistent.
     """
     return _Reading(path, pictures, segmentations, mend).read(read_contents(path, key))
 
@@ -306,7 +306,7 @@ class _Reading:
         if record.get("iscrowd", 0) not in (0, 1):
             raise UserError(
                 f"{self.path}: annotation {shown(record['id'], 60)} has iscrowd "
-                f"{shown(record['iscrowd'], 60)}; want 0 or 1"
+                f"{shown(record['iscrowd'], 60)}; it must be 0 or 1"
             )
         return found[0], found[1]
 

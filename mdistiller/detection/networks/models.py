@@ -161,7 +161,9 @@ def check_network(network: Any, where: str) -> None:
         raise UserError(f"{where}: CHANNELS and ROI_SAMPLES must be at least 1")
     sizes = list(network.ANCHOR_SIZES)
     if len(sizes) != len(STRIDES) or min(sizes) <= 0:
-        raise UserError(f"{where}.ANCHOR_SIZES is {sizes}; want {len(STRIDES)} sizes above 0")
+        raise UserError(
+            f"{where}.ANCHOR_SIZES is {sizes}; it must have {len(STRIDES)} sizes above 0"
+        )
     if network.WEIGHTS == "torchvision" and not named:
         raise UserError(
             f"{where}.WEIGHTS: torchvision released no {network.ARCH} detector; it has "

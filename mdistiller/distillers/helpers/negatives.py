@@ -37,7 +37,7 @@ class Negatives(nn.Module):
             targets = torch.arange(num_data)
         targets = torch.as_tensor(targets, dtype=torch.int64).cpu()
         if tuple(targets.shape) != (num_data,):
-            raise UserError(f"CRD: want {num_data} training targets, got {list(targets.shape)}")
+            raise UserError(f"CRD: expected {num_data} training targets, got {list(targets.shape)}")
         _, targets = targets.unique(return_inverse=True)
         count = targets.bincount()
         if len(count) < 2:

@@ -55,7 +55,7 @@ def check_values(cfg: CfgNode) -> None:
             raise UserError(f"{name} must be one of {known}, got {shown(values[name])}")
     for name in ("DATASET.MEAN", "DATASET.STD"):
         if any(type(item) not in (int, float) for item in values.get(name, ())):
-            raise UserError(f"{name} wants numbers, got {shown(values[name])}")
+            raise UserError(f"{name} must be numbers, got {shown(values[name])}")
     _check_solver(cfg.SOLVER)
 
 

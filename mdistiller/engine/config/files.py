@@ -108,11 +108,11 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)):
-        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
+        raise UserError(f"IMPORTS must be a list of files or modules, got {shown(names)}")
     resolved = []
     for name in names:
         if not isinstance(name, str):
-            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
+            raise UserError(f"IMPORTS must name files or modules, got {shown(name)}")
         if name.endswith("/"):
             name = f"{_find_folder(name, folder)}/"
         elif name.endswith(".py"):
@@ -130,7 +130,7 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
 def resolve_fork(name: Any, folder: Path) -> str:
     """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
     if not isinstance(name, str) or not name.strip("/") or "\0" in name:
-        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
+        raise UserError(f"FORK must be the folder of a fork, got {shown(name)}")
     return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
 
 
