@@ -1,4 +1,4 @@
-"""A whole run: from a config to a trained student in a run folder with a record of how."""
+"""A run from start to end: from a config to a trained student in a run folder."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ from mdistiller.runtime import rank, resolve_device
 
 
 class Prepared(NamedTuple):
-    """A run that is about to begin.
+    """What a run needs to begin.
 
     Attributes:
         trainer: ready to train.
-        data: what it trains on; `test` if images are held out, and `close()`, which ends the
-            processes that read.
+        data: the loaders; `test` if images are held out, and `close()`, which ends worker
+            processes.
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
         teacher: its weights, a file or PRETRAINED, for `run.json`.
@@ -102,7 +102,7 @@ def train(
         resume: continue the run in that folder; "auto": if there is one, else start it.
         hooks: run before all others.
         allow_changes: continue under another config, whatever it changes.
-        prepare: how what is trained is built, where that is no classifier.
+        prepare: builds data, networks and trainer of another task than classification.
 
     Returns:
         The run's summary, which is also `summary.json` in its folder.
@@ -119,7 +119,7 @@ def train(
 
 
 def data_key(cfg: Config) -> str:
-    """All that decides about a run's batches, as text; runs with the same can train together."""
+    """All settings that determine a run's batches, as text; equal for runs that train together."""
     views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
     facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
     return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
@@ -164,7 +164,7 @@ def train_together(
 def train_or_continue(
     cfg: Config, overrides: Sequence[str] = (), hooks: Sequence[Hook] = ()
 ) -> dict[str, Any]:
-    """The summary of a run: of a finished one as it stands, else after training what is missing."""
+    """The summary of a run, which is trained or resumed first unless it is finished."""
     folder = Path(cfg.LOG.PREFIX) / experiment_name(cfg, overrides)
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -186,7 +186,7 @@ def set_determinism(wanted: bool) -> None:
 
 
 def _train(cfg: Config, *settings: Any, **more: Any) -> dict[str, Any]:
-    """:func:`_train_with`, with what the config's IMPORTS have registered in force."""
+    """:func:`_train_with`, with the classes that the config's IMPORTS register."""
     with active(cfg.IMPORTS):
         return _train_with(cfg, *settings, **more)
 
@@ -228,10 +228,10 @@ def _train_with(
 def prepare_classifier(
     cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
 ) -> Prepared:
-    """Data, networks and trainer of a config; its teacher is trained first if need be.
+    """Data, networks and trainer of a config; trains its teacher first if necessary.
 
     Args:
-        teacher_acc: the teacher's accuracy in percent, if it need not be measured.
+        teacher_acc: the teacher's accuracy in percent; None: measure it.
     """
     trainer_class = check_trainer(cfg.SOLVER.TRAINER)
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -300,10 +300,10 @@ _AS_BEFORE = {
 
 
 def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
-    """Refuse to start a run over, and to resume one that is not there or was another.
+    """Refuse to overwrite a run, and to resume one that does not exist or has other settings.
 
     Returns:
-        What has changed in the settings of a run that is resumed.
+        The changed settings of a resumed run.
     """
     blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
@@ -357,9 +357,9 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
 
 
 def trained_file(folder: Path) -> str | None:
-    """A file that only a run leaves which has trained an epoch and saved it.
+    """A file that proves that a run has trained and saved an epoch.
 
-    One that died before has its config, records, and a line of metrics at most.
+    A run that died earlier has at most its config, records, and a line of metrics.
     """
     for pattern in ("student_*", "summary.json", "latest.damaged"):
         for path in sorted(folder.glob(pattern)):
@@ -370,9 +370,9 @@ def trained_file(folder: Path) -> str | None:
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
-    """Last and best accuracy, and what the best was selected on.
+    """The summary: last and best accuracy, and the images that the best was selected on.
 
-    With held-out images the test set is used here, once: for the last and for the selected weights.
+    With DATASET.VAL_SPLIT the test set is used here, once, for the last and the selected weights.
     """
     history = trainer.history
     timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
@@ -407,14 +407,14 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
 
 
 def stage_seconds(folder: Path) -> float:
-    """What the stages before the main one took, as the run's metrics tell."""
+    """Seconds of the initialisation stages, from the run's metrics."""
     path = folder / "metrics.jsonl"
     rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
     return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
 
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
-    """The summary in a line or two."""
+    """The summary in one or two lines."""
     last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
     text = (
         f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
