@@ -1,4 +1,4 @@
-"""COCO's evaluation packages, and what their runs have to say."""
+"""COCO's evaluation packages, and the curves that their results contain."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def coco_api(backend: str = "pycocotools") -> tuple[Any, Any]:
 
 
 def curves(run: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """What lies behind the average precision, as plain values in 0..1.
+    """The curves behind the average precision, as plain values in 0..1.
 
     Args:
         run: a COCOeval after `accumulate`.

@@ -1,7 +1,6 @@
-"""Weights of detectors from files that say what they are of: {"model": state, "detector": facts}.
+"""Load weights of detectors from files {"model": state, "detector": facts}.
 
-The shapes of a torchvision and a detectron2 detector are the same, so only the facts can tell that
-one's weights were put into the other.
+Detectors of torchvision and detectron2 have the same shapes; only the facts tell them apart.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _PER_CLASS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_log
 
 
 def load_detector(detector: Detector, network: Any, where: str) -> None:
-    """Load `network.WEIGHTS`: a file, or "torchvision" for the weights that it released.
+    """Load `network.WEIGHTS`: a file, or "torchvision" for its released weights.
 
-    The eps of the batch norms, which is in no config, is the file's if it says one.
+    The batch norms' eps, which is not in the config, is the file's if recorded.
 
     Raises:
-        UserError: the file cannot be read, or is of another detector.
+        UserError: the file cannot be read, or is for another detector.
     """
     path = _place(network, "WEIGHTS", network.ARCH, "DEFAULT", where)
     contents = load_checkpoint(path)
@@ -64,7 +63,7 @@ def check_facts(
     where: str,
     of: str = "WEIGHTS",
 ) -> None:
-    """Refuse a file whose facts are not those of the network it is for.
+    """Refuse a file whose facts differ from the network's config.
 
     Raises:
         UserError: names the key and both values.
@@ -83,7 +82,7 @@ def check_facts(
 
 
 def _check_classes(said: Any, wanted: Any, path: Path, where: str) -> None:
-    """Refuse weights for as many classes, but others or in another order."""
+    """Refuse weights for as many classes, but other ones or in another order."""
     if not said or not wanted or len(said) != len(wanted) or list(said) == list(wanted):
         return
     pairs = enumerate(zip(said, wanted, strict=True))
@@ -101,7 +100,7 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
         arch: the classification network's name.
 
     Raises:
-        UserError: the file cannot be read, or is of another network.
+        UserError: the file cannot be read, or is for another network.
     """
     path = _place(network, "BACKBONE_WEIGHTS", arch, "IMAGENET1K_V1", where)
     contents = load_checkpoint(path)
@@ -119,11 +118,11 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
 
 
 def _place(network: Any, key: str, name: str, release: str, where: str) -> Path:
-    """The file that a key names, which is downloaded if it is one of torchvision.
+    """The file that a key names; torchvision's weights are downloaded.
 
     Args:
-        name: of the network, among torchvision's.
-        release: which of its weights.
+        name: torchvision's name of the network.
+        release: the version of its weights.
     """
     if network[key] != "torchvision":
         return Path(network[key]).expanduser()
@@ -140,5 +139,5 @@ def _other_classes(key: str, own: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 
 def without_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the batch norms' counters that a frozen network does not have."""
+    """`state` without batch-norm counters, which a frozen network does not have."""
     return {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
