@@ -1,10 +1,11 @@
-"""Remembered logits of the teacher: the same training, fewer of its passes, never wrong ones."""
+"""The cache of teacher logits: the same training with fewer teacher passes, never wrong logits."""
 
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -54,11 +55,11 @@ def hits(rows):
 
 def drawn_hits(path, epochs, kept=160, ranks=1, shared=True):
     """Percentages that a plain count over the drawn views gives."""
-    loaders = [load_data(load_config(path), CPU).train for _ in range(ranks)]
-    for rank, loader in enumerate(loaders):
-        loader.batch_sampler = type(loader.batch_sampler)(
-            loader.num_data, loader.batch_size, rank, ranks
-        )
+    loaders = []
+    for rank in range(ranks):
+        as_rank = {"rank": lambda rank=rank: rank, "world_size": lambda: ranks}
+        with mock.patch.multiple("mdistiller.runtime", **as_rank):
+            loaders.append(load_data(load_config(path), CPU).train)
     seen, found = [set() for _ in loaders], []
     for epoch in range(1, epochs + 1):
         drawn = []
