@@ -198,12 +198,12 @@ def network_state(
             f"checkpoint {file} is not a plain state dict: {_odd_key(states[odd[0]])} is not a "
             "named tensor"
         )
-    own = None if net is None else net.state_dict()
+    expected = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
-    if key or own is None:
+    if key or expected is None:
         place, state = choose_state(plain, file, key)
     else:
-        place, state = choose_fitting(plain, file, own, aliases)
+        place, state = choose_fitting(plain, file, expected, aliases)
     others = [other or "the file itself" for other in states if other != place]
     if others and not key and not is_of_run(state) and rank() == 0:
         print(
@@ -211,7 +211,7 @@ def network_state(
             f"({', '.join(others)})",
             flush=True,
         )
-    return match_keys(state, own, aliases)
+    return match_keys(state, expected, aliases)
 
 
 def _odd_key(state: Mapping[Any, Any]) -> str:
@@ -254,20 +254,20 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     Args:
         what: name of file and network in the error.
     """
-    own = net.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    missing = [key for key in own if key not in state and key not in counters]
-    extra = [key for key in state if key not in own]
+    expected = net.state_dict()
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = [key for key in expected if key not in state and key not in counters]
+    extra = [key for key in state if key not in expected]
     shapes = [
-        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
     ]
     kinds = [
         f"{key} is {state[key].dtype}".replace("torch.", "")
-        for key in own
+        for key in expected
         if key in state
-        and own[key].is_floating_point()
+        and expected[key].is_floating_point()
         and state[key].ndim
         and not state[key].is_floating_point()
     ]
@@ -283,9 +283,9 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     ]
     if problems:
         raise UserError(f"{what} do not fit together: {'; '.join(problems)}")
-    fitting = OrderedDict({**{key: own[key] for key in counters}, **state})
+    fitting = OrderedDict({**{key: expected[key] for key in counters}, **state})
     # Some layers (of MNASNet) refuse a state without its version.
-    fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    fitting._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
     net.load_state_dict(fitting)
 
 
@@ -295,11 +295,11 @@ def with_own_head(net: Any, state: State, headless: bool = False) -> dict[str, T
     Args:
         headless: add the classifier also if `state` has none.
     """
-    own = head_state(net)
-    if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in own.items()):
-        return {**state, **own}
-    if headless and not own.keys() & state.keys():
-        return {**state, **own}
+    head = head_state(net)
+    if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in head.items()):
+        return {**state, **head}
+    if headless and not head.keys() & state.keys():
+        return {**state, **head}
     return dict(state)
 
 
@@ -313,9 +313,9 @@ def _refuse_other_head(
     net: Any, state: State, path: str | os.PathLike[str], name: str, num_classes: int | None
 ) -> None:
     """The errors for weights that differ in the classifier alone; arguments as of load_network."""
-    own = net.state_dict()
-    differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
+    expected = net.state_dict()
+    differ = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
+    head = [k for k in list(expected)[-2:] if k in state and state[k].ndim]
     if num_classes and differ and set(differ) <= set(head):
         raise UserError(
             f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
@@ -369,9 +369,11 @@ def load_network(
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)
-    own = net.state_dict()
+    expected = net.state_dict()
     adapt = getattr(net, "adapt_state", None)
-    if adapt is not None and any(k not in state or state[k].shape != own[k].shape for k in own):
+    if adapt is not None and any(
+        k not in state or state[k].shape != expected[k].shape for k in expected
+    ):
         state = adapt(state)
     _refuse_other_head(net, state, path, name, num_classes)
     load_state(net, state, f"checkpoint {path} and network {name}")

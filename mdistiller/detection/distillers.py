@@ -136,11 +136,11 @@ class DetectionDistiller(Distiller):
         """
         losses = {}
         for name, part in self.named_methods():
-            own, other = (
+            student_output, teacher_output = (
                 part.standardized(Output(logits.float(), cast(DetectorView, net).features(maps)))
                 for net, (logits, maps) in ((part.student, student), (part.teacher, teacher))
             )
-            loss = part.distill(own, other, labels, epoch=epoch)
+            loss = part.distill(student_output, teacher_output, labels, epoch=epoch)
             settings = DETECTOR_SETTINGS.get(name)
             losses[settings.loss if settings else f"loss_{name.lower()}"] = loss.mean()
             self.metrics |= part.metrics
@@ -194,9 +194,9 @@ class DetectionDistiller(Distiller):
         """Groups of the methods' own parameters that have more settings than "params"."""
         special = []
         for part in self.parts:
-            own = {id(p) for p in part.extra_parameters()}
+            extra = {id(p) for p in part.extra_parameters()}
             for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in own]
+                params = [p for p in group["params"] if id(p) in extra]
                 if params and group.keys() != {"params"}:
                     special.append({**group, "params": params})
         return special

@@ -306,10 +306,13 @@ def try_method(name: str, part: Distiller, images: int) -> None:
     trial = copy.deepcopy(part, {id(view): view for view in views}).train()
     devices = [p.device for p in views[0].parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(devices):
-        own, other = (trial.standardized(view.example(images, 8)) for view in views)
-        target = torch.arange(8, device=own.logits.device) % own.logits.shape[1]
+        student_output, teacher_output = (
+            trial.standardized(view.example(images, 8)) for view in views
+        )
+        logits = student_output.logits
+        target = torch.arange(8, device=logits.device) % logits.shape[1]
         try:
-            trial.distill(own, other, target, epoch=1).mean()
+            trial.distill(student_output, teacher_output, target, epoch=1).mean()
         except Exception as error:  # whatever a user's method raises
             raise _explained(name, error, views) from error
 

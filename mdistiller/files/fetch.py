@@ -123,12 +123,12 @@ class _Part:
 
 
 def _download(part: _Part, size: int | None, sha256: str, md5: str) -> None:
-    known = bool(sha256 or md5)
+    has_hash = bool(sha256 or md5)
     part.recall()
     most, failures = part.bytes, 0
     while True:
         try:
-            _continue(part, size, known)
+            _continue(part, size, has_hash)
             break
         except (OSError, HTTPException) as error:
             if not part.bytes:

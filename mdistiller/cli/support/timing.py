@@ -54,10 +54,10 @@ def race(
             taken[name].append(seconds(step, device))
     results = {}
     for name, pairs in taken.items():
-        own = [1e3 * pair[1 if device == "cpu" and not wall else 0] for pair in pairs]
-        low, _, high = statistics.quantiles(own, n=4) if rounds > 1 else own * 3
+        milliseconds = [1e3 * pair[1 if device == "cpu" and not wall else 0] for pair in pairs]
+        low, _, high = statistics.quantiles(milliseconds, n=4) if rounds > 1 else milliseconds * 3
         results[name] = {
-            "ms": statistics.median(own),
+            "ms": statistics.median(milliseconds),
             "low": low,
             "high": high,
             "wall_ms": statistics.median(1e3 * wall for wall, _ in pairs),

@@ -50,10 +50,10 @@ class Shards(DataSource):
         images = tuple(settings["IMAGE"].split(";"))
         checked = images if options.skip_corrupt else ()
         with local_rank_zero_first():
-            found = index_shards(
+            index = index_shards(
                 urls, settings["TARGET"], options.workers, checked, options.scale_16_bit
             )
-        classes, skipped = _without_corrupt(urls, found)
+        classes, skipped = _without_corrupt(urls, index)
         empty = next((url for url, labels in zip(urls, classes, strict=True) if not labels), None)
         if empty:
             raise UserError(f"shard {empty} has no sample with a class (.{settings['TARGET']})")

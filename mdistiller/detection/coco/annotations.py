@@ -173,8 +173,8 @@ class _Reading:
             raise UserError(f"{self.path} has no {what}: nothing to learn or to test")
         for record in images.values():
             self._check_image(record)
-        links, found = self._read_objects(contents["annotations"], images)
-        objects = [item for items in found.values() for item in items]
+        links, per_image = self._read_objects(contents["annotations"], images)
+        objects = [item for items in per_image.values() for item in items]
         renumbered = any(record["id"] != number for number, record in images.items())
         return Annotations(
             self.path,
@@ -182,7 +182,7 @@ class _Reading:
             np.array(list(images), np.int64),
             np.array([record["file_name"].encode() for record in images.values()], np.bytes_),
             np.array([(r["height"], r["width"]) for r in images.values()], np.int64),
-            np.cumsum([0, *map(len, found.values())]),
+            np.cumsum([0, *map(len, per_image.values())]),
             np.array([box for box, _, _ in objects], np.float64).reshape(-1, 4),
             np.array([category for _, category, _ in objects], np.int64),
             Packed(segments for _, _, segments in objects) if self.segmentations else None,
@@ -291,23 +291,23 @@ class _Reading:
 
     def _check_links(self, record: dict[str, Any]) -> tuple[int, int]:
         """The image and the category of an annotation."""
-        found = []
+        positions = []
         for kind in ("image", "category"):
-            value, known = record.get(f"{kind}_id"), self.numbers[kind]
-            if type(value) not in (int, str) or value not in known:
+            value, numbers = record.get(f"{kind}_id"), self.numbers[kind]
+            if type(value) not in (int, str) or value not in numbers:
                 raise UserError(
                     f"{self.path}: annotation {shown(record['id'], 60)} has {kind}_id "
                     f"{shown(value, 60)}, which is not among the file's "
-                    f"{len(set(known.values()))} {kind} ids"
+                    f"{len(set(numbers.values()))} {kind} ids"
                 )
             self.counts[f"{kind}_id entries given as text"] += isinstance(value, str)
-            found.append(known[value])
+            positions.append(numbers[value])
         if record.get("iscrowd", 0) not in (0, 1):
             raise UserError(
                 f"{self.path}: annotation {shown(record['id'], 60)} has iscrowd "
                 f"{shown(record['iscrowd'], 60)}; it must be 0 or 1"
             )
-        return found[0], found[1]
+        return positions[0], positions[1]
 
     def _object(
         self, position: int, record: dict[str, Any], image: dict[str, Any]

@@ -103,14 +103,14 @@ class CocoDetectionSet:
         return len(self.positions)
 
     def _name_labels(self, space: str) -> None:
-        said = self.annotations
-        labels = label_of(said.categories, space, said.path)
+        annotations = self.annotations
+        labels = label_of(annotations.categories, space, annotations.path)
         self.num_classes = COCO91 if space == "coco91" else len(labels) + 1
         self.category_ids = {label: number for number, label in labels.items()}
         self.class_names = ["background", *[""] * (self.num_classes - 1)]
         for number, label in labels.items():
-            self.class_names[label] = said.categories[number]
-        self.labels = np.array([labels[n] for n in said.category_ids.tolist()], np.int64)
+            self.class_names[label] = annotations.categories[number]
+        self.labels = np.array([labels[n] for n in annotations.category_ids.tolist()], np.int64)
 
     def _drop_empty(self) -> None:
         filled = np.flatnonzero(np.diff(self.annotations.starts))

@@ -110,16 +110,16 @@ class CocoEvaluator:
         results = self.gather()
         if not runtime.distributed():
             return self._measure(results)
-        found: list[Any] = [None]
+        outcome: list[Any] = [None]
         if runtime.rank() == 0:
             try:
-                found = [self._measure(results)]
+                outcome = [self._measure(results)]
             except Exception as error:  # the others wait for a word
-                found = [error]
-        dist.broadcast_object_list(found, src=0, group=runtime.side_group())
-        if isinstance(found[0], Exception):
-            raise found[0]
-        numbers: dict[str, float] = found[0]
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=runtime.side_group())
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        numbers: dict[str, float] = outcome[0]
         return numbers
 
     def gather(self) -> dict[int, list[dict[str, Any]]]:
@@ -147,11 +147,11 @@ class CocoEvaluator:
             for kind in self.kinds:
                 run = self._run(self._truth(kind), records, kind, images)
                 pairs = zip(STATISTICS, run.stats, strict=False)
-                known = {name: float(value) for name, value in pairs if value > -1}
+                defined = {name: float(value) for name, value in pairs if value > -1}
                 self.curves[kind] = curves(run, names)
                 classes = self.curves[kind]["classes"].items()
-                known.update({f"AP/{name}": one["AP"] for name, one in classes})
-                numbers.update({f"{kind}/{name}": 100 * value for name, value in known.items()})
+                defined.update({f"AP/{name}": one["AP"] for name, one in classes})
+                numbers.update({f"{kind}/{name}": 100 * value for name, value in defined.items()})
         return numbers
 
     def _truth(self, kind: str) -> Any:
@@ -161,14 +161,16 @@ class CocoEvaluator:
         by label: the backends lose objects with ids up to 0 and mix up ids of 2**53 and more, and
         not the same ones.
         """
-        said = self.dataset.annotations
-        contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
-        if len(contents["annotations"]) != len(said.links):
-            raise UserError(f"{said.path} has changed since it was read; start again")
-        useless = said.left_out | said.maskless if kind == "segm" else said.left_out
-        sizes = said.sizes.tolist()
+        annotations = self.dataset.annotations
+        contents = read_contents(annotations.path, "DETECTION.DATA.VAL_ANNOTATIONS")
+        if len(contents["annotations"]) != len(annotations.links):
+            raise UserError(f"{annotations.path} has changed since it was read; start again")
+        useless = (
+            annotations.left_out | annotations.maskless if kind == "segm" else annotations.left_out
+        )
+        sizes = annotations.sizes.tolist()
         images = [{"id": k, "height": h, "width": w} for k, (h, w) in enumerate(sizes, 1)]
-        pairs = zip(contents["annotations"], said.links.tolist(), strict=True)
+        pairs = zip(contents["annotations"], annotations.links.tolist(), strict=True)
         usable = [
             self._object(record, position, image + 1, self.labels[category])
             for position, (record, (image, category)) in enumerate(pairs)
@@ -217,7 +219,7 @@ class CocoEvaluator:
         # With boxes there, masks would be sorted into small, medium and large by the boxes' area.
         left_out = "bbox" if kind == "segm" else "segmentation"
         place = self.dataset.annotations.position
-        found = [
+        results = [
             {
                 **{key: value for key, value in record.items() if key != left_out},
                 "image_id": place(record["image_id"]) + 1,
@@ -226,7 +228,7 @@ class CocoEvaluator:
             for record in records
         ]
         detected = (
-            truth.loadRes(found) if found else self._coco({**truth.dataset, "annotations": []})
+            truth.loadRes(results) if results else self._coco({**truth.dataset, "annotations": []})
         )
         run = self.api[1](truth, detected, kind)
         run.params.imgIds = [place(image) + 1 for image in images]
@@ -241,12 +243,12 @@ class CocoEvaluator:
 
     def save(self, path: Path, results: Mapping[int, list[dict[str, Any]]]) -> None:
         """Write :meth:`gather`'s result as a COCO result file, with the annotation file's ids."""
-        said = self.dataset.annotations
+        annotations = self.dataset.annotations
         records = [
             {
                 **record,
-                "image_id": said.written_image(record["image_id"]),
-                "category_id": said.written_category(record["category_id"]),
+                "image_id": annotations.written_image(record["image_id"]),
+                "category_id": annotations.written_category(record["category_id"]),
             }
             for image in results.values()
             for record in image

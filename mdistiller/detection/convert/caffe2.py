@@ -75,9 +75,9 @@ def convert_backbone(arrays: Mapping[str, Tensor], path: Path) -> dict[str, Any]
 
 def rename(name: str) -> str | None:
     """torchvision's name of a weight; None without a counterpart."""
-    found = _BLOCK.fullmatch(name)
-    if not found:
+    match = _BLOCK.fullmatch(name)
+    if not match:
         return _STEM.get(name)
-    conv, norm = _LAYERS[found["where"]]
+    conv, norm = _LAYERS[match["where"]]
     kinds = {"w": f"{conv}.weight", "bn_s": f"{norm}.weight", "bn_b": f"{norm}.bias"}
-    return f"layer{int(found['n']) - 1}.{found['block']}.{kinds[found['kind']]}"
+    return f"layer{int(match['n']) - 1}.{match['block']}.{kinds[match['kind']]}"

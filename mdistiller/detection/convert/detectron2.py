@@ -94,8 +94,8 @@ def convert(
     network.STRIDE_IN_1X1 = stride_in_1x1 and network.ARCH in ("resnet50", "resnet101")
     classes = _reorder(state, path)
     detector = assemble(network, classes)
-    own = detector.state_dict()
-    load_state(detector, without_counters(state, own), f"{path} and {network.ARCH} with FPN")
+    expected = detector.state_dict()
+    load_state(detector, without_counters(state, expected), f"{path} and {network.ARCH} with FPN")
     _check_constants(arrays, detector.rpn.anchor_generator.cell_anchors, form, path)
     kept = {k: v for k, v in detector.state_dict().items() if not k.endswith("batches_tracked")}
     return {"model": kept, FACTS: detector.facts}
@@ -145,9 +145,9 @@ def _network(state: Mapping[str, Tensor], path: Path) -> CfgNode:
     arch = _DEPTHS.get((depth, "backbone.body.layer1.0.conv3.weight" in state))  # type: ignore[arg-type]
     pyramid = state.get("backbone.fpn.inner_blocks.0.0.weight")
     if arch is None or pyramid is None:
-        known = ", ".join(_DEPTHS.values())
+        supported = ", ".join(_DEPTHS.values())
         raise UserError(
-            f"{path} is not of a supported ResNet with FPN ({known}): its stages have "
+            f"{path} is not of a supported ResNet with FPN ({supported}): its stages have "
             f"{', '.join(map(str, depth))} blocks"
         )
     network = CfgNode(NETWORK)
@@ -187,12 +187,12 @@ def _check_constants(
     expected["pixel_mean"] = torch.tensor(FORMATS[form].mean).view(3, 1, 1)
     expected["pixel_std"] = torch.tensor(FORMATS[form].std).view(3, 1, 1)
     for name, value in expected.items():
-        found = arrays.get(name, value)
-        if found.numel() != value.numel() or not torch.allclose(
-            found.view_as(value).float(), value, atol=1e-2
+        array = arrays.get(name, value)
+        if array.numel() != value.numel() or not torch.allclose(
+            array.view_as(value).float(), value, atol=1e-2
         ):
             raise UserError(
-                f"{path}: {name} is {_rounded(found)}, but a detector with INPUT {form} has "
+                f"{path}: {name} is {_rounded(array)}, but a detector with INPUT {form} has "
                 f"{_rounded(value)}"
             )
 

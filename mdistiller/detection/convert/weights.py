@@ -44,16 +44,16 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
             detector.facts["norm_eps"] = facts["norm_eps"]
         if not network.NEW_HEAD:
             _check_classes(facts.get("classes"), detector.facts.get("classes"), path, where)
-    own = detector.state_dict()
+    expected = detector.state_dict()
     if network.NEW_HEAD:
-        state = {**state, **{k: v for k, v in own.items() if _other_classes(k, v, state)}}
-    if _SCORES in state and _other_classes(_SCORES, own[_SCORES], state):
-        found, wanted = len(state[_SCORES]), len(own[_SCORES])
+        state = {**state, **{k: v for k, v in expected.items() if _other_classes(k, v, state)}}
+    if _SCORES in state and _other_classes(_SCORES, expected[_SCORES], state):
+        classes, wanted = len(state[_SCORES]), len(expected[_SCORES])
         raise UserError(
-            f"{where}.WEIGHTS {path} is for {found} classes, background included, and the data "
-            f"have {wanted}: {class_advice(found, wanted, where)}"
+            f"{where}.WEIGHTS {path} is for {classes} classes, background included, and the data "
+            f"have {wanted}: {class_advice(classes, wanted, where)}"
         )
-    load_state(detector, without_counters(state, own), f"{path} and {where} ({network.ARCH})")
+    load_state(detector, without_counters(state, expected), f"{path} and {where} ({network.ARCH})")
 
 
 def check_facts(
@@ -69,14 +69,14 @@ def check_facts(
         UserError: names the key and both values.
     """
     for name, value in wanted.items():
-        said = facts.get(name, value)
+        recorded = facts.get(name, value)
         fitting = (value, FORMATS[value].weights) if name == "input" else (value,)
         if name not in ("num_classes", "classes", "norm_eps") and not (
-            type(said) is type(value) and said in fitting
+            type(recorded) is type(value) and recorded in fitting
         ):
             key = name.upper()
             raise UserError(
-                f"{where}.{of} {path} is of a detector with {key} {str(said)[:60]}, but "
+                f"{where}.{of} {path} is of a detector with {key} {str(recorded)[:60]}, but "
                 f"{where}.{key} is {value}: set it to that"
             )
 
@@ -112,9 +112,9 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
     plain = {key.removeprefix("features."): value for key, value in state.items()}
     body: nn.Module = detector.backbone.body
     inside = {name for name, _ in body.named_children()}  # the rest are what follows the last stage
-    own = {key: value for key, value in plain.items() if key.partition(".")[0] in inside}
+    weights = {key: value for key, value in plain.items() if key.partition(".")[0] in inside}
     what = f"{path} and the backbone of {where} ({arch})"
-    load_state(body, without_counters(own, body.state_dict()), what)
+    load_state(body, without_counters(weights, body.state_dict()), what)
 
 
 def _place(network: Any, key: str, name: str, release: str, where: str) -> Path:

@@ -99,9 +99,9 @@ class Store:
             digest = written[0].digest()
             if sha256(temporary) != digest:
                 raise OSError(None, "what is read back differs from what was written")
-            found = temporary.stat()
-            own = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-            self._list(name, own | facts)
+            status = temporary.stat()
+            entry = {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            self._list(name, entry | facts)
             if name == LATEST:
                 aside.unlink(missing_ok=True)  # of a save that did not come to its end
                 if path.exists():
@@ -118,8 +118,8 @@ class Store:
     def _list(self, name: str, entry: Entry) -> None:
         """Add a file to the manifest before its rename, and drop entries of missing files."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        there = {known: self.entry(known) for known in self.manifest()}
-        files = {known: [found] for known, found in there.items() if found is not None}
+        there = {file: self.entry(file) for file in self.manifest()}
+        files = {file: [listed] for file, listed in there.items() if listed is not None}
         if name == LATEST:
             files[PREVIOUS] = [*files.get(LATEST, []), *files.get(PREVIOUS, [])]
         files[name] = [{**entry, "time": now}, *files.get(name, [])]
@@ -194,7 +194,7 @@ class Store:
         The manifest has their order, since copying a folder changes file times; without it, file
         times.
         """
-        found = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
+        checkpoints = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
         listed = bool(self.manifest())
 
         def age(path: Path) -> tuple[float, ...]:
@@ -203,9 +203,9 @@ class Store:
             epoch = entry.get("epoch", int(numbered) if numbered.isdigit() else 0)
             return (epoch, path.stat().st_mtime) if listed else (path.stat().st_mtime,)
 
-        found.sort(key=age, reverse=True)
+        checkpoints.sort(key=age, reverse=True)
         kept = [name for name in (LATEST, PREVIOUS) if (self.folder / name).is_file()]
-        names = [*kept, *(path.name for path in found)]
+        names = [*kept, *(path.name for path in checkpoints)]
         return names if LATEST in names or not names else [LATEST, *names]
 
     def prune(self, keep: int, epoch: int) -> None:

@@ -26,8 +26,8 @@ def find_config(name: str | Path) -> Path:
     for candidate in (path, config_root().joinpath(*parts)):
         if is_file(candidate):
             return candidate
-    known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
-    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
+    configs = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
+    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), configs)}")
 
 
 def require_run(folder: Path) -> None:
@@ -117,12 +117,12 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
             name = f"{_find_folder(name, folder)}/"
         elif name.endswith(".py"):
             places = list(dict.fromkeys([folder / name, Path(name)]))
-            found = next((place for place in places if is_file(place)), None)
-            if found is None:
+            file = next((place for place in places if is_file(place)), None)
+            if file is None:
                 raise UserError(
                     f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
                 )
-            name = str(found.resolve())
+            name = str(file.resolve())
         resolved.append(name)
     return resolved
 
@@ -136,10 +136,10 @@ def resolve_fork(name: Any, folder: Path) -> str:
 
 def _find_folder(name: str, folder: Path) -> Path:
     places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
-    found = next((place for place in places if is_folder(place)), None)
-    if found is None:
+    fork = next((place for place in places if is_folder(place)), None)
+    if fork is None:
         raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
-    return found.resolve()
+    return fork.resolve()
 
 
 def is_file(path: Path) -> bool:

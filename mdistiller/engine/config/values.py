@@ -108,9 +108,9 @@ def check_norm(value: Any, name: str) -> Any:
     """`value` if it names a normalisation, or is a mean and a std of three channels."""
     if value in ("auto", "data", "own"):
         return value
-    found = read_statistics(value)
-    if found is not None:
-        return found
+    statistics = read_statistics(value)
+    if statistics is not None:
+        return statistics
     raise UserError(
         f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
         f"in [0, 1]), those of std above 0, got {shown(value)}"

@@ -69,7 +69,7 @@ def build_distiller(
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = join(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher).to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
@@ -79,7 +79,7 @@ def build_distiller(
     return distiller
 
 
-def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
+def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
     """Build the config's method for two networks."""
     targets = getattr(getattr(data.train, "dataset", None), "targets", None)
     return get_distiller(cfg.DISTILLER.TYPE).build(
@@ -90,7 +90,7 @@ def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) ->
 def check_pair(cfg: Any, data: Data) -> None:
     """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
     random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
-    join(cfg, data, *random)
+    build_method(cfg, data, *random)
 
 
 def build_network(

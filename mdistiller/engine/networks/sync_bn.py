@@ -135,13 +135,13 @@ class _Normalize(torch.autograd.Function):
         normal, weight, inverse, total = ctx.saved_tensors
         grad = grads[0].to(normal.dtype)
         over = [0, *range(2, grad.dim())]
-        own = torch.stack([grad.sum(over), (grad * normal).sum(over)])
-        sums = own.clone()
+        local_sums = torch.stack([grad.sum(over), (grad * normal).sum(over)])
+        sums = local_sums.clone()
         dist.all_reduce(sums)
         scale = inverse if weight is None else inverse * weight
         to_x = grad - _per_channel(sums[0] / total, grad)
         to_x = (to_x - normal * _per_channel(sums[1] / total, grad)) * _per_channel(scale, grad)
-        to_weight, to_bias = (None, None) if weight is None else (own[1], own[0])
+        to_weight, to_bias = (None, None) if weight is None else (local_sums[1], local_sums[0])
         return to_x.to(grads[0].dtype), to_weight, to_bias, None
 
 

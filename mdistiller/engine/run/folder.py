@@ -45,8 +45,8 @@ def recorded_config(
                 f"look at it, and give {'--fork' if str(name).endswith('/') else '--import'} "
                 f"{shown(str(name))[1:-1]}"
             )
-    known = [name for name in named if is_imported(str(name))]
-    cfg = load(table, overrides, [*imports, *known])
+    allowed = [name for name in named if is_imported(str(name))]
+    cfg = load(table, overrides, [*imports, *allowed])
     if load is load_config and "DATASET.RESIZE" not in overrides[0::2] and stretched(table, cfg):
         cfg.defrost()
         cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
@@ -116,15 +116,15 @@ def checkpoint_file(folder: Path, name: str) -> Path:
             f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
         )
     places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]
         raise UserError(
             f"{folder} has no checkpoint {name} (it has: "
             f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
             f"{'; it kept no moving average (SOLVER.EMA)' if name.startswith('ema_') else ''}"
         )
-    return found
+    return file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,12 +136,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        contents = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(contents, dict):
         raise UserError(f"{path} is damaged: it is not a mapping")
-    return found
+    return contents
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

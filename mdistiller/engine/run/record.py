@@ -347,8 +347,8 @@ def git_revision() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that influence results."""
-    found = {"python": platform.python_version(), "mdistiller": __version__}
-    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
+    versions = {"python": platform.python_version(), "mdistiller": __version__}
+    versions["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
     for package in ("torchvision", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+        versions[package] = importlib.metadata.version(package)
+    return versions

@@ -255,10 +255,10 @@ def _defaults(package: str, place: Path) -> Mapping[str, Any]:
 
 def _plain(module: ModuleType, place: Path) -> Mapping[str, Any]:
     """The defaults that a fork's cfg.py holds, as nested mappings."""
-    found = getattr(module, "CFG", None)
-    if not isinstance(found, Mapping):
+    defaults = getattr(module, "CFG", None)
+    if not isinstance(defaults, Mapping):
         raise UserError(f"FORK: {place}/engine/cfg.py gives no CFG, a yacs node of defaults")
-    return _mapping(found)
+    return _mapping(defaults)
 
 
 def _mapping(node: Mapping[str, Any]) -> dict[str, Any]:
