@@ -207,7 +207,7 @@ def test_config_keys_exist():
 
 
 def default(dotted):
-    """The default of a config key as tables give it; None where it is no key of classification."""
+    """The default of a config key as tables give it; None if it is not a key of classification."""
     node = CFG
     for word in dotted.split("."):
         if not isinstance(node, dict) or word not in node:

@@ -203,21 +203,21 @@ def test_malformed_configs_load_as_they_say_or_get_one_line():
     assert [name for name, passed in results if not passed] == []
 
 
-def test_the_judge_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
-    from faults import bad_configs as judge_module
+def test_the_check_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
+    from faults import bad_configs
 
     case = (b"SOLVER: {EPOCHS: 3}", ["KD.TEMPERATURE", "2"])
-    assert judge_module.judge(case, tmp_path) == ""
+    assert bad_configs.verdict(case, tmp_path) == ""
     for wrong, says in (
         (lambda *_: CFG, "SOLVER.EPOCHS: given 3, read 240"),
         (lambda path, _: load_config(path), "KD.TEMPERATURE: given '2', read 4.0"),
         (lambda *_: 1 / 0, "ZeroDivisionError"),
         (lambda *_: find_config("a\nb.yaml".join("xy") * 900), "not one line"),
     ):
-        monkeypatch.setattr(judge_module, "load_config", wrong)
+        monkeypatch.setattr(bad_configs, "load_config", wrong)
         if says == "not one line":
-            monkeypatch.setattr(judge_module, "LONGEST", 10)
-        assert says in judge_module.judge(case, tmp_path)
+            monkeypatch.setattr(bad_configs, "LONGEST", 10)
+        assert says in bad_configs.verdict(case, tmp_path)
 
 
 def test_missing_and_python_configs_are_refused(tmp_path):

@@ -134,8 +134,8 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
     if not find_states(contents):
         return None
     state = network_state(contents, path)
-    beside = contents if "model" in contents else {}
-    kept = {k: v for k, v in beside.items() if k == "data" or not isinstance(v, Mapping)}
+    metadata = contents if "model" in contents else {}
+    kept = {k: v for k, v in metadata.items() if k == "data" or not isinstance(v, Mapping)}
     return {**kept, "model": state}
 
 

@@ -13,7 +13,7 @@ DRAW_BLOCK = 2**26
 
 
 class Negatives(nn.Module):
-    """Draws positives and negatives for samples of known class, on the device.
+    """Draws positives and negatives for labelled samples, on the device.
 
     Negatives are K distinct samples of other classes, every set of K equally likely; where fewer
     than K exist, they are drawn with replacement.

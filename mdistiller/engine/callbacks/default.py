@@ -21,7 +21,7 @@ from mdistiller.engine.utils import log_msg
 
 
 def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
-    """Call the hooks after an epoch, each of which may add to its record.
+    """Call the hooks after an epoch; each may add to its record.
 
     Numbers stay numbers: an entry that a hook removes, or replaces by something else, is restored,
     and a line is printed.

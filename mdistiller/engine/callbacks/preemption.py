@@ -162,14 +162,14 @@ class PreemptionHandler(Hook):
             return False, False
         flags = [stop, save and is_main_process(), (now - self._looked) / self._interval]
         shared = torch.tensor(flags, dtype=torch.float64)
-        wait_with_patience(shared, self.patience)
+        max_over_ranks(shared, self.patience)
         stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
         self._looked = time.monotonic()
         self._interval = self._left = int(min(max(LOOK / max(seconds, 1e-6), 1), FARTHEST))
         return stop, save
 
 
-def wait_with_patience(values: torch.Tensor, seconds: float) -> None:
+def max_over_ranks(values: torch.Tensor, seconds: float) -> None:
     """Elementwise maximum over all processes, in place; RuntimeError after `seconds`."""
     import datetime
 

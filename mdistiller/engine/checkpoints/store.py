@@ -95,7 +95,7 @@ class Store:
     def _replacing(self, name: str, facts: Entry) -> Iterator[_Hashing]:
         written: list[_Hashing] = []
 
-        def settle(temporary: Path) -> None:
+        def record(temporary: Path) -> None:
             digest = written[0].digest()
             if sha256(temporary) != digest:
                 raise OSError(None, "what is read back differs from what was written")
@@ -108,7 +108,7 @@ class Store:
                     _keep(path, aside)
 
         path, aside = self.folder / name, self.folder / f".{PREVIOUS}.new"
-        with replacing(path, settle) as temporary, temporary.open("wb") as handle:
+        with replacing(path, record) as temporary, temporary.open("wb") as handle:
             written.append(_Hashing(handle))
             yield written[0]
         if name == LATEST and aside.exists():

@@ -69,8 +69,8 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     resolve_paths(table, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
-        beside = path.parent / base
-        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
+        sibling = path.parent / base
+        file = sibling if is_file(sibling) else Path(base)  # "configs/..." works from anywhere
         merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
     return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
