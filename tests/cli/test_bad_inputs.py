@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from faults import bad_inputs
+from faults import bad_inputs as checks
 from faults.bad_inputs import bad_inputs
 
 
@@ -13,7 +13,7 @@ def test_hostile_and_damaged_files_are_read_or_refused_in_a_line():
     results = list(bad_inputs(seed=0, count=240, configs=False))
     assert [name for name, passed in results if not passed] == []
     met = {name for name, _ in results}
-    assert {f"archive: {kind}" for kind in bad_inputs._HOSTILE} <= met
+    assert {f"archive: {kind}" for kind in checks._HOSTILE} <= met
     assert {f"hostile checkpoint ({form})" for form in ("zip", "legacy", "pickle")} <= met
 
 
@@ -31,7 +31,7 @@ def test_the_check_sees_code_that_runs(tmp_path, monkeypatch):
     def careless(path):
         return torch.load(path, weights_only=False)
 
-    monkeypatch.setattr(bad_inputs, "load_checkpoint", careless)
+    monkeypatch.setattr(checks, "load_checkpoint", careless)
     failed = [name for name, passed in bad_inputs(0, 60, configs=False) if not passed]
     assert any(name.startswith("hostile checkpoint") for name in failed)
 
@@ -44,7 +44,7 @@ def test_the_check_sees_an_archive_that_is_unpacked(tmp_path, monkeypatch, kind)
     def careless(path, beside, what, limits):
         yield beside
 
-    monkeypatch.setattr(bad_inputs, "unpacked", careless)
-    monkeypatch.setattr(bad_inputs, "_HOSTILE", {kind: bad_inputs._HOSTILE[kind]})
-    _, act = bad_inputs._archive(random.Random(0), tmp_path)
-    assert "a hostile archive was unpacked" in bad_inputs._verdict(act, tmp_path)
+    monkeypatch.setattr(checks, "unpacked", careless)
+    monkeypatch.setattr(checks, "_HOSTILE", {kind: checks._HOSTILE[kind]})
+    _, act = checks._archive(random.Random(0), tmp_path)
+    assert "a hostile archive was unpacked" in checks._verdict(act, tmp_path)
