@@ -1,5 +1,6 @@
 """A made-up fork of the original, in its layout, run by --fork: methods, trainers and defaults."""
 
+import importlib
 import json
 import re
 
@@ -41,7 +42,8 @@ def train(folder, fork, method, *words):
 
 
 def notes(fork):
-    return vars(forks.fork_module(fork, "engine.utils"))["NOTES"]
+    package = forks.fork_package(forks.fork_folder(fork).resolve())
+    return vars(importlib.import_module(f"{package}.engine.utils"))["NOTES"]
 
 
 def test_a_fork_trains_its_own_methods_by_its_own_defaults(fork, tmp_path, capsys):

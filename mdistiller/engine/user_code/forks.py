@@ -172,13 +172,6 @@ def import_method(file: Path, place: Path) -> tuple[ModuleType, Mapping[str, Any
     return _import(f"{package}.distillers.{file.stem}", place), _defaults(package, place)
 
 
-def fork_module(folder: Path, name: str) -> ModuleType:
-    """A module of a fork, such as "engine.utils"; the library's where the fork lacks it."""
-    place = fork_folder(folder)
-    assert place is not None
-    return importlib.import_module(f"{fork_package(place.resolve())}.{name}")
-
-
 def is_loaded(name: str) -> bool:
     """Whether a fork has been imported in this process already."""
     return name in LOADED
