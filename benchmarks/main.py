@@ -75,7 +75,8 @@ def step_of(case: Any, form: str) -> Callable[[], None]:
 
 def losses(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row a case."""
-    from mdistiller.cli.support.timing import peak_growth, race
+    from benchmarks.memory import peak_growth
+    from mdistiller.cli.support.timing import race
     from mdistiller.registry import Registry
 
     cases = Registry("loss case")

@@ -28,7 +28,8 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """One row: the loops, the parts, the operations. Printed as tables."""
     from benchmarks.clock import PARTS, Clock, put_on_clock
-    from mdistiller.cli.support.timing import peak_growth, race
+    from benchmarks.memory import peak_growth
+    from mdistiller.cli.support.timing import race
     from mdistiller.registry import UserError
 
     if min(args.steps, args.images) < 1:

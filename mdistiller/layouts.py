@@ -1,9 +1,9 @@
-"""Where a checkpoint file keeps a network's tensors, and under which names.
+"""Layouts of checkpoint files: where the state dict is, and how its keys are named.
 
-Trainers wrap a state dict in other mappings ("state_dict", "net", "MODEL_STATE", ...), save a
-moving average beside it, and put the names of wrappers before its keys ("module.", "model.", ...).
-:func:`find_states` finds the state dicts of a file, :func:`choose_state` takes one of them, and
-:func:`match_keys` gives its tensors the names that a network uses.
+Trainers nest a state dict in other mappings ("state_dict", "net", "MODEL_STATE", ...), save a
+moving average next to it, and prefix its keys by the names of wrappers ("module.", "model.", ...).
+:func:`find_states` finds the state dicts of a file, :func:`choose_state` selects one of them, and
+:func:`match_keys` renames its keys to those of a network.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SHOWN = 6
 
 
 def find_states(contents: object, name: str = "", depth: int = 0) -> dict[str, State]:
-    """The state dicts in what a file holds, by their dotted place; "" is the file itself.
+    """The state dicts in a file's contents, by their dotted path; "" is the file itself.
 
-    A mapping of nothing but tensors is one, and a mapping with more tensors in it than in the
-    mappings below it (:func:`odd_key` then names what does not belong). Optimizers are left out.
+    A mapping is one if it holds only tensors, or more tensors than the mappings nested in it
+    (:func:`odd_key` then names other entries). Optimizer states are left out.
     """
     if not isinstance(contents, Mapping) or depth > _DEEPEST or "param_groups" in contents:
         return {}
@@ -57,18 +57,18 @@ def _has_matrix(state: State) -> bool:
 
 
 def choose_state(states: Mapping[str, State], path: object, key: str = "") -> tuple[str, State]:
-    """One of the state dicts of a file, and its place.
+    """Select one of a file's state dicts; returns it with its path.
 
-    Of several the moving average is taken (but not of a run of this library, which has files of
-    its own for it), else "model" or "state_dict".
+    A moving average is preferred (except in files of this library, which has separate files for
+    it), then "model" or "state_dict".
 
     Args:
-        states: by place; at least one.
+        states: by path; at least one.
         path: for errors.
-        key: the user's choice: a place, the end of one, or that and a prefix of its keys.
+        key: the user's choice: a path, the end of one, or that and a prefix of its keys.
 
     Raises:
-        UserError: the choice does not exist, or there are several and none to prefer.
+        UserError: the choice does not exist, or none of several is preferred.
     """
     if key:
         return key, _at_key(states, path, key)
@@ -87,9 +87,9 @@ def choose_state(states: Mapping[str, State], path: object, key: str = "") -> tu
 def choose_fitting(
     states: Mapping[str, State], path: object, own: State, aliases: Mapping[str, str]
 ) -> tuple[str, State]:
-    """:func:`choose_state` among those that are a network's, or have such a part.
+    """:func:`choose_state` among the state dicts that fit a network, or of which a part does.
 
-    Best are those with its names and shapes, then those with its names.
+    Those with its names and shapes come first, then those with its names.
 
     Args:
         own: the network's state dict; `aliases` as of :func:`match_keys`.
@@ -116,7 +116,7 @@ def _fits(state: State, own: State, exact: bool) -> bool:
 
 
 def is_of_run(state: State) -> bool:
-    """Whether a state dict is that of a distiller: a training checkpoint of a run has it."""
+    """Whether a state dict is a distiller's, as in training checkpoints."""
     return any(str(key).removeprefix("module.").startswith("student.") for key in state)
 
 
@@ -147,15 +147,15 @@ def _names(places: Iterable[str]) -> str:
 def match_keys(
     state: State, own: State | None = None, aliases: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """`state` under the names of a network.
+    """Rename the keys of `state` to those of a network.
 
-    Whatever prefix all keys share goes if more of them are the network's without it; of the state
-    of a distiller the student is taken; "backbone." goes from the keys that have it, if that helps.
-    Counters that the network does not have are left out.
+    A prefix that all keys share is removed if more keys then match the network; from a distiller's
+    state the student is taken; "backbone." is removed from the keys that have it, if more then
+    match. Batch-norm counters that the network does not have are left out.
 
     Args:
-        own: the network's state dict; None to remove the prefixes of wrappers alone.
-        aliases: other names of modules, and the network's for them.
+        own: the network's state dict; None: only remove the prefixes of wrappers.
+        aliases: other names of modules -> the network's names.
     """
     if own is None:
         return _without_wrappers(state)
@@ -172,9 +172,9 @@ def _without_wrappers(state: State) -> dict[str, Tensor]:
 
 
 def _options(state: State) -> Iterator[State]:
-    """`state`, without each prefix that its keys share, of a distiller the student's alone.
+    """Candidates: `state` without each shared prefix; of a distiller only the student.
 
-    Last come those of a body with the prefix "backbone." and a head, with a prefix or without.
+    Last are those of a body with the prefix "backbone." and a head, with or without a prefix.
     """
     yield state
     student, body = _strip_group(state, "student"), _strip_group(state, "backbone")
@@ -190,7 +190,7 @@ def _options(state: State) -> Iterator[State]:
 
 
 def _parts(state: State) -> Iterator[tuple[str, State]]:
-    """The parts of a larger module, by the first words of their keys."""
+    """The submodules' state dicts, by the first words of their keys."""
     if _shared(state):
         for name, part in _parts(_strip_group(state, _shared(state))):
             yield f"{_shared(state)}.{name}", part
@@ -200,7 +200,7 @@ def _parts(state: State) -> Iterator[tuple[str, State]]:
 
 
 def _shared(state: State) -> str:
-    """The first word of all keys, if they share one and more follows it; or ""."""
+    """The first word of all keys, if they share one and more follows; else ""."""
     first = next(iter(state), "").partition(".")[0]
     return first if first and all(key.startswith(f"{first}.") for key in state) else ""
 

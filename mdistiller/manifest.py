@@ -19,11 +19,11 @@ Entry = dict[str, Any]
 
 def sha256(path: Path) -> str:
     """Of a file's contents."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(_BLOCK):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, list[Entry]]:

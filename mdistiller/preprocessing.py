@@ -90,12 +90,14 @@ def read_preprocessing(entry: Any) -> Preprocessing | None:
         wanted = (int, float) if kinds[name] is float else kinds[name]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise ValueError(f"{name} {value!r}")
-    found = Preprocessing(**given, recorded=True)
+    preprocessing = Preprocessing(**given, recorded=True)
     if (
-        found.resize not in ("", "keep", *RESIZE)
-        or found.interpolation not in ("", *INTERPOLATION)
-        or not (found.crop_pct == 0 or 0.1 <= found.crop_pct <= 2)
-        or found.image_size < 0
+        preprocessing.resize not in ("", "keep", *RESIZE)
+        or preprocessing.interpolation not in ("", *INTERPOLATION)
+        or not (preprocessing.crop_pct == 0 or 0.1 <= preprocessing.crop_pct <= 2)
+        or preprocessing.image_size < 0
     ):
-        raise ValueError(found.describe())
-    return replace(found, interpolation="") if found.interpolation == "bilinear" else found
+        raise ValueError(preprocessing.describe())
+    if preprocessing.interpolation == "bilinear":
+        return replace(preprocessing, interpolation="")
+    return preprocessing

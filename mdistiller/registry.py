@@ -92,7 +92,7 @@ class Registry(dict[str, Any]):
             self.config[name] = config
 
     def __missing__(self, name: str) -> Any:
-        known = ", ".join(sorted(self, key=str.casefold))
+        names = ", ".join(sorted(self, key=str.casefold))
         raise UnknownNameError(
-            f"unknown {self.kind} {name!r}{suggest(str(name), self)} (known: {known})"
+            f"unknown {self.kind} {name!r}{suggest(str(name), self)} (known: {names})"
         )

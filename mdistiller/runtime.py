@@ -116,11 +116,11 @@ def world_size() -> int:
 
 
 def side_group() -> dist.ProcessGroup:
-    """A second group of all processes, over gloo: for waits and words outside the training steps.
+    """A second group of all processes, over gloo, for barriers and objects between training steps.
 
-    It has its own patience: what takes the first process hours (counting shards, a teacher that
-    another run trains) must not look like a process that hangs. Nothing of it waits for a GPU. All
-    processes have to ask for it first at the same point.
+    Its timeout is days, since the first process may work for hours (counting shards, waiting for a
+    teacher that another run trains). It never waits for a GPU. Its first call creates it, so all
+    processes must make that call at the same point.
     """
     import torch.distributed as dist
 
@@ -133,22 +133,31 @@ def side_group() -> dist.ProcessGroup:
 _side: dict[str, Any] = {}
 
 
-def wait_for_all() -> None:
-    """Wait until all processes are here, for days if need be."""
+def barrier(seconds: float | None = None) -> None:
+    """Wait until all processes have reached this call; return at once without a process group.
+
+    Args:
+        seconds: how long to wait; None allows days, for what only the first process does (a
+            download, a teacher that another run trains).
+
+    Raises:
+        RuntimeError: a process failed, or has not arrived after `seconds`.
+    """
     if distributed():
         import torch.distributed as dist
 
-        dist.barrier(group=side_group())
+        timeout = LONGEST if seconds is None else datetime.timedelta(seconds=seconds)
+        dist.monitored_barrier(side_group(), timeout=timeout)
 
 
 @contextlib.contextmanager
-def first_on_machine() -> Iterator[None]:
-    """Let one process of each machine go first, to leave files for the others."""
+def local_rank_zero_first() -> Iterator[None]:
+    """Run the block in one process of each machine first, which leaves files for the others."""
     if local_rank() != 0:
-        wait_for_all()
+        barrier()
     yield
     if local_rank() == 0:
-        wait_for_all()
+        barrier()
 
 
 def local_rank() -> int:

@@ -1,4 +1,4 @@
-"""Reading of files that hold weights: clear errors, and no code of theirs is run."""
+"""Read files of weights, without running code from them, and load them into networks."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ FEATURES_ONLY = "it serves as a teacher of methods that read features alone (doc
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """The contents of a checkpoint file, on the CPU; only tensors and plain values are read.
+    """Load a checkpoint file to the CPU; only tensors and plain values are read.
 
     Files of the original library, which hold numpy scalars, are read as well. A safetensors file
-    gives `{"model": state}`, and with it "norm" if its metadata say `mean` and `std`, and "data" if
-    they say `classes` or `preprocessing`.
+    gives `{"model": state}`, with "norm" if its metadata have `mean` and `std`, and "data" if they
+    have `classes` or `preprocessing`.
 
     Raises:
-        UserError: the file is missing, truncated, not what the manifest of its run lists, or holds
-            something else.
+        UserError: the file is missing, truncated, not the one that its run's manifest lists, or not
+            a checkpoint.
     """
     path, _ = split_key(path)
     if (path / ".metadata").is_file():
@@ -97,11 +97,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 class RefusedError(UserError):
-    """A checkpoint that would have to run code to be read."""
+    """A checkpoint that cannot be read without running code from it."""
 
 
 def _refuse_bomb(path: Path) -> None:
-    """Refuse a zip file that would unpack to far more than it is: torch.save compresses nothing."""
+    """Refuse a zip bomb: torch.save does not compress, so the contents fit the file's size."""
     try:
         with zipfile.ZipFile(path) as file:
             total = sum(info.file_size for info in file.infolist())
@@ -114,7 +114,7 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _refuse_shards(path: Path) -> None:
-    """Refuse a file of DTensors, which torch reads or not by what the program has imported."""
+    """Refuse a file of DTensors, which torch can read only if certain modules are imported."""
     try:
         with zipfile.ZipFile(path) as file:
             names = [name for name in file.namelist() if name.endswith("/data.pkl")]
@@ -140,7 +140,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             facts = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no safetensors file") from error
+        raise UserError(f"checkpoint {path} is damaged or not a safetensors file") from error
     contents: dict[str, Any] = {"model": state}
     if {"mean", "std"} <= facts.keys():
         contents["norm"] = [_json_or_text(facts[key]) for key in ("mean", "std")]
@@ -158,7 +158,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def _safe_globals() -> list[Any]:
-    """What files of the original hold beside tensors and only keeps values, running nothing.
+    """The classes in files of the original that are safe to unpickle: they only hold values.
 
     Numpy's numbers, under two module names, and the options of a command line.
     """
@@ -171,17 +171,17 @@ def _safe_globals() -> list[Any]:
 def network_state(
     contents: Any, path: str | os.PathLike[str], net: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """The state dict of one network in what a checkpoint file holds, at any depth.
+    """Find the state dict of one network in a checkpoint's contents, at any depth.
 
-    Where there are several, the choice is printed; see :mod:`mdistiller.layouts` for which is taken
-    and how its keys become those of `net`.
+    If there are several, the choice is printed; see :mod:`mdistiller.layouts` for the choice and
+    for how keys are renamed to those of `net`.
 
     Args:
         path: for errors; FILE:KEY chooses one of several.
-        net: the network that it is for, if known.
+        net: the network to load it into, if known.
 
     Raises:
-        UserError: there are no weights, or several networks' and none to prefer.
+        UserError: there are no weights, or those of several networks without a preferred one.
     """
     file, key = split_key(path)
     states = find_states(contents)
@@ -198,12 +198,12 @@ def network_state(
             f"checkpoint {file} is not a plain state dict: {_odd_key(states[odd[0]])} is not a "
             "named tensor"
         )
-    own = None if net is None else net.state_dict()
+    expected = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
-    if key or own is None:
+    if key or expected is None:
         place, state = choose_state(plain, file, key)
     else:
-        place, state = choose_fitting(plain, file, own, aliases)
+        place, state = choose_fitting(plain, file, expected, aliases)
     others = [other or "the file itself" for other in states if other != place]
     if others and not key and not is_of_run(state) and rank() == 0:
         print(
@@ -211,17 +211,17 @@ def network_state(
             f"({', '.join(others)})",
             flush=True,
         )
-    return match_keys(state, own, aliases)
+    return match_keys(state, expected, aliases)
 
 
 def _odd_key(state: Mapping[Any, Any]) -> str:
-    """The first key, as text, that is not text or has no plain tensor; "" without one."""
+    """The first key, as text, that is not a string or has no plain tensor; "" without one."""
     odd = (k for k, v in state.items() if not (isinstance(k, str) and _is_dense(v)))
     return next((repr(str(k)[:80]) for k in odd), "")
 
 
 def not_finite(state: State, own: State) -> str:
-    """What is NaN or infinite in `state` where a fresh network's `own` is not; "" if nothing is."""
+    """Which tensor of `state` has NaN or Inf where that of a new network is finite; "" if none."""
     bad = [
         key
         for key, value in state.items()
@@ -240,7 +240,7 @@ def _is_dense(value: Any) -> bool:
 
 
 def strip_prefix(state: State, prefix: str) -> dict[str, Tensor]:
-    """`state` without `prefix` before its keys, if all of them have it."""
+    """Remove `prefix` from the keys of `state`, if all of them have it."""
     if all(key.startswith(prefix) for key in state):
         return {key[len(prefix) :]: value for key, value in state.items()}
     return dict(state)
@@ -252,22 +252,22 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     Batch-norm counters, which very old files lack, may be missing.
 
     Args:
-        what: how to call the file and the network in the error.
+        what: name of file and network in the error.
     """
-    own = net.state_dict()
-    counters = {key for key in own if key.endswith("num_batches_tracked")}
-    missing = [key for key in own if key not in state and key not in counters]
-    extra = [key for key in state if key not in own]
+    expected = net.state_dict()
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = [key for key in expected if key not in state and key not in counters]
+    extra = [key for key in state if key not in expected]
     shapes = [
-        f"{key} is {list(state[key].shape)}, want {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
     ]
     kinds = [
         f"{key} is {state[key].dtype}".replace("torch.", "")
-        for key in own
+        for key in expected
         if key in state
-        and own[key].is_floating_point()
+        and expected[key].is_floating_point()
         and state[key].ndim
         and not state[key].is_floating_point()
     ]
@@ -283,23 +283,23 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     ]
     if problems:
         raise UserError(f"{what} do not fit together: {'; '.join(problems)}")
-    fitting = OrderedDict({**{key: own[key] for key in counters}, **state})
+    fitting = OrderedDict({**{key: expected[key] for key in counters}, **state})
     # Some layers (of MNASNet) refuse a state without its version.
-    fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+    fitting._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
     net.load_state_dict(fitting)
 
 
 def with_own_head(net: Any, state: State, headless: bool = False) -> dict[str, Tensor]:
-    """`state` with the classifier of `net`, a StagedNet, in place of one for other classes.
+    """Replace a classifier for other classes in `state` by that of `net`, a StagedNet.
 
     Args:
-        headless: add the classifier also where `state` lacks it.
+        headless: add the classifier also if `state` has none.
     """
-    own = head_state(net)
-    if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in own.items()):
-        return {**state, **own}
-    if headless and not own.keys() & state.keys():
-        return {**state, **own}
+    head = head_state(net)
+    if any(k in state and state[k].shape[:1] != v.shape[:1] for k, v in head.items()):
+        return {**state, **head}
+    if headless and not head.keys() & state.keys():
+        return {**state, **head}
     return dict(state)
 
 
@@ -312,10 +312,10 @@ def head_state(net: Any) -> dict[str, Tensor]:
 def _refuse_other_head(
     net: Any, state: State, path: str | os.PathLike[str], name: str, num_classes: int | None
 ) -> None:
-    """Refuse weights that differ in the classifier alone, as such; arguments of load_network."""
-    own = net.state_dict()
-    differ = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    head = [k for k in list(own)[-2:] if k in state and state[k].ndim]
+    """The errors for weights that differ in the classifier alone; arguments as of load_network."""
+    expected = net.state_dict()
+    differ = [k for k, v in expected.items() if k not in state or state[k].shape != v.shape]
+    head = [k for k in list(expected)[-2:] if k in state and state[k].ndim]
     if num_classes and differ and set(differ) <= set(head):
         raise UserError(
             f"checkpoint {path} is of a {name} for {state[head[-1]].shape[0]} classes, "
@@ -339,22 +339,21 @@ def load_network(
 ) -> dict[str, Any]:
     """Load the weights of one network from a file.
 
-    A student may have been trained with another head: the network takes on what the file holds of
-    it, if it can (`accept_neck`). A network whose positions or names differ from the file's may
-    change them (`adapt_state`).
+    A student may have been trained with a neck (SimKD): the network adopts it if it can
+    (`accept_neck`). A network may convert the file's position embeddings or names (`adapt_state`).
 
     Args:
         net: the network, a StagedNet or any other module.
         path: a file, or FILE:KEY for one of several networks in it.
         name: the network's name, for errors.
-        num_classes: classes of the data, to tell a wrong class count from a wrong architecture.
-        new_head: keep the network's classifier where the file's is for other classes.
-        headless: keep it also where the file lacks it.
-        diverged: print a warning where weights are NaN or infinite, instead of refusing them.
+        num_classes: of the data, so that errors can tell a wrong class count from a wrong network.
+        new_head: keep the network's classifier if the file's is for other classes.
+        headless: keep it also if the file has none.
+        diverged: accept weights with NaN or Inf after a printed warning.
 
     Returns:
-        What the file says beside weights, None where it does not: "norm", the [mean, std] that the
-        network's images are normalised with; "data", of the data it was trained on.
+        The file's metadata, None where missing: "norm", the [mean, std] by which the network's
+        images are normalised; "data", facts about its training data.
     """
     contents = load_checkpoint(path)
     state = network_state(contents, path, net)
@@ -370,9 +369,11 @@ def load_network(
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)
-    own = net.state_dict()
+    expected = net.state_dict()
     adapt = getattr(net, "adapt_state", None)
-    if adapt is not None and any(k not in state or state[k].shape != own[k].shape for k in own):
+    if adapt is not None and any(
+        k not in state or state[k].shape != expected[k].shape for k in expected
+    ):
         state = adapt(state)
     _refuse_other_head(net, state, path, name, num_classes)
     load_state(net, state, f"checkpoint {path} and network {name}")
@@ -380,15 +381,15 @@ def load_network(
 
 
 def recorded_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint file records beside weights, as :func:`load_network` returns it."""
+    """The metadata of a checkpoint file, as :func:`load_network` returns it."""
     return stated(load_checkpoint(path), path)
 
 
 def stated(contents: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the contents of a file say beside weights, see :func:`load_network`.
+    """The metadata in a checkpoint's contents, see :func:`load_network`.
 
-    They say it of "model", in a checkpoint of a run of its student: not of another network there
-    that FILE:KEY names.
+    The metadata describe "model", or the student in a run's checkpoint, not another network that
+    FILE:KEY names.
     """
     recorded = isinstance(contents, Mapping) and "model" in contents
     recorded = recorded and split_key(path)[1].rpartition(".")[2] in ("", "model", "student")

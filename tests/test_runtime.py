@@ -20,10 +20,13 @@ def page_faults(tensors):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory")
 def test_commands_keep_freed_memory():
-    """64 MB are 16,384 pages, which each tensor would take anew."""
+    """64 MB are 16,384 pages, which each tensor would take anew.
+
+    The heap grows until it has a gap of that size between the blocks that stay, so not at once.
+    """
     assert guarded(lambda: None) == 0
-    page_faults(2)
-    assert page_faults(8) < 16_384
+    page_faults(16)
+    assert page_faults(8) < 4 * 16_384
 
 
 def test_a_user_s_own_settings_of_the_allocator_hold(monkeypatch):

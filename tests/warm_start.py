@@ -54,7 +54,7 @@ class Server:
         atexit.register(self.process.kill)
 
     def run(self, script, environment, cwd=None, processes=0, timeout=TIMEOUT):
-        """Run a script as `subprocess.run` would, or as so many processes of one training.
+        """Run a script as `subprocess.run` would, or as several processes of one training.
 
         Of several, the output is that of all, and the code that of the first to fail.
 

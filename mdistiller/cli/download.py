@@ -84,15 +84,15 @@ def releases() -> Registry:
     from mdistiller.models import get_model_entry, zoo_names
     from mdistiller.models.released import TORCHVISION
 
-    usual, found = project_root() / "download_ckpts", Registry("released network")
+    usual, networks = project_root() / "download_ckpts", Registry("released network")
     for zoo in DATA:
         for name in zoo_names(zoo):
             checkpoint = get_model_entry(name, zoo).checkpoint
             if checkpoint:
                 inside = checkpoint.startswith(TORCHVISION)
                 file = "" if inside else Path(checkpoint).relative_to(usual).as_posix()
-                found.add(f"{zoo}/{name}", Release(zoo, name, checkpoint, file))
-    return found
+                networks.add(f"{zoo}/{name}", Release(zoo, name, checkpoint, file))
+    return networks
 
 
 def chosen(names: list[str], known: Registry) -> list[Release]:
@@ -198,27 +198,27 @@ def _mirrors(source: str, file: str) -> bool:
 def _from_archive(release: Release, store: Store, source: str) -> None:
     """Fetch the archive that has a release, and put all files of its folder in place."""
     archive, top = store.path(release.archive), release.file.split("/")[0]
-    known = store.recorded().get(release.archive, {})
+    recorded = store.recorded().get(release.archive, {})
     fetch(
         address(source, release.archive),
         archive,
         release.archive,
-        sha256=known.get("sha256", ""),
-        size=known.get("size"),
+        sha256=recorded.get("sha256", ""),
+        size=recorded.get("size"),
     )
     limits = Limits(bytes=4 * 10**9, files=1000)
     with (
-        contextlib.nullcontext() if known else _undone(archive),
+        contextlib.nullcontext() if recorded else _undone(archive),
         unpacked(archive, store.folder, release.archive, limits) as folder,
     ):
         inside = folder / top if (folder / top).is_dir() else folder
-        found = {
+        members = {
             f"{top}/{f.relative_to(inside).as_posix()}": f for f in inside.rglob("*") if f.is_file()
         }
-        if release.file not in found:
+        if release.file not in members:
             raise UserError(f"{release.archive} of {source} does not contain {release.file}")
-        check_network(release, found[release.file])
-        for name, file in found.items():
+        check_network(release, members[release.file])
+        for name, file in members.items():
             if not store.path(name).exists():
                 store.check(name, file)
                 move_in(file, store.path(name))
@@ -250,19 +250,19 @@ def verify(release: Release, path: Path) -> None:
     if not any((root / sign).exists() for sign in signs):
         print(f"  not evaluated: {dataset} is not in {root}")
         return
-    (found,) = eval_command.evaluate(
+    (evaluation,) = eval_command.evaluate(
         eval_command.parser().parse_args(["-m", release.name, "-c", str(path), "-d", dataset])
     )
-    own, known = found.quality.top1, published_accuracy(release, dataset)
-    if known is None:
+    measured, published = evaluation.quality.top1, published_accuracy(release, dataset)
+    if published is None:
         print("  no accuracy is published for it")
-    elif abs(own - known) > TOLERANCE:
+    elif abs(measured - published) > TOLERANCE:
         raise UserError(
-            f"{release.zoo}/{release.name} has {own:.2f} % on {dataset}, published are "
-            f"{known:.2f} %: {path} or the data set in {root} is another one"
+            f"{release.zoo}/{release.name} has {measured:.2f} % on {dataset}, published are "
+            f"{published:.2f} %: {path} or the data set in {root} is another one"
         )
     else:
-        print(f"  as published: {known:.2f} %")
+        print(f"  as published: {published:.2f} %")
 
 
 def published_accuracy(release: Release, dataset: str) -> float | None:
@@ -292,11 +292,11 @@ def show(known: Registry, store: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List, or fetch and check."""
-    known = releases()
+    available = releases()
     folder = args.to or project_root() / "download_ckpts"
-    wanted = chosen(args.names, known)
+    wanted = chosen(args.names, available)
     if args.list or not wanted:
-        return show(known, folder)
+        return show(available, folder)
     store = Store(folder)
     for release in wanted:
         path = get(release, store, args.source)

@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     from mdistiller.evaluation.evaluate import evaluate
 
     test = given.test
-    found = evaluate(
+    evaluations = evaluate(
         given.subjects,
         test.loader,
         test.num_classes,
@@ -55,9 +55,9 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         given.teachers,
         args.features,
     )
-    check_teachers(found, given.subjects, given.recorded)
+    check_teachers(evaluations, given.subjects, given.recorded)
     teachers = distinct(given.teachers)
-    for one in found:
+    for one in evaluations:
         quality = one.quality
         print(
             log_msg(
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
                 "EVAL",
             )
         )
-    print(f"\n{tables.markdown(found, test.classes)}")
+    print(f"\n{tables.markdown(evaluations, test.classes)}")
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
@@ -74,12 +74,12 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         "own_teacher_of": [str(run) for run in given.recorded],
     }
     if args.json:
-        args.json.write_text(tables.json_text(facts, found))
+        args.json.write_text(tables.json_text(facts, evaluations))
     if args.csv:
-        args.csv.write_text(tables.csv_text(found))
+        args.csv.write_text(tables.csv_text(evaluations))
     if args.confusion:
-        args.confusion.write_text(tables.confusion_text(found, test.classes))
-    return found
+        args.confusion.write_text(tables.confusion_text(evaluations, test.classes))
+    return evaluations
 
 
 def main(argv: list[str] | None = None) -> int:

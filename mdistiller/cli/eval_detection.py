@@ -129,10 +129,10 @@ def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
 
 
 def _with(node: Config, weights: str) -> Config:
-    own = node.clone()
-    own.defrost()
-    own.WEIGHTS, own.NEW_HEAD = weights, False
-    return own
+    student = node.clone()
+    student.defrost()
+    student.WEIGHTS, student.NEW_HEAD = weights, False
+    return student
 
 
 def _has_masks(node: Config) -> bool:
@@ -159,9 +159,9 @@ def _measure(
     subject.numbers = evaluator.summarize()
     subject.curves = evaluator.curves
     if results:
-        found = evaluator.gather()
+        gathered = evaluator.gather()
         if is_main_process():
-            evaluator.save(results, found)
+            evaluator.save(results, gathered)
     if is_main_process():
         masks_too = f"  mask AP {subject.numbers['segm/AP']:.2f}" if masks else ""
         text = (

@@ -105,10 +105,10 @@ def find_student(args: argparse.Namespace) -> Student:
     cfg = load_config(args.cfg, [*dataset, *args.opts], args.imports)
     if args.num_classes is None and not named:
         raise UserError("-m needs -d, the data set it was trained on, or --num-classes")
-    known = data_spec(cfg)
+    source = data_spec(cfg)
     side = args.image_size
     if side is None and args.num_classes is not None:
-        side = known.side or recorded_side(cfg, args.model, args.ckpt) or SIZES[known.zoo]
+        side = source.side or recorded_side(cfg, args.model, args.ckpt) or SIZES[source.zoo]
     return from_checkpoint(cfg, args.model, args.ckpt, args.num_classes, side or 0, named)
 
 
@@ -137,11 +137,11 @@ def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str
 
     machine = surroundings("cpu")
     words = f"{machine['hardware']} (CPU, threads: {machine['threads']})"
-    found = [row for batch in BATCHES for row in latencies(student, files, batch, "cpu")]
+    timings = [row for batch in BATCHES for row in latencies(student, files, batch, "cpu")]
     if torch.cuda.is_available():
         words += f" and {surroundings('cuda')['hardware']} (CUDA)"
-        found += [row for batch in BATCHES for row in latencies(student, [], batch, "cuda")]
-    return found, f"{words}, torch {machine['torch']}"
+        timings += [row for batch in BATCHES for row in latencies(student, [], batch, "cuda")]
+    return timings, f"{words}, torch {machine['torch']}"
 
 
 def latencies(

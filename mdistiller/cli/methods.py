@@ -222,13 +222,13 @@ def feature_only() -> str:
     """Which methods need no classifier of the teacher."""
     from mdistiller.distillers import distiller_dict
 
-    found = sorted(
+    sizes = sorted(
         f"`{name}`"
         for name, method in distiller_dict.items()
         if method.uses_teacher and not method.needs_teacher_classifier
     )
     return (
-        f"For {', '.join(found)} and sums of these the teacher's weights may be for other classes, "
+        f"For {', '.join(sizes)} and sums of these the teacher's weights may be for other classes, "
         "or have no classifier: they read its features alone.\n"
     )
 

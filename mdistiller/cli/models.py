@@ -67,12 +67,12 @@ def chosen(patterns: list[str], zoo: str) -> list[str]:
             names.append(pattern)
             continue
         library, slash, _ = pattern.partition("/")
-        known = library_names(library) if slash else zoo_names(zoo)
-        found = fnmatch.filter(known, pattern)
-        if not found:
+        available = library_names(library) if slash else zoo_names(zoo)
+        matching = fnmatch.filter(available, pattern)
+        if not matching:
             owner = library if slash else f"the {zoo} zoo"
             raise UserError(f"no network of {owner} matches {pattern!r}")
-        names += found
+        names += matching
     return list(dict.fromkeys(names))
 
 
@@ -87,15 +87,15 @@ def show(args: argparse.Namespace) -> None:
     rows: list[list[object]] = []
     for name in tqdm(names, disable=None):
         try:
-            found = facts(name, args.zoo, size, classes)
+            row = facts(name, args.zoo, size, classes)
         except UserError as error:
             if name in args.names:
                 raise
             rows.append([name, f"refused: {error}", *[""] * (len(COLUMNS) - 2)])
             continue
-        stem, *stages = (by(shape) for shape in (found["stem"], *found["stages"]))
-        counts = f"{found['parameters']:,}", f"{found['flops'] / 1e6:,.1f}"
-        rows.append([name, *counts, stem, " ".join(stages), found["embedding"]])
+        stem, *stages = (by(shape) for shape in (row["stem"], *row["stages"]))
+        counts = f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}"
+        rows.append([name, *counts, stem, " ".join(stages), row["embedding"]])
     print(markdown_table(COLUMNS, rows))
 
 

@@ -57,19 +57,19 @@ def report(args: argparse.Namespace) -> None:
 
     if args.reach is not None and not 0 < args.reach <= 100:
         raise UserError(f"--reach must be above 0 and at most 100, got {args.reach:g}")
-    found = build_report(
+    report = build_report(
         args.runs, args.baseline, args.metric, args.reach, args.title, args.evaluation
     )
     texts = {
-        args.md: lambda: markdown(found),
-        args.csv: lambda: csv_table(found.numbers),
-        args.html: lambda: page(found),
+        args.md: lambda: markdown(report),
+        args.csv: lambda: csv_table(report.numbers),
+        args.html: lambda: page(report),
     }
     files = {file: text for file, text in texts.items() if file is not None}
     for file, text in files.items():
         write(file, text())
     if not files:
-        print(markdown(found), end="")
+        print(markdown(report), end="")
 
 
 def main(argv: list[str] | None = None) -> int:

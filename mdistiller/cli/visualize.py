@@ -72,8 +72,8 @@ def _picture(args: argparse.Namespace) -> Figure:
     teachers = distinct(given.teachers)
     if given.recorded:
         loader, classes = given.test.loader, given.test.num_classes
-        found = evaluate(given.subjects, loader, classes, given.device, given.teachers)
-        check_teachers(found, given.subjects, given.recorded)
+        evaluations = evaluate(given.subjects, loader, classes, given.device, given.teachers)
+        check_teachers(evaluations, given.subjects, given.recorded)
     if len(teachers) > 1:
         names = " and ".join(one.source.label for one in teachers[:2])
         print(log_msg(f"several teachers ({names}), none is shown: name one by --teacher"))

@@ -1,4 +1,4 @@
-"""Object detection: Faster and Mask R-CNN distilled on COCO-format data, on torchvision's parts."""
+"""Object detection: Faster and Mask R-CNN of torchvision, distilled on COCO-format data."""
 
 from mdistiller.engine.tasks import TASKS, Task
 

@@ -1,4 +1,4 @@
-"""Batches of a detection set: endless and shuffled for training, in order for validation."""
+"""Loaders of detection: endless and shuffled for training, in order for validation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _CollatedBatch:
 
 @dataclass
 class _BatchBuilder:
-    """Reads and collates batches; runs in the workers."""
+    """Reads and collates batches in the workers."""
 
     dataset: CocoDetectionSet
 
@@ -67,7 +67,7 @@ class _Batches:
         batch_size: of each process.
         device: where batches go.
         num_workers: processes that read images; 0: the main process reads.
-        timeout: seconds to wait for one; 0: for ever.
+        timeout: seconds to wait for a worker; 0: for ever.
         rank, world_size: as torch.distributed says by default.
     """
 
@@ -89,7 +89,7 @@ class _Batches:
         )
 
     def close(self) -> None:
-        """End the processes that read; another iteration starts new ones."""
+        """End the worker processes; another iteration starts new ones."""
         self._workers.close()
 
 
@@ -132,7 +132,8 @@ class TrainBatches(_Batches):
             yield made.batch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: what follows is the same after loading them, also into other processes."""
+        """The position as plain values; loading it reproduces the following batches, in any
+        process."""
         return {**self.requests.state, **self._facts()}
 
     def _facts(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The configuration of a detection run: `load_config`, and the defaults that are its own.
+"""The config of a detection run: `load_config`, and defaults that differ from classification.
 
 Sections EXPERIMENT, LOG and SOLVER are those of classification as far as they mean the same;
 SOLVER counts iterations (optimizer steps) where classification counts epochs. An "epoch" of logs
@@ -102,7 +102,7 @@ def load_config(
 
 
 def check(cfg: Config) -> None:
-    """Refuse values of the right type that detection cannot use."""
+    """Refuse invalid values of the right type."""
     solver = cfg.SOLVER
     for key, low in {"MAX_ITER": 1, "EVAL_PERIOD": 1, "WARMUP_ITERS": 0}.items():
         if solver[key] < low:

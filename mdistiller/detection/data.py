@@ -1,6 +1,6 @@
-"""The data of a detection run: config keys, the two sets and their batches.
+"""Data of a detection run: config keys, training and validation set, loaders.
 
-Keys that mean what they mean elsewhere are read where they are: SOLVER.BATCH_SIZE (images of each
+Keys with the same meaning as in classification keep their place: SOLVER.BATCH_SIZE (images of each
 process), EXPERIMENT.SEED, DATASET.NUM_WORKERS, DATASET.WORKER_TIMEOUT and DATASET.SKIP_CORRUPT.
 """
 
@@ -49,7 +49,7 @@ DATA: dict[str, Any] = {
 def build_set(cfg: Any, split: str, masks: bool | None = None) -> CocoDetectionSet:
     """The training ("TRAIN") or validation ("VAL") set of a config.
 
-    In validation no image is left out: that would change the average precision.
+    No image of the validation set is left out: that would change the average precision.
 
     Args:
         masks: whether objects need masks; by default, if the student has them.
@@ -72,7 +72,7 @@ def build_set(cfg: Any, split: str, masks: bool | None = None) -> CocoDetectionS
 
 
 def check_keys(node: Any) -> None:
-    """Refuse values of DETECTION.DATA that cannot be meant."""
+    """Refuse invalid values of DETECTION.DATA."""
     for key in ("MAX_SIZE", "TEST_MIN_SIZE", "TEST_BATCH_SIZE"):
         if node[key] < 1:
             raise UserError(f"DETECTION.DATA.{key} {node[key]} must be at least 1")
@@ -93,7 +93,7 @@ def _resolve(text: str) -> Path:
 
 
 def check_same_classes(train: CocoDetectionSet, val: CocoDetectionSet) -> None:
-    """Refuse training and validation sets whose labels mean different things."""
+    """Refuse training and validation sets with different classes."""
     one, other = (data.annotations.categories for data in (train, val))
     differ = [number for number in {**one, **other} if one.get(number) != other.get(number)]
     if differ:
@@ -127,10 +127,10 @@ def val_loader(
     """Validation batches of a config; `.dataset` is the set. Their targets have no masks.
 
     Args:
-        masks: whether objects need masks, to measure those of a detector; see :func:`build_set`.
+        masks: whether objects need masks, for mask AP; see :func:`build_set`.
 
     Raises:
-        UserError: also if what measures them later, DETECTION.EVALUATOR, is not installed.
+        UserError: also if the package of DETECTION.EVALUATOR is not installed.
     """
     node = cfg.DETECTION.DATA
     coco_api(cfg.DETECTION.EVALUATOR)

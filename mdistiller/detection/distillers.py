@@ -1,4 +1,4 @@
-"""A detector and its teacher, trained as one module.
+"""The distiller of detection: a student detector, its teacher, and the methods' losses.
 
     losses = the detector's own + the term of each method of DISTILLER.TYPE
 
@@ -31,10 +31,9 @@ from mdistiller.registry import UserError
 
 
 class DetectionDistiller(Distiller):
-    """A detector that is trained, alone or under a teacher.
+    """A student detector, trained alone or with a teacher.
 
-    The teacher is not a child of this module: it is in no state dict, is not wrapped for several
-    processes, and `.to()` does not move it.
+    The teacher is not a child module: state dicts, DistributedDataParallel and `.to()` skip it.
 
     Args:
         student: the detector to train.
@@ -46,7 +45,7 @@ class DetectionDistiller(Distiller):
         methods: by name.
 
     Raises:
-        UserError: a method cannot join the two.
+        UserError: a method cannot distil this pair.
     """
 
     student: Detector
@@ -93,14 +92,14 @@ class DetectionDistiller(Distiller):
         return list(zip(self.methods, self.parts, strict=True))
 
     def try_methods(self) -> None:
-        """Try each method on made-up outputs: what it lacks is an error before the first step."""
+        """Try each method on random outputs, so that unsuitable ones fail before the first step."""
         for name, part in self.named_methods():
             try_method(name, part, self.images)
 
     def forward_train(  # type: ignore[override]  # images are of different sizes: lists
         self, images: list[Tensor], targets: list[dict[str, Tensor]], epoch: int = 1
     ) -> tuple[None, Losses]:
-        """None, and the terms of the objective.
+        """Returns None and the losses by name.
 
         Args:
             images: each [3, H, W] in [0, 1], RGB, resized already.
@@ -137,11 +136,11 @@ class DetectionDistiller(Distiller):
         """
         losses = {}
         for name, part in self.named_methods():
-            own, other = (
+            student_output, teacher_output = (
                 part.standardized(Output(logits.float(), cast(DetectorView, net).features(maps)))
                 for net, (logits, maps) in ((part.student, student), (part.teacher, teacher))
             )
-            loss = part.distill(own, other, labels, epoch=epoch)
+            loss = part.distill(student_output, teacher_output, labels, epoch=epoch)
             settings = DETECTOR_SETTINGS.get(name)
             losses[settings.loss if settings else f"loss_{name.lower()}"] = loss.mean()
             self.metrics |= part.metrics
@@ -195,9 +194,9 @@ class DetectionDistiller(Distiller):
         """Groups of the methods' own parameters that have more settings than "params"."""
         special = []
         for part in self.parts:
-            own = {id(p) for p in part.extra_parameters()}
+            extra = {id(p) for p in part.extra_parameters()}
             for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in own]
+                params = [p for p in group["params"] if id(p) in extra]
                 if params and group.keys() != {"params"}:
                     special.append({**group, "params": params})
         return special

@@ -1,4 +1,4 @@
-"""Which distillation methods a detector can learn by, and how they are built for one.
+"""Distillation methods for detectors: which are suitable, and how they are built.
 
 DISTILLER.TYPE takes any method of `mdistiller.distillers` that reads class logits or feature maps,
 or several joined by "+". A method gets (:class:`DetectorView`):
@@ -8,8 +8,8 @@ or several joined by "+". A method gets (:class:`DetectorView`):
     feats   the pyramid's maps [N, C, H, W], shallow to deep, the first of them twice: methods leave
             out or number as 0 what classification networks have there, the stem's output
 
-Its settings are in its own section, as in classification. Four methods are published for detectors
-with settings of their own; these are in DETECTION.<NAME> (:data:`DETECTOR_SETTINGS`).
+A method's settings are in its own section, as in classification. Four methods are published for
+detectors with other settings, which are in DETECTION.<NAME> (:data:`DETECTOR_SETTINGS`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class DetectorSettings(NamedTuple):
 
     Attributes:
         config: defaults of DETECTION.<NAME>.
-        translate: the method's own keys, from that node.
-        loss: name of its term.
+        translate: from that node to the method's own keys.
+        loss: name of its loss term.
     """
 
     config: dict[str, Any]
@@ -95,7 +95,7 @@ without a pass over images, and its map is P5."""
 
 
 class DetectorView(nn.Module):
-    """A detector as the classification network that methods take it for when they are built.
+    """A detector seen as a classification network, as methods need it when they are built.
 
     Args:
         detector: the network itself, not a copy.
@@ -110,12 +110,12 @@ class DetectorView(nn.Module):
         self.names = [LEVELS[name] for name in LEVELS if name in levels]  # shallow to deep
 
     def classifier(self) -> nn.Module:
-        """The layer that makes class logits of a region's features."""
+        """The linear layer from a region's features to class logits."""
         layer: nn.Module = self.detector.roi_heads.box_predictor.cls_score
         return layer
 
     def features(self, maps: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the method finds in `Output.features`; no "feats" without the pyramid P2 to P6."""
+        """The method's `Output.features`; without "feats" if there is no pyramid P2 to P6."""
         if not has_pyramid(self.detector):
             return {}
         chosen = [maps[name] for name in self.names]
@@ -127,7 +127,7 @@ class DetectorView(nn.Module):
         return image.new_zeros(len(image), classes), self.features(self.detector.backbone(image))
 
     def example(self, images: int, regions: int) -> Output:
-        """Random outputs of the right shapes, as if of images of 128 x 128 pixels."""
+        """Random outputs with the shapes for images of 128 x 128 pixels."""
         device = next(self.detector.parameters()).device
         sides = [128 // stride for stride in STRIDES]
         shapes = dict(zip(LEVELS.values(), sides, strict=True))
@@ -138,7 +138,7 @@ class DetectorView(nn.Module):
 
 
 def has_pyramid(detector: Detector) -> bool:
-    """Whether a detector's maps are P2 to P6."""
+    """Whether a detector has the feature maps P2 to P6."""
     return [*detector.backbone.body.return_layers.values(), "pool"] == list(LEVELS.values())
 
 
@@ -160,12 +160,12 @@ def method_names(kind: str) -> list[str]:
 
 
 def unsuitable(name: str, reason: str) -> UserError:
-    """The error for a method that a detector cannot be trained by."""
+    """The error for a method that cannot train a detector."""
     return UserError(f"DISTILLER.TYPE {name} cannot train a detector: {reason}")
 
 
 def _unsuitable(cls: type[Distiller]) -> str:
-    """Why a method does not suit detectors, as far as its class tells; "" if it may."""
+    """Why a method's class does not suit detectors; "" if it may."""
     if not cls.uses_teacher:
         return "it has no teacher"
     if cls.two_views:
@@ -189,12 +189,12 @@ def _unsuitable(cls: type[Distiller]) -> str:
 
 
 def needs_same_classes(name: str) -> bool:
-    """Whether a method compares class logits, so that both networks need the same classes."""
+    """Whether a method compares class logits, so that both networks must have the same classes."""
     return bool(DISTILLERS[name].needs_teacher_classifier)
 
 
 def check_same_classes(student: Detector, teacher: Detector, method: str) -> None:
-    """Refuse to compare logits of different classes."""
+    """Refuse networks with different classes for a method that compares logits."""
     counts = [int(net.facts["num_classes"]) for net in (student, teacher)]
     if counts[0] != counts[1]:
         raise UserError(
@@ -206,7 +206,7 @@ def check_same_classes(student: Detector, teacher: Detector, method: str) -> Non
 
 
 def method_sections() -> dict[str, Any]:
-    """Defaults of the methods' own sections: all but those that DETECTION has."""
+    """Defaults of the methods' own sections, without those that DETECTION replaces."""
     sections = {}
     for name in DISTILLERS:
         if name not in DETECTOR_SETTINGS and name != "NONE":
@@ -231,10 +231,10 @@ def levels_of(cfg: Any, name: str) -> list[str]:
 
 
 def method_config(cfg: Any, name: str) -> Config:
-    """The config that a method is built with: `cfg`, its own section, and classification's keys.
+    """The config to build a method with: `cfg`, its own section, and classification's keys.
 
     Raises:
-        UserError: a weight of the cross-entropy is set, which detectors do not have.
+        UserError: a cross-entropy weight is set, which has no effect for detectors.
     """
     declared = DISTILLERS.config.get(name) or {}
     full = cfg.clone()
@@ -258,9 +258,9 @@ def method_config(cfg: Any, name: str) -> Config:
 
 
 def build_method(name: str, student: Detector, teacher: Detector, cfg: Any) -> Distiller:
-    """A method of the registry over two detectors.
+    """Build a registered method for two detectors.
 
-    Its `student` and `teacher` are views of them and not its children, which are what it adds.
+    Its `student` and `teacher` are views, not child modules; its children are the modules it adds.
 
     Args:
         cfg: of the detection run.
@@ -293,10 +293,10 @@ def build_method(name: str, student: Detector, teacher: Detector, cfg: Any) -> D
 
 
 def try_method(name: str, part: Distiller, images: int) -> None:
-    """Run a copy of a method once on made-up outputs: what it needs shows before the first step.
+    """Run a copy of a method once on random outputs, so that errors show before the first step.
 
     Args:
-        part: of :func:`build_method`, on the networks' device; left as it is.
+        part: of :func:`build_method`, on the networks' device; unchanged.
         images: of a batch.
 
     Raises:
@@ -306,16 +306,19 @@ def try_method(name: str, part: Distiller, images: int) -> None:
     trial = copy.deepcopy(part, {id(view): view for view in views}).train()
     devices = [p.device for p in views[0].parameters() if p.is_cuda][:1]
     with torch.random.fork_rng(devices):
-        own, other = (trial.standardized(view.example(images, 8)) for view in views)
-        target = torch.arange(8, device=own.logits.device) % own.logits.shape[1]
+        student_output, teacher_output = (
+            trial.standardized(view.example(images, 8)) for view in views
+        )
+        logits = student_output.logits
+        target = torch.arange(8, device=logits.device) % logits.shape[1]
         try:
-            trial.distill(own, other, target, epoch=1).mean()
+            trial.distill(student_output, teacher_output, target, epoch=1).mean()
         except Exception as error:  # whatever a user's method raises
             raise _explained(name, error, views) from error
 
 
 def _explained(name: str, error: Exception, views: Sequence[DetectorView]) -> UserError:
-    """The error of a method that cannot be built over, or run on, two detectors."""
+    """The error for a method that cannot be built for, or run on, two detectors."""
     text = (str(error).splitlines() or [""])[0]
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     lacking = [view.detector.facts["arch"] for view in views if not has_pyramid(view.detector)]

@@ -1,4 +1,4 @@
-"""A detection run: from a config to a trained student, by the engine's `train`."""
+"""A detection run: data, networks and trainer from a config, for the engine's `train`."""
 
 from __future__ import annotations
 

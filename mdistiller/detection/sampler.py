@@ -1,8 +1,8 @@
-"""Which images training uses, in which order, size and flip.
+"""Sampling of training images: order, size and flip.
 
-All randomness follows from (seed, position in the endless stream of images) and is drawn in the
-main process, so the number of workers or processes does not change it. A checkpoint has to hold the
-position alone, and the images that wait for others of their orientation.
+All randomness derives from (seed, position in the endless stream of images) and is drawn in the
+main process, so the number of workers or processes does not change it. A checkpoint holds only the
+position and the images that wait for others of their orientation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mdistiller.detection.coco.dataset import View
 
 
 class AspectRatioSampler:
-    """The endless stream of images, cut into global batches of one orientation.
+    """An endless stream of global batches, each of images of one orientation.
 
-    Images come in a new order in every round over the set; those of a batch that is not full yet
-    wait, so every image is used. The same in all processes.
+    Each pass over the set has a new order; images of an incomplete batch wait, so every image is
+    used. The stream is the same in all processes.
 
     Args:
         portrait: of each image, bool [N]; all False: one group.
@@ -72,7 +72,7 @@ class BatchRequests:
     """Endless batch requests for the worker processes, and the state after each batch.
 
     It holds no reference to the workers, which hold one to it: without a reference cycle they end
-    at once when their batches are no longer wanted.
+    as soon as their loader is dropped.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training a detector by the engine's trainer, in epochs of SOLVER.EVAL_PERIOD iterations."""
+"""Train a detector with the engine's trainer, in epochs of SOLVER.EVAL_PERIOD iterations."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class IterationEpochs:
 
     Args:
         batches: the stream.
-        period: micro-batches of an epoch; the last one has the rest of `total`.
+        period: micro-batches of an epoch; the last epoch may be shorter.
         total: micro-batches of a run.
 
     Attributes:
         epoch: the current one, from 1.
-        done: micro-batches of it that were yielded.
+        done: its micro-batches so far.
     """
 
     def __init__(self, batches: TrainBatches, period: int, total: int):
@@ -57,7 +57,7 @@ class IterationEpochs:
 
     @property
     def dataset(self) -> range:
-        """As long as the number of images of the epoch, over all processes."""
+        """A range as long as the epoch's number of images over all processes."""
         return range(len(self) * self.batches.batch_size * world_size())
 
     def set_epoch(self, epoch: int) -> None:
@@ -84,10 +84,10 @@ class IterationEpochs:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the batch that was the last when `state` was taken.
+        """Continue after the last batch before `state` was taken.
 
         Raises:
-            UserError: the epochs had another length, so the position of `state` is unknown.
+            UserError: the epochs had another length, so the position of `state` has no meaning.
         """
         short = state["epoch"] * state["period"] > state["total"] != self.total
         if state["period"] != self.period or short:
@@ -114,8 +114,8 @@ class LoaderState(Hook):
 def build_schedule(optimizer: Optimizer, solver: Any) -> LRScheduler:
     """The learning rate schedule, stepped before every iteration but the first.
 
-    A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up multiplies the
-    rest and does not shift it.
+    A step s of STEPS is the last iteration (from 1) at the old rate. The warm-up scales the
+    schedule and does not shift it.
     """
     parts: list[LRScheduler] = []
     if solver.WARMUP_ITERS:
@@ -137,7 +137,7 @@ _STEP_KEYS = (
 
 @trainer_dict.register("detection")
 class DetectionTrainer(BaseTrainer):
-    """Trains a detector by the sum of its losses and the teacher's terms.
+    """Trains a detector by the sum of its own losses and the methods' terms.
 
     The learning rate changes after every iteration. `best_acc` is the box AP in percent.
     """

@@ -1,4 +1,4 @@
-"""Detections and ground truth drawn on images: one row an image, one panel a network."""
+"""Draw detections and ground truth on images: one row per image, one panel per network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Objects(NamedTuple):
     masks: Tensor | None = None
 
     def only(self, keep: Tensor) -> Objects:
-        """Those for which `keep` [n] is true."""
+        """The objects for which `keep` [n] is true."""
         return Objects(*(None if part is None else part[keep] for part in self))  # type: ignore[arg-type]
 
 
@@ -51,14 +51,14 @@ def draw_detections(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> Figure:
-    """Ground truth and each network's detections in images of a set.
+    """Draw ground truth and each network's detections in images of a set.
 
     Args:
         networks: title and detector of each, on `device`.
         size: shorter and longest side that images are resized to.
         labels: of the classes to show; by default all.
         count: images, drawn by `seed` among those with an object of these classes.
-        threshold: score from which on a detection is shown.
+        threshold: lowest score of a drawn detection.
 
     Raises:
         UserError: no image has an object of these classes.
@@ -111,7 +111,7 @@ def draw(
     names: Sequence[str],
     classes: Sequence[str],
 ) -> Figure:
-    """Objects over images.
+    """Draw objects over images.
 
     Args:
         images: each [3, H, W] in [0, 1].
@@ -161,7 +161,7 @@ def _tinted(mask: Tensor, colour: str) -> np.ndarray:
 
 
 def plain(text: str, longest: int = _LONGEST) -> str:
-    """A name from a file as every font has it: ASCII, one line, not taken for a formula."""
+    """A name from a file as one line of ASCII that matplotlib does not read as a formula."""
     seen = str(text).encode("ascii", "backslashreplace").decode()
     clean = "".join(c if c.isprintable() else " " for c in seen).replace("$", r"\$")
     return clean if len(clean) <= longest else f"{clean[: longest - 3]}..."

@@ -39,7 +39,7 @@ from mdistiller.distillers.helpers.settings import require_one_of, require_posit
 from mdistiller.registry import UserError
 
 MASKS = ("as_coded", "per_item")
-_STRONG_AS_CODED = 3  # as coded, so many temperatures of kd_strong are of the strong view
+_STRONG_AS_CODED = 3  # as coded, the number of kd_strong's temperatures that are of the strong view
 Pair = tuple[Tensor, Tensor]
 
 

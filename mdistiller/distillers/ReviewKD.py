@@ -113,16 +113,16 @@ class ReviewKD(Distiller):
             )
         self.teacher_key = "preact_feats" if "preact_feats" in t_shapes else "feats"
         self.chosen = choose_levels(s_shapes[self.student_key], t_shapes[self.teacher_key])
-        found = self._lists(s_shapes, t_shapes)
-        for key, value in found.items():
+        lists = self._lists(s_shapes, t_shapes)
+        for key, value in lists.items():
             if image_size is not None or "CHANNELS" in key:
                 resolve_setting(f"REVIEWKD.{key}", node[key], DEFAULTS[key], value)
-        mid_channels = node.MID_CHANNELS or min(512, found["IN_CHANNELS"][-1])
+        mid_channels = node.MID_CHANNELS or min(512, lists["IN_CHANNELS"][-1])
         require_positive("REVIEWKD.MID_CHANNELS", mid_channels)
         blocks = [
-            ABF(s, mid_channels, t, fuse=level < len(found["IN_CHANNELS"]) - 1)
+            ABF(s, mid_channels, t, fuse=level < len(lists["IN_CHANNELS"]) - 1)
             for level, (s, t) in enumerate(
-                zip(found["IN_CHANNELS"], found["OUT_CHANNELS"], strict=True)
+                zip(lists["IN_CHANNELS"], lists["OUT_CHANNELS"], strict=True)
             )
         ]
         self.abfs = nn.ModuleList(blocks[::-1])

@@ -108,10 +108,10 @@ def complementary(teacher: Tensor, target: Tensor, consistency: str = "label") -
         target: [N] class indices.
         consistency: "label" or "class", see the module's text.
     """
-    said = teacher.argmax(dim=1)
+    predicted = teacher.argmax(dim=1)
     if consistency == "label":
-        said = said == target[:, None]
-    return said != said[:, :1]
+        predicted = predicted == target[:, None]
+    return predicted != predicted[:, :1]
 
 
 def sdd_loss(

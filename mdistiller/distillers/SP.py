@@ -51,5 +51,5 @@ class SP(Distiller):
         self.feat_loss_weight = cfg.SP.LOSS.FEAT_WEIGHT
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
-        own, other = gather_batch(student["feats"][-1], teacher["feats"][-1])
-        return self.feat_loss_weight * sp_loss([own], [other])
+        s_maps, t_maps = gather_batch(student["feats"][-1], teacher["feats"][-1])
+        return self.feat_loss_weight * sp_loss([s_maps], [t_maps])

@@ -1,8 +1,8 @@
 """DeepKD. Huang et al.: DeepKD: A Deeply Decoupled and Denoised Knowledge Distillation Trainer,
 2025, arXiv 2505.15133.
 
-Three gradients have a momentum buffer each: of the task (TOG), of the distillation of the target
-class (TCG) and of the others (NCG). With m_x = MOMENTUM + DELTA_x, a step is
+Three gradients have separate momentum buffers: of the task (TOG), of the distillation of the target
+class (TCG) and of the other classes (NCG). With m_x = MOMENTUM + DELTA_x, a step is
 
     V_x = m_x V_x + g_x  for x in TOG, TCG, NCG,    w = w - lr (V_TOG + V_TCG + V_NCG)
 
@@ -43,7 +43,7 @@ FORMS = ("coded", "written")
 class ThreeMomenta(KeptGradients):
     """SGD with separate momentum for the task in `.grad` and two kept gradients.
 
-    A parameter that lacks one of the gradients goes by its others, with their own momenta.
+    A parameter without one of the gradients uses the others, with their own momenta.
 
     Args:
         momenta: of the task, of `loss_tckd` and of `loss_nckd`.
@@ -67,7 +67,7 @@ class ThreeMomenta(KeptGradients):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Move by the task gradients in `.grad` and the kept ones."""
+        """Update the weights by the task gradients in `.grad` and the stored ones."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -101,7 +101,7 @@ class ThreeMomenta(KeptGradients):
             param.sub_(buffer, alpha=group["lr"])
 
     def _buffer(self, param: Tensor, name: str, gradient: Tensor, momentum: float) -> None:
-        """Bring a buffer up to this step; it starts as the first gradient."""
+        """Update a momentum buffer; it starts as the first gradient."""
         state = self.state[param]
         if name in state:
             state[name].mul_(momentum).add_(gradient)

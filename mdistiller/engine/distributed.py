@@ -1,4 +1,4 @@
-"""Several processes: start-up under torchrun, sums over ranks, who may print and write."""
+"""Distributed training: start-up under torchrun, collectives, DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.engine.run.failure import first_to_fail, watching
-from mdistiller.runtime import distributed, rank, side_group, wait_for_all, world_size
+from mdistiller.runtime import barrier, distributed, rank, side_group, world_size
 
 T = TypeVar("T")
 
 __all__ = [
     "average_gradients",
+    "barrier",
     "broadcast_buffers",
     "from_main_process",
     "is_main_process",
@@ -29,7 +30,6 @@ __all__ = [
     "sum_over_ranks",
     "unsynchronized",
     "unwrap",
-    "wait_for_all",
     "world_size",
     "wrap",
 ]
@@ -37,13 +37,13 @@ __all__ = [
 
 @contextlib.contextmanager
 def process_group(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
-    """The process group that torchrun asks for, for the duration; nothing without torchrun.
+    """Context with the process group of a torchrun launch; does nothing without torchrun.
 
-    GPUs speak NCCL, everything else gloo. A group that is up already is left alone. In here a
-    process does not outlive the failure of another (see `failure.py`).
+    GPUs use NCCL, everything else gloo. An existing group is used as it is. When one process fails
+    in this context, all end (see `run/failure.py`).
 
     Args:
-        minutes: what processes wait for one another in a training step.
+        minutes: timeout of collectives in a training step.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed():
         yield
@@ -70,7 +70,7 @@ def is_main_process() -> bool:
 
 
 def from_main_process(find: Callable[[], T]) -> T:
-    """What the first process finds, in all of them."""
+    """Call `find` on rank 0 and broadcast its result."""
     box: list[Any] = [find() if rank() == 0 else None]
     if distributed():
         dist.broadcast_object_list(box, src=0, group=side_group())
@@ -79,7 +79,7 @@ def from_main_process(find: Callable[[], T]) -> T:
 
 
 def of_all_processes(value: T) -> list[T]:
-    """What every process has, by rank, in all of them."""
+    """Gather a value from all processes, by rank."""
     if not distributed():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -88,21 +88,21 @@ def of_all_processes(value: T) -> list[T]:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise sum of a tensor over all processes (in place); the tensor itself without any."""
+    """All-reduce: elementwise sum of a tensor over all processes, in place."""
     if distributed():
         dist.all_reduce(values)
     return values
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers (batch-norm statistics), as its checkpoint has."""
+    """Broadcast rank 0's buffers (batch-norm statistics), which are those of the checkpoint."""
     if distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def average_gradients(params: Iterable[Tensor]) -> None:
-    """Average `.grad` over all processes, in place and in one message; every process has the same.
+    """Average `.grad` over all processes, in place, in one all-reduce.
 
     For trainers that DistributedDataParallel cannot serve.
     """
@@ -116,19 +116,11 @@ def average_gradients(params: Iterable[Tensor]) -> None:
         grad.copy_(mean.view_as(grad))
 
 
-def meet(device: torch.device) -> None:
-    """Wait until all processes are here, no longer than for one that hangs in a step."""
-    if distributed():
-        sign = torch.zeros(1, device=device)
-        dist.all_reduce(sign)
-        sign.item()  # CUDA's collectives are only begun
-
-
 def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
     """`distiller` in DistributedDataParallel if there are several processes.
 
-    A teacher in eval mode without trained parameters stays out of it: it is the same everywhere,
-    so nothing of it needs to travel; nor do buffers that a method keeps equal itself.
+    The tensors of a frozen teacher are not synchronised, as they are the same everywhere; nor are
+    buffers that a method keeps equal itself.
     """
     if not distributed():
         return distiller
@@ -145,7 +137,7 @@ def wrap(distiller: nn.Module, find_unused: bool = False) -> nn.Module:
 
 
 def unsynchronized(distiller: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Context of forward and backward passes that leave gradients to each process for now."""
+    """Context of forward and backward passes without gradient synchronisation (DDP's `no_sync`)."""
     if isinstance(distiller, DistributedDataParallel):
         return distiller.no_sync()
     return contextlib.nullcontext()

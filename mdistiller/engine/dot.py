@@ -1,7 +1,7 @@
 """DOT. Zhao et al.: DOT: A Distillation-Oriented Trainer, ICCV 2023, arXiv 2307.08436.
 
-The gradients of the task loss and of the distillation loss have a momentum buffer each, the
-distillation's with the larger coefficient: mu - Delta for the task, mu + Delta for distillation.
+The gradients of task loss and distillation loss have separate momentum buffers, with coefficients
+mu - Delta for the task and mu + Delta for distillation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mdistiller.registry import UserError
 
 
 class KeptGradients(Optimizer):
-    """An optimizer that is given the gradients of several losses.
+    """An optimizer that gets the gradients of several losses separately.
 
-    Those of all but the task's are kept by the loss's name, from before the step.
+    The gradients of all losses but the task's are stored by the loss's name before the step.
 
     Args:
-        terms: names of the losses beside the task's.
+        terms: names of the losses other than the task's.
     """
 
     def __init__(self, params: Iterable[Any], settings: dict[str, Any], terms: Iterable[str]):
@@ -34,7 +34,7 @@ class KeptGradients(Optimizer):
         self.kept: dict[str, dict[int, Tensor]] = {term: {} for term in terms}
 
     def keep(self, term: str) -> None:
-        """Keep the present gradients as those of a loss; nothing moves yet."""
+        """Store the present gradients as those of a loss, without a step."""
         self.kept[term] = {
             id(param): param.grad
             for group in self.param_groups
@@ -43,7 +43,7 @@ class KeptGradients(Optimizer):
         }
 
     def swap_gradients(self, term: str) -> None:
-        """Exchange the present gradients and those kept, so that a backward adds to the latter."""
+        """Swap `.grad` with the stored gradients of a loss; a backward pass then adds to them."""
         kept = self.kept[term]
         self.keep(term)
         for group in self.param_groups:
@@ -51,7 +51,7 @@ class KeptGradients(Optimizer):
                 param.grad = kept.get(id(param))
 
     def forget(self) -> dict[str, dict[int, Tensor]]:
-        """Keep nothing any more; returns what was kept, by term and id of the parameter."""
+        """Drop the stored gradients; returns them by term and id of the parameter."""
         kept, self.kept = self.kept, {term: {} for term in self.kept}
         return kept
 
@@ -91,12 +91,13 @@ class DistillationOrientedTrainer(KeptGradients):
         super().__init__(params, settings, ["loss_kd"])
 
     def step_kd(self) -> None:
-        """Keep the present gradients as those of the distillation loss; nothing moves yet."""
+        """Store the present gradients as those of the distillation loss, without a step."""
         self.keep("loss_kd")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Move by the task gradients in `.grad` and the kept distillation gradients."""
+        """Update the weights by the task gradients in `.grad` and the stored distillation
+        gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,7 +129,7 @@ class DistillationOrientedTrainer(KeptGradients):
     def _buffer(
         self, param: Tensor, name: str, gradient: Tensor, momentum: float, group: Any
     ) -> Tensor:
-        """The named buffer after this step; it starts as the first gradient, undampened."""
+        """The updated momentum buffer; it starts as the first gradient, without dampening."""
         state = self.state[param]
         if name not in state:
             state[name] = gradient.clone()
@@ -179,7 +180,7 @@ class DOTTrainer(BaseTrainer):
         )
 
     def checked_groups(self, solver: Any) -> list[dict[str, Any]]:
-        """Parameter groups; refuses settings that steps by several gradients cannot follow."""
+        """The parameter groups, after refusing settings that separate gradients do not support."""
         if solver.TYPE != "SGD":
             raise UserError(f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD")
         groups = self.model.param_groups()
@@ -228,7 +229,7 @@ class DOTTrainer(BaseTrainer):
 
     @contextlib.contextmanager
     def _gradients_of(self, term: str) -> Iterator[None]:
-        """`.grad` holds the gradients of `term` in here, and those of the task outside."""
+        """In this context `.grad` holds the gradients of `term`, outside those of the task."""
         self.optimizer.swap_gradients(term)  # type: ignore[attr-defined]
         yield
         self.optimizer.swap_gradients(term)  # type: ignore[attr-defined]
@@ -236,15 +237,15 @@ class DOTTrainer(BaseTrainer):
     def _show_overflow_of_kept(self) -> None:
         """fp16: make an overflow of the kept gradients visible among the task's, without a sync.
 
-        The scaler decides by the task gradients whether to step; infinity times zero puts a NaN
-        among them.
+        The scaler looks at the task gradients alone; infinity times zero puts a NaN among them.
         """
         if self.scaler.is_enabled() and self._kept_gradients():
             overflow = torch.stack([g.sum() for g in self._kept_gradients()]).sum() * 0.0
             next(p.grad for p in self._parameters() if p.grad is not None).add_(overflow)
 
     def clip_gradients(self) -> None:
-        """Scale all gradients by one factor, so that their sum keeps within the limit."""
+        """Clip: scale all gradients by one factor, so that the norm of their sum is within the
+        limit."""
         limit = self.cfg.SOLVER.CLIP_GRAD_NORM
         if not limit:
             return
@@ -264,7 +265,7 @@ class DOTTrainer(BaseTrainer):
 
     @property
     def _kept(self) -> dict[str, dict[int, Tensor]]:
-        """The kept gradients by term and id of the parameter."""
+        """The stored gradients by term and id of the parameter."""
         return self.optimizer.kept  # type: ignore[attr-defined, no-any-return]
 
     def _kept_gradients(self) -> list[Tensor]:

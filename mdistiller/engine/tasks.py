@@ -1,4 +1,4 @@
-"""Tasks beside classification: what the engine and reports have to know of them.
+"""Tasks other than classification: what the engine and reports need to know about them.
 
 A package that adds one registers it when it is imported (`mdistiller.detection` does).
 """

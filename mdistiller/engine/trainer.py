@@ -1,6 +1,6 @@
-"""The training loop. Other trainers replace a seam: `batch_inputs`, or `backward` and `update`.
+"""The training loop. Other trainers override `batch_inputs`, or `backward` and `update`.
 
-How the gradients of micro-batches become steps of the optimizer is in `optimization.py`.
+`optimization.py` turns the gradients of micro-batches into optimizer steps.
 """
 
 from __future__ import annotations
@@ -65,10 +65,9 @@ class BaseTrainer(Optimization):
     finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
     epoch), `hooks`, `stage` ("" but in a method's initialisation stage).
 
-    A trainer that overrides `train_epoch` is saved, and stopped by signals, after epochs only.
+    A trainer that overrides `train_epoch` can be saved, and stopped by signals, only after epochs.
 
-    What a step's output says beside its losses, how the student is evaluated and what then counts
-    are methods of their own: `measure`, `train_numbers`, `evaluate`, `progress_line`.
+    Override `measure`, `train_numbers`, `evaluate` and `progress_line` for another task's metrics.
 
     Class attributes:
         selects: the key of the evaluation by which the best epoch is chosen, in percent.
@@ -156,7 +155,7 @@ class BaseTrainer(Optimization):
                 )
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
-        """What happens beside the steps, in order, between the guard and the signals."""
+        """The hooks, in order, between the NaN guard and the handler of signals."""
         hooks = default_hooks(cfg, writes=is_main_process())
         return [self.make_cache(), *hooks] if is_wanted(cfg) else hooks
 
@@ -224,14 +223,14 @@ class BaseTrainer(Optimization):
         return ""
 
     def start_epoch(self, epoch: int) -> tuple[Meters, Any]:
-        """The epoch's means and, behind a progress bar, its batches; also within an epoch."""
+        """Begin or resume an epoch; returns its meters, and its batches with a progress bar."""
         self.progress = begin_epoch(self, epoch)
         title, batches = f"{self.stage} epoch {epoch}".strip(), len(self.train_loader)
         bar = progress_bar(self.progress.batches, title, batches, self.step)
         return self.progress.meters, bar
 
     def epoch_record(self, meters: Meters) -> dict[str, Any]:
-        """The numbers of the epoch's steps."""
+        """The epoch's record: learning rate, training means, speed."""
         means = meters.averages(self.device)
         of_hooks: dict[str, float] = {}
         for hook in self.hooks:
@@ -263,7 +262,7 @@ class BaseTrainer(Optimization):
         return self.epoch == 0 and self.init_state is None and self.position is None
 
     def initialize(self) -> None:
-        """Train the stages that the method has before the main one, or what is left of them."""
+        """Train the method's initialisation stages, or those that a resumed run has left."""
         saved = self.init_state
         for stage in stages_left(self.model, saved, self.cfg.SOLVER):
             trainer = InitTrainer(self, stage)
@@ -273,17 +272,17 @@ class BaseTrainer(Optimization):
         self.init_state = None
 
     def seed_epoch(self, epoch: int) -> None:
-        """Derive all randomness of an epoch from (seed, epoch, rank): a resumed run repeats it."""
+        """Seed all generators from (seed, epoch, rank), so that a resumed run repeats the epoch."""
         seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank())
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-        """Means over a micro-batch to average over an epoch, and the number of its samples.
+        """Metrics of a micro-batch, to be averaged over the epoch, and its number of samples.
 
         Args:
-            output: what the distiller returned beside its losses: logits.
-            inputs: what it was given.
+            output: the distiller's first result: logits.
+            inputs: the distiller's keyword arguments.
         """
         target = inputs["target"]
         logits = logits_of(self.model, output, len(target))
@@ -291,18 +290,18 @@ class BaseTrainer(Optimization):
         return {"top1": hits[0], "top5": hits[1]}, len(target)
 
     def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
-        """An epoch's means as its record names them."""
+        """The epoch's training means under the names of the record."""
         accuracy, loss = means.pop("top1", 0.0), means.pop("losses", 0.0)
         others = {f"train_{name}": value for name, value in means.items()}
         return {"train_acc": accuracy, "train_loss": loss, **others}
 
     def evaluate(self) -> dict[str, float]:
-        """How the student does on `val_loader`, for the epoch's record: also :attr:`selects`."""
+        """Evaluate the student on `val_loader`; the result includes the key :attr:`selects`."""
         top1, top5, loss = validate(self.val_loader, self.distiller)
         return {"test_acc": top1, "test_acc_top5": top5, "test_loss": loss}
 
     def progress_line(self, record: dict[str, Any]) -> str:
-        """What is printed of an epoch, between its learning rate and its speed."""
+        """The part of an epoch's printed line between learning rate and speed."""
         hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
         averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
         return (
@@ -324,7 +323,8 @@ class BaseTrainer(Optimization):
         return inputs
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, float]) -> None:
-        """Keep an epoch's numbers, and write them to every log; override to add your own."""
+        """Append an epoch's record to `history` and write it to every log; override to add your
+        own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
         accuracy = float(log_dict.get(self.selects, -1.0))
         if accuracy >= self.best_acc:  # ties: the later one, as the files have it
@@ -341,16 +341,16 @@ class BaseTrainer(Optimization):
         restore(self)
 
     def save(self) -> None:
-        """Save a checkpoint within an epoch, between two steps of the optimizer."""
+        """Save a mid-epoch checkpoint, between two optimizer steps."""
         self.call("save")
 
 
 class InitTrainer(BaseTrainer):
-    """Trains an initialisation stage for the trainer of the run, with an optimizer of its own.
+    """Trains an initialisation stage with its own optimizer, for the run's trainer.
 
-    Whatever that trainer is, a step here is a plain one, SOLVER.TYPE on the sum of the stage's
-    terms; only `batch_inputs` is the other's. Epochs, rate and schedule are the stage's,
-    everything else in SOLVER holds.
+    Its steps are plain ones, SOLVER.TYPE on the sum of the stage's terms, whatever the run's
+    trainer does; only `batch_inputs` is that trainer's. Epochs, learning rate and schedule are the
+    stage's; all other SOLVER settings hold.
     """
 
     own_inputs: ClassVar[bool] = False
@@ -379,7 +379,7 @@ class InitTrainer(BaseTrainer):
         return epochs
 
     def initialize(self) -> None:
-        """Nothing: this is the initialisation."""
+        """Does nothing: stages have no stages before them."""
 
     def seed_epoch(self, epoch: int) -> None:
         seed_everything(self.cfg.EXPERIMENT.SEED, epoch, rank(), self.plan.number)

@@ -96,8 +96,8 @@ def attention_picture(
     networks = []
     for title, subject, parts in zip(titles, subjects, zip(*views, strict=True), strict=True):
         logits, features = subject.net(torch.cat(parts).to(device))
-        said = [test.classes[k] for k in logits.argmax(dim=1).tolist()]
-        networks.append((title, [m.cpu() for m in maps.attention_maps(features)], said))
+        predicted = [test.classes[k] for k in logits.argmax(dim=1).tolist()]
+        networks.append((title, [m.cpu() for m in maps.attention_maps(features)], predicted))
     pixels = draw.denormalize(images, test.mean, test.std).cpu()
     return draw.attention(pixels, [test.classes[k] for k in targets], networks)
 

@@ -112,16 +112,16 @@ def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
 
     The config that trained it is not read: with a folder of somebody else's it might name code.
     """
-    said = read_record(folder).get("teacher")
-    weights: Any = said if said == PRETRAINED else None
-    if weights is None and isinstance(said, str) and split_key(folder / said)[0].is_file():
-        weights = (folder / said).resolve()
+    recorded = read_record(folder).get("teacher")
+    weights: Any = recorded if recorded == PRETRAINED else None
+    if weights is None and isinstance(recorded, str) and split_key(folder / recorded)[0].is_file():
+        weights = (folder / recorded).resolve()
     if weights is None:
         weights = find_teacher(cfg, data)
     name = cfg.DISTILLER.TEACHER
     if weights is None:
         raise UserError(
-            f"the weights of {folder}'s teacher {name} are not there ({said or 'not recorded'})"
+            f"the weights of {folder}'s teacher {name} are not there ({recorded or 'not recorded'})"
         )
     label = str(weights)
     if weights == PRETRAINED:
@@ -197,16 +197,18 @@ def load_all(
         The test set of the first network, or of the first run's, and the networks.
     """
     facts = data_spec(cfg)
-    own = [_own_preprocessing(source, facts) for source in sources]
+    preprocessing = [_own_preprocessing(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
-    views = {one: eval_preprocessing(cfg, one) for one in set(own)}
+    views = {one: eval_preprocessing(cfg, one) for one in set(preprocessing)}
     tests: dict[Preprocessing, TestData] = {}
     for i in sorted(range(len(sources)), key=lambda i: i != first):
-        one, view = own[i], views[own[i]]
+        one, view = preprocessing[i], views[preprocessing[i]]
         if view in tests:
             continue
-        if one is not None and not all(o is not None and o.mean for o in own if views[o] == view):
+        if one is not None and not all(
+            o is not None and o.mean for o in preprocessing if views[o] == view
+        ):
             one = replace(one, mean=(), std=())  # one of them is normalised by the data's
         tests[view] = load_test_loader(cfg, device, one)
         if i == first and runs and view.resize == "keep":
@@ -216,9 +218,9 @@ def load_all(
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
-    main = tests[views[own[first]]]
+    main = tests[views[preprocessing[first]]]
     subjects = []
-    for source, one in zip(sources, own, strict=True):
+    for source, one in zip(sources, preprocessing, strict=True):
         test = tests[views[one]]
         subject = load(source, test, device)
         subjects.append(subject if test is main else replace(subject, loader=test.loader))
@@ -228,13 +230,13 @@ def load_all(
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
-    own = _own_preprocessing(source, facts) if facts.files else None
-    if own is None or test.preprocessing.resize == "keep":
+    preprocessing = _own_preprocessing(source, facts) if facts.files else None
+    if preprocessing is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
     sized = _sized(cfg, test.image_size[0])
-    if eval_preprocessing(sized, own) == replace(test.preprocessing, mean=(), std=()):
+    if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
-    other = load_test_loader(sized, device, own)
+    other = load_test_loader(sized, device, preprocessing)
     return replace(load(source, other, device), loader=other.loader)
 
 

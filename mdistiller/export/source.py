@@ -92,11 +92,11 @@ def from_checkpoint(
     elif min(num_classes, side) < 1:
         raise UserError("--num-classes and --image-size must be at least 1")
     else:
-        known = data_spec(cfg)
-        given = known.statistics if dataset or cfg.DATASET.MEAN else None
+        source = data_spec(cfg)
+        given = source.statistics if dataset or cfg.DATASET.MEAN else None
         mean, std = given or ((), ())
         data = {
-            "zoo": known.zoo,
+            "zoo": source.zoo,
             "image_size": (side, side),
             "mean": mean,
             "std": std,
@@ -110,8 +110,8 @@ def from_checkpoint(
 
 def recorded_side(cfg: Config, name: str, checkpoint: str) -> int:
     """The side in pixels of a network's images that its file records; 0 if it does not."""
-    own = _own(cfg, name, checkpoint)
-    return own.image_size if own is not None and own.recorded else 0
+    preprocessing = _own(cfg, name, checkpoint)
+    return preprocessing.image_size if preprocessing is not None and preprocessing.recorded else 0
 
 
 def _own(cfg: Config, name: str, checkpoint: str) -> Preprocessing | None:
@@ -164,13 +164,13 @@ def _load(
     weights = path or PRETRAINED
     statistics = own_statistics(cfg, "STUDENT", entry, weights, given, stated)
     student.mean, student.std = map(tuple, statistics)
-    own = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
-    if own is not None and states_nothing(entry, weights, stated):
-        print(log_msg(taken_line(name, "STUDENT", own, weights)), flush=True)
+    preprocessing = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
+    if preprocessing is not None and states_nothing(entry, weights, stated):
+        print(log_msg(taken_line(name, "STUDENT", preprocessing, weights)), flush=True)
     if "preprocessing" in data:
         student.preprocessing = recorded_preprocessing(data, name)
-    elif own is not None and own.resize:
-        student.preprocessing = own
+    elif preprocessing is not None and preprocessing.resize:
+        student.preprocessing = preprocessing
     student.net.eval().requires_grad_(False)
     return student
 

@@ -1,4 +1,4 @@
-"""Downloads and archives, treated as untrusted."""
+"""Files: downloads, safe extraction of archives, atomic writes, hashes, tables."""
 
 from mdistiller.files.fetch import fetch
 from mdistiller.files.hashes import file_hash

@@ -1,4 +1,4 @@
-"""Files that are written beside their place and then moved there, so that none is ever half."""
+"""Atomic writes: a file is written under a temporary name and then renamed."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from mdistiller.registry import UserError, first_line
 
 
 def write_failure(path: Path, error: Exception) -> str:
-    """Why a file could not be written, and that the old one is still there if so."""
+    """The error text for a failed write; says whether the old file still exists."""
     reason = getattr(error, "strerror", None) or first_line(error)
     kept = "; the file that is there stays as it was" if path.exists() else ""
     return f"cannot write {path}: {reason}{kept}"
 
 
 def _nothing(temporary: Path) -> None:
-    """What most do between writing a file and moving it."""
+    """Do nothing between writing a file and renaming it."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator[Path]:
-    """A file to write in place of `path`, which it becomes at the end, in one move.
+    """Context with a temporary file that replaces `path` at its end, in one rename.
 
-    If anything is raised in between it is removed, and `path` stays as it was.
+    On an exception it is removed, and `path` stays unchanged.
 
     Args:
-        before: called with the file that is written and durable, before it is moved.
+        before: called with the written and flushed file, before the rename.
     """
     temporary = path.with_name(
         f".{path.stem}.tmp{path.suffix}"
@@ -48,7 +48,7 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, where the system offers it."""
+    """Flush a rename in `folder` to disk, where the system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""One way to download a file: over https, resumed, checked, and put in place in one move.
+"""Downloads over https: resumed, retried, checked by hash, and put in place by one rename.
 
-torch.hub and torchvision have downloads of their own. Neither resumes, retries or refuses plain
-http, and torchvision's falls back to it, so none is used here.
+The download functions of torch.hub and torchvision neither resume nor retry nor refuse plain http,
+so they are not used here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HERE = ("localhost", "127.0.0.1", "::1")
 
 
 class _RefusedError(Exception):
-    """Why no further attempt would help."""
+    """A refusal that a further attempt would not change."""
 
 
 def fetch(
@@ -50,21 +50,22 @@ def fetch(
     size: int | None = None,
     advice: str = "",
 ) -> None:
-    """Download `url` to `path`, unless it is there.
+    """Download `url` to `path`, unless that exists.
 
-    What has come is kept as `path` + ".part", and a later call goes on from there if the server can
-    and the file is still the same. Of several processes one downloads and the others wait.
+    A partial download stays as `path` + ".part"; a later call resumes it if the server supports
+    that and still has the same file. If several processes call this, one downloads and the others
+    wait.
 
     Args:
-        url: https, file, or http on this machine; so are all that the server redirects to.
-        what: how to call the file in an error.
-        sha256, md5: the hash, or how it begins, of a file that is worth having.
-        size: its bytes, where they are known.
+        url: https, file, or http on this machine; redirects must be so, too.
+        what: name of the file in errors.
+        sha256, md5: the expected hash, or its first digits.
+        size: its bytes, if known.
         advice: what to do if it fails; by default, to put the file there by hand.
 
     Raises:
-        UserError: it cannot be had, or is there with another hash. A partial file that a
-            later call could use remains.
+        UserError: the download failed, or the existing file has another hash. A partial file that a
+            later call can resume stays.
     """
     advice = advice or f"get {url} and put it at {path}"
     try:
@@ -90,14 +91,14 @@ def _fetch_alone(part: _Part, path: Path, *expected: Any) -> None:
 
 
 class _Part:
-    """The file that grows, and what tells whether it is still the server's."""
+    """The partial file, and the note by which the server can tell whether its file is the same."""
 
     def __init__(self, url: str, path: Path):
         self.url, self.path = url, path
         self.note = path.with_name(f"{path.name}.json")
 
     def recall(self) -> None:
-        """Read what was noted of a file whose beginning is there."""
+        """Read the note of a partial file."""
         self.validator = ""  # ETag or date of the server's file
         with contextlib.suppress(OSError, ValueError, AttributeError):
             noted = json.loads(self.note.read_text())
@@ -110,24 +111,24 @@ class _Part:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def begin(self, validator: str) -> None:
-        """Start over with the file that the server has now."""
+        """Start again with the server's present file."""
         self.validator = validator
         self.note.write_text(json.dumps({"url": self.url, "validator": validator}))
         self.path.write_bytes(b"")
 
     def forget(self) -> None:
-        """Remove what is there."""
+        """Remove the partial file and its note."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
 
 def _download(part: _Part, size: int | None, sha256: str, md5: str) -> None:
-    known = bool(sha256 or md5)
+    has_hash = bool(sha256 or md5)
     part.recall()
     most, failures = part.bytes, 0
     while True:
         try:
-            _continue(part, size, known)
+            _continue(part, size, has_hash)
             break
         except (OSError, HTTPException) as error:
             if not part.bytes:
@@ -148,7 +149,7 @@ def _download(part: _Part, size: int | None, sha256: str, md5: str) -> None:
 
 
 def _continue(part: _Part, size: int | None, known: bool) -> None:
-    """Request what is missing and append it; an OSError if the connection ends before the file."""
+    """Request the missing bytes and append them; OSError if the connection ends too early."""
     start = part.bytes if part.validator or known else 0
     headers = {"User-Agent": "mdistiller", "Accept-Encoding": "identity"}
     if start:
@@ -207,7 +208,7 @@ def _check_space(folder: Path, whole: int, there: int) -> None:
 
 
 def _position(answer: Any, start: int) -> int:
-    """Where in the file the body of an answer begins: `start` if the server did as asked."""
+    """The position in the file where a response's body begins: `start` if the server resumes."""
     span = answer.headers.get("Content-Range", "")
     if getattr(answer, "status", 200) != 206 or not span.startswith(f"bytes {start}-"):
         return 0
@@ -215,7 +216,7 @@ def _position(answer: Any, start: int) -> int:
 
 
 def _whole_size(answer: Any, start: int) -> int | None:
-    """Bytes of the whole file, if the server states them."""
+    """The size of the whole file in bytes, if the server states it."""
     if getattr(answer, "status", 200) == 206:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
         if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -226,7 +227,7 @@ def _whole_size(answer: Any, start: int) -> int | None:
 
 
 def _validator(answer: Any) -> str:
-    """What If-Range may compare: a strong ETag, else the date of the last change."""
+    """The validator for If-Range: a strong ETag, else the Last-Modified date."""
     tag = answer.headers.get("ETag") or ""
     return tag if tag.startswith('"') else answer.headers.get("Last-Modified") or ""
 
@@ -256,7 +257,7 @@ def _check_url(url: str) -> None:
 
 
 def _passing(error: Exception, begun: bool) -> bool:
-    """Whether another attempt may go better; without a name server, only if there was one."""
+    """Whether a retry may succeed; after a failed name lookup only if an earlier one succeeded."""
     if isinstance(error, HTTPError):
         return error.code in _AGAIN
     if isinstance(error, URLError):
@@ -270,7 +271,7 @@ def _passing(error: Exception, begun: bool) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """One line; the system's words without their numbers."""
+    """The reason of a failed download in one line, without error numbers."""
     if isinstance(error, HTTPError):
         return f"the server answers {error.code} {error.reason}"
     if isinstance(error, URLError):

@@ -18,7 +18,7 @@ def file_hash(path: Path, kind: str = "sha256") -> str:
 
 
 def wrong_hash(path: Path, sha256: str = "", md5: str = "") -> str:
-    """What is wrong with a file, in words; empty if its hashes begin as those given do."""
+    """Which hash of a file is wrong, in words; empty if its hashes begin with those given."""
     for kind, want in (("sha256", sha256), ("md5", md5)):
         if want:
             got = file_hash(path, kind)

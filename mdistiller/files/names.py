@@ -1,4 +1,4 @@
-"""Names of files as users give them."""
+"""File names on the command line and in configs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
-    """FILE:KEY as (FILE, KEY); KEY is "" where there is none, or a file has the whole name."""
+    """FILE:KEY as (FILE, KEY); KEY is "" if there is no colon, or a file has the whole name."""
     file, colon, key = str(path).rpartition(":")
     if colon and file and Path(file).is_file() and not Path(path).exists():
         return Path(file), key

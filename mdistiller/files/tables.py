@@ -1,4 +1,4 @@
-"""Tables as Markdown, aligned so that a terminal shows them well, and as CSV."""
+"""Tables as Markdown, aligned for terminals, and as CSV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 
 def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table of the cells as they are, empty without rows.
+    """A Markdown table with the cells as they are; "" without rows.
 
     Bars in a cell are escaped, line breaks become spaces.
     """
@@ -22,9 +22,9 @@ def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> 
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the columns of them all, unrounded; what is missing or None is empty.
+    """Rows as CSV with the columns of all rows, unrounded; missing values and None are empty.
 
-    Text that a spreadsheet would take for a formula gets a quotation mark before it.
+    Text that a spreadsheet would read as a formula gets a quotation mark in front.
     """
     out = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)

@@ -1,7 +1,7 @@
-"""Archives, unpacked as if they came from an enemy.
+"""Safe extraction of untrusted archives.
 
-Nothing lands outside the folder that was made for it; nothing but plain files and folders is made;
-sizes are bounded before they are written, whatever the archive's headers say.
+Nothing is written outside the new folder; only plain files and folders are created; sizes are
+bounded while writing, whatever the archive's headers state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SLACK = 64 << 20  # bytes to which a small archive may grow whatever its ratio
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold.
+    """Limits of an archive's contents.
 
     Attributes:
         bytes: all files together, unpacked.
@@ -43,22 +43,22 @@ class Limits:
 
 
 class _BadError(Exception):
-    """What is wrong with an archive."""
+    """An archive that is refused, with the reason."""
 
 
 @contextlib.contextmanager
 def unpacked(archive: Path, beside: Path, what: str, limits: Limits = Limits()) -> Iterator[Path]:
-    """A fresh folder with the contents of a tar (of any compression) or zip file.
+    """Context with a new folder that has the contents of a tar (of any compression) or zip file.
 
-    The caller moves out of it what it wants, by `os.replace`; the rest is removed at the end.
+    The caller moves files out of it by `os.replace`; the rest is removed at the end.
 
     Args:
         archive: the file.
-        beside: an existing folder of the file system that the contents are meant for.
-        what: how to call the archive in an error.
+        beside: an existing folder of the target's file system, in which the new folder is made.
+        what: name of the archive in errors.
 
     Raises:
-        UserError: the archive is damaged, or holds what it should not; nothing of it remains.
+        UserError: the archive is damaged or refused; nothing of it remains.
     """
     folder = Path(tempfile.mkdtemp(prefix=".unpack-", dir=beside))
     try:
@@ -89,10 +89,10 @@ def unpacked(archive: Path, beside: Path, what: str, limits: Limits = Limits()) 
 
 
 def move_in(source: Path, target: Path) -> None:
-    """Put an unpacked file or folder at `target`, in place of what is there.
+    """Move an unpacked file or folder to `target`, replacing what is there.
 
     Raises:
-        UserError: it was not in the archive, or cannot be put there.
+        UserError: it was not in the archive, or cannot be moved.
     """
     if not source.exists():
         raise UserError(f"the archive has no file {source.name}, expected for {target}")
@@ -135,7 +135,7 @@ def _decompressed(file: IO[bytes], head: bytes) -> Any:
 
 
 class _Bounded:
-    """A readable file that ends in an error where an archive grows too large."""
+    """A readable file that raises an error where an archive grows too large."""
 
     def __init__(self, file: IO[bytes], limit: int):
         self._file, self._limit = file, limit
@@ -158,7 +158,7 @@ class _Bounded:
 
 @dataclass
 class _Budget:
-    """What may still be unpacked."""
+    """The remaining bytes and files that may be unpacked."""
 
     bytes: int
     files: int
@@ -207,7 +207,7 @@ def _unpack_tar(tar: tarfile.TarFile, folder: Path, budget: _Budget) -> None:
 
 
 def _place(folder: Path, name: str) -> Path:
-    """Where a member goes, which must be inside."""
+    """The path of a member, which must be inside the folder."""
     path = PurePosixPath(name)
     strange = "\\" in name or "\0" in name or ":" in name
     if path.is_absolute() or ".." in path.parts or strange or len(name) > 1000:

@@ -14,7 +14,7 @@ class Table:
     """Cells as texts; the first column names the row.
 
     Attributes:
-        caption: what it shows, where the section's title does not say so.
+        caption: what it shows, if the section's title does not.
         heat: numbers to shade the cells by, of the shape of the rows; None: not shaded.
     """
 

@@ -78,10 +78,10 @@ class Group:
         It ends before an epoch that one of the runs lacks.
         """
         runs = [run for run in self.finished or self.runs if run.epochs]
-        told = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
+        curves = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
         values: Iterator[list[Any]]
-        values = ([each.get(epoch) for each in told] for epoch in itertools.count(1))
-        return list(itertools.takewhile(lambda epoch: None not in epoch, values)) if told else []
+        values = ([each.get(epoch) for each in curves] for epoch in itertools.count(1))
+        return list(itertools.takewhile(lambda epoch: None not in epoch, values)) if curves else []
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -153,8 +153,8 @@ def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
     if name is not None:
         named = {g.name: g for g in groups}
         if name not in named:
-            known = ", ".join(named)
-            raise UserError(f"--baseline {name!r}{suggest(name, named)}: the groups are {known}")
+            names = ", ".join(named)
+            raise UserError(f"--baseline {name!r}{suggest(name, named)}: the groups are {names}")
         return [named[name]]
     distilled = [g for g in groups if g.config.get("DISTILLER.TYPE", "NONE") != "NONE"]
     plain = [g for g in groups if g.config.get("DISTILLER.TYPE") == "NONE"]

@@ -51,7 +51,7 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
     """A sweep file's table with its defaults; keys and types of values are checked."""
     table = _checked(table, DEFAULTS, "")
     if not table["SWEEP"]:
-        raise UserError("SWEEP wants the name of the study")
+        raise UserError("SWEEP must be the name of the study")
     if table["METRIC"] not in METRICS:
         raise UserError(
             f"METRIC {table['METRIC']!r} must be one of {', '.join(METRICS)}"
@@ -67,7 +67,7 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
             if table[key]:
                 raise UserError(f"SPACE and {key} exclude each other: search, or try all")
         if not table["TRIALS"]:
-            raise UserError("SPACE wants TRIALS, the number of points to try")
+            raise UserError("SPACE needs TRIALS, the number of points to try")
         if table["METRIC"].startswith("test_"):
             raise UserError(
                 f"METRIC {table['METRIC']}: a search must not select on the test set of a run that "
@@ -86,7 +86,7 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _variant(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not given.get("NAME"):
-        raise UserError(f"VARIANTS: each wants a NAME, got {given!r}")
+        raise UserError(f"VARIANTS: each needs a NAME, got {given!r}")
     return _checked(given, _VARIANT, f"variant {given['NAME']}: ")
 
 
@@ -101,10 +101,10 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) 
             pass
         elif isinstance(defaults[key], dict):
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}{key} wants config keys with values, got {value!r}")
+                raise UserError(f"{where}{key} must be config keys with values, got {value!r}")
         elif isinstance(defaults[key], list):
             if not isinstance(value, list):
-                raise UserError(f"{where}{key} wants a list, got {value!r}")
+                raise UserError(f"{where}{key} must be a list, got {value!r}")
         else:
             value = coerce(value, defaults[key], f"{where}{key}")
         table[key] = defaults[key] if value is None else value
@@ -115,7 +115,7 @@ def _seeds(value: Any) -> list[int]:
     value = as_read(value, None, "SEEDS")
     seeds = list(range(value)) if type(value) is int else value
     if not isinstance(seeds, list) or not seeds or {type(seed) for seed in seeds} != {int}:
-        raise UserError(f"SEEDS wants their number or a list of whole numbers, got {value!r}")
+        raise UserError(f"SEEDS must be their number or a list of whole numbers, got {value!r}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"SEEDS {seeds} has one twice")
     return seeds
@@ -185,7 +185,7 @@ def grid_axes(grid: Mapping[str, Any], cfg: Config) -> dict[str, list[Any]]:
         if key == "DISTILLER.TYPE" and values == "all":
             values = sorted(distiller_dict, key=str.casefold)
         if not isinstance(values, list) or not values:
-            raise UserError(f"GRID: {key} wants a list of values, got {values!r}")
+            raise UserError(f"GRID: {key} must be a list of values, got {values!r}")
         axes[key] = _choices("GRID", key, values, cfg)
     return axes
 
@@ -206,7 +206,7 @@ def space_axis(key: str, given: Any, cfg: Config) -> Axis:
         values = _choices("SPACE", key, given, cfg)
         return tuple(v if isinstance(v, (str, int, float, bool)) else str(v) for v in values)
     if not isinstance(given, Mapping) or not {"LOW", "HIGH"} <= set(given):
-        raise UserError(f"SPACE: {key} wants a list of values or LOW and HIGH, got {given!r}")
+        raise UserError(f"SPACE: {key} must be a list of values or LOW and HIGH, got {given!r}")
     where = f"SPACE: {key}: "
     whole = type(lookup(cfg, key)) is int
     number = 1 if whole else 1.0
@@ -216,7 +216,7 @@ def space_axis(key: str, given: Any, cfg: Config) -> Axis:
     if axis["LOW"] >= axis["HIGH"]:
         raise UserError(f"{where}LOW {axis['LOW']} is not below HIGH {axis['HIGH']}")
     if axis["LOG"] and (step is not None or axis["LOW"] <= 0):
-        raise UserError(f"{where}LOG wants a LOW above 0 and no STEP")
+        raise UserError(f"{where}LOG needs a LOW above 0 and no STEP")
     if step is not None and step <= 0:
         raise UserError(f"{where}STEP must be positive, got {step}")
     return Range(axis["LOW"], axis["HIGH"], axis["LOG"], step, whole)

@@ -177,7 +177,7 @@ class _Reader:
             teacher_config(cfg)
         if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
             raise UserError(
-                f"METRIC {self.table['METRIC']} wants held-out images: set DATASET.VAL_SPLIT, "
+                f"METRIC {self.table['METRIC']} needs held-out images: set DATASET.VAL_SPLIT, "
                 "or use last_acc or best_acc"
             )
 

@@ -27,18 +27,18 @@ def changes(before: Mapping[str, str], plan: Plan, trial: Trial) -> list[str]:
     A teacher is what its file holds or what it is trained by, wherever that lies.
     """
     cfg = trial.configs[0]
-    found = differences(parse_yaml(before["config"]), cfg)
+    changes = differences(parse_yaml(before["config"]), cfg)
     if before["space"] != repr(plan.space):
-        found.append("SPACE is another")
+        changes.append("SPACE is another")
     now, settings = _teacher(cfg), cfg.DISTILLER
     if "teacher_file" in before and before["teacher_file"] != now.get("teacher_file"):
-        found.append(f"the teacher was not DISTILLER.TEACHER_CKPT {settings.TEACHER_CKPT!r}")
+        changes.append(f"the teacher was not DISTILLER.TEACHER_CKPT {settings.TEACHER_CKPT!r}")
     if "teacher_config" in before and "teacher_config" not in now:
-        found.append("the teacher was trained by DISTILLER.TEACHER_CFG")
+        changes.append("the teacher was trained by DISTILLER.TEACHER_CFG")
     elif "teacher_config" in before:
         others = differences(parse_yaml(before["teacher_config"]), teacher_config(cfg))
-        found += [f"of the teacher: {text}" for text in others]
-    return found
+        changes += [f"of the teacher: {text}" for text in others]
+    return changes
 
 
 def _teacher(cfg: Config) -> dict[str, str]:

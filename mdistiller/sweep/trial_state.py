@@ -31,8 +31,8 @@ class Status:
 def trial_states(storage: Any, study_id: int) -> dict[str, Status]:
     """The states of a study's trials by name; `storage` is one with heartbeats."""
     reset, stale = last_reset(storage, study_id), stale_attempts(storage, study_id)
-    found = attempts_by_trial(storage, study_id)
-    return {name: trial_state(attempts, reset, stale) for name, attempts in found.items()}
+    by_trial = attempts_by_trial(storage, study_id)
+    return {name: trial_state(attempts, reset, stale) for name, attempts in by_trial.items()}
 
 
 def attempts_by_trial(storage: Any, study_id: int) -> dict[str, list[FrozenTrial]]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import loaders, photographs
+from benchmarks import loaders, memory, photographs
 from benchmarks import main as benchmark
 from mdistiller.cli.support import timing
 
@@ -82,7 +82,7 @@ def allocate(megabytes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CPU's peak is read from Linux's /proc")
 def test_peak_memory_is_that_of_the_step():
-    assert timing.peak_growth(allocate, 200, device="cpu") == pytest.approx(200, abs=15)
+    assert memory.peak_growth(allocate, 200, device="cpu") == pytest.approx(200, abs=15)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks import main as benchmark
+from benchmarks import memory
 from benchmarks.clock import PARTS, Clock, put_on_clock
 from benchmarks.step_data import classic_loader, generated_data, untrained_distiller
 from benchmarks.step_loops import Bare, Classic, Ours
 from benchmarks.textbook import textbook_loss
-from mdistiller.cli.support import timing
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.metrics import Meters
 
@@ -128,7 +128,7 @@ def test_the_report_has_loops_parts_and_operations(tmp_path, capsys, monkeypatch
         work(*args)()
         return 9.0
 
-    monkeypatch.setattr(timing, "peak_growth", grown)
+    monkeypatch.setattr(memory, "peak_growth", grown)
     path = tmp_path / "step.json"
     words = ["step", "--device", "cpu", "--batch", "8", "--rounds", "2", "--steps", "2"]
     words += ["--images", "32", "--memory", "--json", str(path), "DISTILLER.TYPE", "KD"]

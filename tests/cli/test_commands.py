@@ -30,7 +30,7 @@ def refused(capsys, words, main=train_command.main):
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
     "--same-t DISTILLER.TYPE KD": "--same-t: DISTILLER.TYPE KD lacks the keys ALPHA_T in KD;",
-    "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number",
+    "SOLVER.EPOCHS many": "SOLVER.EPOCHS must be a whole number",
     "DISTILLER.STUDENT resnet9": "DISTILLER.STUDENT: unknown CIFAR model 'resnet9'; did you mean",
     "DISTILLER.TYPE KDD": "unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean 'KD'?",
     "DATASET.TYPE cifar1000": "unknown data set 'cifar1000'; did you mean 'cifar100'?",

@@ -98,7 +98,7 @@ def test_a_network_that_does_not_fit_is_refused_once_for_all_methods(capsys):
     assert "4 random 64x64 images of 5 classes" in lines[0]
     assert lines[-1] == (
         "KD, AT, 2 pairs (timm/levit_128s -> torchvision/squeezenet1_1, ...): "
-        "torchvision/squeezenet1_1 cannot be used here: its head is no linear layer; "
+        "torchvision/squeezenet1_1 cannot be used here: its head is not a linear layer; "
         "choose another one"
     )
     assert pairs.main(["--teachers", "timm/resnet19"]) == 2

@@ -1,4 +1,4 @@
-"""Broken images: named, or left out where the config says so, alike in every loader."""
+"""Broken images: named, or left out if the config allows it, alike in every loader."""
 
 import io
 import struct

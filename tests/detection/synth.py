@@ -85,9 +85,9 @@ def make_coco(
     Args:
         images: how many pictures; every third is portrait, the others landscape.
         size: height and width of a landscape one.
-        objects: at most so many in a picture, at least one.
-        empty: the last so many pictures have no annotation.
-        crowds: the first so many pictures have a crowd (iscrowd 1, RLE) beside their objects.
+        objects: the most per image, at least one.
+        empty: number of images at the end without annotations.
+        crowds: number of images at the start with a crowd (iscrowd 1, RLE) besides objects.
         categories: ids and names of the discs, boxes and triangles; more are never drawn.
         seed: of all that is drawn.
     """

@@ -319,7 +319,7 @@ def test_named_detectors_are_torchvisions(tmp_path, monkeypatch):
 
 
 def released(arch, state, **weights):
-    """torchvision's own detector as its function makes it, but of a state that is no download."""
+    """torchvision's own detector as its function makes it, with a state that is not downloaded."""
     make = getattr(torchvision.models.detection, arch)
     sizes = {"min_size": 96, "max_size": 128, "box_score_thresh": 0.0}
     sizes |= {"rpn_post_nms_top_n_test": 30, "box_detections_per_img": 10}

@@ -31,7 +31,7 @@ def rank(folder, cache, number):
 
 
 def trials(folder, jobs, *temperatures):
-    """A sweep over temperatures, by so many processes."""
+    """A sweep over temperatures, by `jobs` processes."""
     path = folder / "s.yaml"
     path.write_text(f"SWEEP: s\nCONFIG: toy.yaml\nGRID:\n  KD.TEMPERATURE: {list(temperatures)}\n")
     words = ["DATASET.AUGMENT", "none", "DISTILLER.TEACHER_CACHE", "disk"]

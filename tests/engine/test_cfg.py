@@ -99,14 +99,14 @@ def test_a_switch_may_take_a_word():
 BAD = {
     "SOLVER.LRR 0.1": "unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?",
     "KDD.TEMPERATURE 4": "unknown config key KDD; did you mean 'KD",
-    "SOLVER.EPOCHS 2.5": "SOLVER.EPOCHS wants a whole number, got 2.5",
-    "SOLVER.EPOCHS many": "SOLVER.EPOCHS wants a whole number, got 'many'",
-    "SOLVER.EPOCHS True": "SOLVER.EPOCHS wants a whole number, got True",
-    "SOLVER.LR nan": "SOLVER.LR wants a finite number, got 'nan'",
+    "SOLVER.EPOCHS 2.5": "SOLVER.EPOCHS must be a whole number, got 2.5",
+    "SOLVER.EPOCHS many": "SOLVER.EPOCHS must be a whole number, got 'many'",
+    "SOLVER.EPOCHS True": "SOLVER.EPOCHS must be a whole number, got True",
+    "SOLVER.LR nan": "SOLVER.LR must be a finite number, got 'nan'",
     "SOLVER.LR -0.1": "SOLVER.LR must be positive, got -0.1",
-    "SOLVER.NESTEROV 3": "SOLVER.NESTEROV wants True or False, got 3",
-    "SOLVER.LR_DECAY_STAGES 30": "SOLVER.LR_DECAY_STAGES wants a list like [150, 180, 210]",
-    "SOLVER.LR_DECAY_STAGES ['a']": "SOLVER.LR_DECAY_STAGES wants a list like [150, 180, 210]",
+    "SOLVER.NESTEROV 3": "SOLVER.NESTEROV must be True or False, got 3",
+    "SOLVER.LR_DECAY_STAGES 30": "SOLVER.LR_DECAY_STAGES must be a list like [150, 180, 210]",
+    "SOLVER.LR_DECAY_STAGES ['a']": "SOLVER.LR_DECAY_STAGES must be a list like [150, 180, 210]",
     "SOLVER 3": "SOLVER is a section with keys",
     "SOLVER.LR": "'SOLVER.LR' has no partner",
     "DKD.TEMPERATURE 4": "unknown config key DKD.TEMPERATURE (keys of DKD: CE_WEIGHT, ALPHA,",
@@ -114,17 +114,17 @@ BAD = {
     "SOLVER.EPOCHS 0": "SOLVER.EPOCHS must be at least 1",
     "SOLVER.AMP fp8": "SOLVER.AMP must be one of none, bf16, fp16, got 'fp8'",
     "SOLVER.ACCUMULATE 0": "SOLVER.ACCUMULATE must be at least 1, got 0",
-    "SOLVER.ACCUMULATE 1.5": "SOLVER.ACCUMULATE wants a whole number, got 1.5",
+    "SOLVER.ACCUMULATE 1.5": "SOLVER.ACCUMULATE must be a whole number, got 1.5",
     "SOLVER.EMA -0.1": "SOLVER.EMA must be at least 0, got -0.1",
     "SOLVER.EMA 1": "SOLVER.EMA must be below 1 (0.999, say; 0: none), got 1.0",
-    "SOLVER.SYNC_BN yes": "SOLVER.SYNC_BN wants True or False, got 'yes'",
+    "SOLVER.SYNC_BN yes": "SOLVER.SYNC_BN must be True or False, got 'yes'",
     "SOLVER.COMPILE fast": "SOLVER.COMPILE must be one of True, False, default, reduce-overhead",
-    "SOLVER.COMPILE 1": "SOLVER.COMPILE wants True, False or text, got 1",
+    "SOLVER.COMPILE 1": "SOLVER.COMPILE must be True, False or text, got 1",
     "SOLVER.SCHEDULE poly": "SOLVER.SCHEDULE must be one of multistep, cosine, plateau, constant",
     "SOLVER.SCHEDULE plateau SOLVER.WARMUP_EPOCHS 2": "SOLVER.SCHEDULE plateau has no warm-up",
     "SOLVER.SCHEDULE plateau SOLVER.LR_DECAY_RATE 1": "between 0 and 1, got 1",
     "IMPORTS nowhere.py": "IMPORTS: no file nowhere.py",
-    "IMPORTS [3]": "IMPORTS wants names of files or modules, got 3",
+    "IMPORTS [3]": "IMPORTS must name files or modules, got 3",
 }
 
 
@@ -148,21 +148,21 @@ BAD_FILES = {
     "_BASE_: bad.yaml\n": "leads back to itself",
     "_BASE_: 3\n": "_BASE_ must name a file",
     "A: !!python/object/apply:os.system ['true']\n": "is not valid YAML",
-    "SOLVER: {LR: .inf}\n": "SOLVER.LR wants a finite number",
+    "SOLVER: {LR: .inf}\n": "SOLVER.LR must be a finite number",
 }
 
 
 BAD_FILES |= {
-    "SOLVER: &a {LR: *a}\n": "SOLVER.LR wants a finite number",
+    "SOLVER: &a {LR: *a}\n": "SOLVER.LR must be a finite number",
     "KD: " + "[" * 3000: "is not valid YAML",
     "KD: " + "[" * 60 + "]" * 60: "KD is a section with keys",
     "KD: " + "[" * 999 + "]" * 999: "nested too deeply",
     "SOLVER: {LR: !!float x}\n": "is not valid YAML",
     "SOLVER: {EPOCHS: 0x" + "F" * 5000 + "}\n": "a int too large to print",
-    "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR wants a finite number",
-    "DATASET: {MEAN: [a, b, c]}\n": "DATASET.MEAN wants numbers",
-    "DATASET: {MEAN: [.nan, .1, .1]}\n": "DATASET.MEAN wants a list",
-    "DISTILLER: {STUDENT_ARGS: {a: !!timestamp 2001-01-01}}\n": "STUDENT_ARGS.a wants a number",
+    "SOLVER: {LR: 1" + "0" * 400 + "}\n": "SOLVER.LR must be a finite number",
+    "DATASET: {MEAN: [a, b, c]}\n": "DATASET.MEAN must be numbers",
+    "DATASET: {MEAN: [.nan, .1, .1]}\n": "DATASET.MEAN must be a list",
+    "DISTILLER: {STUDENT_ARGS: {a: !!timestamp 2001-01-01}}\n": "STUDENT_ARGS.a must be a number",
     "_BASE_: " + "x" * 300 + ".yaml\n": "not found",
 }
 
@@ -203,21 +203,21 @@ def test_malformed_configs_load_as_they_say_or_get_one_line():
     assert [name for name, passed in results if not passed] == []
 
 
-def test_the_judge_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
-    from faults import bad_configs as judge_module
+def test_the_check_of_malformed_configs_sees_what_is_wrong(tmp_path, monkeypatch):
+    from faults import bad_configs
 
     case = (b"SOLVER: {EPOCHS: 3}", ["KD.TEMPERATURE", "2"])
-    assert judge_module.judge(case, tmp_path) == ""
+    assert bad_configs.verdict(case, tmp_path) == ""
     for wrong, says in (
         (lambda *_: CFG, "SOLVER.EPOCHS: given 3, read 240"),
         (lambda path, _: load_config(path), "KD.TEMPERATURE: given '2', read 4.0"),
         (lambda *_: 1 / 0, "ZeroDivisionError"),
         (lambda *_: find_config("a\nb.yaml".join("xy") * 900), "not one line"),
     ):
-        monkeypatch.setattr(judge_module, "load_config", wrong)
+        monkeypatch.setattr(bad_configs, "load_config", wrong)
         if says == "not one line":
-            monkeypatch.setattr(judge_module, "LONGEST", 10)
-        assert says in judge_module.judge(case, tmp_path)
+            monkeypatch.setattr(bad_configs, "LONGEST", 10)
+        assert says in bad_configs.verdict(case, tmp_path)
 
 
 def test_missing_and_python_configs_are_refused(tmp_path):

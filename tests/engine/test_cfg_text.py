@@ -68,7 +68,7 @@ def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, key, number):
     if number != "0o17":  # for YAML 1.1 that is text
         assert f"{path}, line 3: SOLVER.{key}: YAML reads {number} as " in message
         assert "without leading zeros, _ and :" in message
-    with pytest.raises(UserError, match=f"SOLVER.{key} wants .*{number}"):
+    with pytest.raises(UserError, match=f"SOLVER.{key} must be .*{number}"):
         load_config("", [f"SOLVER.{key}", given])
 
 

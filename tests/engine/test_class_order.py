@@ -91,7 +91,7 @@ def test_classes_are_numbered_as_the_key_says(tmp_path, capsys, key):
         (["cat", "dog", "cat"], "names the class 'cat' 2 times"),
         ("nowhere.txt", "expected 'natural', a list of class names, or a text file"),
         (["cat", "", "dog"], "line 2 is empty"),
-        ([["cat"]], "wants a list of names, or text"),
+        ([["cat"]], "must be a list of names, or text"),
     ],
 )
 def test_a_bad_list_of_classes_is_refused(tmp_path, value, said):

@@ -1,4 +1,4 @@
-"""One of two processes fails, or both for one reason: all end, and the cause is told once."""
+"""One of two processes fails, or both for one reason: all end, and the cause is printed once."""
 
 import socket
 import threading

@@ -1,5 +1,6 @@
 """A made-up fork of the original, in its layout, run by --fork: methods, trainers and defaults."""
 
+import importlib
 import json
 import re
 
@@ -41,7 +42,8 @@ def train(folder, fork, method, *words):
 
 
 def notes(fork):
-    return vars(forks.fork_module(fork, "engine.utils"))["NOTES"]
+    package = forks.fork_package(forks.fork_folder(fork).resolve())
+    return vars(importlib.import_module(f"{package}.engine.utils"))["NOTES"]
 
 
 def test_a_fork_trains_its_own_methods_by_its_own_defaults(fork, tmp_path, capsys):
@@ -163,9 +165,9 @@ def test_a_trainer_of_another_method_ends_in_a_line(fork, tmp_path, capsys):
 BROKEN = {
     "FORK nowhere": "FORK: no folder nowhere",
     "FORK {empty}": "empty/ has no folder mdistiller/distillers",
-    "FORK /": "FORK wants the folder of a fork",
+    "FORK /": "FORK must be the folder of a fork",
     "FORK {syntax}": "distillers fails when imported: SyntaxError",
-    "FORK {typed}": "cfg.py: SOLVER.LR wants a finite number, got 'fast'",
+    "FORK {typed}": "cfg.py: SOLVER.LR must be a finite number, got 'fast'",
 }
 
 

@@ -180,7 +180,7 @@ def test_allowed_changes_hold_from_then_on_and_are_recorded(tmp_path, capsys):
     adam = "LR: 0.001, WEIGHT_DECAY: 0.01, TYPE: AdamW, LR_DECAY_STAGES: [2], MOMENTUM: 0.5"
     path = write_config(tmp_path, f"SOLVER: {{{adam}}}\n", epochs=4, **settings)
     assert main(path, "--resume", "--allow-changes") == 0
-    assert "another optimizer: it starts without memory" in capsys.readouterr().out
+    assert "another optimizer: it starts without state" in capsys.readouterr().out
     assert "exp_avg" in load(run / "latest")["optimizer"]["state"][0]
     assert main(path, "--resume", "--allow-changes", "EXPERIMENT.NAME", "run", *SEED) == 2
     assert "cannot be changed any more (EXPERIMENT.SEED was 0" in capsys.readouterr().err

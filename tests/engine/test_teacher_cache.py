@@ -1,10 +1,11 @@
-"""Remembered logits of the teacher: the same training, fewer of its passes, never wrong ones."""
+"""The cache of teacher logits: the same training with fewer teacher passes, never wrong logits."""
 
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -54,11 +55,11 @@ def hits(rows):
 
 def drawn_hits(path, epochs, kept=160, ranks=1, shared=True):
     """Percentages that a plain count over the drawn views gives."""
-    loaders = [load_data(load_config(path), CPU).train for _ in range(ranks)]
-    for rank, loader in enumerate(loaders):
-        loader.batch_sampler = type(loader.batch_sampler)(
-            loader.num_data, loader.batch_size, rank, ranks
-        )
+    loaders = []
+    for rank in range(ranks):
+        as_rank = {"rank": lambda rank=rank: rank, "world_size": lambda: ranks}
+        with mock.patch.multiple("mdistiller.runtime", **as_rank):
+            loaders.append(load_data(load_config(path), CPU).train)
     seen, found = [set() for _ in loaders], []
     for epoch in range(1, epochs + 1):
         drawn = []
@@ -356,13 +357,13 @@ def test_views_that_are_made_otherwise_have_a_file_of_their_own(filled, tmp_path
 
 
 def test_a_teacher_whose_code_has_changed_starts_anew(filled, tmp_path, monkeypatch, capsys):
-    """The same weights and names, and it says something else."""
+    """The same weights and names, and gives other logits."""
     network = type(get_model_entry("resnet8", "cifar")(num_classes=10))
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda self, x: forward(self, x.flip(3)))
     capsys.readouterr()
     assert fill(cache_of(tmp_path)) == 0
-    assert "says something else now" in capsys.readouterr().out
+    assert "gives other logits now" in capsys.readouterr().out
     assert len(names(tmp_path)) == 1
 
 
@@ -391,7 +392,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch, cap
     cache = cache_of(tmp_path)
     monkeypatch.setattr(FileStore, "write", full)
     assert fill(cache) == 0
-    assert "no more is kept: no space left" in capsys.readouterr().out
+    assert "no more logits are stored: no space left" in capsys.readouterr().out
     cache.begin()
     assert fill(cache) == 0
 

@@ -219,7 +219,7 @@ def test_eval_takes_safetensors(simkd, tmp_path, capsys):
     path = tmp_path / "student.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     assert eval_command.main(words) == 2
-    assert "is damaged or no safetensors file" in capsys.readouterr().err
+    assert "is damaged or not a safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice", ["latest", "epoch_1"])

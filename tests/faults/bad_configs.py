@@ -138,7 +138,7 @@ def _laughs(levels: int, width: int, merged: bool) -> bytes:
     return "\n".join(lines).encode()
 
 
-def judge(case: Case, folder: Path) -> str:
+def verdict(case: Case, folder: Path) -> str:
     """What is wrong with how a case was taken; empty if nothing is."""
     content, overrides = case
     path = folder / "case.yaml"
@@ -215,7 +215,7 @@ def bad_configs(seed: int, count: int) -> Iterator[tuple[str, bool]]:
         )
         @hypothesis.given(cases())
         def run(case: Case) -> None:
-            problem = judge(case, Path(folder))
+            problem = verdict(case, Path(folder))
             what = f"config {len(results)}"
             results.append((f"{what}: {case!r:.300}: {problem}" if problem else what, not problem))
 

@@ -63,11 +63,11 @@ def bad_inputs(seed: int, count: int, configs: bool = True) -> Iterator[tuple[st
             folder = Path(place, str(number))
             folder.mkdir()
             name, act = kinds[number % len(kinds)](chance, folder)
-            problem = _judge(act, folder)
+            problem = _verdict(act, folder)
             yield (f"{name}: {problem}" if problem else name), not problem
 
 
-def _judge(act: Callable[[], Any], folder: Path) -> str:
+def _verdict(act: Callable[[], Any], folder: Path) -> str:
     """What went wrong; empty if the file was read, or refused in a line, and nothing else came."""
     before = sorted(folder.parent.iterdir()), sorted(folder.rglob("*"))
     try:
@@ -158,7 +158,7 @@ def _archive(chance: random.Random, folder: Path) -> Attack:
         with unpacked(path, folder, "it", LIMITS) as inside:
             found = list(inside.rglob("*"))
             if any(not (file.is_file() or file.is_dir()) or file.is_symlink() for file in found):
-                raise AssertionError("something that is no file was unpacked")
+                raise AssertionError("something other than a file was unpacked")
         if kind != "damaged":
             raise AssertionError("a hostile archive was unpacked")
 

@@ -127,7 +127,7 @@ class _Writes:
 
 
 def full_disk(work: Work) -> Outcome:
-    """Let every write from some moment on fail: one line says so, and all that is saved is good.
+    """Let every write from some moment on fail: one line reports it, and all that is saved is good.
 
     A third of the disks are real ones, in memory, where the system lets anybody mount some.
     """

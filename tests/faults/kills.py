@@ -68,7 +68,7 @@ def kills(work: Work) -> Outcome:
 def _kill_often(
     work: Work, variant: Variant, wanted: int, draw: random.Random, outcome: Outcome
 ) -> int:
-    """Until so many kills are `tried`; returns how many times a run went on within an epoch."""
+    """Until enough kills are `tried`; returns how many times a run went on within an epoch."""
     started, settings = time.perf_counter(), variant.settings
     whole = f"whole {variant.name}"
     if work.finish(whole, **{**settings, "LOG__SAVE_EVERY_MINUTES": 0.0}):

@@ -15,7 +15,7 @@ _PRIVATE = 0x40000 | 0x4000  # MS_PRIVATE, and all below
 
 
 def small_disk(folder: Path, size: int) -> Callable[[], Callable[[], object]]:
-    """For a process that begins: mount so many bytes at `folder`.
+    """For a process that begins: mount a file system of a given size at `folder`.
 
     What that returns copies the disk's files to where :func:`take_out` finds them: nobody else sees
     the disk, and it goes with the process.

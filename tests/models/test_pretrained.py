@@ -154,8 +154,8 @@ def test_networks_without_released_weights_say_nothing():
             {"pretrained_cfg_overlay": {"file": "nowhere.pth"}},
             r"the released weights of timm/resnet10t could not be loaded \(",
         ),
-        (SMALL, {"pretrained": "V7"}, "mnasnet0_5 are IMAGENET1K_V1; name one of them, or say"),
-        (SMALL, {"weights": "IMAGENET1K_V1"}, "say pretrained: IMAGENET1K_V1, not weights"),
+        (SMALL, {"pretrained": "V7"}, "mnasnet0_5 are IMAGENET1K_V1; name one of them, or set"),
+        (SMALL, {"weights": "IMAGENET1K_V1"}, "set pretrained: IMAGENET1K_V1, not weights"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_a_line(name, settings, message):

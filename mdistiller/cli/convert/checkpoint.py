@@ -64,16 +64,16 @@ def convert(args: argparse.Namespace) -> None:
             return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
         return
-    found = _read(args.file, "shells")
+    loaded = _read(args.file, "shells")
     how = "none of its code was run"
-    if found is None:
+    if loaded is None:
         _ask(args.file, args.trust)
-        found = _read(args.file, "run")
+        loaded = _read(args.file, "run")
         how = "its code was run"
-    if found is None:
+    if loaded is None:
         raise UserError(f"{args.file} is damaged, or weights were not found in it")
-    _write(found, args.out)
-    tensors = len(found["model"])
+    _write(loaded, args.out)
+    tensors = len(loaded["model"])
     print(f"{args.out}: {tensors} tensors of {args.file}; {how}")
 
 
@@ -134,8 +134,8 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
     if not find_states(contents):
         return None
     state = network_state(contents, path)
-    beside = contents if "model" in contents else {}
-    kept = {k: v for k, v in beside.items() if k == "data" or not isinstance(v, Mapping)}
+    metadata = contents if "model" in contents else {}
+    kept = {k: v for k, v in metadata.items() if k == "data" or not isinstance(v, Mapping)}
     return {**kept, "model": state}
 
 

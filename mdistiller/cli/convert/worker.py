@@ -226,12 +226,12 @@ def main(source: str, target: str, mode: str) -> None:
             weights_only=False,  # the point of this program
             pickle_module=pickle if mode == "run" else inert,
         )
-    found = {"model": script_state(contents)} if script else plain(contents)
+    result = {"model": script_state(contents)} if script else plain(contents)
     if isinstance(contents, torch.jit.ScriptModule):
-        found = {"model": dict(contents.state_dict())}
+        result = {"model": dict(contents.state_dict())}
     elif hasattr(contents, "_parameters"):
-        found = {"model": found}
-    torch.save(found, target)
+        result = {"model": result}
+    torch.save(result, target)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,10 @@ def _end(text: str, code: int) -> int:
         return code
     from mdistiller.engine.run.failure import first_to_fail, leave
 
-    told = first_to_fail()
-    if told:
+    first = first_to_fail()
+    if first:
         print(text, file=sys.stderr, flush=True)
-    leave(told)
+    leave(first)
     return code
 
 

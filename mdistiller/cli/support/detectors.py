@@ -42,21 +42,21 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
         asked = {"cfg": args.cfg, "opts": args.opts, "imports": args.imports, "teacher": False}
         return name_subjects(argparse.Namespace(ckpt=ckpt, checkpoint=checkpoint, **asked))
 
-    found = []
+    runs = []
     for name in args.checkpoint or ["latest"]:
         cfg, some = named(paths, name)
-        found += some
+        runs += some
     if args.teacher:
-        found.insert(0, replace(named([args.teacher], "latest")[1][0], label="teacher"))
+        runs.insert(0, replace(named([args.teacher], "latest")[1][0], label="teacher"))
     elif cfg.DISTILLER.TYPE != "NONE" and not cfg.DETECTION.TEACHER.NEW_HEAD:
-        found.insert(0, Subject("teacher", cfg.DETECTION.TEACHER, "DETECTION.TEACHER"))
+        runs.insert(0, Subject("teacher", cfg.DETECTION.TEACHER, "DETECTION.TEACHER"))
     device, data = resolve_device(cfg.DEVICE), build_set(cfg, "VAL")
     networks = [
         (
             one.label,
             build_detector(one.node, data.num_classes, one.where, data.class_names).to(device),
         )
-        for one in found
+        for one in runs
     ]
     chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
     labels = choose_classes(data.class_names, chosen, 0)

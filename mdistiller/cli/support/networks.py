@@ -124,12 +124,12 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     given = load_config(args.cfg, overrides, args.imports)
     sources = _sources(args, args.ckpt, given, usual)
     teacher = _teacher(args, given, sources)
-    known = [*sources, *([teacher] if teacher else [])]
+    all_runs = [*sources, *([teacher] if teacher else [])]
     named = args.cfg or args.dataset or "DATASET.TYPE" in args.opts[::2]
-    runs = any(source.run for source in known)
-    cfg = data_config(known, overrides, args.imports) if runs and not named else given
+    runs = any(source.run for source in all_runs)
+    cfg = data_config(all_runs, overrides, args.imports) if runs and not named else given
     device = resolve_device(cfg.DEVICE)
-    test, subjects = load_all(known, cfg, device)
+    test, subjects = load_all(all_runs, cfg, device)
     teachers: list[Subject | None]
     recorded: dict[Path, float] = {}
     if teacher is not None:
@@ -190,10 +190,10 @@ def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source])
         if args.teacher_ckpt == "pretrain":
             return run_sources(Path(args.teacher), ["latest"], args.imports)[0]
         raise UserError(f"--teacher {args.teacher} is a run, so --teacher-ckpt says nothing")
-    told = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
-    own = [source.cfg for source in taught_by(args.teacher, sources)]
-    if own and not told:  # with the arguments and the normalisation it taught with
+    configured = args.cfg or any(key.startswith("DISTILLER.TEACHER_") for key in args.opts[::2])
+    configs = [source.cfg for source in taught_by(args.teacher, sources)]
+    if configs and not configured:  # with the arguments and the normalisation it taught with
         if args.teacher_ckpt == "pretrain":
             return None
-        given = own[0]
+        given = configs[0]
     return file_source(args.teacher_ckpt, args.teacher, given, role="TEACHER")

@@ -41,8 +41,10 @@ def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
     rows = []
     for one in found:
         quality = one.quality
-        known = [(acc, k) for k, acc in enumerate(quality.class_accuracy) if not math.isnan(acc)]
-        ends = [f"{classes[k]}: {acc:.1f}" for acc, k in (min(known), max(known))]
+        accuracies = [
+            (acc, k) for k, acc in enumerate(quality.class_accuracy) if not math.isnan(acc)
+        ]
+        ends = [f"{classes[k]}: {acc:.1f}" for acc, k in (min(accuracies), max(accuracies))]
         numbers = [f"{quality.top1:.2f}", f"{quality.top5:.2f}", f"{quality.nll:.4f}"]
         numbers.append(f"{quality.ece:.2f}")
         rows.append([*_names(one), *numbers, *ends, one.subject.source.note or "-"])

@@ -74,12 +74,12 @@ def taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
     """Those of run folders whose method used a teacher; with a name, one of this name."""
     from mdistiller.distillers import get_distiller
 
-    found = []
+    evaluations = []
     for source in sources:
         settings = source.cfg.DISTILLER
         if source.run is not None and name in ("", settings.TEACHER):
-            found += [source] if get_distiller(settings.TYPE).uses_teacher else []
-    return found
+            evaluations += [source] if get_distiller(settings.TYPE).uses_teacher else []
+    return evaluations
 
 
 def check_teachers(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mdistiller.dataset.files.file_set import FileSet
 from mdistiller.registry import UserError
-from mdistiller.runtime import first_on_machine, local_rank
+from mdistiller.runtime import local_rank, local_rank_zero_first
 
 _SHOWN = 5  # file names in the message
 _cache: dict[str, list[int]] = {}  # of this process, for when no file can be written
@@ -46,7 +46,7 @@ def find_corrupt(files: FileSet, threads: int) -> list[int]:
     """Positions of the files that cannot be read as images, which are listed on stderr."""
     digest = _digest(files)
     path = Path.home() / ".cache" / "mdistiller" / f"{digest}-corrupt.json"
-    with first_on_machine():
+    with local_rank_zero_first():
         if digest not in _cache:
             bad = _read_cache(path, len(files))
             if bad is None:

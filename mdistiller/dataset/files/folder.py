@@ -90,18 +90,18 @@ def list_class_folders(
     names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        found = []
+        images = []
         for place, _, files in os.walk(folder / name):
             for file in files:
                 path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
                 if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
-                    found.append(os.path.relpath(path, folder))
+                    images.append(os.path.relpath(path, folder))
                 elif skipped is not None and file[0] != ".":
                     skipped[suffix or "no suffix"] += 1
-        if not found:
+        if not images:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
-        names += sorted(found, key=lambda path: path.split(os.sep))
-        targets += [target] * len(found)
+        names += sorted(images, key=lambda path: path.split(os.sep))
+        targets += [target] * len(images)
     return FileSet.of(folder, names, targets, classes)
 
 

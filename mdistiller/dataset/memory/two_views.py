@@ -14,7 +14,7 @@ from mdistiller.dataset.memory.loader import Epoch, TrainLoader
 from mdistiller.dataset.memory.randaugment import OperationGroups, StrongAugmentation
 
 _BLOCK_BYTES = 2**24
-"""Strong views are made for so many bytes of images at a time, not to do small work often."""
+"""Bytes of images for which strong views are made at a time: fewer, larger operations."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from mdistiller.dataset.data_source import DATASETS, DataSource, ImageSet, Options, Split
 from mdistiller.files import Limits, fetch, move_in, unpacked
 from mdistiller.registry import UserError
-from mdistiller.runtime import first_on_machine
+from mdistiller.runtime import local_rank_zero_first
 
 
 class _CIFAR(DataSource):
@@ -29,7 +29,7 @@ class _CIFAR(DataSource):
         from torchvision import datasets  # a slow import that other data sets do not need
 
         reader = getattr(datasets, self.dataset)
-        with first_on_machine():
+        with local_rank_zero_first():
             data = self._read(reader, root, split == "train")
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(data.targets), list(data.classes))

@@ -26,7 +26,7 @@ from mdistiller.dataset.files.corrupt import report_skipped
 from mdistiller.dataset.files.shard_index import index_shards
 from mdistiller.dataset.files.shard_reader import ShardSet, import_webdataset
 from mdistiller.registry import UserError
-from mdistiller.runtime import first_on_machine
+from mdistiller.runtime import local_rank_zero_first
 
 
 @DATASETS.register("webdataset")
@@ -49,11 +49,11 @@ class Shards(DataSource):
         urls = expand(settings[key], root, f"DATASET.SHARDS.{key}")
         images = tuple(settings["IMAGE"].split(";"))
         checked = images if options.skip_corrupt else ()
-        with first_on_machine():
-            found = index_shards(
+        with local_rank_zero_first():
+            index = index_shards(
                 urls, settings["TARGET"], options.workers, checked, options.scale_16_bit
             )
-        classes, skipped = _without_corrupt(urls, found)
+        classes, skipped = _without_corrupt(urls, index)
         empty = next((url for url, labels in zip(urls, classes, strict=True) if not labels), None)
         if empty:
             raise UserError(f"shard {empty} has no sample with a class (.{settings['TARGET']})")

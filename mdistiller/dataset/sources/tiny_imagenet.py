@@ -15,7 +15,7 @@ from mdistiller.dataset.files.file_set import FileSet
 from mdistiller.dataset.files.folder import FileSource, class_folders, list_class_folders
 from mdistiller.files import Limits, move_in, unpacked
 from mdistiller.registry import UserError
-from mdistiller.runtime import first_on_machine
+from mdistiller.runtime import local_rank_zero_first
 
 _NAME = "tiny-imagenet-200.zip"
 _URL = f"http://cs231n.stanford.edu/{_NAME}"  # its publisher gives no hash: not downloaded
@@ -32,7 +32,7 @@ class TinyImageNet(FileSource):
 
     def files(self, root: Path, split: Split) -> FileSet:
         folder = root / ("train" if split == "train" else "val")
-        with first_on_machine():
+        with local_rank_zero_first():
             _unpack(root)
         if not folder.is_dir():
             raise UserError(

@@ -1,1 +1,1 @@
-"""COCO-format data: annotation files, checked and repaired, data sets and their evaluation."""
+"""COCO-format data: annotation files (checked and repaired), data sets, evaluation."""

@@ -1,9 +1,8 @@
-"""COCO annotation files: read, checked, and kept as arrays that worker processes share.
+"""Read and check COCO annotation files; they are kept as arrays that worker processes share.
 
-Whatever cannot be meant is refused in one line that names the file, the image and the annotation.
-What real files have now and then (boxes without area, boxes that stick out of the image, ids that
-are text, images without a size) is refused as well, or mended and counted, as
-DETECTION.DATA.BAD_ANNOTATIONS says.
+Invalid entries are refused in one line that names the file, the image and the annotation. Common
+faults of real files (boxes without area, boxes that exceed the image, ids that are text, images
+without a size) are refused, or repaired and counted, as DETECTION.DATA.BAD_ANNOTATIONS says.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Packed:
 
 @dataclass
 class Annotations:
-    """What a file says about its N images, in the order of their ids, and A objects (no crowds).
+    """The contents of a file: N images in the order of their ids, and A objects (no crowds).
 
     Attributes:
         path: the file.
@@ -59,14 +58,14 @@ class Annotations:
         starts: int64 [N + 1]; the objects of image i are starts[i] .. starts[i + 1] - 1.
         boxes: x1, y1, x2, y2 in pixels, float64 [A], inside the image.
         category_ids: int64 [A].
-        segmentations: polygons or RLE of each object, if they were asked for.
-        counts: what was left out or mended: name -> how often.
+        segmentations: polygons or RLE of each object, if requested.
+        counts: faults that were left out or repaired: name -> number.
         links: position of the image and id of the category of each of the file's M annotations,
             crowds included, in the order of the file, int64 [M, 2].
-        left_out: positions of annotations in the file, also of crowds, without a box of use.
-        maskless: those of annotations with a box of use, but no mask, where masks were asked for:
-            no objects above, but still the truth about boxes.
-        written_images: image ids as the file writes them, if some had to be numbered anew.
+        left_out: positions in the file of annotations without a usable box, crowds included.
+        maskless: positions of annotations with a usable box but no mask, where masks are requested:
+            not among the objects above, but ground truth for box AP.
+        written_images: image ids as in the file, if they had to be renumbered.
         written_categories: likewise category ids, by number.
     """
 
@@ -87,27 +86,27 @@ class Annotations:
     written_categories: dict[int, int | str] = field(default_factory=dict)
 
     def position(self, image_id: int) -> int:
-        """Where the image with an id is."""
+        """The position of the image with an id."""
         return int(np.searchsorted(self.image_ids, image_id))
 
     def written_image(self, image_id: int) -> int | str:
-        """An image's id as the file writes it."""
+        """An image's id as in the file."""
         if self.written_images is None:
             return image_id
         written: int | str = self.written_images[self.position(image_id)]
         return written
 
     def written_category(self, category_id: int) -> int | str:
-        """A category's id as the file writes it."""
+        """A category's id as in the file."""
         return self.written_categories.get(category_id, category_id)
 
     def objects(self, image: int) -> slice:
-        """Where the objects of the image at a position are."""
+        """The slice of the objects of the image at a position."""
         return slice(int(self.starts[image]), int(self.starts[image + 1]))
 
 
 def read_contents(path: Path, key: str) -> dict[str, Any]:
-    """What a COCO annotation file holds, its three lists checked to be there.
+    """The contents of a COCO annotation file, which must have its three lists.
 
     Args:
         key: the config key that names the file, for errors.
@@ -121,11 +120,11 @@ def read_contents(path: Path, key: str) -> dict[str, Any]:
             f"{path} is not an annotation file: its lists are nested too deeply"
         ) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged or no JSON ({error}); get it again") from None
+        raise UserError(f"{path} is damaged or not JSON ({error}); get it again") from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(contents, dict) or not isinstance(contents.get(name), list):
             raise UserError(
-                f"{path} is not a COCO instances file: it has no list {name!r} (want images, "
+                f"{path} is not a COCO instances file: it has no list {name!r} (expected images, "
                 "annotations and categories)"
             )
     return contents
@@ -143,19 +142,19 @@ def read_annotations(
 
     Args:
         key: the config key that names it, for errors.
-        pictures: its images, to mend their sizes and names.
+        pictures: its images, to repair their sizes and names.
         segmentations: every object needs a mask; keep them.
-        mend: clip boxes that stick out of the image, leave out objects without a box or a mask
-            that could be used, and mend ids, sizes, file names and areas, instead of refusing them.
+        mend: clip boxes that exceed the image, leave out objects without a usable box or mask, and
+            repair ids, sizes, file names and areas, instead of refusing them.
 
     Raises:
-        UserError: the file is missing, no JSON, or says what cannot be.
+        UserError: the file is missing, not JSON, or inconsistent.
     """
     return _Reading(path, pictures, segmentations, mend).read(read_contents(path, key))
 
 
 class _Reading:
-    """One file on its way to arrays."""
+    """The conversion of one file to arrays."""
 
     def __init__(self, path: Path, pictures: ImageFiles, segmentations: bool, mend: bool):
         self.path, self.pictures = path, pictures
@@ -174,8 +173,8 @@ class _Reading:
             raise UserError(f"{self.path} has no {what}: nothing to learn or to test")
         for record in images.values():
             self._check_image(record)
-        links, found = self._read_objects(contents["annotations"], images)
-        objects = [item for items in found.values() for item in items]
+        links, per_image = self._read_objects(contents["annotations"], images)
+        objects = [item for items in per_image.values() for item in items]
         renumbered = any(record["id"] != number for number, record in images.items())
         return Annotations(
             self.path,
@@ -183,7 +182,7 @@ class _Reading:
             np.array(list(images), np.int64),
             np.array([record["file_name"].encode() for record in images.values()], np.bytes_),
             np.array([(r["height"], r["width"]) for r in images.values()], np.int64),
-            np.cumsum([0, *map(len, found.values())]),
+            np.cumsum([0, *map(len, per_image.values())]),
             np.array([box for box, _, _ in objects], np.float64).reshape(-1, 4),
             np.array([category for _, category, _ in objects], np.int64),
             Packed(segments for _, _, segments in objects) if self.segmentations else None,
@@ -248,7 +247,7 @@ class _Reading:
         return ids
 
     def _written_id(self, position: int, record: Any, kind: str) -> int | str:
-        """The id of a record as it is written, refused if it cannot be used."""
+        """The id of a record as in the file; refuses unusable ones."""
         number = record.get("id") if isinstance(record, dict) else None
         if isinstance(number, str) and self.mend:
             return number
@@ -266,7 +265,7 @@ class _Reading:
         return number
 
     def _check_image(self, record: dict[str, Any]) -> None:
-        """Refuse an image without a name or a size, or mend it in place."""
+        """Refuse an image without a name or a size, or repair it in place."""
         name, number = record.get("file_name"), shown(record["id"], 60)
         if not isinstance(name, str) or not name or "\0" in name or not _encodable(name):
             raise UserError(
@@ -292,28 +291,28 @@ class _Reading:
 
     def _check_links(self, record: dict[str, Any]) -> tuple[int, int]:
         """The image and the category of an annotation."""
-        found = []
+        positions = []
         for kind in ("image", "category"):
-            value, known = record.get(f"{kind}_id"), self.numbers[kind]
-            if type(value) not in (int, str) or value not in known:
+            value, numbers = record.get(f"{kind}_id"), self.numbers[kind]
+            if type(value) not in (int, str) or value not in numbers:
                 raise UserError(
                     f"{self.path}: annotation {shown(record['id'], 60)} has {kind}_id "
                     f"{shown(value, 60)}, which is not among the file's "
-                    f"{len(set(known.values()))} {kind} ids"
+                    f"{len(set(numbers.values()))} {kind} ids"
                 )
             self.counts[f"{kind}_id entries given as text"] += isinstance(value, str)
-            found.append(known[value])
+            positions.append(numbers[value])
         if record.get("iscrowd", 0) not in (0, 1):
             raise UserError(
                 f"{self.path}: annotation {shown(record['id'], 60)} has iscrowd "
-                f"{shown(record['iscrowd'], 60)}; want 0 or 1"
+                f"{shown(record['iscrowd'], 60)}; it must be 0 or 1"
             )
-        return found[0], found[1]
+        return positions[0], positions[1]
 
     def _object(
         self, position: int, record: dict[str, Any], image: dict[str, Any]
     ) -> tuple[list[float], Any] | None:
-        """Box and mask of an object; None of a crowd, or if it is of no use."""
+        """Box and mask of an object; None for a crowd or an unusable object."""
         box, fault = _corners(record.get("bbox"), image["height"], image["width"])
         segments, missing = None, "" if box else "box"
         if box and self.segmentations:
@@ -328,7 +327,7 @@ class _Reading:
         return None if not box or missing or record.get("iscrowd") else (box, segments)
 
     def _check_area(self, record: dict[str, Any], image: dict[str, Any]) -> None:
-        """Refuse an area that cannot be, or count it: evaluation computes it."""
+        """Refuse an impossible area, or count it: evaluation then computes the area."""
         fault = area_fault(record["area"], image["height"], image["width"])
         if fault and not self.mend:
             raise UserError(
@@ -339,7 +338,7 @@ class _Reading:
         self.counts["areas recomputed"] += bool(fault)
 
     def _mend(self, position: int, record: dict[str, Any], fault: str, missing: str) -> None:
-        """Refuse a fault, or count it; `missing` is what is of no use: "box", "mask" or nothing."""
+        """Refuse a fault, or count it; `missing` is the unusable part: "box", "mask" or ""."""
         if not self.mend:
             raise UserError(
                 f"{self.path}: annotation {shown(record['id'], 60)} of image "
@@ -357,7 +356,7 @@ def _encodable(name: str) -> bool:
 
 
 def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, str]:
-    """x1, y1, x2, y2 of a box inside the image, None if nothing is left; and what is wrong."""
+    """A box clipped to the image (x1, y1, x2, y2), None if nothing is left; and its fault."""
     if not isinstance(bbox, Sequence) or len(bbox) != 4 or not all(map(finite_number, bbox)):
         return None, f"bbox {shown(bbox, 80)} is not [x, y, width, height]"
     x, y, w, h = map(float, bbox)
@@ -372,7 +371,7 @@ def _corners(bbox: Any, height: int, width: int) -> tuple[list[float] | None, st
 
 
 def _segments(segmentation: Any, image: dict[str, Any]) -> tuple[Any, str]:
-    """The polygons or RLE of an object, None if they are of no use; and what is wrong."""
+    """The polygons or RLE of an object, None if they are unusable; and their fault."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [image["height"], image["width"]]:
             return None, f"its RLE mask is {shown(segmentation.get('size'), 60)}, unlike the image"

@@ -1,4 +1,4 @@
-"""COCO-format detection sets: their label space, and views of their images with their objects."""
+"""COCO-format detection data sets: resized and flipped images with their objects."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mdistiller.runtime import local_rank
 
 @dataclass(frozen=True)
 class View:
-    """How an image is seen: its position in the set, its shorter side, whether it is flipped.
+    """The transform of an image: its position in the set, its shorter side, whether it is flipped.
 
     Attributes:
-        masks: whether masks are drawn, if the set has them.
+        masks: whether masks are returned, if the set has them.
     """
 
     index: int
@@ -38,7 +38,7 @@ class View:
 
 
 class CocoDetectionSet:
-    """Images of a folder with the objects that a COCO annotation file names.
+    """Images of a folder with the objects of a COCO annotation file.
 
     Images come in the order of their ids. Crowd regions are not objects.
 
@@ -47,21 +47,21 @@ class CocoDetectionSet:
         annotations: the file.
         label_space: see `data.DATA`.
         masks: objects need masks, and targets have them, too.
-        mend: whether its `BAD_ANNOTATIONS` is fix.
+        mend: whether DETECTION.DATA.BAD_ANNOTATIONS is fix.
         keep_empty: keep images without objects.
-        exif: see its `EXIF`.
-        skip_corrupt: leave out images that are missing or cannot be read, and say which.
-        threads: that look for these.
+        exif: see `EXIF` in `data.DATA`.
+        skip_corrupt: leave out missing and unreadable images, and print which.
+        threads: number of threads that check the images.
         split: TRAIN or VAL, for errors.
 
     Attributes:
         num_classes: labels including the background.
         category_ids: category id by label.
         class_names: by label; the background is the first; unused labels of coco91 are "".
-        annotations: what the file says.
+        annotations: the file's contents.
 
     Raises:
-        UserError: a file is missing, or says what cannot be; see `annotations`.
+        UserError: a file is missing or invalid; see `annotations`.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class CocoDetectionSet:
         return len(self.positions)
 
     def _name_labels(self, space: str) -> None:
-        said = self.annotations
-        labels = label_of(said.categories, space, said.path)
+        annotations = self.annotations
+        labels = label_of(annotations.categories, space, annotations.path)
         self.num_classes = COCO91 if space == "coco91" else len(labels) + 1
         self.category_ids = {label: number for number, label in labels.items()}
         self.class_names = ["background", *[""] * (self.num_classes - 1)]
         for number, label in labels.items():
-            self.class_names[label] = said.categories[number]
-        self.labels = np.array([labels[n] for n in said.category_ids.tolist()], np.int64)
+            self.class_names[label] = annotations.categories[number]
+        self.labels = np.array([labels[n] for n in annotations.category_ids.tolist()], np.int64)
 
     def _drop_empty(self) -> None:
         filled = np.flatnonzero(np.diff(self.annotations.starts))
@@ -132,7 +132,7 @@ class CocoDetectionSet:
             raise UserError(f"no image of {self.annotations.path} in {self.folder} can be read")
 
     def _require_images(self) -> None:
-        """All files have to be there; whether they are sound shows when they are read."""
+        """Refuse missing image files; damaged ones are found when they are read."""
         for index in range(len(self)):
             path = self.path(index)
             if not path.is_file():
@@ -145,7 +145,7 @@ class CocoDetectionSet:
                 )
 
     def _say(self) -> None:
-        """What the set has, and what was left out of it: a line, once on each machine."""
+        """Print a line about the set and what was left out of it, once per machine."""
         left = [f"{number} {what}" for what, number in self.annotations.counts.items() if number]
         objects = int(np.diff(self.annotations.starts)[self.positions].sum())
         if local_rank() == 0:
@@ -162,11 +162,11 @@ class CocoDetectionSet:
         return self.folder / self.annotations.names[self.positions[index]].decode()
 
     def image_id(self, index: int) -> int:
-        """Its id in the annotation file; a number in place of one that is text."""
+        """Its id in the annotation file, as a number if that is text."""
         return int(self.annotations.image_ids[self.positions[index]])
 
     def written_id(self, index: int) -> int | str:
-        """Its id as the annotation file writes it."""
+        """Its id as in the annotation file."""
         return self.annotations.written_image(self.image_id(index))
 
     @property
@@ -194,7 +194,7 @@ class CocoDetectionSet:
         return pixels
 
     def item(self, view: View) -> tuple[Tensor, dict[str, Any]]:
-        """An image as seen, and its objects.
+        """A transformed image, and its objects.
 
         Returns:
             uint8 [3, H, W]; and `boxes` float32 [N, 4] (x1, y1, x2, y2 in its pixels), `labels`

@@ -1,11 +1,11 @@
-"""Average precision of detectors by COCO's protocol: pycocotools, or faster-coco-eval's equal.
+"""Average precision of detectors by COCO's protocol, with pycocotools or faster-coco-eval.
 
-The truth is the annotation file as it is, with its crowd regions, in which COCO's protocol ignores
-what is found; only what DETECTION.DATA.BAD_ANNOTATIONS leaves out is left out here, too: objects
-without a box, and of the masks those without a mask. Objects of more than 1e10 pixels, which the
-backends ignore, count as large.
-Results are kept as COCO's result files have them: in pixels of the original image, category ids,
-masks as run lengths.
+Ground truth is the whole annotation file with its crowd regions, in which COCO's protocol ignores
+detections. Left out is only what DETECTION.DATA.BAD_ANNOTATIONS leaves out: objects without a box,
+and for mask AP those without a mask. Objects of more than 1e10 pixels, which the backends ignore,
+count as large.
+Results have the format of COCO's result files: pixels of the original image, category ids, masks as
+run lengths.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _COCOS_LARGEST = 1e10
 
 
 class CocoEvaluator:
-    """Collects detections of all processes and measures them on the first.
+    """Collects the detections of all processes and computes AP on rank 0.
 
     Args:
-        dataset: what is detected in.
-        masks: measure masks, too; the annotation file needs them.
+        dataset: the validation set.
+        masks: also compute mask AP; the annotation file must have masks.
         backend: "pycocotools" or "faster".
 
     Attributes:
-        results: of this process: COCO result records by image id; images without any count.
-        curves: after :meth:`summarize`, on the first process; see :func:`curves`.
+        results: this process's COCO result records by image id, also for images without detections.
+        curves: after :meth:`summarize`, on rank 0; see :func:`curves`.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class CocoEvaluator:
     def add(
         self, targets: Sequence[Mapping[str, Any]], detections: Sequence[Mapping[str, Tensor]]
     ) -> None:
-        """Add what was found in images.
+        """Add the detections in some images.
 
         Args:
-            targets: of which `image_id` is read.
+            targets: the images' targets; only `image_id` is read.
             detections: for each image `boxes` [n, 4] (x1, y1, x2, y2), `labels` [n], `scores` [n]
                 and, where masks are measured, `masks` [n, H, W] of 0 and 1; all in pixels of the
                 original image. Labels that no category has are left out.
@@ -105,26 +105,25 @@ class CocoEvaluator:
 
         Returns:
             "bbox/AP", "bbox/AP50", ... (:data:`STATISTICS`), "bbox/AP/NAME" of each class; "segm/"
-            likewise. A number that does not exist (of small objects, where there are none) is left
-            out.
+            likewise. Undefined numbers (of small objects, if there are none) are left out.
         """
         results = self.gather()
         if not runtime.distributed():
             return self._measure(results)
-        found: list[Any] = [None]
+        outcome: list[Any] = [None]
         if runtime.rank() == 0:
             try:
-                found = [self._measure(results)]
+                outcome = [self._measure(results)]
             except Exception as error:  # the others wait for a word
-                found = [error]
-        dist.broadcast_object_list(found, src=0, group=runtime.side_group())
-        if isinstance(found[0], Exception):
-            raise found[0]
-        numbers: dict[str, float] = found[0]
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=runtime.side_group())
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        numbers: dict[str, float] = outcome[0]
         return numbers
 
     def gather(self) -> dict[int, list[dict[str, Any]]]:
-        """On the first process the results of all, by image, each image once; elsewhere nothing."""
+        """All processes' results on rank 0, by image, each image once; elsewhere nothing."""
         if not runtime.distributed():
             return self.results
         first = runtime.rank() == 0
@@ -148,28 +147,30 @@ class CocoEvaluator:
             for kind in self.kinds:
                 run = self._run(self._truth(kind), records, kind, images)
                 pairs = zip(STATISTICS, run.stats, strict=False)
-                known = {name: float(value) for name, value in pairs if value > -1}
+                defined = {name: float(value) for name, value in pairs if value > -1}
                 self.curves[kind] = curves(run, names)
                 classes = self.curves[kind]["classes"].items()
-                known.update({f"AP/{name}": one["AP"] for name, one in classes})
-                numbers.update({f"{kind}/{name}": 100 * value for name, value in known.items()})
+                defined.update({f"AP/{name}": one["AP"] for name, one in classes})
+                numbers.update({f"{kind}/{name}": 100 * value for name, value in defined.items()})
         return numbers
 
     def _truth(self, kind: str) -> Any:
-        """The annotation file as the backend's COCO; what it lacks is filled in.
+        """The annotation file as the backend's COCO object; missing fields are filled in.
 
         Images and objects are numbered from 1, in the order of the ids and of the file, categories
         by label: the backends lose objects with ids up to 0 and mix up ids of 2**53 and more, and
         not the same ones.
         """
-        said = self.dataset.annotations
-        contents = read_contents(said.path, "DETECTION.DATA.VAL_ANNOTATIONS")
-        if len(contents["annotations"]) != len(said.links):
-            raise UserError(f"{said.path} has changed since it was read; start again")
-        useless = said.left_out | said.maskless if kind == "segm" else said.left_out
-        sizes = said.sizes.tolist()
+        annotations = self.dataset.annotations
+        contents = read_contents(annotations.path, "DETECTION.DATA.VAL_ANNOTATIONS")
+        if len(contents["annotations"]) != len(annotations.links):
+            raise UserError(f"{annotations.path} has changed since it was read; start again")
+        useless = (
+            annotations.left_out | annotations.maskless if kind == "segm" else annotations.left_out
+        )
+        sizes = annotations.sizes.tolist()
         images = [{"id": k, "height": h, "width": w} for k, (h, w) in enumerate(sizes, 1)]
-        pairs = zip(contents["annotations"], said.links.tolist(), strict=True)
+        pairs = zip(contents["annotations"], annotations.links.tolist(), strict=True)
         usable = [
             self._object(record, position, image + 1, self.labels[category])
             for position, (record, (image, category)) in enumerate(pairs)
@@ -195,7 +196,7 @@ class CocoEvaluator:
         return one
 
     def _area(self, truth: Any, record: Mapping[str, Any]) -> float:
-        """An object's area: of its mask where masks are measured, or of its box."""
+        """An object's area: of its mask for mask AP, else of its box."""
         if self._has_mask(record["id"] - 1):
             return float(coco_masks().area(truth.annToRLE(record)))
         image = truth.imgs[record["image_id"]]
@@ -214,11 +215,11 @@ class CocoEvaluator:
     def _run(
         self, truth: Any, records: Sequence[Mapping[str, Any]], kind: str, images: list[int]
     ) -> Any:
-        """COCOeval after it ran."""
+        """Run COCOeval and return it."""
         # With boxes there, masks would be sorted into small, medium and large by the boxes' area.
         left_out = "bbox" if kind == "segm" else "segmentation"
         place = self.dataset.annotations.position
-        found = [
+        results = [
             {
                 **{key: value for key, value in record.items() if key != left_out},
                 "image_id": place(record["image_id"]) + 1,
@@ -227,7 +228,7 @@ class CocoEvaluator:
             for record in records
         ]
         detected = (
-            truth.loadRes(found) if found else self._coco({**truth.dataset, "annotations": []})
+            truth.loadRes(results) if results else self._coco({**truth.dataset, "annotations": []})
         )
         run = self.api[1](truth, detected, kind)
         run.params.imgIds = [place(image) + 1 for image in images]
@@ -241,13 +242,13 @@ class CocoEvaluator:
         return run
 
     def save(self, path: Path, results: Mapping[int, list[dict[str, Any]]]) -> None:
-        """Write what :meth:`gather` gave as a COCO result file, with the annotation file's ids."""
-        said = self.dataset.annotations
+        """Write :meth:`gather`'s result as a COCO result file, with the annotation file's ids."""
+        annotations = self.dataset.annotations
         records = [
             {
                 **record,
-                "image_id": said.written_image(record["image_id"]),
-                "category_id": said.written_category(record["category_id"]),
+                "image_id": annotations.written_image(record["image_id"]),
+                "category_id": annotations.written_category(record["category_id"]),
             }
             for image in results.values()
             for record in image
@@ -259,7 +260,7 @@ class CocoEvaluator:
 def detect_all(
     detector: Detector, loader: Iterable[Batch], device: torch.device, evaluator: CocoEvaluator
 ) -> None:
-    """Add what a detector, which is put into eval mode, finds in this process's images."""
+    """Add a detector's detections in this process's images; puts it into eval mode."""
     detector.eval()
     for images, targets in progress(loader, "eval"):
         inputs = [image.to(device, non_blocking=True) for image in images]
@@ -271,11 +272,11 @@ def evaluate_detector(
 ) -> dict[str, float]:
     """Average precision of a detector in percent; see :meth:`CocoEvaluator.summarize`.
 
-    Masks are measured if the detector makes them and the data set has them.
+    Mask AP is computed if the detector predicts masks and the data set has them.
 
     Args:
         detector: of :func:`models.build_detector`; in eval mode afterwards.
-        loader: of :func:`data.val_loader`; its `dataset` is what is measured on.
+        loader: of :func:`data.val_loader`; its `dataset` is the validation set.
     """
     evaluator = CocoEvaluator(loader.dataset, makes_masks(detector, loader.dataset), backend)
     detect_all(detector, loader, device, evaluator)
@@ -283,5 +284,5 @@ def evaluate_detector(
 
 
 def makes_masks(detector: Detector, dataset: CocoDetectionSet) -> bool:
-    """Whether masks can be measured: the detector has them, and so has the data set."""
+    """Whether mask AP can be computed: the detector predicts masks and the data set has them."""
     return dataset.masks and bool(detector.roi_heads.has_mask())

@@ -1,4 +1,4 @@
-"""Label spaces: which class index a category of a COCO file has; 0 is the background."""
+"""Label spaces: the class index of each COCO category; 0 is the background."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def label_of(categories: Iterable[int], space: str, path: Path) -> dict[int, int
 
     Args:
         space: contiguous (1..C) or coco91 (the ids themselves).
-        path: the file they are from, for errors.
+        path: their file, for errors.
     """
     if space not in LABEL_SPACES:
         raise UserError(

@@ -1,7 +1,6 @@
-"""Masks of COCO files: polygons and run lengths to pixels, and pixels to run lengths.
+"""Masks of COCO files: decode polygons and run lengths to pixels, encode pixels as run lengths.
 
-Brings pycocotools, which an installation without the extra `detection` does not have: imported
-where it is needed.
+pycocotools is imported lazily: only the extra `detection` installs it.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ def finite_number(value: Any) -> bool:
 
 
 def rle_counts(rle: Mapping[str, Any]) -> list[int] | None:
-    """Run lengths, of a string as well, in turn of pixels outside and inside, column by column.
+    """Decode run lengths (alternately outside and inside, column by column), also from strings.
 
-    None if they do not fill `size`, or something else is wrong: pycocotools would not notice.
+    None if they do not add up to `size` or are invalid, which pycocotools does not check.
     """
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, Sequence) or len(size) != 2 or not all(type(s) is int for s in size):
@@ -63,7 +62,7 @@ def rle_counts(rle: Mapping[str, Any]) -> list[int] | None:
 
 
 def _unpack(text: str) -> list[int]:
-    """COCO's packed run lengths: five bits a character, differences to the one before the last."""
+    """Decode COCO's packed run lengths: five bits per character, deltas to the second-last one."""
     counts: list[int] = []
     value = shift = 0
     for character in text:
@@ -78,12 +77,12 @@ def _unpack(text: str) -> list[int]:
 
 
 def draw_mask(segmentation: Any, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
-    """An object's pixels after its image was resized: uint8 [H, W], 0 or 1.
+    """An object's mask in the resized image: uint8 [H, W], 0 or 1.
 
     Polygons are drawn at the new size; run lengths are decoded, then resized to the nearest pixel.
 
     Args:
-        height, width: of the image that the segmentation is of.
+        height, width: of the original image.
         size: height and width of the mask.
     """
     if isinstance(segmentation, Mapping):
@@ -99,7 +98,7 @@ def draw_mask(segmentation: Any, height: int, width: int, size: tuple[int, int])
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask [H, W] at another size, each pixel that under its centre."""
+    """Resize a mask [H, W] by nearest neighbour, sampled at pixel centres."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(int)
         for new, old in zip(size, mask.shape, strict=True)
@@ -109,6 +108,6 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Compressed run lengths of a mask, uint8 [H, W], as result files have them."""
+    """Encode a mask, uint8 [H, W], as the compressed run lengths of COCO result files."""
     rle = coco_masks().encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -1,4 +1,4 @@
-"""COCO's evaluation packages, and what their runs have to say."""
+"""COCO's evaluation packages, and the curves that their results contain."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def coco_api(backend: str = "pycocotools") -> tuple[Any, Any]:
 
 
 def curves(run: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """What lies behind the average precision, as plain values in 0..1.
+    """The curves behind the average precision, as plain values in 0..1.
 
     Args:
         run: a COCOeval after `accumulate`.
@@ -60,7 +60,7 @@ def curves(run: Any, names: Mapping[int, str]) -> dict[str, Any]:
     ious = np.asarray(run.params.iouThrs)
     at50, at75 = (int(np.abs(ious - value).argmin()) for value in (0.5, 0.75))
     present = [k for k in range(precision.shape[2]) if (precision[:, :, k] > -1).any()]
-    known = precision[:, :, present]
+    defined = precision[:, :, present]
     classes = {
         names[int(run.params.catIds[k])]: {
             "AP": float(precision[:, :, k].mean()),
@@ -72,9 +72,9 @@ def curves(run: Any, names: Mapping[int, str]) -> dict[str, Any]:
     }
     return {
         "ious": ious.tolist(),
-        "ap": known.mean(axis=(1, 2)).tolist() if present else [],
+        "ap": defined.mean(axis=(1, 2)).tolist() if present else [],
         "recalls": np.asarray(run.params.recThrs).tolist(),
-        "precision50": known[at50].mean(axis=1).tolist() if present else [],
-        "precision75": known[at75].mean(axis=1).tolist() if present else [],
+        "precision50": defined[at50].mean(axis=1).tolist() if present else [],
+        "precision75": defined[at75].mean(axis=1).tolist() if present else [],
         "classes": classes,
     }

@@ -1,4 +1,4 @@
-"""What DETECTION.DATA.BAD_ANNOTATIONS fix mends beside boxes: ids, sizes, file names, areas."""
+"""Repairs by DETECTION.DATA.BAD_ANNOTATIONS fix: ids, image sizes, file names, areas."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LARGEST_SIDE = 2**31 - 1
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files beside an annotation file.
+    """The image files of an annotation file.
 
     Args:
         folder: of the images.
-        upright: whether they are turned as their EXIF orientation says.
-        skip: a file that cannot be read is left out later, so any size does for it.
+        upright: whether their EXIF orientation is applied.
+        skip: unreadable files are left out later, so they get any size.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class ImageFiles:
     skip: bool = False
 
     def file_name(self, name: str) -> str:
-        """`name`, with / for the separators of Windows where only that leads to a file."""
+        """`name`, with Windows separators replaced by / if only that leads to a file."""
         mended = name.replace("\\", "/")
         if mended == name or (self.folder / name).is_file():
             return name
@@ -42,7 +42,7 @@ class ImageFiles:
         """Height and width of an image as it is shown, without decoding it.
 
         Raises:
-            UnreadableError: the file is missing or no image.
+            UnreadableError: the file is missing or not an image.
         """
         try:
             with Image.open(self.folder / name, formats=FORMATS) as file:
@@ -56,10 +56,10 @@ class ImageFiles:
 
 
 def number_ids(written: Sequence[int | str]) -> dict[int | str, int]:
-    """A whole number for each id of a list, and for each other way to write that id.
+    """An integer for each id of a list, and for each other spelling of that id.
 
-    Texts of digits are the numbers that they spell. If one is not (`"img_7"`), all ids are numbered
-    from 1, numbers before texts, in their order: the same for two files with the same ids.
+    Strings of digits become their numbers. If there is another string (`"img_7"`), all ids are
+    numbered from 1 in sorted order, numbers before strings: the same for files with the same ids.
     """
     values = {one: whole_number(one) for one in written}
     if None in values.values():
@@ -75,14 +75,14 @@ def number_ids(written: Sequence[int | str]) -> dict[int | str, int]:
 
 
 def whole_number(written: int | str) -> int | None:
-    """The number that an id is or spells."""
+    """The integer that an id is or spells."""
     if isinstance(written, int):
         return written
     return int(written) if re.fullmatch(r"-?[0-9]{1,18}", written) else None
 
 
 def area_fault(area: Any, height: int, width: int) -> str:
-    """What is wrong with an object's area; nothing if it is a number that the image can hold."""
+    """The fault of an object's area; "" if it is a number that fits the image."""
     most = (height + 2 * SLACK) * (width + 2 * SLACK)
     if type(area) in (int, float) and 0 <= area <= most:
         return ""

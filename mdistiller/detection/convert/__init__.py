@@ -1,1 +1,1 @@
-"""Weights of other libraries as files of this one."""
+"""Convert detection weights of other libraries to files of this one."""

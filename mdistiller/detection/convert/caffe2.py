@@ -1,8 +1,7 @@
-"""ImageNet ResNets in Caffe2's names (MSRA's R-50.pkl and R-101.pkl), for BACKBONE_WEIGHTS.
+"""Convert ImageNet ResNets of Caffe2 (MSRA's R-50.pkl, R-101.pkl) for BACKBONE_WEIGHTS.
 
-detectron2's trainings start from them. Their batch norms are folded: a factor and an offset are all
-that is left. No file of MSRA was at hand when this was written; the names are those that
-detectron2's loader knows.
+detectron2 starts training from them. Their batch norms are folded to a factor and an offset. No
+file of MSRA was available when this was written; the names are those of detectron2's loader.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _EPS = 1e-5
 
 
 def is_backbone(arrays: Mapping[str, Tensor]) -> bool:
-    """Whether a file's weights are such a ResNet's."""
+    """Whether the weights are those of such a ResNet."""
     return "conv1_w" in arrays
 
 
@@ -46,10 +45,10 @@ def convert_backbone(arrays: Mapping[str, Tensor], path: Path) -> dict[str, Any]
 
     Args:
         arrays: by Caffe2's names.
-        path: the file they are of, for errors.
+        path: their file, for errors.
 
     Raises:
-        UserError: there is a weight of another name. What is missing shows when it is loaded.
+        UserError: a weight has an unknown name. Missing weights are found at loading.
     """
     state: dict[str, Tensor] = {}
     unknown = []
@@ -75,10 +74,10 @@ def convert_backbone(arrays: Mapping[str, Tensor], path: Path) -> dict[str, Any]
 
 
 def rename(name: str) -> str | None:
-    """torchvision's name of a weight; None if it has none such."""
-    found = _BLOCK.fullmatch(name)
-    if not found:
+    """torchvision's name of a weight; None without a counterpart."""
+    match = _BLOCK.fullmatch(name)
+    if not match:
         return _STEM.get(name)
-    conv, norm = _LAYERS[found["where"]]
+    conv, norm = _LAYERS[match["where"]]
     kinds = {"w": f"{conv}.weight", "bn_s": f"{norm}.weight", "bn_b": f"{norm}.bias"}
-    return f"layer{int(found['n']) - 1}.{found['block']}.{kinds[found['kind']]}"
+    return f"layer{int(match['n']) - 1}.{match['block']}.{kinds[match['kind']]}"

@@ -1,10 +1,9 @@
-"""Weights of detectron2's Faster and Mask R-CNNs (ResNet-FPN) as files of this library.
+"""Convert weights of detectron2's Faster and Mask R-CNNs (ResNet-FPN) to files of this library.
 
-What has to change: names; the class scores, whose background is last there and first here; boxes
-and masks, which have no background there and get zero rows here, never used. Batch norms, anchors'
-order and box coding agree. That the first 1x1 layer of a bottleneck halves the resolution cannot be
-seen in the weights, nor can the order of the channels: both are said when converting, and the file
-keeps them.
+Changed are: names; class scores, whose background is last there and first here; boxes and masks,
+which have no background there and get unused zero rows here. Batch norms, order of anchors and box
+coding agree. Neither the stride of a bottleneck's first 1x1 layer nor the channel order can be read
+from weights: the user states both, and the file records them.
 """
 
 from __future__ import annotations
@@ -66,16 +65,16 @@ _DEPTHS = {  # blocks of each stage, and whether they are bottlenecks
 def convert(
     arrays: Mapping[str, Tensor], path: Path, form: str = "bgr", stride_in_1x1: bool = True
 ) -> dict[str, Any]:
-    """The contents of a file that `DETECTION.*.WEIGHTS` takes, from what detectron2 has.
+    """Convert detectron2's weights to the contents of a file for `DETECTION.*.WEIGHTS`.
 
     Args:
         arrays: by detectron2's names; see :func:`read`.
         path: the file they are of, for errors.
-        form: of FORMATS, how its images were put to it.
+        form: the input format in training, one of FORMATS.
         stride_in_1x1: as of NETWORK; without meaning for ResNet-18 and 34.
 
     Raises:
-        UserError: anything is missing, unknown or of another shape.
+        UserError: a weight is missing, unknown or of another shape.
     """
     state = {}
     unknown = []
@@ -95,15 +94,15 @@ def convert(
     network.STRIDE_IN_1X1 = stride_in_1x1 and network.ARCH in ("resnet50", "resnet101")
     classes = _reorder(state, path)
     detector = assemble(network, classes)
-    own = detector.state_dict()
-    load_state(detector, without_counters(state, own), f"{path} and {network.ARCH} with FPN")
+    expected = detector.state_dict()
+    load_state(detector, without_counters(state, expected), f"{path} and {network.ARCH} with FPN")
     _check_constants(arrays, detector.rpn.anchor_generator.cell_anchors, form, path)
     kept = {k: v for k, v in detector.state_dict().items() if not k.endswith("batches_tracked")}
     return {"model": kept, FACTS: detector.facts}
 
 
 def rename(name: str) -> str | None:
-    """What a weight of detectron2 is called here; None without a counterpart."""
+    """The name here of a weight of detectron2; None without a counterpart."""
     for pattern, target in RULES.items():
         if found := re.fullmatch(pattern, name):
             words = found.groupdict()
@@ -113,7 +112,7 @@ def rename(name: str) -> str | None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The weights, by detectron2's names, of a .pkl of its zoo or a .pth of a training with it.
+    """Read weights, by detectron2's names, from a .pkl of its zoo or a .pth of its training.
 
     Raises:
         UserError: the file is refused, damaged or holds something else.
@@ -137,7 +136,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _network(state: Mapping[str, Tensor], path: Path) -> CfgNode:
-    """The network that weights, under our names, are of."""
+    """The config of the network that fits weights with our names."""
     blocks = [
         {m[1] for key in state if (m := re.match(rf"backbone\.body\.layer{k}\.(\d+)\.", key))}
         for k in range(1, 5)
@@ -146,9 +145,9 @@ def _network(state: Mapping[str, Tensor], path: Path) -> CfgNode:
     arch = _DEPTHS.get((depth, "backbone.body.layer1.0.conv3.weight" in state))  # type: ignore[arg-type]
     pyramid = state.get("backbone.fpn.inner_blocks.0.0.weight")
     if arch is None or pyramid is None:
-        known = ", ".join(_DEPTHS.values())
+        supported = ", ".join(_DEPTHS.values())
         raise UserError(
-            f"{path} is not of a supported ResNet with FPN ({known}): its stages have "
+            f"{path} is not of a supported ResNet with FPN ({supported}): its stages have "
             f"{', '.join(map(str, depth))} blocks"
         )
     network = CfgNode(NETWORK)
@@ -158,7 +157,7 @@ def _network(state: Mapping[str, Tensor], path: Path) -> CfgNode:
 
 
 def _reorder(state: dict[str, Tensor], path: Path) -> int:
-    """Put the background first in what depends on the classes; their number, with it."""
+    """Move the background first in all class-wise weights; returns the number of classes."""
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None:
         raise UserError(f"{path} lacks roi_heads.box_predictor.cls_score.weight")
@@ -180,7 +179,7 @@ def _reorder(state: dict[str, Tensor], path: Path) -> int:
 def _check_constants(
     arrays: Mapping[str, Tensor], anchors: list[Tensor], form: str, path: Path
 ) -> None:
-    """Refuse anchors and means that the network here would not have."""
+    """Refuse anchors and pixel means other than those of the network here."""
     expected = {
         f"proposal_generator.anchor_generator.cell_anchors.{i}": own
         for i, own in enumerate(anchors)
@@ -188,12 +187,12 @@ def _check_constants(
     expected["pixel_mean"] = torch.tensor(FORMATS[form].mean).view(3, 1, 1)
     expected["pixel_std"] = torch.tensor(FORMATS[form].std).view(3, 1, 1)
     for name, value in expected.items():
-        found = arrays.get(name, value)
-        if found.numel() != value.numel() or not torch.allclose(
-            found.view_as(value).float(), value, atol=1e-2
+        array = arrays.get(name, value)
+        if array.numel() != value.numel() or not torch.allclose(
+            array.view_as(value).float(), value, atol=1e-2
         ):
             raise UserError(
-                f"{path}: {name} is {_rounded(found)}, but a detector with INPUT {form} has "
+                f"{path}: {name} is {_rounded(array)}, but a detector with INPUT {form} has "
                 f"{_rounded(value)}"
             )
 

@@ -1,4 +1,4 @@
-"""Pickles of numpy arrays, as detectron2's model zoo has them, read without running anything."""
+"""Safe reading of pickled numpy arrays, the format of detectron2's model zoo."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mdistiller.registry import UserError
 
 
 class _RefusedError(Exception):
-    """A name in the pickle that arrays have no need of."""
+    """The pickle names something other than what arrays need."""
 
 
 class _Array:
-    """What pickles of arrays name as the array's class; it cannot be made."""
+    """Stands for the class of arrays in pickles; it cannot be instantiated."""
 
     def __new__(cls, *args: Any) -> _Array:
         raise _RefusedError("numpy.ndarray made by itself")
@@ -81,8 +81,7 @@ def load_arrays(path: Path) -> Any:
     """The contents of a pickle of dicts, lists, texts, numbers and numpy arrays.
 
     Raises:
-        UserError: it is missing or damaged, or names anything that arrays have no need of: nothing
-            else of it is then run.
+        UserError: it is missing, damaged, or names anything but what arrays need, which is not run.
     """
     try:
         with path.open("rb") as file:

@@ -1,7 +1,6 @@
-"""Weights of detectors from files that say what they are of: {"model": state, "detector": facts}.
+"""Load weights of detectors from files {"model": state, "detector": facts}.
 
-The shapes of a torchvision and a detectron2 detector are the same, so only the facts can tell that
-one's weights were put into the other.
+Detectors of torchvision and detectron2 have the same shapes; only the facts tell them apart.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _PER_CLASS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_log
 
 
 def load_detector(detector: Detector, network: Any, where: str) -> None:
-    """Load `network.WEIGHTS`: a file, or "torchvision" for the weights that it released.
+    """Load `network.WEIGHTS`: a file, or "torchvision" for its released weights.
 
-    The eps of the batch norms, which is in no config, is the file's if it says one.
+    The batch norms' eps, which is not in the config, is the file's if recorded.
 
     Raises:
-        UserError: the file cannot be read, or is of another detector.
+        UserError: the file cannot be read, or is for another detector.
     """
     path = _place(network, "WEIGHTS", network.ARCH, "DEFAULT", where)
     contents = load_checkpoint(path)
@@ -45,16 +44,16 @@ def load_detector(detector: Detector, network: Any, where: str) -> None:
             detector.facts["norm_eps"] = facts["norm_eps"]
         if not network.NEW_HEAD:
             _check_classes(facts.get("classes"), detector.facts.get("classes"), path, where)
-    own = detector.state_dict()
+    expected = detector.state_dict()
     if network.NEW_HEAD:
-        state = {**state, **{k: v for k, v in own.items() if _other_classes(k, v, state)}}
-    if _SCORES in state and _other_classes(_SCORES, own[_SCORES], state):
-        found, wanted = len(state[_SCORES]), len(own[_SCORES])
+        state = {**state, **{k: v for k, v in expected.items() if _other_classes(k, v, state)}}
+    if _SCORES in state and _other_classes(_SCORES, expected[_SCORES], state):
+        classes, wanted = len(state[_SCORES]), len(expected[_SCORES])
         raise UserError(
-            f"{where}.WEIGHTS {path} is for {found} classes, background included, and the data "
-            f"have {wanted}: {class_advice(found, wanted, where)}"
+            f"{where}.WEIGHTS {path} is for {classes} classes, background included, and the data "
+            f"have {wanted}: {class_advice(classes, wanted, where)}"
         )
-    load_state(detector, without_counters(state, own), f"{path} and {where} ({network.ARCH})")
+    load_state(detector, without_counters(state, expected), f"{path} and {where} ({network.ARCH})")
 
 
 def check_facts(
@@ -64,26 +63,26 @@ def check_facts(
     where: str,
     of: str = "WEIGHTS",
 ) -> None:
-    """Refuse a file whose facts are not those of the network it is for.
+    """Refuse a file whose facts differ from the network's config.
 
     Raises:
         UserError: names the key and both values.
     """
     for name, value in wanted.items():
-        said = facts.get(name, value)
+        recorded = facts.get(name, value)
         fitting = (value, FORMATS[value].weights) if name == "input" else (value,)
         if name not in ("num_classes", "classes", "norm_eps") and not (
-            type(said) is type(value) and said in fitting
+            type(recorded) is type(value) and recorded in fitting
         ):
             key = name.upper()
             raise UserError(
-                f"{where}.{of} {path} is of a detector with {key} {str(said)[:60]}, but "
+                f"{where}.{of} {path} is of a detector with {key} {str(recorded)[:60]}, but "
                 f"{where}.{key} is {value}: set it to that"
             )
 
 
 def _check_classes(said: Any, wanted: Any, path: Path, where: str) -> None:
-    """Refuse weights for as many classes, but others or in another order."""
+    """Refuse weights for as many classes, but other ones or in another order."""
     if not said or not wanted or len(said) != len(wanted) or list(said) == list(wanted):
         return
     pairs = enumerate(zip(said, wanted, strict=True))
@@ -101,7 +100,7 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
         arch: the classification network's name.
 
     Raises:
-        UserError: the file cannot be read, or is of another network.
+        UserError: the file cannot be read, or is for another network.
     """
     path = _place(network, "BACKBONE_WEIGHTS", arch, "IMAGENET1K_V1", where)
     contents = load_checkpoint(path)
@@ -113,17 +112,17 @@ def load_backbone(detector: Detector, arch: str, network: Any, where: str) -> No
     plain = {key.removeprefix("features."): value for key, value in state.items()}
     body: nn.Module = detector.backbone.body
     inside = {name for name, _ in body.named_children()}  # the rest are what follows the last stage
-    own = {key: value for key, value in plain.items() if key.partition(".")[0] in inside}
+    weights = {key: value for key, value in plain.items() if key.partition(".")[0] in inside}
     what = f"{path} and the backbone of {where} ({arch})"
-    load_state(body, without_counters(own, body.state_dict()), what)
+    load_state(body, without_counters(weights, body.state_dict()), what)
 
 
 def _place(network: Any, key: str, name: str, release: str, where: str) -> Path:
-    """The file that a key names, which is downloaded if it is one of torchvision.
+    """The file that a key names; torchvision's weights are downloaded.
 
     Args:
-        name: of the network, among torchvision's.
-        release: which of its weights.
+        name: torchvision's name of the network.
+        release: the version of its weights.
     """
     if network[key] != "torchvision":
         return Path(network[key]).expanduser()
@@ -140,5 +139,5 @@ def _other_classes(key: str, own: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 
 def without_counters(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the batch norms' counters that a frozen network does not have."""
+    """`state` without batch-norm counters, which a frozen network does not have."""
     return {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}

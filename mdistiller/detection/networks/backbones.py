@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 
 class Levels(NamedTuple):
-    """Where a classification network's stages end, and their channels."""
+    """The last layers of a classification network's stages, and their channels."""
 
     layers: dict[str, str]
     channels: tuple[int, ...]
@@ -35,8 +35,8 @@ def build_backbone(name: str, channels: int = 256, stride_in_1x1: bool = False) 
     """A network of BACKBONES, with random weights, under a pyramid of `channels`.
 
     Args:
-        stride_in_1x1: bottlenecks halve the resolution in their first layer, as in MSRA's ResNets
-            and detectron2's, and not in their 3x3 one, as in torchvision's.
+        stride_in_1x1: bottlenecks have their stride in the first 1x1 layer, as in MSRA's and
+            detectron2's ResNets, not in the 3x3 one, as in torchvision's.
     """
     net = zoo.get_model(name, weights=None)
     if stride_in_1x1:
@@ -49,7 +49,7 @@ def build_backbone(name: str, channels: int = 256, stride_in_1x1: bool = False) 
 
 
 def freeze_stages(body: nn.Module, count: int) -> None:
-    """Freeze the first stages of a body, its batch norms with them: 1 is the stem, 2 adds P2's.
+    """Freeze the first stages of a body with their batch norms: 1 is the stem, 2 adds P2's stage.
 
     Args:
         body: of a BackboneWithFPN.
@@ -68,10 +68,10 @@ def freeze_stages(body: nn.Module, count: int) -> None:
 
 
 def with_frozen_norms(module: nn.Module, eps: float | None = None) -> nn.Module:
-    """`module` with its batch norms turned into constants; itself, unless it is one.
+    """Replace the batch norms in `module` by constant ones; returns the module or its replacement.
 
     Args:
-        eps: of the constants, if not that of the batch norms.
+        eps: of the constant norms; by default that of the batch norms.
     """
     if isinstance(module, nn.BatchNorm2d):
         frozen = FrozenBatchNorm2d(module.num_features, module.eps if eps is None else eps)

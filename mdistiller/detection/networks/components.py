@@ -1,4 +1,4 @@
-"""Backbone, proposal network and RoI heads of a detector, as its config node describes them."""
+"""Backbone, proposal network and RoI heads of a detector, from its config node."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _pool(side: int, exact: bool) -> MultiScaleRoIAlign:
 def fix_scales(pool: MultiScaleRoIAlign, levels: range) -> MultiScaleRoIAlign:
     """Set a pool's map scales, 1 / 2**level, which it would infer from the first image.
 
-    Of an image of 40 x 40 pixels, which is padded to 64 x 64, the inferred scales stay wrong.
+    Scales inferred from an image of 40 x 40 pixels, which is padded to 64 x 64, are wrong.
     """
     pool.scales = [2.0**-level for level in levels]
     pool.map_levels = LevelMapper(levels[0], levels[-1])

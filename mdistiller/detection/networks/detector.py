@@ -64,8 +64,8 @@ class Detector(GeneralizedRCNN):
 
         Args:
             images: as of :meth:`prepare`.
-            targets: `boxes` [n, 4] of more than no size, `labels` [n] of int64 from 1 on, and for
-                masks `masks` [n, H, W] of each image; n may be 0.
+            targets: of each image `boxes` [n, 4] with positive width and height, `labels` [n],
+                int64 from 1, and for Mask R-CNN `masks` [n, H, W]; n may be 0.
         """
         if not self.training:
             return self.detect(images, [(image.shape[-2], image.shape[-1]) for image in images])
@@ -89,7 +89,7 @@ class Detector(GeneralizedRCNN):
         Args:
             features: of this detector's backbone.
             proposals: boxes [r, 4] of each image, in pixels of the prepared images.
-            sizes: of the images without padding, (height, width).
+            sizes: (height, width) of the images without padding.
         """
         return self.roi_heads.predict(features, proposals, sizes)[0]
 

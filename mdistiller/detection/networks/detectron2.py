@@ -1,6 +1,6 @@
-"""Where detectron2's detectors differ from torchvision's: anchors, pooling, losses, masks.
+"""Components of detectron2's detectors that differ from torchvision's: anchors, pooling, losses.
 
-Weights trained with one kind give wrong boxes with the other. What agrees is torchvision's.
+Weights trained with one kind give wrong boxes with the other. All other parts are torchvision's.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors, never in less than float32: half precision steps by whole pixels."""
+    """torchvision's anchors in float32 or more: half precision would round to whole pixels."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         super().set_cell_anchors(torch.float32 if dtype in _LOW else dtype, device)
 
 
 class ExactAnchors(Anchors):
-    """Anchors that are not rounded to whole pixels, at strides that are given.
+    """Anchors that are not rounded to whole pixels, at given strides.
 
-    torchvision rounds them, and divides the image size by that of the map: not the stride where the
-    map was rounded up (P6 of 800 pixels is 13 wide: 61, not 64).
+    torchvision rounds them, and divides image size by map size, which is not the stride if the
+    map's size was rounded up (P6 of 800 pixels is 13 wide: 61, not 64).
 
     Args:
         strides: in pixels, of each level.
@@ -68,7 +68,7 @@ class ExactAnchors(Anchors):
 
 
 class AlignedPool(MultiScaleRoIAlign):
-    """Pooling with half-pixel alignment and as many samples as a cell is wide, at fixed strides."""
+    """RoIAlign with half-pixel alignment and adaptive sampling, at fixed strides."""
 
     def __init__(self, names: Sequence[str], output_size: int, strides: Sequence[int]):
         super().__init__(list(names), output_size, sampling_ratio=0)
@@ -129,14 +129,14 @@ def mask_loss(
     labels: Sequence[Tensor],
     matched: Sequence[Tensor],
 ) -> Tensor:
-    """Cross-entropy with the true masks cut to the boxes: aligned, and of zeros and ones.
+    """Cross-entropy with the true masks cropped to the boxes, aligned and binary.
 
     Args:
         logits: [R, classes, S, S] of all boxes.
         boxes: [r, 4] of each image.
         masks: [objects, H, W] of each image.
         labels: [objects] of each image.
-        matched: [r] which object each box is of.
+        matched: [r] object of each box.
     """
     if not len(logits):
         return logits.sum() * 0
@@ -156,9 +156,9 @@ def mask_loss(
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of boxes, [N, 1, S, S] probabilities, in the image: [N, H, W] of uint8, 0 and 1.
+    """Paste box masks, [N, 1, S, S] probabilities, into the image: uint8 [N, H, W], 0 or 1.
 
-    Every pixel's centre is looked up in the mask, which is stretched over its box.
+    The mask is stretched over its box and sampled at the pixels' centres.
 
     Args:
         boxes: [N, 4] in pixels of the image.
@@ -183,7 +183,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def initialize(rcnn_heads: nn.Module) -> None:
-    """Give RoI heads the first weights that detectron2 gives them."""
+    """Initialise RoI heads as detectron2 does."""
     for name, layer in rcnn_heads.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             continue

@@ -1,11 +1,11 @@
-"""Detectors: Faster and Mask R-CNN of torchvision's parts, in its flavour or detectron2's.
+"""Build detectors: Faster and Mask R-CNN in torchvision's or detectron2's flavour.
 
     detector = build_detector(cfg.DETECTION.STUDENT, num_classes=81)
     losses = detector(images, targets)                       # in train mode
     found = detector.eval().detect(images, original_sizes)   # in eval mode
 
-Class counts include the background, which is class 0 in both flavours. Images come resized, as
-[3, H, W] in [0, 1], RGB; each detector puts them into its own format.
+Class counts include the background, which is class 0 in both flavours. Images are resized, [3, H,
+W] in [0, 1], RGB; each detector converts them to its own format.
 """
 
 from __future__ import annotations
@@ -80,16 +80,16 @@ def build_detector(
     where: str = "DETECTION.STUDENT",
     classes: Sequence[str] = (),
 ) -> Detector:
-    """The detector that a config node describes, with its weights, in train mode.
+    """Build the detector of a config node, with its weights, in train mode.
 
     Args:
         network: with the keys of NETWORK.
         num_classes: with the background.
         where: the node's name, for errors.
-        classes: their names by label; weights of others are refused, if their file says so.
+        classes: their names by label; a file that records other classes is refused.
 
     Raises:
-        UserError: a value or a file that does not fit.
+        UserError: a value or a file does not fit.
     """
     network = located(network)
     check_network(network, where)
@@ -116,7 +116,7 @@ def build_detector(
 
 
 def located(network: Any) -> Any:
-    """A network's node; its files that are not where they say are those of the checkout."""
+    """A network's node, with missing files looked up relative to the checkout."""
     node = network.clone()
     node.defrost()
     for key in ("WEIGHTS", "BACKBONE_WEIGHTS"):
@@ -127,10 +127,10 @@ def located(network: Any) -> Any:
 
 
 def check_network(network: Any, where: str) -> None:
-    """Refuse values that no detector can be built with.
+    """Refuse invalid values of a network's node.
 
     Raises:
-        UserError: with the key, the value and what is allowed.
+        UserError: names the key, the value and the allowed values.
     """
     named = network.ARCH in NAMED
     allowed = {
@@ -161,7 +161,9 @@ def check_network(network: Any, where: str) -> None:
         raise UserError(f"{where}: CHANNELS and ROI_SAMPLES must be at least 1")
     sizes = list(network.ANCHOR_SIZES)
     if len(sizes) != len(STRIDES) or min(sizes) <= 0:
-        raise UserError(f"{where}.ANCHOR_SIZES is {sizes}; want {len(STRIDES)} sizes above 0")
+        raise UserError(
+            f"{where}.ANCHOR_SIZES is {sizes}; it must have {len(STRIDES)} sizes above 0"
+        )
     if network.WEIGHTS == "torchvision" and not named:
         raise UserError(
             f"{where}.WEIGHTS: torchvision released no {network.ARCH} detector; it has "

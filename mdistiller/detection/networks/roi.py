@@ -1,4 +1,4 @@
-"""RoI heads that keep the regions they sampled, with the losses of the detector's flavour."""
+"""RoI heads that record the sampled regions, with the losses of the detector's flavour."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class RecordingRoIHeads(RoIHeads):
     """torchvision's RoI heads; `samples` are the regions of the last training step.
 
     Args:
-        beta: where the box loss turns from quadratic to linear; 0: L1.
-        mask_loss: takes what torchvision's `maskrcnn_loss` does.
+        beta: threshold of the smooth L1 box loss; 0: L1.
+        mask_loss: with the arguments of torchvision's `maskrcnn_loss`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RecordingRoIHeads(RoIHeads):
 
     @classmethod
     def of(cls, heads: RoIHeads) -> RecordingRoIHeads:
-        """Recording heads made of the parts of stock ones."""
+        """Recording heads from the parts of torchvision's."""
         matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
         return cls(
             heads.box_roi_pool,
@@ -79,7 +79,7 @@ class RecordingRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """In eval mode detections as torchvision gives them, in training the losses."""
+        """Detections as torchvision's in eval mode, losses in train mode."""
         self.samples = None
         if not self.training:
             detections: tuple[Any, Any] = super().forward(features, proposals, image_shapes)
@@ -121,13 +121,13 @@ class RecordingRoIHeads(RoIHeads):
 
 
 def box_loss(deltas: Tensor, wanted: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Smooth L1 between the deltas of the labelled classes and the wanted ones, over all regions.
+    """Smooth L1 loss between the labelled classes' deltas and their targets, over all regions.
 
     Args:
         deltas: [R, 4 * classes].
         wanted: [R, 4]; those of the background do not count and may be infinite.
         labels: [R], 0 the background.
-        beta: where it turns linear; 0: L1.
+        beta: threshold between quadratic and linear; 0: L1.
     """
     objects = (labels > 0)[:, None]
     place = labels[:, None, None].expand(-1, 1, 4)

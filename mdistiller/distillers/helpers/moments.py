@@ -23,7 +23,7 @@ def wkd_feature_loss(student: Tensor, teacher: Tensor, grid: int, ratio: float) 
 def grid_moments(x: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     """Mean and sqrt(unbiased variance + EPS) of maps [N, C, H, W] by cell: [N, C, grid, grid] both.
 
-    Where a side is no multiple of `grid`, cells overlap as those of adaptive pooling do. The
+    If a side is not a multiple of `grid`, cells overlap as those of adaptive pooling do. The
     variance of a single pixel is 0.
     """
     if x.shape[2] % grid or x.shape[3] % grid:

@@ -13,7 +13,7 @@ DRAW_BLOCK = 2**26
 
 
 class Negatives(nn.Module):
-    """Draws positives and negatives for samples of known class, on the device.
+    """Draws positives and negatives for labelled samples, on the device.
 
     Negatives are K distinct samples of other classes, every set of K equally likely; where fewer
     than K exist, they are drawn with replacement.
@@ -37,7 +37,7 @@ class Negatives(nn.Module):
             targets = torch.arange(num_data)
         targets = torch.as_tensor(targets, dtype=torch.int64).cpu()
         if tuple(targets.shape) != (num_data,):
-            raise UserError(f"CRD: want {num_data} training targets, got {list(targets.shape)}")
+            raise UserError(f"CRD: expected {num_data} training targets, got {list(targets.shape)}")
         _, targets = targets.unique(return_inverse=True)
         count = targets.bincount()
         if len(count) < 2:

@@ -1,1 +1,1 @@
-"""The hooks of a run: evaluation, logs, checkpoints, moving average, guards, signals."""
+"""The hooks of a run: evaluation, logs, checkpoints, EMA, NaN guard, signals."""

@@ -21,10 +21,10 @@ from mdistiller.engine.utils import log_msg
 
 
 def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
-    """Call the hooks after an epoch, each of which may add to its record.
+    """Call the hooks after an epoch; each may add to its record.
 
-    What is a number in it stays one: what a hook removes, or replaces by text or the like, is put
-    back, and a line is printed.
+    Numbers stay numbers: an entry that a hook removes, or replaces by something else, is restored,
+    and a line is printed.
     """
     numbers = numbers_of(record)
     for hook in trainer.hooks:
@@ -42,14 +42,14 @@ def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
 
 
 class Evaluate(Hook):
-    """Adds to the epoch's record how the student does on the validation set."""
+    """Evaluates the student and adds the results to the epoch's record."""
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         record.update(trainer.evaluate())
 
 
 class Log(Hook):
-    """Hands each epoch's numbers to `trainer.log` and prints a line."""
+    """Passes each epoch's record to `trainer.log` and prints a line."""
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         record = plain(record)
@@ -67,10 +67,11 @@ class Log(Hook):
 
 
 class Checkpoint(Hook):
-    """Saves `latest`, then what else an epoch leaves: `best`, `epoch_N`, and networks alone.
+    """Saves `latest`, then the epoch's other files: `best`, `epoch_N`, and the student's weights
+    alone.
 
-    So no file is of an epoch that a run which dies here would do again; it writes those that are
-    lacking when it goes on. Within an epoch only `latest` is saved.
+    In this order no file is of an epoch that a run which dies here has to repeat; the resumed run
+    writes the missing ones. Within an epoch only `latest` is saved.
     """
 
     def __init__(self, cfg: Any):
@@ -88,7 +89,7 @@ class Checkpoint(Hook):
         store.prune(self.log.KEEP_CHECKPOINTS, epoch)
 
     def _write_beside(self, trainer: Trainer, epoch: int) -> None:
-        """Write what `latest` of an epoch has beside it, as far as it is not there."""
+        """Write the epoch's other files, as far as they do not exist."""
         store, student = self._store(trainer), trainer.model.student
         wholes, networks = [], {"student_latest": student}
         if trainer.best_epoch == epoch:
@@ -120,7 +121,7 @@ class Checkpoint(Hook):
 
 
 def saved_state(trainer: Trainer) -> dict[str, Any]:
-    """The state of a run, whose logs are now durable and whose weights are finite."""
+    """The state of a run to save; flushes its logs and checks its weights first."""
     trainer.call("before_save")
     return trainer.state()
 
@@ -137,7 +138,7 @@ def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
 
 
 class LogStage(Hook):
-    """Prints a line for each epoch of an initialisation stage, and hands it to the logs."""
+    """Prints a line for each epoch of an initialisation stage, and logs it."""
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         # Accuracy says nothing here: the classifier is not trained, or did not run.

@@ -20,10 +20,10 @@ from mdistiller.registry import UserError
 
 @torch.no_grad()
 def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """Let every value of `average` be decay * itself + (1 - decay) * that of `net`.
+    """Update `average` in place: average = decay * average + (1 - decay) * net.
 
-    Buffers as well; whole numbers (counters) are copied. torch's AveragedModel would wait for the
-    device in every step.
+    Buffers are averaged as well; integer ones (counters) are copied. torch's AveragedModel would
+    synchronise with the device in every step.
     """
     pairs = [
         (averaged, value)
@@ -40,7 +40,7 @@ def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 
 
 class AverageStudent(Hook):
-    """Keeps an exponential moving average of the student, and evaluates it beside the student.
+    """Keeps an exponential moving average of the student and evaluates it each epoch.
 
     Weights and running statistics are averaged after every optimizer step, counters copied (as in
     timm); it starts as the weights after the first step. The epoch's record gets `ema_test_acc` and

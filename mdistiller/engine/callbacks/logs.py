@@ -1,4 +1,4 @@
-"""What is written down while a run goes: text files, TensorBoard, Weights & Biases."""
+"""Logs of a run: text files, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss
 
 
 def plain(value: Any) -> Any:
-    """A value that a hook put into a record, as JSON holds it: tensors as numbers or lists."""
+    """A record's value in a form that JSON can hold: tensors become numbers or lists."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Mapping):
@@ -40,13 +40,13 @@ def plain(value: Any) -> Any:
 
 
 def numbers_of(record: Record) -> dict[str, float]:
-    """The entries of a record that are one number each; text, lists and such are left out."""
+    """The scalar entries of a record; text, lists and the like are left out."""
     entries: dict[str, Any] = plain(record)
     return {key: value for key, value in entries.items() if isinstance(value, (int, float))}
 
 
 class AppendedFile(Hook):
-    """A text log that continues where the checkpoint left it. Subclasses set `name`."""
+    """A text log that resuming cuts back to the checkpoint. Subclasses set `name`."""
 
     name = ""
 
@@ -112,8 +112,8 @@ class MetricsFile(AppendedFile):
 class _Events:
     """An event file for TensorBoard, written by this thread.
 
-    tensorboardX's own writer has a queue: what waits there when the process dies is lost, and on a
-    full disk it hangs.
+    tensorboardX's own writer has a queue, which is lost when the process dies and hangs on a full
+    disk.
 
     Args:
         purge: steps from this one on, of earlier files in the folder, are hidden.
@@ -131,7 +131,7 @@ class _Events:
         self._file.write_event(Event(step=step, summary=summary, wall_time=time.time()))
 
     def flush(self) -> None:
-        """Make it durable."""
+        """Flush the file to disk."""
         self._file.flush()
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class TensorBoard(Hook):
 
 
 class Wandb(Hook):
-    """Weights & Biases, on by LOG.WANDB; whatever goes wrong there, training goes on."""
+    """Weights & Biases, switched on by LOG.WANDB; its errors never stop the training."""
 
     def __init__(self) -> None:
         self.run: Any = None

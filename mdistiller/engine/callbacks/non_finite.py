@@ -22,18 +22,18 @@ _SHOWN = 8  # sample numbers in an error
 class NonFiniteGuard(Hook):
     """Checks every step's loss and gradient before it moves the weights.
 
-    Reading a value on the host waits for the device. On CUDA losses are therefore read every 50
-    steps, and a bad gradient shows in the losses that follow. With SOLVER.SKIP_NONFINITE each step
-    is checked: one that is skipped leaves weights, optimizer and buffers as they were. On CUDA the
-    device decides, and `skipped` follows when numbers are read.
+    Reading a value on the host synchronises with the device. On CUDA losses are therefore read only
+    every 50 steps; a bad gradient shows in the losses after it. With SOLVER.SKIP_NONFINITE every
+    step is checked: a skipped one leaves weights, optimizer and buffers unchanged. On CUDA the
+    device decides, and `skipped` is updated when numbers are read.
 
     Args:
-        limit: SOLVER.SKIP_NONFINITE, how many steps of a run may be skipped.
+        limit: SOLVER.SKIP_NONFINITE, the most steps of a run that may be skipped.
         device: of the networks.
 
     Attributes:
-        skipped: steps so far.
-        waits: whether the host decides.
+        skipped: number of skipped steps so far.
+        waits: whether the host reads the result of each check.
     """
 
     def __init__(self, limit: int, device: torch.device):
@@ -60,7 +60,7 @@ class NonFiniteGuard(Hook):
             self._terms.append({name: loss.detach().mean() for name, loss in losses.items()})
 
     def allows(self, trainer: Trainer, gradients: Sequence[Tensor]) -> bool:
-        """Whether the optimizer may step by these gradients.
+        """Whether the optimizer may step with these gradients.
 
         Raises:
             NonFiniteLossError: a value is not finite, and no more steps may be skipped.
@@ -87,17 +87,17 @@ class NonFiniteGuard(Hook):
         return False
 
     def _leave_to_device(self, trainer: Trainer, bad: Tensor) -> None:
-        """Have the optimizer's kernel do nothing if the step is `bad`."""
+        """Let the fused optimizer's kernel skip the step if it is `bad`."""
         trainer.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # of fused ones
         for buffer, before in zip(trainer.model.buffers(), self._buffers, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
         self._unread = bad.int() if self._unread is None else self._unread + bad
 
     def read(self) -> None:
-        """Count what the device has skipped; to be called where the host waits anyway.
+        """Read the device's count of skipped steps; call it where the host synchronises anyway.
 
         Raises:
-            NonFiniteLossError: more than may be.
+            NonFiniteLossError: more than the limit.
         """
         if self._unread is None:
             return
@@ -143,7 +143,7 @@ class NonFiniteGuard(Hook):
         self.skipped = int(state.get("skipped", 0))
 
     def before_save(self, trainer: Trainer) -> None:
-        """Check the weights: a bad gradient may have come in the very last step.
+        """Check the weights: the last step may have had a bad gradient.
 
         Raises:
             NonFiniteLossError: a trained weight is not finite.
@@ -156,11 +156,10 @@ class NonFiniteGuard(Hook):
             raise NonFiniteLossError(text, ago=len(self._recent))
 
     def report(self, trainer: Trainer, error: NonFiniteLossError) -> UserError:
-        """The error with the samples of the step, and a file to look at.
+        """The error to raise: with the step's sample numbers and the path of a snapshot.
 
-        Where the step was noticed at once, the file holds its inputs, and the weights that it did
-        not move. Where numbers are read later the weights have moved: it has the sample numbers
-        alone.
+        If the step was checked at once, the snapshot holds its inputs and the weights before it. If
+        numbers are read later, the weights have changed: it holds the sample numbers alone.
         """
         if error.ago >= len(self._recent):  # a trainer that makes its steps without this guard
             return error

@@ -1,7 +1,7 @@
-"""Signals save a run and end it between two steps; checkpoints within an epoch, by the clock.
+"""Preemption: signals save and end a run between two steps. Also timed mid-epoch checkpoints.
 
-SIGTERM, SIGINT and SIGUSR1 set a flag while steps are taken. Each of several processes checks its
-own flag; every few steps they exchange them, and all stop at the same step.
+SIGTERM, SIGINT and SIGUSR1 set a flag during training. With several processes each has its own
+flag; every few steps they exchange them, and all stop at the same step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mdistiller.engine.checkpoints.resume import current_position
-from mdistiller.engine.distributed import is_main_process, wait_for_all, world_size
+from mdistiller.engine.distributed import barrier, is_main_process, world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
 from mdistiller.engine.utils import log_msg
@@ -44,7 +44,7 @@ class Preempted(KeyboardInterrupt):
 
 
 class _Asked:
-    """The signal that came first, and how often steps are being protected from it."""
+    """The first signal received, and the depth of `defer_signals`."""
 
     def __init__(self) -> None:
         self.signal, self.at, self.shields, self.listens = 0, 0.0, 0, False
@@ -55,7 +55,7 @@ class _Asked:
         return signal.Signals(self.signal).name
 
     def note(self, number: int, frame: Any) -> None:
-        """The handler."""
+        """The signal handler."""
         now = time.monotonic()
         if self.signal:
             if now - self.at >= (TOGETHER if "LOCAL_RANK" in os.environ else 0.0):
@@ -75,7 +75,7 @@ _asked = _Asked()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handle signals in this context; no change in a thread, or where that is done already."""
+    """Install the handlers in this context; does nothing in a thread or in a nested context."""
     if _asked.listens or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -93,7 +93,7 @@ def handle_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Signals wait for the end of a step in this context; outside they end the process at once."""
+    """Let signals wait for the end of a step in this context; elsewhere they end the process."""
     _asked.shields, _asked.begun = _asked.shields + 1, True
     try:
         yield
@@ -102,10 +102,10 @@ def defer_signals() -> Iterator[None]:
 
 
 class PreemptionHandler(Hook):
-    """Decides after each optimizer step, and epoch, whether to save and whether to stop.
+    """Saves and stops, if it is time to, after each optimizer step and each epoch.
 
     Args:
-        minutes: from one save to the next within epochs; 0: only on signals.
+        minutes: between timed saves within epochs; 0: save only on signals.
         patience: minutes to wait for the other processes.
     """
 
@@ -141,18 +141,18 @@ class PreemptionHandler(Hook):
             self._stop(f"in {trainer.stage} epoch {trainer.epoch + 1}, step {trainer.step}")
 
     def between_epochs(self, trainer: Trainer, epoch: int) -> None:
-        """Stop, if it is time to; the epoch's hooks have saved."""
+        """Stop, if it is time to; the hooks have saved the epoch."""
         self._saved, self._left = time.monotonic(), 1
         if self._agree()[0]:
             self._stop(f"after {trainer.stage} epoch {epoch}")
 
     def _stop(self, where: str) -> None:
-        wait_for_all()  # a launcher ends all when one has ended
+        barrier()  # a launcher ends all when one has ended
         words = " ".join(where.split())
         raise Preempted(f"stopped by {_asked_name()} {words}: continue with --resume")
 
     def _agree(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save, in all processes alike."""
+        """Whether to stop, and whether to save, agreed by all processes."""
         now = time.monotonic()
         stop, save = bool(_asked.signal), bool(self.every) and now - self._saved >= self.every
         if self.processes == 1:
@@ -162,15 +162,15 @@ class PreemptionHandler(Hook):
             return False, False
         flags = [stop, save and is_main_process(), (now - self._looked) / self._interval]
         shared = torch.tensor(flags, dtype=torch.float64)
-        wait_with_patience(shared, self.patience)
+        max_over_ranks(shared, self.patience)
         stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
         self._looked = time.monotonic()
         self._interval = self._left = int(min(max(LOOK / max(seconds, 1e-6), 1), FARTHEST))
         return stop, save
 
 
-def wait_with_patience(values: torch.Tensor, seconds: float) -> None:
-    """The largest of each value over all processes, in place; an error if one does not come."""
+def max_over_ranks(values: torch.Tensor, seconds: float) -> None:
+    """Elementwise maximum over all processes, in place; RuntimeError after `seconds`."""
     import datetime
 
     work = dist.all_reduce(values, dist.ReduceOp.MAX, group=side_group(), async_op=True)

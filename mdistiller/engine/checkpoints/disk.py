@@ -22,7 +22,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def warn_of_low_disk(trainer: Trainer) -> None:
-    """Say so if the run folder's disk has less room than the files still to come are going to take.
+    """Print a warning if the run folder's disk has less space than the remaining checkpoints need.
 
     They are `latest`, `previous`, `best`, the numbered ones, and one that is being written.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and going on from one: after an epoch, or between two of its steps."""
+"""What a checkpoint holds, and how a run resumes from one: after an epoch, or within one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import file_entries, load_state, strip_prefix
 from mdistiller.engine.distributed import (
+    barrier,
     from_main_process,
     of_all_processes,
     rank,
-    wait_for_all,
     world_size,
 )
 from mdistiller.engine.hooks import Trainer
@@ -41,13 +41,13 @@ _waited = threading.local()
 def run_clock() -> float:
     """Seconds, as of `time.perf_counter`, in which the run of this thread did not wait for others.
 
-    Of runs that take turns each counts its own time.
+    Runs in lock-step each count their own time.
     """
     return time.perf_counter() - getattr(_waited, "seconds", 0.0)
 
 
 def add_waited(seconds: float) -> None:
-    """Leave seconds out of :func:`run_clock`."""
+    """Subtract seconds of waiting from :func:`run_clock`."""
     _waited.seconds = getattr(_waited, "seconds", 0.0) + seconds
 
 
@@ -60,7 +60,7 @@ def seed_everything(*parts: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of the global generators of Python, numpy, torch and the device, as plain values."""
+    """State of the global generators of Python, numpy, torch and the device, as plain values."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -74,7 +74,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Take up what :func:`random_state` gave; of another kind of device only what is there."""
+    """Restore the result of :func:`random_state`, as far as the kind of device is the same."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
@@ -89,10 +89,10 @@ class Progress:
     """An epoch under way.
 
     Attributes:
-        epoch: which.
-        meters: its means so far.
-        started: when it would have begun, had it not been interrupted (of :func:`run_clock`).
-        batches: those that are left.
+        epoch: its number.
+        meters: running means.
+        started: on :func:`run_clock`, moved back by the time before an interruption.
+        batches: the remaining ones.
     """
 
     epoch: int
@@ -102,12 +102,12 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """What it has taken so far."""
+        """Seconds of the epoch so far."""
         return run_clock() - self.started
 
 
 def begin_epoch(trainer: Trainer, epoch: int) -> Progress:
-    """Seed an epoch and begin it, or continue in it where the checkpoint was written."""
+    """Seed and begin an epoch, or continue it from the checkpoint's position."""
     trainer.seed_epoch(epoch)
     meters = Meters(
         interval=1 if trainer.device.type == "cpu" else 50,
@@ -149,10 +149,11 @@ def _batches_after(loader: Any, start: int) -> Iterable[Any]:
 
 
 def current_position(trainer: Trainer) -> Position:
-    """Where all processes are in an epoch, between two optimizer steps; all have to call this.
+    """The position of all processes in an epoch, between two optimizer steps; all call this
+    together.
 
     Raises:
-        NonFiniteLossError: a step before had a non-finite loss.
+        NonFiniteLossError: an earlier step had a non-finite loss.
     """
     progress = trainer.progress
     progress.meters.flush()
@@ -169,7 +170,7 @@ def current_position(trainer: Trainer) -> Position:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """All that a resumed run needs, as plain values and tensors."""
+    """The state that a resumed run needs, as plain values and tensors."""
     return {
         "epoch": trainer.epoch,
         "position": trainer.position,
@@ -188,7 +189,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
 
 
 def schedule_state(trainer: Trainer) -> dict[str, Any]:
-    """Of what moves the weights, and the settings that it is of."""
+    """State of optimizer, schedule and scaler, and the settings it belongs to."""
     names = ("optimizer", "scheduler", "scaler")
     state = {name: getattr(trainer, name).state_dict() for name in names}
     return {**state, "settings": _settings(trainer)}
@@ -199,10 +200,10 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> None:
-    """Take up what :func:`schedule_state` gave, as far as the config has not changed it since.
+    """Restore the result of :func:`schedule_state`, as far as the config has not changed since.
 
-    Decay, momentum and the like are the config's; so is the schedule, as it would stand by now had
-    it always been this one. Another kind of optimizer starts without memory.
+    Weight decay, momentum and the like come from the config; so does the schedule, which is set to
+    where it would be now. Another kind of optimizer starts without state.
     """
     optimizer, now = trainer.optimizer, _settings(trainer)
     before = saved.get("settings", now)  # older files do not say
@@ -213,7 +214,7 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
         except ValueError as error:
             raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
     elif rank() == 0:
-        print(log_msg("another optimizer: it starts without memory"), flush=True)
+        print(log_msg("another optimizer: it starts without state"), flush=True)
     trainer.scaler.load_state_dict(saved.get("scaler", {}) or trainer.scaler.state_dict())
     if "scheduler" in saved and before == now:
         trainer.scheduler.load_state_dict(saved["scheduler"])
@@ -235,7 +236,7 @@ def restore(trainer: Trainer) -> None:
     store = Store(trainer.log_path)
     name = from_main_process(lambda: store.newest()[0])
     path, state = trainer.log_path / name, store.load(name)
-    wait_for_all()
+    barrier()
     if rank() == 0:
         store.put_aside(name)
     _check_classes(trainer, state, path)
@@ -256,7 +257,7 @@ def restore(trainer: Trainer) -> None:
 
 
 def _check_classes(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on with data whose classes have other names, or another order, than before."""
+    """Refuse to resume with data whose class names or their order have changed."""
     before, now = (
         (entries.get("data") or {}).get("classes")
         for entries in (state, file_entries(trainer.model.student))
@@ -267,7 +268,7 @@ def _check_classes(trainer: Trainer, state: Mapping[str, Any], path: Path) -> No
 
 
 def restore_position(trainer: Trainer, position: Position | None) -> None:
-    """Take up where in an epoch a checkpoint was written."""
+    """Continue at a checkpoint's position within an epoch."""
     trainer.position = position
     if position is not None:
         batches = len(trainer.train_loader)

@@ -1,8 +1,8 @@
 """The checkpoints of a run folder, verified by hash.
 
-`checkpoints.json` names the SHA-256 of every file. It is written before a file gets its name, and
-has the hash of the file that is replaced as well: whenever the process dies, or a move fails, what
-stands under a name is listed. The `latest` that was there before stays as `previous`.
+`checkpoints.json` lists the SHA-256 of every file. It is written before a new file replaces the old
+one, and lists both hashes until then: whenever the process dies, or a rename fails, the file under
+a name is a listed one. The last `latest` stays as `previous`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WHOLE = r"best|epoch_\d+"
 
 
 class _Hashing:
-    """A file that is written from front to back, and the SHA-256 of what it was given."""
+    """A file object that computes the SHA-256 of everything written to it."""
 
     def __init__(self, handle: BinaryIO):
         self._handle, self._hash = handle, hashlib.sha256()
@@ -64,13 +64,13 @@ class Store:
             _import_safetensors()
 
     def save(self, contents: Any, name: str, **facts: Any) -> None:
-        """Write a checkpoint; one that cannot be read back as it was written replaces none.
+        """Write a checkpoint; it replaces the old one only if it reads back as it was written.
 
         Args:
-            facts: for whoever reads the manifest.
+            facts: further entries of the manifest.
 
         Raises:
-            UserError: it cannot be written. The file of this name is still the one before.
+            UserError: it cannot be written. The old file of this name is then unchanged.
         """
         with self._replacing(name, facts) as hashing:
             write_checkpoint(contents, hashing, self.folder / name)
@@ -95,20 +95,20 @@ class Store:
     def _replacing(self, name: str, facts: Entry) -> Iterator[_Hashing]:
         written: list[_Hashing] = []
 
-        def settle(temporary: Path) -> None:
+        def record(temporary: Path) -> None:
             digest = written[0].digest()
             if sha256(temporary) != digest:
                 raise OSError(None, "what is read back differs from what was written")
-            found = temporary.stat()
-            own = {"sha256": digest, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
-            self._list(name, own | facts)
+            status = temporary.stat()
+            entry = {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            self._list(name, entry | facts)
             if name == LATEST:
                 aside.unlink(missing_ok=True)  # of a save that did not come to its end
                 if path.exists():
                     _keep(path, aside)
 
         path, aside = self.folder / name, self.folder / f".{PREVIOUS}.new"
-        with replacing(path, settle) as temporary, temporary.open("wb") as handle:
+        with replacing(path, record) as temporary, temporary.open("wb") as handle:
             written.append(_Hashing(handle))
             yield written[0]
         if name == LATEST and aside.exists():
@@ -116,10 +116,10 @@ class Store:
                 os.replace(aside, self.folder / PREVIOUS)
 
     def _list(self, name: str, entry: Entry) -> None:
-        """Enter a file that is about to get its name; only files that are there stay entered."""
+        """Add a file to the manifest before its rename, and drop entries of missing files."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        there = {known: self.entry(known) for known in self.manifest()}
-        files = {known: [found] for known, found in there.items() if found is not None}
+        there = {file: self.entry(file) for file in self.manifest()}
+        files = {file: [listed] for file, listed in there.items() if listed is not None}
         if name == LATEST:
             files[PREVIOUS] = [*files.get(LATEST, []), *files.get(PREVIOUS, [])]
         files[name] = [{**entry, "time": now}, *files.get(name, [])]
@@ -127,13 +127,13 @@ class Store:
             temporary.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
     def manifest(self) -> dict[str, list[Entry]]:
-        """What may stand under the names of the files, the newest first."""
+        """The manifest: for each file name its possible entries, newest first."""
         return read_manifest(self.folder)
 
     def entry(self, name: str) -> Entry | None:
-        """What the manifest says of the file that is there under a name; None: nothing.
+        """The manifest's entry for the file that has a name; None if it is not listed.
 
-        Where it lists two, the newer file may not have got its name.
+        Where it lists two, the newer file may not have been renamed.
         """
         entries, path = self.manifest().get(name, []), self.folder / name
         if not entries or not path.is_file():
@@ -151,8 +151,8 @@ class Store:
         """The state of a training run.
 
         Raises:
-            UserError: the file is missing, damaged, another one than was written, or of something
-                else.
+            UserError: the file is missing, damaged, not the one that was written, or not a
+                checkpoint.
         """
         path = self.folder / name
         state = load_checkpoint(path)
@@ -163,7 +163,7 @@ class Store:
         return state
 
     def newest(self) -> tuple[str, dict[str, Any]]:
-        """Name and state of the newest checkpoint that is good; says which ones are not.
+        """Name and state of the newest good checkpoint; prints which ones are damaged.
 
         Raises:
             UserError: all are missing or damaged.
@@ -183,18 +183,18 @@ class Store:
         raise UserError(f"{reason}{others}")
 
     def put_aside(self, good: str) -> None:
-        """Rename a `latest` that could not be used, lest it take the place of the good one."""
+        """Rename an unusable `latest`, so that it does not replace the good `previous`."""
         latest = self.folder / LATEST
         if good != LATEST and latest.exists():
             os.replace(latest, latest.with_name("latest.damaged"))
 
     def candidates(self) -> list[str]:
-        """Names to continue from, the newest first; `latest` also where it should be but is not.
+        """Names of checkpoints to continue from, newest first; `latest` even if it is missing.
 
-        The manifest says what is newer, since copies of a folder have other times; without one,
-        the times do.
+        The manifest has their order, since copying a folder changes file times; without it, file
+        times.
         """
-        found = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
+        checkpoints = [path for path in self.folder.glob("*") if re.fullmatch(_WHOLE, path.name)]
         listed = bool(self.manifest())
 
         def age(path: Path) -> tuple[float, ...]:
@@ -203,15 +203,16 @@ class Store:
             epoch = entry.get("epoch", int(numbered) if numbered.isdigit() else 0)
             return (epoch, path.stat().st_mtime) if listed else (path.stat().st_mtime,)
 
-        found.sort(key=age, reverse=True)
+        checkpoints.sort(key=age, reverse=True)
         kept = [name for name in (LATEST, PREVIOUS) if (self.folder / name).is_file()]
-        names = [*kept, *(path.name for path in found)]
+        names = [*kept, *(path.name for path in checkpoints)]
         return names if LATEST in names or not names else [LATEST, *names]
 
     def prune(self, keep: int, epoch: int) -> None:
-        """Remove numbered checkpoints and students up to an epoch but the newest `keep`; 0: none.
+        """Remove numbered checkpoints and students up to an epoch, except the newest `keep` (0:
+        keep all).
 
-        Later ones are of a run that went back behind them: it will write them anew.
+        Later ones are of a run that resumed from before them, and will write them again.
         """
         found: dict[int, list[Path]] = {}
         for path in self.folder.iterdir():
@@ -225,7 +226,7 @@ class Store:
 
 
 def _keep(latest: Path, aside: Path) -> None:
-    """Give a file a second name, so that `latest` is never missing; else the name `previous`."""
+    """Hard-link `latest` as `previous`, so that `latest` is never missing; else rename it."""
     try:
         os.link(latest, aside)
     except OSError:  # a file system without hard links

@@ -27,14 +27,14 @@ __all__ = [
 def network_contents(net: nn.Module) -> dict[str, Any]:
     """What a file of one network holds: weights, and `norm`, how its images are normalised.
 
-    A network may have more to say, as a dict `file_entries` of plain values: of a classifier it has
-    `data`, what the network was trained on, its classes by name.
+    A network may add entries of plain values by a dict `file_entries`: a classifier's has `data`,
+    which describes its training data and names the classes.
     """
     return {"model": net.state_dict(), "norm": input_norm(net), **file_entries(net)}
 
 
 def file_entries(net: nn.Module) -> dict[str, Any]:
-    """What a network's file says beside weights."""
+    """The metadata in a network's file, without its weights."""
     own: dict[str, Any] = getattr(net, "file_entries", {})
     return own
 

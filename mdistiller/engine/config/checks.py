@@ -51,11 +51,11 @@ def check_values(cfg: CfgNode) -> None:
             raise UserError(f"{name} must be positive, got {values[name]}")
     for name, allowed in ONE_OF.items():
         if values.get(name, allowed[0]) not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise UserError(f"{name} must be one of {known}, got {shown(values[name])}")
+            choices = ", ".join(map(str, allowed))
+            raise UserError(f"{name} must be one of {choices}, got {shown(values[name])}")
     for name in ("DATASET.MEAN", "DATASET.STD"):
         if any(type(item) not in (int, float) for item in values.get(name, ())):
-            raise UserError(f"{name} wants numbers, got {shown(values[name])}")
+            raise UserError(f"{name} must be numbers, got {shown(values[name])}")
     _check_solver(cfg.SOLVER)
 
 

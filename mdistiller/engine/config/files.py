@@ -26,8 +26,8 @@ def find_config(name: str | Path) -> Path:
     for candidate in (path, config_root().joinpath(*parts)):
         if is_file(candidate):
             return candidate
-    known = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
-    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), known)}")
+    configs = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
+    raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), configs)}")
 
 
 def require_run(folder: Path) -> None:
@@ -69,8 +69,8 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     resolve_paths(table, path.parent)
     merged: dict[str, Any] = {}
     for base in bases:
-        beside = path.parent / base
-        file = beside if is_file(beside) else Path(base)  # "configs/..." works from anywhere
+        sibling = path.parent / base
+        file = sibling if is_file(sibling) else Path(base)  # "configs/..." works from anywhere
         merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
     return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
@@ -108,21 +108,21 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
     """
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)):
-        raise UserError(f"IMPORTS wants a list of files or modules, got {shown(names)}")
+        raise UserError(f"IMPORTS must be a list of files or modules, got {shown(names)}")
     resolved = []
     for name in names:
         if not isinstance(name, str):
-            raise UserError(f"IMPORTS wants names of files or modules, got {shown(name)}")
+            raise UserError(f"IMPORTS must name files or modules, got {shown(name)}")
         if name.endswith("/"):
             name = f"{_find_folder(name, folder)}/"
         elif name.endswith(".py"):
             places = list(dict.fromkeys([folder / name, Path(name)]))
-            found = next((place for place in places if is_file(place)), None)
-            if found is None:
+            file = next((place for place in places if is_file(place)), None)
+            if file is None:
                 raise UserError(
                     f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
                 )
-            name = str(found.resolve())
+            name = str(file.resolve())
         resolved.append(name)
     return resolved
 
@@ -130,16 +130,16 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
 def resolve_fork(name: Any, folder: Path) -> str:
     """The FORK of a config as its entry of IMPORTS; relative to the config, else to the cwd."""
     if not isinstance(name, str) or not name.strip("/") or "\0" in name:
-        raise UserError(f"FORK wants the folder of a fork, got {shown(name)}")
+        raise UserError(f"FORK must be the folder of a fork, got {shown(name)}")
     return resolve_imports([f"{name.rstrip('/')}/"], folder)[0]
 
 
 def _find_folder(name: str, folder: Path) -> Path:
     places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
-    found = next((place for place in places if is_folder(place)), None)
-    if found is None:
+    fork = next((place for place in places if is_folder(place)), None)
+    if fork is None:
         raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
-    return found.resolve()
+    return fork.resolve()
 
 
 def is_file(path: Path) -> bool:

@@ -134,7 +134,7 @@ def as_new(value: Any, name: str, kind: type[ConfigNode]) -> Any:
     if is_plain(value):
         return value
     raise UserError(
-        f"{name} wants a number, text, True, False, or lists and sections of these, got "
+        f"{name} must be a number, text, True, False, or lists and sections of these, got "
         f"{shown(value)}"
     )
 

@@ -57,7 +57,7 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool) and is_plain(value):
             return str(value)
-        raise UserError(f"{name} wants text, got {shown(value)}")
+        raise UserError(f"{name} must be text, got {shown(value)}")
     value = literal(value, name)
     if isinstance(default, bool):
         if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -79,7 +79,7 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
     else:
         fits = True
     if not fits:
-        raise UserError(f"{name} wants {_describe(default)}, got {shown(value)}")
+        raise UserError(f"{name} must be {_describe(default)}, got {shown(value)}")
     return value
 
 
@@ -108,9 +108,9 @@ def check_norm(value: Any, name: str) -> Any:
     """`value` if it names a normalisation, or is a mean and a std of three channels."""
     if value in ("auto", "data", "own"):
         return value
-    found = read_statistics(value)
-    if found is not None:
-        return found
+    statistics = read_statistics(value)
+    if statistics is not None:
+        return statistics
     raise UserError(
         f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
         f"in [0, 1]), those of std above 0, got {shown(value)}"
@@ -131,7 +131,7 @@ def read_statistics(value: Any) -> list[list[float]] | None:
 def _switch_or_text(value: Any, name: str) -> bool | str:
     value = {"true": True, "false": False}.get(str(value).lower(), value)
     if not isinstance(value, (bool, str)):
-        raise UserError(f"{name} wants True, False or text, got {shown(value)}")
+        raise UserError(f"{name} must be True, False or text, got {shown(value)}")
     return value
 
 
@@ -140,7 +140,7 @@ def _names_or_text(value: Any, name: str) -> list[str] | str:
         return value
     if isinstance(value, (list, tuple)) and all(type(item) in (str, int) for item in value):
         return [str(item) for item in value]
-    raise UserError(f"{name} wants a list of names, or text, got {shown(value)}")
+    raise UserError(f"{name} must be a list of names, or text, got {shown(value)}")
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any], fractions: bool = False) -> bool:

@@ -1,1 +1,1 @@
-"""The frozen teacher: folded, fused, cached."""
+"""The frozen teacher: batch norms folded, operations fused, logits cached."""

@@ -1,12 +1,12 @@
-"""A frozen teacher's logits, remembered by (image, view): DISTILLER.TEACHER_CACHE.
+"""Cache of a frozen teacher's logits by (image, view): DISTILLER.TEACHER_CACHE.
 
-Order and views of an epoch are drawn before it starts, so what will be missing is known then. What
-is there is put on the device at once; what is missing goes through the teacher in full batches,
-just before a step needs it, and is kept when the epoch is over, or the run is saved. Within the
-epoch nothing waits for the device.
+The loader draws order and views of an epoch before it starts, so the cache knows all misses in
+advance. It copies the hits to the device at once, runs the teacher on the misses in full batches
+just before a step needs them, and stores the new logits at the end of the epoch or when the run is
+saved. Within the epoch nothing waits for the device.
 
-A row must not depend on what else is known: the batches are always of one size, filled up if need
-be, for which a row's bits are the same whatever the others are.
+Cached logits must not depend on which images were misses together: the teacher always runs on
+batches of one size, padded if necessary, where each row's bits are independent of the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
 
 
 class TeacherCache(Hook):
-    """Gives the distiller the teacher's logits of every batch, so that the teacher need not run.
+    """Adds the teacher's logits to every batch, so that the teacher need not run.
 
     Each epoch: :meth:`begin`, :meth:`logits` of every step in order, :meth:`finish`.
 
@@ -53,11 +53,11 @@ class TeacherCache(Hook):
         loader: of the training images.
 
     Attributes:
-        teacher_runs: whether the teacher runs on every batch anyway, for other runs that take turns
+        teacher_runs: whether the teacher runs on every batch anyway, for other runs in lock-step
             with this one (`run/together.py`).
 
     Raises:
-        UserError: the config asks for what cannot be.
+        UserError: the method, the teacher or the augmentation does not allow a cache.
     """
 
     def __init__(self, cfg: Any, distiller: Distiller, loader: TrainLoader):
@@ -114,7 +114,7 @@ class TeacherCache(Hook):
         chosen = self._slots[self._storable]
         stored[self._storable], rows[self._storable] = self._store.read(chosen)
         if self._store.replaced:
-            self._say(f"the file was not this cache ({self._store.replaced}) and starts anew")
+            self._say(f"the file was not this cache ({self._store.replaced}); it was replaced")
             self._store.replaced = ""
         left_out = self._before(step)
         stored[:left_out] = np.arange(left_out) < hits  # as they were when the epoch began
@@ -125,7 +125,7 @@ class TeacherCache(Hook):
         self._todo = torch.from_numpy(self._missing).to(self.device)
 
     def logits(self, step: int) -> Tensor:
-        """Of the batch of a step (from 0): float32 [B, C], on the device."""
+        """The teacher's logits for the batch of a step (from 0): float32 [B, C], on the device."""
         start, stop = self._before(step), self._before(step + 1)
         needed = np.searchsorted(self._missing, stop)
         while self._done < needed:
@@ -136,7 +136,7 @@ class TeacherCache(Hook):
         return self._rows[start:stop].clone()  # the method may write into it
 
     def _take_batch(self, step: int, images: Tensor) -> None:
-        """Take what is missing for a step from a run of the teacher on its whole batch."""
+        """Run the teacher on the whole batch of a step and take the missing rows from that."""
         start, stop = self._before(step), self._before(step + 1)
         needed = int(np.searchsorted(self._missing, stop))
         if self._done < needed and stop - start == self.loader.batch_size:
@@ -145,15 +145,15 @@ class TeacherCache(Hook):
             self._done = needed
 
     def _before(self, step: int) -> int:
-        """Images in the batches before a step."""
+        """Number of images in the batches before a step."""
         return int(self._ends[step - 1]) if step else 0
 
     def known(self, step: int) -> int:
-        """How many images of the steps before this one were known when the epoch began."""
+        """How many images of the steps before this one were cache hits when the epoch began."""
         return int(self._found[: self._before(step)].sum())
 
     def keep(self, step: int) -> None:
-        """Keep what is new before a step.
+        """Store the new logits of the steps before this one.
 
         Raises:
             UserError: the teacher has changed since it was first run.
@@ -168,7 +168,7 @@ class TeacherCache(Hook):
             self._write(self._slots[new], rows)
 
     def finish(self) -> dict[str, float]:
-        """Keep what is new; how many of the images were known, in percent, over all processes."""
+        """Store the new logits; return the share of hits in percent, over all processes."""
         self.keep(len(self._ends))
         counts = torch.tensor([int(self._found.sum()), len(self._slots)], device=self.device)
         hits, total = sum_over_ranks(counts).tolist()
@@ -180,7 +180,7 @@ class TeacherCache(Hook):
             self._store.write(slots, rows)
         except OSError as error:
             self._writes = False
-            self._say(f"no more is kept: {error}")
+            self._say(f"no more logits are stored: {error}")
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class TeacherCache(Hook):
             return self.distiller.run_teacher(images).logits
 
     def _filled(self, part: Tensor) -> Tensor:
-        """`part`, filled up to a whole batch."""
+        """`part`, padded to a whole batch by its last index."""
         lacking = self.loader.batch_size - len(part)
         if not lacking:
             return part
@@ -239,7 +239,7 @@ class TeacherCache(Hook):
             stored, rows = store.read(slots)
             if not self._close(rows[stored], probes[stored]):
                 store.open(anew=True)
-                store.replaced = "the teacher says something else now"
+                store.replaced = "the teacher gives other logits now"
             store.write(slots, probes)
         except OSError as error:
             raise UserError(f"{KEY}_DIR: {path} cannot be used: {error}") from None

@@ -1,4 +1,4 @@
-"""Where a teacher's logits can be remembered (DISTILLER.TEACHER_CACHE), and the refusals."""
+"""Checks whether a teacher's logits can be cached (DISTILLER.TEACHER_CACHE)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_method(cfg: Any) -> None:
 
 
 def check_views(cfg: Any, loader: Any) -> None:
-    """Refuse a cache where the views of the training images cannot be numbered and made anew."""
+    """Refuse a cache where the views of the training images cannot be enumerated and reproduced."""
     if not is_wanted(cfg):
         return
     if not isinstance(loader, TrainLoader) or not loader.makes_images:
@@ -47,5 +47,5 @@ def check_views(cfg: Any, loader: Any) -> None:
 
 
 def refusal(cfg: Any, reason: str) -> UserError:
-    """The error for a cache that cannot be."""
+    """The error for a cache that is not possible."""
     return UserError(f"{KEY} {cfg.DISTILLER.TEACHER_CACHE}: {reason}; set it to none")

@@ -1,10 +1,10 @@
-"""What methods want to have computed once of a frozen teacher and the training images.
+"""Teacher facts: tensors computed once from a frozen teacher and the training images.
 
-A distiller lists such tensors in `teacher_facts`. Each is made in one pass over the training images
-without augmentation, which the processes of a run share, and kept in a file beside the teacher's
-remembered logits, under a hash of all that it depends on: the teacher's weights, the images and
-their classes, and the fact's recipe. A run that is continued, or another one with the same teacher
-and data, reads it there.
+A distiller lists such tensors in `teacher_facts`. Each takes one pass over the training images
+without augmentation, split over the processes of a run. It is stored in a file beside the teacher's
+cached logits, under a hash of everything it depends on: the teacher's weights, the images and their
+classes, and the fact's parameters. A resumed run, or another run with the same teacher and data,
+reads that file.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from mdistiller.registry import UserError, first_line
 
 
 def supply_facts(distiller: Distiller, cfg: Any, data: Data, device: torch.device) -> None:
-    """Hand each part of a distiller the facts it lists. All processes must call this together.
+    """Compute or read the facts that each part of a distiller lists; all processes call this.
 
     Args:
-        distiller: built, its teacher loaded and frozen, on `device`.
+        distiller: on `device`, its teacher loaded and frozen.
 
     Raises:
         UserError: the teacher is trained, or a class has no images.
@@ -76,7 +76,7 @@ def _fact(
 
 
 def choose_images(targets: Tensor, classes: int, per_class: int) -> Tensor:
-    """Positions of the first images of each class, equally many: int64 [C, M].
+    """Positions of the first M images of each class: int64 [C, M].
 
     Raises:
         UserError: a class has no images.
@@ -100,8 +100,8 @@ def class_outputs(
 ) -> Tensor:
     """A network's outputs for `chosen` images [C, M]: float32 [C, M, D], in all processes.
 
-    The network runs in eval mode and in full precision, as it is: the fact depends neither on
-    SOLVER.AMP nor on the form that trains the student.
+    The network itself runs, in eval mode and full precision: the fact depends neither on SOLVER.AMP
+    nor on folding or fusing.
 
     Args:
         output: "logits", or the name of a feature.
@@ -137,7 +137,7 @@ def _output(net: nn.Module, images: Tensor, name: str) -> Tensor:
 
 
 def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
-    """All that a fact depends on, as a line."""
+    """Everything that a fact depends on, in one line."""
     parts = {
         "network": digest([cfg.DISTILLER.TEACHER, str(cfg.DISTILLER.TEACHER_ARGS)]),
         "weights": teacher_digest(teacher),
@@ -152,7 +152,7 @@ def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
 
 
 def _read(path: Path, key: str) -> Any:
-    """The array that a file holds, None if it holds another or is damaged."""
+    """The array stored in a file; None if the file has another key or is damaged."""
     if not path.exists():
         return None
     try:
@@ -168,7 +168,7 @@ def _read(path: Path, key: str) -> Any:
 
 
 def _write(path: Path, key: str, value: Any) -> Any:
-    """Keep an array; a full disk costs the next run a pass, not this one. Returns the array."""
+    """Store an array and return it; on a full disk only the next run has to compute it again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:

@@ -1,4 +1,4 @@
-"""What a frozen teacher's logits depend on: its weights, the images, their views, how it is run."""
+"""Hashes of what a frozen teacher's logits depend on: weights, images, views, numerics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLES = 256  # views that are made to see what the augmentation does
 
 
 def digest(parts: Iterable[Tensor | str]) -> str:
-    """SHA-256 of texts, and of tensors with their types and shapes; 40 hex digits of it."""
+    """The first 40 hex digits of the SHA-256 of texts and tensors (with dtype and shape)."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -34,22 +34,22 @@ def digest(parts: Iterable[Tensor | str]) -> str:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Of a network's tensors by name, of how its input is normalised, and of hooks on it."""
+    """Digest of a network's tensors by name, its input normalisation and its forward hooks."""
     named = (part for name, tensor in named_tensors(teacher) for part in (name, tensor))
     facts = f"{type(teacher).__qualname__} {input_norm(teacher)} {count_hooks(teacher)}"
     return digest([facts, *named])
 
 
 def data_digest(loader: TrainLoader) -> str:
-    """Of the bytes of all training images, in their order."""
+    """Digest of the bytes of all training images, in their order."""
     return digest(loader.dataset.images.split(_BLOCK))
 
 
 def image_set_digest(images: Any) -> str:
-    """Of a set of training images and their classes.
+    """Digest of a set of training images and their classes.
 
-    Of a set in memory: the bytes. Of files: names and sizes, since reading all takes as long as an
-    epoch; of shards their names and counts; of both, how files are decoded.
+    For images in memory: the bytes. For files: names and sizes, since reading all takes as long as
+    an epoch. For shards: names and counts. For files and shards also the decoding settings.
     """
     decoding = [str(getattr(images, name, "")) for name in ("upright", "scale_16_bit")]
     if getattr(images, "jpeg_scaling", "none") == "all":  # "train" scales random crops only
@@ -66,7 +66,7 @@ def image_set_digest(images: Any) -> str:
 
 
 def view_digest(loader: TrainLoader) -> str:
-    """Of what the numbers of the views mean: some of them as the teacher sees them, to the bit."""
+    """Digest of what view numbers mean: the pixels of some views as the teacher sees them."""
     augment = loader.augment
     parameters = augment.draw(loader.num_data, torch.Generator().manual_seed(0))
     index = torch.arange(min(loader.num_data, _SAMPLES))
@@ -77,7 +77,7 @@ def view_digest(loader: TrainLoader) -> str:
 
 
 def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
-    """How the teacher is computed, in words: all that moves its logits by rounding or more."""
+    """Description of all that changes the teacher's logits: device, dtype, folding, ..."""
     frozen = distiller.frozen
     if frozen is None or getattr(frozen, "plain", False):
         form, dtype = "plain", cfg.SOLVER.AMP

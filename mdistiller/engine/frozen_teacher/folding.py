@@ -1,4 +1,4 @@
-"""Batch norms folded into the layers before them: which can be, and the folded weights."""
+"""Folding of batch norms into the layer before them: finding them, and the folded weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def foldable(net: nn.Module, image: Tensor) -> list[tuple[str, str]]:
     """Names (layer, norm) of the batch norms that can be folded into the layer before them.
 
-    Found by running the network once: such a layer's output goes to the norm, to no other
-    operation, and not out of the network; both run once.
+    One forward pass finds them: the layer's output must go to the norm alone and not leave the
+    network, and both must run once.
     """
     names = {module: name for name, module in net.named_modules()}
     with _Readers(net) as seen:
@@ -35,7 +35,7 @@ def foldable(net: nn.Module, image: Tensor) -> list[tuple[str, str]]:
 
 
 class _Readers(TorchDispatchMode):
-    """Records what layers make, what norms take, and which tensors anything else reads."""
+    """Records outputs of layers, inputs of norms, and which tensors other operations read."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -77,7 +77,7 @@ class _Readers(TorchDispatchMode):
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether its weight is a parameter, used as it stands: not so in subclasses."""
+    """Whether it is a plain layer whose weight is a parameter; subclasses may compute theirs."""
     return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and (
         "weight" in module._parameters
     )
@@ -105,7 +105,7 @@ def replace_child(net: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def folded_weights(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer with the norm after it, in float64 where there is such."""
+    """Weight and bias of a layer with the norm after it, in float64 if the device has that."""
     fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     wide = torch.float32 if layer.weight.device.type == "mps" else torch.float64
 

@@ -1,7 +1,8 @@
-"""A frozen teacher made ready to be run: batch norms folded away, in the layout that is fastest.
+"""A frozen teacher prepared for inference: batch norms folded, in the fastest memory layout.
 
-The copy stands beside the distiller's modules. Checkpoints, optimizers and processes see the
-teacher as it is, and what a method reads of it (its classifier, its norms) is untouched.
+The prepared copy is not a child of the distiller. Checkpoints, optimizers and
+DistributedDataParallel see the original teacher, and so do methods that read its classifier or its
+norms.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, A
 
 
 def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int]) -> None:
-    """Have the distiller run its teacher in the form that DISTILLER.TEACHER_* ask for.
+    """Prepare the distiller's teacher as DISTILLER.TEACHER_* say.
 
-    Without effect on methods whose teacher is not frozen in eval mode, and on teachers that would
-    gain nothing, that cannot be copied or that the method has put hooks on: they run as they are.
+    The original teacher runs if it is not frozen in eval mode, would gain nothing, cannot be
+    copied, or has forward hooks of the method.
 
     Args:
         image_size: (height, width) of the images.
@@ -69,7 +70,7 @@ def prepare_teacher(distiller: Distiller, cfg: Any, image_size: tuple[int, int])
 
 
 def is_frozen(distiller: Distiller) -> bool:
-    """Whether the teacher is in eval mode throughout, and nothing of it is trained."""
+    """Whether all modules of the teacher are in eval mode and none of its parameters is trained."""
     teacher = distiller.teacher
     return (
         distiller.teacher_in_eval_mode
@@ -79,25 +80,24 @@ def is_frozen(distiller: Distiller) -> bool:
 
 
 class FrozenTeacher:
-    """What `teacher(image)` returns in eval mode, to rounding, at less cost.
+    """Computes `teacher(image)` of eval mode, up to rounding, at less cost.
 
-    Every batch norm that alone reads the output of a convolution or linear layer is folded into
-    it, and convolutions run in channels_last where that is faster; on CPUs they do the ReLUs and
-    sums after them as well (:mod:`fusing <mdistiller.engine.frozen_teacher.fusing>`). The copy
-    follows the teacher's weights: a change of them is noticed before the next forward, or, if it
-    is hidden from autograd (`param.data`), when :meth:`refresh` is called, as it is at the start of
-    every epoch. A teacher
-    that has got hooks since is then run itself: they would see nothing of the copy.
+    A batch norm that is the only reader of a convolution or linear layer is folded into it, and
+    convolutions run in channels_last where that is faster; on CPUs the ReLUs and sums after them
+    are fused into them (:mod:`fusing <mdistiller.engine.frozen_teacher.fusing>`). The copy follows
+    the teacher's weights: it notices a change before the next forward pass, or, if autograd does
+    not record it (`param.data`), at :meth:`refresh`, which every epoch calls. If the teacher has
+    got forward hooks since, it runs itself, as the copy would not call them.
 
     Args:
         teacher: the network.
         net: a copy of it to be changed.
         pairs: names (layer, norm) to fold.
-        dtype: of its matrix products; None: full precision.
+        dtype: of convolutions and matrix products; None: full precision.
 
     Attributes:
-        folded: how many batch norms are gone.
-        fuses: whether operations are fused where they can be; not before it was compared.
+        folded: number of folded batch norms.
+        fuses: whether operations are fused; only after a comparison with the unfused network.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class FrozenTeacher:
         dtype: torch.dtype | None = None,
         fold: bool = True,
     ) -> FrozenTeacher | None:
-        """The prepared form of a network; None if it cannot be had, or would differ.
+        """The prepared copy of a network; None if it cannot be made or gives other outputs.
 
         Args:
             image_size: (height, width) of the images.
-            fold: fold and choose the layout; else only `dtype` sets it apart.
+            fold: fold and choose the layout; else only `dtype` changes.
         """
         try:
             with preserve_state(teacher), torch.no_grad():
@@ -165,7 +165,7 @@ class FrozenTeacher:
         return frozen
 
     def set_layout(self) -> None:
-        """Channels last where that is faster: on CPUs, and for tensor cores."""
+        """Use channels_last where that is faster: on CPUs, and for tensor cores."""
         kind = self._tensors[0].device.type
         convolutions = sum(isinstance(module, nn.Conv2d) for module in self.net.modules())
         self.channels_last = convolutions > 1 and (  # one: that of a transformer's patches
@@ -186,7 +186,7 @@ class FrozenTeacher:
             return self._runner(image)(image)
 
     def _runner(self, image: Tensor) -> Callable[[Tensor], Any]:
-        """The copy, or on a CPU its fused operations, recorded for each of the first few shapes."""
+        """The copy, or on a CPU its fused graph, one for each of the first few shapes."""
         compiled = torch.compiler.is_compiling() or self.net._compiled_call_impl is not None
         if not self.fuses or compiled or not can_fuse(image):
             return self.net
@@ -195,11 +195,11 @@ class FrozenTeacher:
         return self._fused.get(image.shape) or self.net
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the fused operations, which can neither be copied nor written."""
+        """State without the fused graphs, which can be neither copied nor pickled."""
         return {**self.__dict__, "_fused": {}}
 
     def refresh(self) -> None:
-        """Take over the teacher's weights before the next forward."""
+        """Copy the teacher's weights before the next forward pass."""
         self._seen = None
 
     def _is_stale(self) -> bool:
@@ -207,12 +207,12 @@ class FrozenTeacher:
         return replaced or self._state() != self._seen
 
     def _state(self) -> list[tuple[int, int]]:
-        """Changes with every change of the teacher's tensors that autograd knows of."""
+        """A value that changes whenever autograd records a change of the teacher's tensors."""
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
 
     @torch.no_grad()
     def _update(self) -> None:
-        """Write the teacher's weights, folded, into the copy, in place."""
+        """Fold the teacher's weights into the copy, in place."""
         source = dict(named_tensors(self.teacher))
         self._tensors = list(source.values())
         self._watched = count_hooks(self.teacher) != self._hooks
@@ -234,12 +234,12 @@ class FrozenTeacher:
 
 
 def count_hooks(net: nn.Module) -> int:
-    """Number of hooks on the forwards of a network's modules."""
+    """Number of forward hooks on a network's modules."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
 def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, tied ones by each of theirs; no counters."""
+    """Parameters and buffers by name, tied ones under each name; without batch counters."""
     everything = (
         *net.named_parameters(remove_duplicate=False),
         *net.named_buffers(remove_duplicate=False),

@@ -1,6 +1,7 @@
-"""A frozen network's forward pass on a CPU, convolutions doing the sums and ReLUs after them.
+"""Fusing of convolution, sum and ReLU in a frozen network's forward pass on a CPU.
 
-oneDNN can do both to what it has just computed; apart, they read and write every map once more.
+oneDNN applies both to its output while that is in cache; apart, each reads and writes the map
+again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ In float32 mostly the same bits; in bfloat16 sums are not rounded before the ReL
 
 
 def can_fuse(image: Tensor) -> bool:
-    """Whether oneDNN would run the convolutions of this image, and nobody looks at operations."""
+    """Whether oneDNN runs the convolutions for this image, and no dispatch mode is active."""
     return (
         image.device.type == "cpu"
         and image.dtype == torch.float32
@@ -35,12 +36,11 @@ def can_fuse(image: Tensor) -> bool:
 
 
 def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
-    """`net` for images of this shape; None if nothing can be fused or its operations be recorded.
+    """`net`, traced and fused for images of this shape; None if that is not possible.
 
-    The operations of one forward pass are recorded: `net` must be in eval mode. What it reads of
-    an image's or a weight's values as a number would stay as it was then. A network that asks torch
-    for one is not recorded, nor one that says something else of a second image; images are drawn
-    for that, so that the verdict does not depend on those at hand.
+    One forward pass in eval mode is traced. A value that the network reads as a Python number would
+    become a constant, so a network that reads one is not fused, nor one whose fused output differs
+    on a second image. Both images are random, so that the decision does not depend on the data.
     """
     import torch._dynamo  # as make_fx does; in some versions that reads values
 
@@ -68,11 +68,11 @@ def _memory_format(image: Tensor) -> torch.memory_format:
 
 
 class _NoNumbers(TorchDispatchMode):
-    """Refuses to read a tensor's value as a number."""
+    """Raises an error where a tensor's value is read as a Python number."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
-            raise RuntimeError("a value is read while operations are recorded")
+            raise RuntimeError("a value is read while operations are traced")
         return func(*args, **(kwargs or {}))
 
 
@@ -85,7 +85,7 @@ def _agree(first: Any, second: Any, close: float) -> bool:
 
 @dataclass
 class _Packed:
-    """A convolution's weight, and the name of its copy in the order that oneDNN wants."""
+    """A convolution's weight, and the name of its copy in oneDNN's memory order."""
 
     name: str
     weight: Tensor
@@ -94,7 +94,7 @@ class _Packed:
 
 
 class FusedNetwork:
-    """The recorded operations, with the network's weights as they were."""
+    """The traced operations, with the network's weights at that time."""
 
     def __init__(self, module: fx.GraphModule, packed: list[_Packed]):
         self._module = module
@@ -131,7 +131,7 @@ def _fuse(module: fx.GraphModule) -> list[_Packed]:
 
 
 def _is_fusible(conv: fx.Node) -> bool:
-    """Whether it is a convolution of images with weights at hand, of a type that oneDNN fuses."""
+    """Whether it is a 2d convolution with constant weights, of a dtype that oneDNN fuses."""
     source, weight, *_, transposed, _, groups = conv.args
     if transposed or len(_value(source).shape) != 4 or cast(fx.Node, weight).op != "get_attr":
         return False
@@ -165,7 +165,7 @@ def _replace(module: fx.GraphModule, conv: Any, other: Any, relu: fx.Node, name:
 
 
 def _summands(node: Any) -> tuple[Any, Any]:
-    """The convolution of a sum that nothing else reads, and what is added; (None, None) if none."""
+    """The convolution and the other summand of a sum that can be fused; else (None, None)."""
     if node.target not in (_aten.add.Tensor, _aten.add_.Tensor) or node.kwargs:
         return None, None
     first, second = node.args
@@ -193,5 +193,5 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _value(node: Any) -> Any:
-    """A tensor of the shape and type of what the node gives."""
+    """A tensor with shape and dtype of the node's output."""
     return node.meta["val"]

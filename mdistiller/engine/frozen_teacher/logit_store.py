@@ -1,9 +1,9 @@
-"""Where remembered logits are kept: in memory, or in a file that several processes share.
+"""Storage of cached logits: in memory, or in a file that several processes share.
 
-A row is a vector of float32 under a number, its slot. In a file each row carries a checksum of its
-values, its slot and the file's key. A row whose checksum does not hold is not there: one that was
-never written, that a killed process left half written, that is damaged or stands in a wrong place.
-So no order of writes matters, and readers and writers need no lock.
+A row is a float32 vector with a number, its slot. In a file each row has a checksum of its values,
+its slot and the file's key. A row with a wrong checksum counts as missing: never written, half
+written by a killed process, damaged, or in the wrong place. So the order of writes does not matter,
+and readers and writers need no lock.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class LogitStore(Protocol):
     """Rows [C] by slot.
 
     Attributes:
-        replaced: why what was there was not taken; "" if it was, or there was nothing.
+        replaced: why an existing file was replaced; "" if it was not.
     """
 
     replaced: str
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
-        """Which of M slots hold a row, [M], and the rows, [M, C]; 0 where there is none."""
+        """Which of M slots hold a row, [M], and the rows, [M, C], with 0 for missing ones."""
         ...
 
     def write(self, slots: Slots, rows: Floats) -> None:
-        """Keep M different rows."""
+        """Store M rows in different slots."""
         ...
 
 
 class MemoryStore:
-    """Rows in this process's memory; it is taken as they come.
+    """Rows in this process's memory, which is allocated as rows are written.
 
     Args:
         count: number of slots.
@@ -76,10 +76,10 @@ class MemoryStore:
 
 
 class FileStore:
-    """Rows in a file that any number of processes of a machine read and write at once.
+    """Rows in a file that the processes of a machine read and write at the same time.
 
-    Made with holes, it takes space as rows come. What is there under its name and is not this file,
-    whole, is replaced by an empty one; processes that have the old one open keep it to themselves.
+    A sparse file, which takes space as rows are written. A file of this name with another header or
+    size is replaced by an empty one; processes that have the old one open go on with that.
 
     Args:
         path: of the file; a lock `PATH.lock` stands beside it.
@@ -88,7 +88,7 @@ class FileStore:
         key: what the rows depend on: plain values. Also the file's first line.
 
     Raises:
-        OSError: the file can be neither opened nor made.
+        OSError: the file can be neither opened nor created.
     """
 
     def __init__(self, path: Path, count: int, width: int, key: Mapping[str, Any]):
@@ -101,7 +101,7 @@ class FileStore:
         self.open()
 
     def open(self, anew: bool = False) -> None:
-        """Open the file, made first if it is not there.
+        """Open the file; create it if it does not exist.
 
         Args:
             anew: replace it by an empty one.
@@ -129,7 +129,7 @@ class FileStore:
             file.truncate(self._size)
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
-        """See :class:`LogitStore`. A file that was cut off meanwhile is replaced."""
+        """See :class:`LogitStore`. A file that was truncated meanwhile is replaced."""
         if os.fstat(self._file.fileno()).st_size != self._size:  # else the process would be ended
             self.open()
         rows = self._table[slots]
@@ -141,10 +141,10 @@ class FileStore:
     def write(self, slots: Slots, rows: Floats) -> None:
         """See :class:`LogitStore`.
 
-        Not by way of the mapping: a full disk is then an error, not the end of the process.
+        Not through the memory map, where a full disk would kill the process by SIGBUS.
 
         Raises:
-            OSError: the disk is full, or such.
+            OSError: the disk is full, or writing fails.
         """
         packed = np.empty(len(slots), dtype=self._row)
         packed["logits"], packed["check"] = rows, self._sum(slots, np.ascontiguousarray(rows))
@@ -184,7 +184,7 @@ class _Checksum:
         self._factors = numbers[2:] | np.uint64(1)
 
     def __call__(self, slots: Slots, rows: Floats) -> NDArray[np.uint64]:
-        """Of M rows [M, C]: [M]."""
+        """The checksums [M] of M rows [M, C]."""
         sums = self._start + self._slot * slots.astype(np.uint64)
         for start in range(0, len(rows), _BLOCK):
             words = rows[start : start + _BLOCK].view(np.uint32).astype(np.uint64)

@@ -1,1 +1,1 @@
-"""From a config to networks and a distiller."""
+"""Building networks and distillers from a config."""

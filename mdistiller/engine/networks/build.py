@@ -1,4 +1,4 @@
-"""From a config to a distiller: networks, the teacher's weights, the method."""
+"""Build a distiller from a config: networks, the teacher's weights, the method."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import first_on_machine, project_root, rank
+from mdistiller.runtime import local_rank_zero_first, project_root, rank
 from mdistiller.weights import load_network, recorded_facts, split_key
 
 
@@ -69,7 +69,7 @@ def build_distiller(
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = join(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher).to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
@@ -79,8 +79,8 @@ def build_distiller(
     return distiller
 
 
-def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
-    """The method of a config over two networks."""
+def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
+    """Build the config's method for two networks."""
     targets = getattr(getattr(data.train, "dataset", None), "targets", None)
     return get_distiller(cfg.DISTILLER.TYPE).build(
         student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
@@ -88,9 +88,9 @@ def join(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) ->
 
 
 def check_pair(cfg: Any, data: Data) -> None:
-    """Refuse networks that the method cannot join, before a teacher is trained for it."""
+    """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
     random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
-    join(cfg, data, *random)
+    build_method(cfg, data, *random)
 
 
 def build_network(
@@ -120,7 +120,7 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
-    with first_on_machine() if wanted else contextlib.nullcontext():
+    with local_rank_zero_first() if wanted else contextlib.nullcontext():
         net = make_network(entry, data.num_classes, data.image_size, settings, key)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
@@ -143,7 +143,7 @@ def build_network(
 
 
 def check_names(cfg: Any) -> None:
-    """Refuse a config that names what does not exist, without reading any data."""
+    """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
     OPTIMIZERS[cfg.SOLVER.TYPE]
     check_trainer(cfg.SOLVER.TRAINER)
@@ -176,7 +176,7 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
 
 
 def check_labels(cfg: Any) -> None:
-    """Refuse mixed images for a method that needs to know the class of each."""
+    """Refuse MIXUP and CUTMIX for a method that needs one class for each image."""
     name = cfg.DISTILLER.TYPE
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
@@ -195,7 +195,7 @@ def model_entry(cfg: Any, role: str, data: Data | TestData | DataSource) -> Mode
 
 
 def freeze_teacher(distiller: Distiller) -> None:
-    """Switch off gradients of the teacher's parameters, except those the method trains."""
+    """Freeze the teacher's parameters, except those the method trains."""
     teacher = getattr(distiller, "teacher", None)
     if isinstance(teacher, nn.Module):
         trained = {id(p) for p in distiller.get_learnable_parameters()}
@@ -207,10 +207,10 @@ def freeze_teacher(distiller: Distiller) -> None:
 def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"] | None:
     """The teacher's weights: the file DISTILLER.TEACHER_CKPT, else released ones.
 
-    These are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of the network's
-    own library. None if there are neither. With a TEACHER_CFG, PRETRAINED does not count (it is
-    that config's business), and the zoo's file only for data with the number of classes it was
-    released for; it is not downloaded.
+    Released weights are a file of the zoo, or PRETRAINED where TEACHER_ARGS ask for those of timm
+    or torchvision. Returns None if there are none. With a TEACHER_CFG, PRETRAINED does not count
+    (that config reads TEACHER_ARGS), and the zoo's file counts only for data with as many classes
+    as it was released for; it is then not downloaded.
 
     Raises:
         UserError: TEACHER_CKPT is given and does not exist, a download fails, or the library's
@@ -232,14 +232,14 @@ def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"
         if wanted is not None:
             require_classes(entry, settings, wanted)
         return PRETRAINED
-    with first_on_machine():
+    with local_rank_zero_first():
         released = entry.released(wanted, fetch=not trained_here)
     misfits = released and trained_here and entry.default_classes() != classes
     return None if misfits else released
 
 
 def no_teacher(cfg: Any, data: Data | DataSource) -> str:
-    """The error for a teacher whose weights are nowhere."""
+    """The error for a teacher without weights."""
     entry = model_entry(cfg, "TEACHER", data)
     looked = f" (looked for {entry.checkpoint})" if entry.checkpoint else ""
     library = ", or TEACHER_ARGS {pretrained: True} for released ones" if entry.loads_itself else ""
@@ -252,9 +252,9 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
 def teacher_test_loader(
     cfg: Any, data: Data, device: torch.device, weights: str | Path
 ) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the size of the data's images.
+    """The test set with the teacher's own interpolation and crop, at the data's image size.
 
-    None where the data's loader gives the same, or images keep the size they have.
+    None if the data's own test loader gives the same, or images are not resized.
     """
     used = data.preprocessing
     if not data_spec(cfg).files or used.resize == "keep":
@@ -288,10 +288,10 @@ def measure_teacher(
 ) -> float | None:
     """The teacher's top-1 accuracy in percent on the test set, printed.
 
-    Not on held-out images, which a teacher from elsewhere may have been trained on. A teacher near
-    chance gets a warning, since its file is then usually of another data set, and so does one that
-    takes classes for one another. None, and a line, for a teacher whose weights have no classifier
-    for these classes.
+    Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
+    is printed for a teacher near chance, whose file is usually of another data set, and for one
+    that swaps classes. Returns None, after a printed line, if the weights have no classifier for
+    these classes.
 
     Args:
         loader: the test set, prepared for the teacher; by default the data's.

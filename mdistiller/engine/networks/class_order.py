@@ -1,8 +1,8 @@
-"""The order of classes: that of a file of weights beside that of the data.
+"""Match the class order of a weights file with that of the data.
 
-A file of weights says which classes its outputs are of. Where these are the classes of the data in
-another order, the rows of the classifier are put in the order of the data; every method, also one
-that reads the classifier, then sees a network of these data. Other classes are refused.
+A weights file records the class names of its outputs. If they are the data's classes in another
+order, the rows of the classifier are permuted into the data's order, so that every method, also one
+that reads the classifier, sees a network for these data. Other classes are refused.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def match_classes(
     data: Any,
     any_head: bool = False,
 ) -> None:
-    """Have a network that was loaded from a file number its classes as the data do.
+    """Permute the outputs of a network loaded from a file into the data's class order.
 
     Args:
-        net: on the CPU; its classifier's rows are moved where the order differs.
+        net: on the CPU; the rows of its classifier are permuted in place.
         weights: the file.
         stated: what `load_network` returned.
         data: with `classes` (names by number; empty: not known) and `image_size`.
-        any_head: the outputs will not be used: a network for other classes is marked by
-            `untrained_head`, not refused.
+        any_head: the outputs will not be used: a network for other classes is accepted, and marked
+            by `untrained_head`.
 
     Raises:
         UserError: the file is for other classes, or the network's outputs cannot be reordered.
@@ -82,9 +82,9 @@ def match_classes(
 
 
 def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] | None:
-    """The class names by number of a file of weights, None if unknown.
+    """The class names that a weights file records, by number; None if unknown.
 
-    A file that does not say, in the folder of the run that wrote it, has those of the run.
+    A file without them, in the folder of the run that wrote it, has the classes of that run.
     """
     facts = stated.get("data")
     file, _ = split_key(weights)
@@ -101,14 +101,14 @@ def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] 
 
 @torch.no_grad()
 def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) -> bool:
-    """Let output k of a network become what was output order[k]; by the rows of its classifier.
+    """Permute a network's outputs: output k becomes the former output order[k].
 
     Args:
         order: a permutation, int64 [C].
         image_size: (height, width), for the two forwards that check it.
 
     Returns:
-        Whether that was possible; if not, the network is as before.
+        Whether that was possible; if not, the network is unchanged.
     """
     find = getattr(net, "classifier", None)
     layer = find() if callable(find) else None
@@ -130,7 +130,7 @@ def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) 
 
 
 def _warn_of_natural_order(weights: str | Path, ours: Sequence[str]) -> None:
-    """Warn where timm would have numbered the same folders in another way."""
+    """Warn if timm numbers the same class folders differently."""
     natural = sorted(ours, key=natural_key)
     if list(ours) != sorted(ours) or natural == list(ours):
         return
@@ -145,7 +145,7 @@ def _warn_of_natural_order(weights: str | Path, ours: Sequence[str]) -> None:
 def doubts(
     top1: float, confusion: Tensor | None, targets: Tensor, classes: Sequence[str]
 ) -> list[str]:
-    """What speaks against a teacher, as ends of sentences that begin with its name.
+    """Signs that a teacher does not fit the data, as sentences without their subject, its name.
 
     Args:
         top1: its accuracy in percent.
@@ -171,10 +171,10 @@ def doubts(
 
 
 def swapped_classes(confusion: Tensor) -> dict[int, int]:
-    """Classes that a network takes for one another: number -> number; empty if there are none.
+    """Classes that a network seems to swap: true class -> predicted class; empty if there are none.
 
-    They form a permutation, by which each has at least half of its images, and twice as many as are
-    right. One that rests on a few images of a good network is not reported.
+    They form a permutation under which each class has at least half of its images, and twice as
+    many as without it. A permutation that rests on a few images of a good network is not reported.
 
     Args:
         confusion: images by class (row) and predicted class, [C, C].

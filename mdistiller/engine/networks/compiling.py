@@ -15,10 +15,10 @@ BACKEND: str | Callable[..., Any] = "inductor"
 
 
 def compile_networks(distiller: Distiller, setting: bool | str) -> None:
-    """Have student and teacher compiled when they first run; without effect for False.
+    """Compile student and teacher at their first forward pass; False does nothing.
 
-    The modules stay what they are, and so do the names in checkpoints. A network that cannot be
-    compiled runs as it is, after one line that says why.
+    Modules, and names in checkpoints, stay the same. A network that cannot be compiled runs
+    uncompiled, after one printed line with the reason.
 
     Args:
         setting: SOLVER.COMPILE: True, False or the mode.

@@ -1,8 +1,7 @@
-"""A batch of one image, which not every network or method can learn from.
+"""Last batches of one image, which not every network or method can train on.
 
-Batch norm in training needs more than one value of each channel: where a network's last maps have
-one pixel, a batch of one ends in an error. Whether that would happen is tried before the first
-step.
+Batch norm in train mode needs more than one value per channel: with 1x1 maps, a batch of one image
+is an error. A trial step before training shows whether that would happen.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from mdistiller.runtime import rank
 
 
 def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> bool:
-    """Join the epoch's last image of a process to the batch before, if alone it cannot be learnt.
+    """Merge a last batch of one image into the batch before it, if it cannot be trained on alone.
 
-    All processes decide the same. Nothing is tried where no batch of an epoch has one image.
+    All processes decide the same. Without a batch of one image nothing is tried.
 
     Args:
         loader: of training batches; its `batch_sampler` gives the images of each step.
-        trainer: makes the distiller's arguments of a batch.
-        distiller: of this process; left as it is.
+        trainer: its `batch_inputs` makes the distiller's arguments.
+        distiller: of this process; unchanged.
 
     Returns:
-        Whether the loader's epoch has changed, so that what counted its steps is out of date.
+        Whether the number of batches has changed, so that the trainer must be built again.
 
     Raises:
-        UserError: the batch cannot be joined to another one.
+        UserError: the batch cannot be merged into another one.
     """
     sampler = getattr(loader, "batch_sampler", None)
     if (
@@ -63,7 +62,7 @@ def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -
 
 
 def _failure(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> str | None:
-    """Why a step with one image fails, in a line; None if it does not, or if two images do, too."""
+    """Why a step with one image fails, in a line; None if it works, or two images fail as well."""
     loader.set_epoch(1)
     batches = iter(loader)
     item = next(batches)
@@ -94,7 +93,7 @@ class _StudentStep(nn.Module):
 
 
 def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | None:
-    """Why a step with one image fails where one with two does not; None otherwise.
+    """Why a step with one image fails where one with two images works; None otherwise.
 
     The method's initialisation stages are tried as well.
     """
@@ -107,10 +106,10 @@ def _only_alone(distiller: nn.Module, one: Any, two: Any, amp: str) -> str | Non
 
 
 def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> None:
-    """For batches that all have SOLVER.BATCH_SIZE images: refuse 1 if a step with one fails.
+    """Refuse SOLVER.BATCH_SIZE 1 if a step with one image fails (detection).
 
     Args:
-        stream: of training batches; afterwards where it was.
+        stream: of training batches; its position is restored.
     """
     if cfg.SOLVER.BATCH_SIZE != 1:
         return
@@ -125,14 +124,14 @@ def refuse_lone_picture(stream: Any, trainer: Any, distiller: nn.Module, cfg: An
 
 
 def one_is_too_few(reason: str) -> UserError:
-    """The error for batches of one that cannot be learnt from."""
+    """The error for batches of one image that cannot be trained on."""
     return UserError(f"SOLVER.BATCH_SIZE 1: {reason}; set it to 2 or more")
 
 
 def try_step(
     distiller: nn.Module, inputs: Mapping[str, Any], amp: str = "none", stage: str = ""
 ) -> str | None:
-    """Why a copy of a distiller cannot learn from a batch, in a line; None if it can.
+    """Try a training step on a copy of a distiller; the reason of its failure in a line, or None.
 
     Args:
         stage: name of the initialisation stage that the step is of; "" for the main one.

@@ -1,4 +1,4 @@
-"""Networks from the zoo's constructors and those of users, held to the data."""
+"""Call a network's constructor and check that it fits the data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_network(
 
 
 def required_arguments(entry: ModelEntry) -> set[str]:
-    """Names of the arguments that an entry's constructor has no default for."""
+    """Names of the constructor's arguments without a default."""
     return {
         parameter.name
         for parameter in inspect.signature(entry.constructor).parameters.values()
@@ -57,7 +57,7 @@ def required_arguments(entry: ModelEntry) -> set[str]:
 def constructor_facts(
     entry: ModelEntry, num_classes: int, image_size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What an entry's constructor is told of the data."""
+    """The facts about the data that are passed to an entry's constructor."""
     wanted = inspect.signature(entry.constructor).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
     facts: dict[str, Any] = {"num_classes": num_classes}
@@ -70,9 +70,9 @@ def constructor_facts(
 
 @torch.no_grad()
 def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
-    """Refuse a network that cannot take the data's images, or gives other classes than it has.
+    """Refuse a network that cannot take the data's images, or returns another number of logits.
 
-    It stays as it was.
+    The network is unchanged.
     """
     was_training = net.training
     net.eval()

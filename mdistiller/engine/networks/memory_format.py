@@ -12,10 +12,10 @@ from mdistiller.distillers import Distiller
 
 
 def use_channels_last(distiller: Distiller) -> None:
-    """Lay all weights of convolutions out as torch.channels_last, in place, values unchanged.
+    """Convert all convolution weights to torch.channels_last, in place.
 
-    Student and teacher lay their images out likewise, whoever calls them: what lies between two
-    convolutions then follows by itself. Copies of a network do the same.
+    Student and teacher convert their images likewise, whoever calls them: the maps between two
+    convolutions then follow by themselves. Copies of a network do the same.
     """
     convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
     for net in (distiller.student, distiller.teacher):
@@ -24,7 +24,7 @@ def use_channels_last(distiller: Distiller) -> None:
 
 
 def undo_channels_last(distiller: Distiller) -> None:
-    """Take back :func:`use_channels_last`, where it was done."""
+    """Undo :func:`use_channels_last`."""
     convert_conv2d_weight_memory_format(distiller, torch.contiguous_format)  # type: ignore[arg-type]
     for net in (distiller.student, distiller.teacher):
         if isinstance(net, nn.Module):

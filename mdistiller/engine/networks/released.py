@@ -1,4 +1,4 @@
-"""What DISTILLER.*_ARGS and *_NORM say of released weights and of the images that fit them."""
+"""DISTILLER.*_ARGS and *_NORM: released weights, and the preprocessing that fits them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arguments(cfg: Any, role: str) -> dict[str, Any]:
 
 
 def require_classes(entry: ModelEntry, settings: Mapping[str, Any], num_classes: int) -> None:
-    """Refuse released weights, to be used as they are, of another number of classes."""
+    """Refuse released weights with another number of classes, if their classifier is to be used."""
     facts = entry.pretrained_on(settings)
     if facts and facts.classes != num_classes:
         name = entry.constructor.__name__
@@ -46,7 +46,7 @@ def own_preprocessing(
     weights: str | Path | None,
     stated: Mapping[str, Any] | None = None,
 ) -> Preprocessing | None:
-    """How the network in a role has its images prepared, as far as that is not the data's.
+    """The preprocessing of the network in a role, as far as it differs from the data's.
 
     DISTILLER.{role}_NORM says mean and std: "data", those of the data; "own", those of its released
     weights; a list of the two; "auto", what the file of its weights says, else "own" for a network
@@ -59,7 +59,7 @@ def own_preprocessing(
         stated: what `load_network` found in the file, if the weights are from one.
 
     Raises:
-        UserError: mean and std are asked for and not known, or the file states something else.
+        UserError: mean and std are requested but unknown, or the file records other ones.
     """
     data, recorded_norm = (stated or {}).get("data"), (stated or {}).get("norm")
     recorded = recorded_preprocessing(data, weights)
@@ -103,7 +103,7 @@ def own_statistics(
     given: Statistics,
     stated: Mapping[str, Any] | None = None,
 ) -> Statistics:
-    """Mean and std that the network in a role wants its images normalised with.
+    """Mean and std by which the images of the network in a role are normalised.
 
     Args:
         given: those of the data.
@@ -114,7 +114,7 @@ def own_statistics(
 
 
 def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessing | None:
-    """How images are brought to their size, as what a checkpoint or a run says of its data has it.
+    """Resizing, crop and interpolation as a checkpoint or a run records them.
 
     Args:
         weights: for errors.
@@ -129,7 +129,7 @@ def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessi
 
 
 def _is_silent(stated: Mapping[str, Any] | None) -> bool:
-    """Whether a file records nothing of how its images are prepared."""
+    """Whether a file records no preprocessing."""
     if stated is None or stated.get("norm") is None:
         data = (stated or {}).get("data")
         return not (isinstance(data, Mapping) and "preprocessing" in data)
@@ -141,7 +141,8 @@ def states_nothing(
 ) -> bool:
     """Whether weights are a plain state dict for another library's architecture.
 
-    A file in a run folder is of a network that was trained here, with the data's constants.
+    A file in a run folder is not: that network was trained by this library, with the data's
+    constants.
     """
     if not weights or weights == PRETRAINED or not _is_silent(stated) or not entry.of_library:
         return False
@@ -149,9 +150,10 @@ def states_nothing(
 
 
 def in_run_folder(weights: str | Path) -> bool:
-    """Whether weights are a file that a run here has left: beside a config of this library.
+    """Whether a weights file is in a run folder of this library.
 
-    Other trainers (with Hydra, say) leave a `config.yaml` as well.
+    The config has to be of this library: other trainers (with Hydra, say) write a `config.yaml` as
+    well.
     """
     if weights == PRETRAINED:
         return False
@@ -163,11 +165,12 @@ def in_run_folder(weights: str | Path) -> bool:
 
 
 def taken_line(name: str, role: str, how: Preprocessing, weights: str | Path) -> str:
-    """What is taken of a library for a file that does not record it, and what changes that.
+    """A line that names the preprocessing assumed for a file that records none, and how to change
+    it.
 
     Args:
         name: of the network in its library.
-        how: what is taken; mean and std alone where images keep their size.
+        how: the preprocessing; mean and std alone if images are not resized.
     """
     keys = ", and for evaluation DATASET.IMAGE_SIZE, INTERPOLATION, RESIZE, CROP_PCT"
     return (

@@ -1,7 +1,7 @@
-"""Batch norm by the statistics of all processes (SOLVER.SYNC_BN), on GPUs and CPUs.
+"""Synchronised batch norm over all processes (SOLVER.SYNC_BN), on GPUs and CPUs.
 
-torch's SyncBatchNorm has kernels for GPUs only. Elsewhere the same is computed here: with n_r
-values a channel in process r, their mean m_r and squared deviations s_r, n the sum of n_r,
+torch's SyncBatchNorm has kernels for GPUs only. This one computes the same on other devices: with
+n_r values per channel in process r, their mean m_r and squared deviations s_r, n the sum of n_r,
 
     mean = sum n_r m_r / n,    var = sum (s_r + n_r (m_r - mean)^2) / n
 
@@ -25,7 +25,7 @@ from mdistiller.runtime import world_size
 
 
 def synchronize_batch_norm(distiller: Distiller) -> None:
-    """Make the batch norms of student and method, if there are several processes, synchronised.
+    """Synchronise the batch norms of student and method, if there are several processes.
 
     The modules and their parameters stay the same objects. A teacher in eval mode uses no batch
     statistics; one in train mode is converted as well.
@@ -61,7 +61,7 @@ def _convert(module: _BatchNorm, name: str, on_gpu: bool) -> None:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """As torch's, which takes tensors on GPUs only, on any device."""
+    """torch's SyncBatchNorm for any device."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Anything with channels."""
@@ -89,18 +89,18 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _Act(nn.Module):
-    """Adds what timm's BatchNormAct2d does afterwards."""
+    """Adds dropout and activation as timm's BatchNormAct2d does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return,operator,misc]
 
 
 class BatchNormAct(_Act, SyncBatchNorm):
-    """timm's, synchronised anywhere."""
+    """timm's BatchNormAct2d, synchronised on any device."""
 
 
 class GpuBatchNormAct(_Act, nn.SyncBatchNorm):
-    """timm's, synchronised on GPUs."""
+    """timm's BatchNormAct2d, synchronised on GPUs."""
 
 
 class _Normalize(torch.autograd.Function):
@@ -135,13 +135,13 @@ class _Normalize(torch.autograd.Function):
         normal, weight, inverse, total = ctx.saved_tensors
         grad = grads[0].to(normal.dtype)
         over = [0, *range(2, grad.dim())]
-        own = torch.stack([grad.sum(over), (grad * normal).sum(over)])
-        sums = own.clone()
+        local_sums = torch.stack([grad.sum(over), (grad * normal).sum(over)])
+        sums = local_sums.clone()
         dist.all_reduce(sums)
         scale = inverse if weight is None else inverse * weight
         to_x = grad - _per_channel(sums[0] / total, grad)
         to_x = (to_x - normal * _per_channel(sums[1] / total, grad)) * _per_channel(scale, grad)
-        to_weight, to_bias = (None, None) if weight is None else (own[1], own[0])
+        to_weight, to_bias = (None, None) if weight is None else (local_sums[1], local_sums[0])
         return to_x.to(grads[0].dtype), to_weight, to_bias, None
 
 

@@ -1,1 +1,1 @@
-"""A whole run, its folder and its record."""
+"""A run from start to end: training, run folder, run record, teacher."""

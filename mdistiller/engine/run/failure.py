@@ -1,9 +1,9 @@
-"""How a failure of one process ends all, with the cause printed once.
+"""When one process of several fails: end all of them and print the cause once.
 
-The processes share a counter of failures in the store that torchrun, or else the first process,
-keeps at MASTER_ADDR:MASTER_PORT. Whoever raises it to 1 tells the cause. The others either fail in
-turn, because a connection closed, and say nothing; or wait for the one that failed, and are ended
-by a thread that watches the counter. So it does not matter which of them a launcher sees.
+The processes share a counter of failures in the TCPStore at MASTER_ADDR:MASTER_PORT, which torchrun
+or rank 0 runs. The process that raises it to 1 prints the cause. The others either fail in turn,
+because a connection closed, and print nothing; or wait for the failed one, until a thread that
+watches the counter ends them. So any process may be the one that a launcher notices first.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ def alone() -> bool:
 
 
 def first_to_fail() -> bool:
-    """Whether this process, which has failed, is to tell why; says the same when asked again.
+    """Whether this process, which has failed, should print why; repeated calls agree.
 
-    A cause that all have in common is left to the first process: the others give it a moment.
+    If all fail by the same cause, rank 0 prints it: the others wait a moment first.
     """
     return alone() or _claim()
 
 
 def leave(told: bool) -> None:
-    """Wait as long as a process that has failed should before it exits."""
+    """Wait before the exit of a failed process."""
     if not alone():
         time.sleep(LINGER if told else PATIENCE)
 
 
 @lru_cache(maxsize=1)
 def _claim() -> bool:
-    """Waits for the store only so long: the process that keeps it may be the one that hangs."""
+    """Claim the report, with a time limit: the process that runs the store may be the one that
+    hangs."""
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(_ask()), daemon=True)
     thread.start()
@@ -105,5 +106,5 @@ def _connect(seconds: float) -> TCPStore:
 
 
 def _key() -> str:
-    """The counter of this start of the run: torchrun may restart it."""
+    """The counter's key, one for each restart by torchrun."""
     return f"mdistiller/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

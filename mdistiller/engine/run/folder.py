@@ -1,4 +1,4 @@
-"""Reading of a run folder: its config, the checkpoints it holds, what it says about itself."""
+"""Read a run folder: its config, its checkpoints, its records."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def recorded_config(
 ) -> Config:
     """The config of a run, with `[key, value, ...]` and IMPORTS over it.
 
-    The folder may be somebody else's: code that its config names runs only if `imports` has a file
-    of this name, or the module, as well.
+    The folder may come from somebody else: code that its config names runs only if `imports` names
+    the same file or module.
 
     Args:
         load: `load_config` of this kind of run.
 
     Raises:
-        UserError: it is not a run folder, or it names other code.
+        UserError: it is not a run folder, or its config names other code.
     """
     require_run(folder)
     table = recorded_settings(folder)
@@ -45,8 +45,8 @@ def recorded_config(
                 f"look at it, and give {'--fork' if str(name).endswith('/') else '--import'} "
                 f"{shown(str(name))[1:-1]}"
             )
-    known = [name for name in named if is_imported(str(name))]
-    cfg = load(table, overrides, [*imports, *known])
+    allowed = [name for name in named if is_imported(str(name))]
+    cfg = load(table, overrides, [*imports, *allowed])
     if load is load_config and "DATASET.RESIZE" not in overrides[0::2] and stretched(table, cfg):
         cfg.defrost()
         cfg.DATASET.RESIZE, cfg.DATASET.EXIF = "stretch", False
@@ -57,11 +57,11 @@ def recorded_config(
 
 
 def keep_full_decoding(recorded: Mapping[str, Any], cfg: Config) -> None:
-    """Turn DATASET.JPEG_SCALING off for a run from before it was a key, unless it is set.
+    """Turn off DATASET.JPEG_SCALING for a run older than this key, unless it is set.
 
     Args:
         recorded: the run's config.
-        cfg: the same with the keys that it lacks; changed in place.
+        cfg: the same with all keys; changed in place.
     """
     unset = DATASET_CONFIG["JPEG_SCALING"] == cfg.DATASET.JPEG_SCALING
     if unset and "JPEG_SCALING" not in recorded.get("DATASET", {}):
@@ -71,13 +71,13 @@ def keep_full_decoding(recorded: Mapping[str, Any], cfg: Config) -> None:
 
 
 def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
-    """Whether a run's photographs were stretched, and are to be cut now.
+    """Whether a run's photographs were stretched and would now be cropped.
 
-    So they were before DATASET.RESIZE was a key, and not turned as their EXIF orientation says.
+    Runs older than DATASET.RESIZE stretched them, and ignored their EXIF orientation.
 
     Args:
         recorded: its config.
-        cfg: the same with the keys that it lacks.
+        cfg: the same with all keys.
     """
     if "RESIZE" in recorded.get("DATASET", {}) or not data_spec(cfg).files:
         return False
@@ -86,15 +86,15 @@ def stretched(recorded: Mapping[str, Any], cfg: Config) -> bool:
 
 
 def _own_name(imported: str) -> str:
-    """A module's name, or a file's or fork's without its folder, which may differ elsewhere."""
+    """A module's name, or the name of a file or fork without its folder."""
     return Path(imported).name if imported.endswith((".py", "/")) else imported
 
 
 def refuse_commands(folder: Path, cfg: Config, overrides: Sequence[str]) -> None:
-    """Before the images of somebody's run are read: URLs of shards may be, or lead to, a command.
+    """Refuse URLs of shards in a run's config: they may be, or lead to, shell commands.
 
     Raises:
-        UserError: there are some, and the user has not named them.
+        UserError: the config has such URLs, and the user has not named them.
     """
     for key in ("TRAIN", "VAL"):
         name, pattern = f"DATASET.SHARDS.{key}", cfg.DATASET.SHARDS[key]
@@ -106,7 +106,7 @@ def refuse_commands(folder: Path, cfg: Config, overrides: Sequence[str]) -> None
 
 
 def checkpoint_file(folder: Path, name: str) -> Path:
-    """The file with the student's weights of a checkpoint that was asked for by name.
+    """The file with the student's weights for a checkpoint's name.
 
     Raises:
         UserError: the name is not a checkpoint, or the run has no such checkpoint.
@@ -116,39 +116,39 @@ def checkpoint_file(folder: Path, name: str) -> Path:
             f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
         )
     places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]
         raise UserError(
             f"{folder} has no checkpoint {name} (it has: "
             f"{', '.join(f'epoch_{n}' if n.isdigit() else n for n in there) or 'none'})"
             f"{'; it kept no moving average (SOLVER.EMA)' if name.startswith('ema_') else ''}"
         )
-    return found
+    return file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty without a file.
+    """The mapping in a JSON file; empty if the file does not exist.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds no mapping.
     """
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        contents = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(contents, dict):
         raise UserError(f"{path} is damaged: it is not a mapping")
-    return found
+    return contents
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a file, one a line; none if it is not there.
+    """The mappings in a JSON Lines file; empty if the file does not exist.
 
     Raises:
-        UserError: a line holds something else.
+        UserError: a line holds no mapping.
     """
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: a file that the system locks, and frees when its holder dies."""
+"""Lock a run folder against other processes; the system frees the lock when its holder dies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mdistiller.registry import UserError
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: str = "") -> Iterator[None]:
-    """Keep other processes off a folder; within this one it may be entered several times.
+    """Lock a folder against other processes; within this process it may be entered several times.
 
     Args:
-        wait: what to print while another process is in it; empty: do not wait for it.
+        wait: what to print while another process holds the lock; empty: do not wait for it.
 
     Raises:
-        UserError: another process is in it.
+        UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
@@ -39,7 +39,8 @@ def locked(folder: Path, wait: str = "") -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process of this machine, or of one that shares its locks, is in a folder."""
+    """Whether another process holds a folder's lock, on this machine or on one that shares its
+    locks."""
     lock = _lock(folder)
     if not Path(lock.lock_file).is_file():
         return False
@@ -51,6 +52,6 @@ def is_locked(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> FileLock:
-    """The same object for a folder in all threads: a teacher's is locked by who needs it and by its
-    run, and runs in lock-step, each in a thread, may share one."""
+    """One lock per folder for all threads: a teacher's folder is locked by the student's run and
+    again by the teacher's own, and runs in lock-step, each in a thread, may share one."""
     return FileLock(folder.absolute() / ".lock", is_singleton=True, thread_local=False)

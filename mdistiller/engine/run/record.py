@@ -1,4 +1,4 @@
-"""A run's folder, and how it was made: config, command, revision, versions, seed, device."""
+"""Record of a run in its folder: config, command, revision, versions, seed, device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PLACES = (
 
 
 def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
-    """`PROJECT/NAME` of a run folder: NAME, else TAG, and the overrides behind it.
+    """`PROJECT/NAME` of a run folder: NAME, else TAG, followed by the overrides.
 
     A NAME among the overrides is the whole name. Long names end in a hash.
     """
@@ -65,7 +65,7 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
 class RunRecord(Hook):
     """`config.yaml` (resolved) and `run.json` (one entry for each start) in the run folder.
 
-    The entry of a start that an exception ends has the reason under `ended`.
+    If an exception ends the run, the entry has the reason under `ended`.
 
     Args:
         facts: of what the student is trained on, for `run.json`.
@@ -108,16 +108,16 @@ class RunRecord(Hook):
 
 
 def one_line(error: BaseException | None) -> str:
-    """An error in a line: a user's error as it is worded, any other with its kind."""
+    """An error in one line: a UserError's text, any other with its type."""
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Largest memory so far, in MiB, and whose: the GPU's tensors or else the whole process.
+    """Peak memory in MiB, and of what: the GPU's tensors, or else the whole process.
 
-    On a GPU it is that since `torch.cuda.reset_peak_memory_stats`. A process that trained several
-    runs one after the other has the largest of them.
+    On a GPU since `torch.cuda.reset_peak_memory_stats`; else since the process began, so of several
+    runs in one process the largest.
     """
     if device.type == "cuda":
         return {
@@ -134,7 +134,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def data_facts(data: Data | TestData) -> dict[str, Any]:
-    """What a network has to know of its data: size, normalisation, classes, zoo."""
+    """What a network's files record of its data: size, normalisation, classes, zoo."""
     return {
         "zoo": data.zoo,
         "image_size": list(data.image_size),
@@ -155,10 +155,10 @@ def write_record(
     teacher_acc: float | None = None,
     teacher: str | Path | None = None,
 ) -> None:
-    """Write the two files; what is known of earlier starts is kept.
+    """Write `config.yaml` and `run.json`; entries of earlier starts stay.
 
     Args:
-        data: of :func:`data_facts`, say.
+        data: for example of :func:`data_facts`.
         changes: of the settings, since the start before.
         teacher_acc: in percent; a start that changes no setting need not measure it again.
         teacher: the teacher's weights, if any; a file is recorded as seen from the folder.
@@ -206,11 +206,11 @@ def recorded_teacher_acc(folder: Path) -> float | None:
 
 
 def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]:
-    """What differs, of all that decides about weights, between a run's recorded config and `cfg`.
+    """The settings that influence weights and differ between a run's recorded config and `cfg`.
 
     Args:
-        goes_on: whether the processes that are there now are to continue the run. Then the images
-            of an optimizer step count, however micro-batches and processes share them.
+        goes_on: whether the present processes are to continue the run. Then only the images of an
+            optimizer step count, however they are split into micro-batches and processes.
 
     Returns:
         Texts "KEY was A, is now B".
@@ -247,7 +247,7 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 
 
 def side_settings(folder: Path, cfg: Any) -> list[str]:
-    """What differs from a run's recorded config and leaves its weights as they are."""
+    """The settings without influence on weights that differ from a run's recorded config."""
     recorded = recorded_settings(folder)
     sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
     names = (*sections, *keys_without_effect(), "DEVICE")
@@ -261,7 +261,7 @@ def side_settings(folder: Path, cfg: Any) -> list[str]:
 
 
 def recorded_processes(folder: Path) -> int:
-    """How many processes trained a run last; those there are now if it does not say."""
+    """How many processes trained a run last; the present number if it is not recorded."""
     try:
         return int(read_record(folder)["starts"][-1]["processes"])
     except (ValueError, KeyError, IndexError, TypeError):
@@ -346,9 +346,9 @@ def git_revision() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about numbers."""
-    found = {"python": platform.python_version(), "mdistiller": __version__}
-    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
+    """Versions of Python and of the packages that influence results."""
+    versions = {"python": platform.python_version(), "mdistiller": __version__}
+    versions["torch"] = str(torch.__version__)  # with its build: +cpu, +cu...
     for package in ("torchvision", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+        versions[package] = importlib.metadata.version(package)
+    return versions

@@ -14,7 +14,7 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.config.files import find_config
-from mdistiller.engine.distributed import from_main_process, wait_for_all
+from mdistiller.engine.distributed import barrier, from_main_process
 from mdistiller.engine.networks.build import check_pair, find_teacher, no_teacher
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
@@ -31,10 +31,10 @@ TrainRun = Callable[[Config, str, bool, torch.device], Any]
 def resolve_teacher(
     cfg: Config, data: Data, device: torch.device, train_run: TrainRun, run_folder: Path
 ) -> Path | Literal["pretrained"]:
-    """The teacher's weights: those that are there, or TEACHER_CFG's, trained if need be.
+    """The teacher's weights: existing ones, or those of TEACHER_CFG, trained first if necessary.
 
     Args:
-        run_folder: of the student, where the teacher must not be.
+        run_folder: of the student; the teacher must have another.
     """
     weights = find_teacher(cfg, data)
     if weights is not None:
@@ -51,10 +51,10 @@ def resolve_teacher(
 
 
 def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Path:
-    """The weights that DISTILLER.TEACHER_CFG leads to, trained where that has not been done.
+    """The weights that DISTILLER.TEACHER_CFG trains; the training is done now if necessary.
 
-    Its last epoch is taken, so that no test accuracy selects it. Of several processes that need
-    it, one trains and the others wait.
+    They are of the last epoch, so that no test accuracy selects them. If several processes need
+    them, one trains and the others wait.
     """
     teacher_cfg = teacher_config(cfg)
     folder = teacher_folder(teacher_cfg)
@@ -78,7 +78,7 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
 
 
 def _is_finished(folder: Path, teacher_cfg: Config) -> bool:
-    """Whether a run has come to its end and its last student is there; checkpoints need not be."""
+    """Whether a run is finished and its last student exists; checkpoints may be gone."""
     epochs = read_json(folder / "summary.json").get("epochs", 0)
     return epochs >= teacher_cfg.SOLVER.EPOCHS and (folder / "student_latest").is_file()
 
@@ -117,7 +117,7 @@ def teacher_folder(teacher_cfg: Config) -> Path:
 
 
 def being_trained(cfg: Config) -> Path | None:
-    """The folder of the teacher that this config waits for, if another process is training it."""
+    """The folder of this config's teacher, if another process is training it."""
     settings = cfg.DISTILLER
     if settings.TEACHER_CKPT or not settings.TEACHER_CFG:
         return None
@@ -129,14 +129,11 @@ def being_trained(cfg: Config) -> Path | None:
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Keep other runs off a folder, after waiting for those that are in it.
-
-    The first process of a run holds the lock for all of them.
-    """
+    """Lock a folder for all processes of a run, after waiting for other runs that hold it."""
     if rank():
-        wait_for_all()
+        barrier()
         yield
         return
     with locked(folder, wait=f"waiting for another process to train the teacher in {folder}"):
-        wait_for_all()
+        barrier()
         yield

@@ -1,10 +1,9 @@
-"""Several runs in one process, in lock-step: a batch is made once, and the teacher runs once.
+"""Several runs in one process, in lock-step: they share each batch and the teacher's output.
 
-Each run has a thread of its own, of which one works at a time. A run hands on its turn before
-every batch and every epoch, and the run that is furthest behind goes next: so all are within a step
-of one another, and what one has made for a step the others find. What is global in a process,
-random generators and standard output, is each run's own while it works. A run computes what it
-would compute alone, to the bit.
+Each run has a thread, and one thread works at a time. A run passes its turn on before every batch
+and every epoch, and the run furthest behind goes next: so all are within a step of one another, and
+a batch that one has made is there for the others. Process-wide state (random generators, standard
+output) is saved and restored at each change of turn. A run computes the same bits as alone.
 
 Shared are batches (:class:`SharedLoader`), the outputs of a frozen teacher for them
 (:class:`SharedTeacher`), and the cache of its logits (DISTILLER.TEACHER_CACHE).
@@ -42,13 +41,13 @@ _thread = threading.local()
 
 
 def current_turn() -> Turn | None:
-    """The turn of the run in this thread; None of a run that trains alone."""
+    """The turn of this thread's run; None for a run that trains alone."""
     turn: Turn | None = getattr(_thread, "turn", None)
     return turn
 
 
 class Outcome(Generic[T]):
-    """What a run has come to: its `value`, or the `error` that ended it."""
+    """The result of a run: its `value`, or the `error` that ended it."""
 
     def __init__(self) -> None:
         self.value: T | None = None
@@ -61,7 +60,7 @@ class Outcome(Generic[T]):
 
 
 def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[Outcome[T]]:
-    """Call the jobs in threads that take turns; each one's failure is its own.
+    """Call the jobs in threads that take turns; a failure ends only its own job.
 
     Args:
         jobs: each trains one run.
@@ -102,7 +101,7 @@ def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
 
 
 class Ambient:
-    """What is global in a process, as a run left it."""
+    """Process-wide state (random generators, standard output) as a run left it."""
 
     def __init__(self, device: torch.device):
         self.device, self.random = device, random_state(device)
@@ -119,7 +118,7 @@ class GroupStoppedError(KeyboardInterrupt):
 
 
 class Group:
-    """Whose turn it is, and what its runs share."""
+    """A group of runs: whose turn it is, and the objects they share."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -290,7 +289,7 @@ def _mark(images: Any, at: tuple[int, ...]) -> None:
 
 
 class SharedTeacher:
-    """A frozen teacher that runs once for a batch, whichever runs ask for it.
+    """A frozen teacher that runs once per batch for all runs of a group.
 
     Args:
         teacher: the network, or what :attr:`Distiller.frozen` runs in its place; everything but the
@@ -325,7 +324,7 @@ class SharedTeacher:
 
 
 def _versions(value: Any) -> list[int]:
-    """Which change with every change of a tensor in nested containers."""
+    """Version counters of the tensors in nested containers."""
     return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -335,7 +334,7 @@ def _copied(value: Any) -> Any:
 
 
 def shared_data(key: Hashable, make: Callable[[], Any]) -> Any:
-    """The data of a run, which those of its group share whose `key` is equal."""
+    """The data of a run, shared with the runs of its group that have the same `key`."""
     turn = current_turn()
     if turn is None:
         return make()
@@ -345,7 +344,7 @@ def shared_data(key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def measured_once(distiller: Distiller, measure: Callable[[], T]) -> T:
-    """What `measure` says of the teacher, called once for the runs that share it."""
+    """The result of `measure` for the teacher, computed once for the runs that share it."""
     turn = current_turn()
     if turn is None or not isinstance(distiller.frozen, SharedTeacher):
         return measure()

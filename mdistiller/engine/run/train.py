@@ -1,4 +1,4 @@
-"""A whole run: from a config to a trained student in a run folder with a record of how."""
+"""A run from start to end: from a config to a trained student in a run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
-from mdistiller.engine.distributed import meet, process_group, wrap
+from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
 from mdistiller.engine.hooks import Hook, named_hooks
 from mdistiller.engine.networks.build import (
@@ -66,12 +66,12 @@ T = TypeVar("T")
 
 
 class Prepared(NamedTuple):
-    """A run that is about to begin.
+    """What a run needs to begin.
 
     Attributes:
         trainer: ready to train.
-        data: what it trains on; `test` if images are held out, and `close()`, which ends the
-            processes that read.
+        data: the loaders; `test` if images are held out, and `close()`, which ends worker
+            processes.
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
         teacher: its weights, a file or PRETRAINED, for `run.json`.
@@ -104,7 +104,7 @@ def train(
         resume: continue the run in that folder; "auto": if there is one, else start it.
         hooks: run before all others.
         allow_changes: continue under another config, whatever it changes.
-        prepare: how what is trained is built, where that is no classifier.
+        prepare: builds data, networks and trainer of another task than classification.
 
     Returns:
         The run's summary, which is also `summary.json` in its folder.
@@ -121,7 +121,7 @@ def train(
 
 
 def data_key(cfg: Config) -> str:
-    """All that decides about a run's batches, as text; runs with the same can train together."""
+    """All settings that determine a run's batches, as text; equal for runs that train together."""
     views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
     facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
     return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
@@ -171,7 +171,7 @@ def in_lock_step(jobs: Sequence[Callable[[], T]], cfg: Config) -> list[Outcome[T
 def train_or_continue(
     cfg: Config, overrides: Sequence[str] = (), hooks: Sequence[Hook] = ()
 ) -> dict[str, Any]:
-    """The summary of a run: of a finished one as it stands, else after training what is missing."""
+    """The summary of a run, which is trained or resumed first unless it is finished."""
     folder = Path(cfg.LOG.PREFIX) / experiment_name(cfg, overrides)
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -193,7 +193,7 @@ def set_determinism(wanted: bool) -> None:
 
 
 def _train(cfg: Config, *settings: Any, **more: Any) -> dict[str, Any]:
-    """:func:`_train_with`, with what the config's IMPORTS have registered in force."""
+    """:func:`_train_with`, with the classes that the config's IMPORTS register."""
     with active(cfg.IMPORTS):
         return _train_with(cfg, *settings, **more)
 
@@ -229,17 +229,17 @@ def _train_with(
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
-    meet(device)  # the folder is free
+    barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
     return summary
 
 
 def prepare_classifier(
     cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
 ) -> Prepared:
-    """Data, networks and trainer of a config; its teacher is trained first if need be.
+    """Data, networks and trainer of a config; trains its teacher first if necessary.
 
     Args:
-        teacher_acc: the teacher's accuracy in percent, if it need not be measured.
+        teacher_acc: the teacher's accuracy in percent; None: measure it.
     """
     trainer_class = check_trainer(cfg.SOLVER.TRAINER)
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -290,7 +290,7 @@ def _train_in(
         for hook in trainer.hooks:
             hook.abandon(trainer)
         raise
-    meet(trainer.device)  # the first one writes the files that all are going to read
+    barrier(trainer.cfg.SOLVER.RANK_TIMEOUT * 60)  # the first process has written the checkpoints
     summary = summarize(trainer, data, teacher_acc)
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
@@ -308,10 +308,10 @@ _AS_BEFORE = {
 
 
 def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
-    """Refuse to start a run over, and to resume one that is not there or was another.
+    """Refuse to overwrite a run, and to resume one that does not exist or has other settings.
 
     Returns:
-        What has changed in the settings of a run that is resumed.
+        The changed settings of a resumed run.
     """
     blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
     if blocked:
@@ -365,9 +365,9 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
 
 
 def trained_file(folder: Path) -> str | None:
-    """A file that only a run leaves which has trained an epoch and saved it.
+    """A file that proves that a run has trained and saved an epoch.
 
-    One that died before has its config, records, and a line of metrics at most.
+    A run that died earlier has at most its config, records, and a line of metrics.
     """
     for pattern in ("student_*", "summary.json", "latest.damaged"):
         for path in sorted(folder.glob(pattern)):
@@ -378,9 +378,9 @@ def trained_file(folder: Path) -> str | None:
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
-    """Last and best accuracy, and what the best was selected on.
+    """The summary: last and best accuracy, and the images that the best was selected on.
 
-    With held-out images the test set is used here, once: for the last and for the selected weights.
+    With DATASET.VAL_SPLIT the test set is used here, once, for the last and the selected weights.
     """
     history = trainer.history
     timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
@@ -415,14 +415,14 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
 
 
 def stage_seconds(folder: Path) -> float:
-    """What the stages before the main one took, as the run's metrics tell."""
+    """Seconds of the initialisation stages, from the run's metrics."""
     path = folder / "metrics.jsonl"
     rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
     return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
 
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
-    """The summary in a line or two."""
+    """The summary in one or two lines."""
     last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
     text = (
         f"done: last {last}, best {summary['best_acc']:.2f} in epoch "

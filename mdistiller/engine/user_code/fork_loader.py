@@ -202,14 +202,14 @@ def _constructor(node: ast.ClassDef, ours: type) -> list[ast.stmt]:
     for part in node.body:
         if not isinstance(part, ast.FunctionDef) or part.name != "__init__":
             continue
-        known = {*_set_in(ast.parse(textwrap.dedent(inspect.getsource(ours)))), "tf_writer"}
+        attributes = {*_set_in(ast.parse(textwrap.dedent(inspect.getsource(ours)))), "tf_writer"}
         stored = {n.id for n in ast.walk(part) if _is_name(n, ast.Store)}
         added = [
             line
             for line in part.body
             if isinstance(line, ast.Assign)
             and _set_in(line)
-            and not any(name in known or hasattr(ours, name) for name in _set_in(line))
+            and not any(name in attributes or hasattr(ours, name) for name in _set_in(line))
             and not any(_is_name(n, ast.Load) and n.id in stored for n in ast.walk(line))
         ]
         if not added:

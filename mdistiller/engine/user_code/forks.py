@@ -172,13 +172,6 @@ def import_method(file: Path, place: Path) -> tuple[ModuleType, Mapping[str, Any
     return _import(f"{package}.distillers.{file.stem}", place), _defaults(package, place)
 
 
-def fork_module(folder: Path, name: str) -> ModuleType:
-    """A module of a fork, such as "engine.utils"; the library's where the fork lacks it."""
-    place = fork_folder(folder)
-    assert place is not None
-    return importlib.import_module(f"{fork_package(place.resolve())}.{name}")
-
-
 def is_loaded(name: str) -> bool:
     """Whether a fork has been imported in this process already."""
     return name in LOADED
@@ -255,10 +248,10 @@ def _defaults(package: str, place: Path) -> Mapping[str, Any]:
 
 def _plain(module: ModuleType, place: Path) -> Mapping[str, Any]:
     """The defaults that a fork's cfg.py holds, as nested mappings."""
-    found = getattr(module, "CFG", None)
-    if not isinstance(found, Mapping):
+    defaults = getattr(module, "CFG", None)
+    if not isinstance(defaults, Mapping):
         raise UserError(f"FORK: {place}/engine/cfg.py gives no CFG, a yacs node of defaults")
-    return _mapping(found)
+    return _mapping(defaults)
 
 
 def _mapping(node: Mapping[str, Any]) -> dict[str, Any]:

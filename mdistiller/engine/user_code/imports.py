@@ -76,8 +76,8 @@ def _load(name: str) -> UserCode:
         if method in defaults and method not in DISTILLERS.config:
             DISTILLERS.config[method] = defaults[method]
     report(name, before, only_replaced=place is None)
-    own = {m: DISTILLERS.config[m] for m in replaced if m in DISTILLERS.config}
-    keep(UserCode(name, own, tuple(replaced)), before, only_replaced=True)
+    sections = {m: DISTILLERS.config[m] for m in replaced if m in DISTILLERS.config}
+    keep(UserCode(name, sections, tuple(replaced)), before, only_replaced=True)
     return put_in_force(name)
 
 

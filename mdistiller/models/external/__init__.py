@@ -125,7 +125,7 @@ class Timm:
         if pretrained is not True:
             raise UserError(
                 f"pretrained {pretrained!r}: timm's weights are chosen by name, "
-                f"{self.__name__}.TAG; say pretrained: True"
+                f"{self.__name__}.TAG; set pretrained: True"
             )
         if self.pretrained_on(settings) is None:
             raise UserError(f"timm publishes no weights of {self.__name__}; choose another network")
@@ -188,7 +188,7 @@ class Torchvision:
         from mdistiller.models.external._torchvision import TorchvisionNet, load_released
 
         if "weights" in settings:
-            raise UserError(f"{self.__name__}: say pretrained: {settings['weights']}, not weights")
+            raise UserError(f"{self.__name__}: set pretrained: {settings['weights']}, not weights")
         release = self.release(pretrained) if pretrained else None
         make = partial(self.library.get_model, self.name, weights=None)
         settings["num_classes"] = num_classes
@@ -208,7 +208,7 @@ class Torchvision:
             names = ", ".join(release.name for release in releases)
             raise UserError(
                 f"pretrained {pretrained!r}: the released weights of {self.__name__} are {names}; "
-                "name one of them, or say True"
+                "name one of them, or set it to True"
             )
         return f"{TORCHVISION}{releases[choice]}"
 

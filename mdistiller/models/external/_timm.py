@@ -34,7 +34,7 @@ class TimmNet(ExternalNet):
         if not hasattr(net, "get_classifier"):
             raise self.unsupported("it has no classifier (timm gives its tokens alone)")
         if not isinstance(net.get_classifier(), nn.Linear):
-            raise self.unsupported("its head is not one linear layer")
+            raise self.unsupported("its head is not a single linear layer")
         self.normed_head = normalises_first(net, net.get_classifier())
         if self.normed_head:
             keep_input(net.get_classifier())

@@ -39,11 +39,13 @@ class TorchvisionNet(HookedNet):
 
     def prepare(self, net: nn.Module, image: Tensor) -> nn.Module:
         if getattr(net, "aux_logits", False):
-            raise self.unsupported("it has auxiliary logits (if it takes aux_logits, say False)")
+            raise self.unsupported(
+                "it has auxiliary logits (if it takes aux_logits, set that to False)"
+            )
         self.channels_last = isinstance(net, SwinTransformer)
         linear = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
         if not linear:
-            raise self.unsupported("its head is no linear layer")
+            raise self.unsupported("its head is not a linear layer")
         self.head = linear[-1]
         outputs = try_maps(net, image)
         self.stage_names = self._choose(
