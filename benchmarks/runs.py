@@ -30,7 +30,7 @@ import torch
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
 
 
-@DATASETS.register("random_images")
+@DATASETS.register("{name}")
 class RandomImages(DataSource):
     root, zoo, augment = ".", "cifar", "crop_flip"
     mean, std = (0.5,) * 3, (0.29,) * 3
@@ -69,14 +69,16 @@ def write_runs(
     with torch.no_grad():  # batch norms with the statistics of such images
         net.train()(torch.randn(64, 3, 32, 32))
     torch.save({"model": net.state_dict()}, folder / "teacher.pth")
-    (folder / "random_images.py").write_text(SOURCE.replace("{images}", str(images)))
+    kind = f"random_{folder.name}"  # a process may import the files of several folders
+    source = SOURCE.replace("{images}", str(images)).replace("{name}", kind)
+    (folder / "random_images.py").write_text(source)
     paths = {}
     for name in methods:
         config: dict[str, Any] = {
             "IMPORTS": [str(folder / "random_images.py")],
             "DEVICE": device,
             "EXPERIMENT": {"PROJECT": "runs", "NAME": name},
-            "DATASET": {"TYPE": "random_images"},
+            "DATASET": {"TYPE": kind},
             "DISTILLER": {"TYPE": name, "TEACHER": teacher, "STUDENT": student},
             "SOLVER": {"BATCH_SIZE": batch, "EPOCHS": epochs, "LR_DECAY_STAGES": [1], "AMP": amp},
             "LOG": {"PREFIX": str(folder / "out")},
