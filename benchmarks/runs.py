@@ -58,6 +58,9 @@ def write_runs(
     """Write a config for each method, the images' source, and untrained weights of the teacher.
 
     Checkouts of earlier versions read them too.
+
+    Args:
+        methods: names of METHODS or of distillers.
     """
     import torch
 
@@ -84,7 +87,7 @@ def write_runs(
             "LOG": {"PREFIX": str(folder / "out")},
         }
         config["DISTILLER"]["TEACHER_CKPT"] = str(folder / "teacher.pth")
-        for key, values in METHODS[name].items():
+        for key, values in METHODS.get(name, {}).items():
             config.setdefault(key, {}).update(values)
         paths[name] = folder / f"{name}.yaml"
         paths[name].write_text(json.dumps(config))  # JSON is YAML

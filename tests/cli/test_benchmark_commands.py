@@ -68,7 +68,6 @@ def test_runs_one_by_one_and_in_lock_step_are_the_same_runs(tmp_path, monkeypatc
         (["commands", "--against", str(REPO / "docs")], "is not a checkout"),
         (["losses", "--against", str(REPO)], "--against belongs to the suites commands and"),
         (["commands", "--only", "nothing"], "--only: no command 'nothing'; there are mdistiller"),
-        (["together", "--only", "KDD"], "--only: no run KDD; there are NONE, KD,"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):
