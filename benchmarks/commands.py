@@ -28,17 +28,6 @@ COMMANDS: dict[str, tuple[list[str], int]] = {  # words, exit code
     "methods": (["tools/methods.py"], 0),
 }
 
-LOCK_STEP = """
-import sys
-from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run.train import train_together
-
-paths, words = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-for outcome in train_together([load_config(path, words) for path in paths], words):
-    if outcome.error is not None:
-        raise outcome.error
-"""
-
 
 class Usage(NamedTuple):
     """What a process took: CPU seconds, and the most memory in MiB."""
@@ -140,7 +129,8 @@ def together(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         return Usage(sum(e.seconds for e in spent), max(e.peak_mib for e in spent))
 
     def lock_step(paths: list[str], words: list[str]) -> Usage:
-        return usage(["-c", LOCK_STEP, *paths, "--", *words], places["now"])
+        files = [word for path in paths for word in ("--cfg", path)]
+        return usage(["tools/train.py", *files, *words], places["now"])
 
     forms = {"before": lambda: runs(one_by_one), "now": lambda: runs(lock_step)}
     row = {"runs": " ".join(methods), **race_processes(forms, args.rounds)}
