@@ -30,7 +30,7 @@ SHARES = {"tests": 70, "sync": 50, "together": 70, "steps": 190, "compiled": 140
 """What each part may take, in relation; what one leaves is for those behind it."""
 
 PART = ["-m", "benchmarks.gpu.parts"]
-QUICK_MINUTES = 1.0
+QUICK_MINUTES = 3.0
 SPARE = 5.0  # seconds for the files at the end
 GRACE = 3.0  # seconds that a part has left to end by itself
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default cuda")
     parser.add_argument("--quick", action="store_true", help="small networks, one round each")
-    parser.add_argument("--minutes", type=float, help="limit of the whole (default 8.5; quick: 1)")
+    parser.add_argument("--minutes", type=float, help="limit of the whole (default 8.5; quick: 3)")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="PART", help="of these")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of missing packages")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR")
