@@ -30,7 +30,6 @@ SHARES = {"tests": 70, "sync": 50, "together": 70, "steps": 190, "compiled": 140
 """What each part may take, in relation; what one leaves is for those behind it."""
 
 PART = ["-m", "benchmarks.gpu.parts"]
-QUICK_MINUTES = 3.0
 SPARE = 5.0  # seconds for the files at the end
 GRACE = 3.0  # seconds that a part has left to end by itself
 
@@ -42,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default cuda")
     parser.add_argument("--quick", action="store_true", help="small networks, one round each")
-    parser.add_argument("--minutes", type=float, help="limit of the whole (default 8.5; quick: 3)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="limit of the whole (default 8.5)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(SHARES), metavar="PART", help="of these")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of missing packages")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR")
@@ -59,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if error:
             print(f"gpu_check: {error}", file=sys.stderr)
             return 2
-        minutes = args.minutes or (QUICK_MINUTES if args.quick else 8.5)
-        report = run_parts(args, began + 60 * minutes, Path(folder))
+        report = run_parts(args, began + 60 * args.minutes, Path(folder))
     report["seconds"] = time.monotonic() - began
     write(report, args.out)
     failed = [name for name, part in report["parts"].items() if part["failed"]]

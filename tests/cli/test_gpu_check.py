@@ -141,7 +141,7 @@ def test_a_waiting_call_is_found(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_ends_within_a_minute(tmp_path):
+def test_the_command_runs_every_part(tmp_path):
     words = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
     assert gpu_check.main(words) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
