@@ -7,6 +7,9 @@ loader   images per second of ImageNet's training pipeline on 500 generated JPEG
 photographs
          images per second of CPU time from JPEGs of 12 megapixels and of 500 x 400 pixels, with
          and without DATASET.JPEG_SCALING
+commands CPU seconds until help, an error message or the table of methods is there
+together CPU seconds of nine short runs under one teacher, one after the other and in lock-step
+         (KEY VALUE for all of them, such as DISTILLER.TEACHER resnet32x4)
 step     a training step of --cfg CONFIG [KEY VALUE ...] on generated images: its parts, its share
          of the machine's peak, and the same step in a bare and in a classic loop
 """
@@ -21,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.commands import commands, together
 from benchmarks.loaders import loader
 from benchmarks.photographs import photographs
 from benchmarks.step import add_step_arguments, step
@@ -43,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some cases (default all)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="commands, together: an earlier version"
+    )
     add_step_arguments(parser)
     add_overrides(parser)
     return parser
@@ -112,6 +119,8 @@ SUITES: dict[str, Callable[[argparse.Namespace, str], list[dict[str, Any]]]] = {
     "losses": losses,
     "loader": loader,
     "photographs": photographs,
+    "commands": commands,
+    "together": together,
     "step": step,
 }
 
@@ -124,9 +133,11 @@ def benchmark(args: argparse.Namespace) -> None:
     from mdistiller.runtime import resolve_device
 
     if args.suite != "step":
-        if args.cfg or args.opts:
+        if args.cfg or (args.opts and args.suite != "together"):
             raise UserError(f"--cfg and KEY VALUE belong to the suite step, not to {args.suite}")
         args.batch = 64 if args.batch is None else args.batch
+    if args.against is not None and args.suite not in ("commands", "together"):
+        raise UserError(f"--against belongs to the suites commands and together, not {args.suite}")
     counts = [args.rounds, args.threads, *([] if args.batch is None else [args.batch])]
     if min(counts) < 1 or args.workers < 0:
         raise UserError("--rounds, --batch and --threads must be at least 1, --workers at least 0")

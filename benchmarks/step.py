@@ -34,7 +34,8 @@ def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 
     if min(args.steps, args.images) < 1:
         raise UserError("--steps and --images must be at least 1")
-    cfg, loops = prepare(args, device)
+    cfg, data, distiller = prepare(args, device)
+    loops = make_loops(args, cfg, data, distiller)
     times = race({key: loop.run for key, loop in loops.items()}, device, args.rounds)
     row: dict[str, Any] = {
         "config": args.cfg,
@@ -66,29 +67,31 @@ def step(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     return [row]
 
 
-def prepare(args: argparse.Namespace, device: str) -> tuple[Any, dict[str, Any]]:
-    """The config, and the loops asked for over its distiller and generated images."""
+def prepare(args: argparse.Namespace, device: str) -> tuple[Any, Any, Any]:
+    """The config, generated data and the distiller on them."""
     import torch
 
     from benchmarks.step_data import generated_data, untrained_distiller
     from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.run.train import set_determinism
 
     cfg = load_config(args.cfg, args.opts, args.imports)
     cfg.defrost()
     cfg.SOLVER.BATCH_SIZE = args.batch or cfg.SOLVER.BATCH_SIZE
+    set_determinism(cfg.SOLVER.DETERMINISTIC)
     where = torch.device(device)
     data = generated_data(cfg, args.images, args.classes, where)
-    return cfg, make_loops(args, cfg, untrained_distiller(cfg, data, where), data)
+    return cfg, data, untrained_distiller(cfg, data, where)
 
 
 def one_loop(args: argparse.Namespace, name: str, device: str) -> Callable[[], None]:
     """What runs a round of a loop, set up afresh."""
     args = argparse.Namespace(**{**vars(args), "loops": [name]})
-    run: Callable[[], None] = prepare(args, device)[1][name].run
+    run: Callable[[], None] = make_loops(args, *prepare(args, device))[name].run
     return run
 
 
-def make_loops(args: argparse.Namespace, cfg: Any, distiller: Any, data: Any) -> dict[str, Any]:
+def make_loops(args: argparse.Namespace, cfg: Any, data: Any, distiller: Any) -> dict[str, Any]:
     """The loops asked for, ours always, each with networks of its own, all equal."""
     from benchmarks.step_loops import Bare, Classic, Ours
 

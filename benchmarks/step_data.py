@@ -62,10 +62,12 @@ def untrained_distiller(cfg: Config, data: Data, device: torch.device) -> Distil
         return build_distiller(cfg, data, device)
     torch.manual_seed(0)
     teacher = build_network(cfg, "TEACHER", data, weights="")
-    images = next(iter(data.val))[0].cpu()
+    images = next(iter(data.val))[0].to(device)
+    teacher.to(device)
     with torch.no_grad():
         for _ in range(3):
             teacher.train()(images[:64])
+    teacher.cpu()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.pth"
         torch.save({"model": teacher.state_dict()}, path)

@@ -15,6 +15,7 @@ from benchmarks.textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.memory_format import undo_channels_last
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
@@ -26,6 +27,7 @@ class Ours:
 
     def __init__(self, cfg: Config, distiller: Distiller, data: Data, steps: int):
         self.loader = Short(data.train, steps)
+        compile_networks(distiller, cfg.SOLVER.COMPILE)
         self.trainer: BaseTrainer = trainer_dict[cfg.SOLVER.TRAINER](
             "benchmark", distiller, self.loader, data.val, cfg
         )

@@ -6,13 +6,11 @@ import pytest
 import torch
 from support import saved_teacher, write_config
 
+from benchmarks.gpu.sync import waits
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.metrics import Meters
 from mdistiller.engine.networks.build import build_distiller
-from mdistiller.engine.trainer import BaseTrainer
 
 pytestmark = pytest.mark.gpu
 
@@ -50,21 +48,5 @@ def test_no_step_waits_for_the_gpu(tmp_path, solver):
     cfg = load_config(config)
     device = torch.device("cuda")
     data = load_data(cfg, device)
-    distiller = build_distiller(cfg, data, device).train()
-    trainer = BaseTrainer("x", distiller, data.train, data.val, cfg)
-    for hook in trainer.hooks:
-        if isinstance(hook, AverageStudent):
-            hook.before_train(trainer)
-    meters = Meters(interval=10**6)
-    data.train.set_epoch(1)
-    trainer.call("before_epoch", {})
-    batches = iter(data.train)
-    for trainer.step in (1, 2):  # warm-up: cuDNN and the optimizer set themselves up
-        trainer.train_iter(next(batches), 1, meters)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for trainer.step in (3, 4):
-            trainer.train_iter(next(batches), 1, meters)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(meters._waiting) == 4
+    distiller = build_distiller(cfg, data, device)
+    assert waits(cfg, distiller, data) == {"error": "", "calls": {}, "unread": 6}
