@@ -27,7 +27,8 @@ def plain(node):
 def rendered():
     kinds = {"train": default_config(), "train_detection": detection_defaults()}
     for name in [name for name, cls in DISTILLERS.items() if not is_builtin(cls)]:
-        kinds["train"].pop(name, None)  # of other tests
+        for cfg in kinds.values():
+            cfg.pop(name, None)  # of other tests
     return json.dumps({kind: plain(cfg) for kind, cfg in kinds.items()}, indent=1) + "\n"
 
 
