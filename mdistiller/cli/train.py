@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mdistiller.cli.support.command import add_overrides, guarded
 from mdistiller.cli.support.fork_flags import add_fork_flags, fork_overrides
 from mdistiller.engine.config.early import check_early
+from mdistiller.registry import UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +29,13 @@ class _Parser(argparse.ArgumentParser):
 def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser:
     """The command's arguments, which are those of every command that trains."""
     parser = _Parser(prog=prog, description=about)
-    parser.add_argument("--cfg", default="", metavar="FILE", help="YAML config (empty: defaults)")
+    parser.add_argument(
+        "--cfg",
+        action="append",
+        metavar="FILE",
+        help="YAML config (default: all defaults); several train in lock-step: they share batches, "
+        "and the passes of one teacher",
+    )
     parser.add_argument(
         "--resume",
         choices=("yes", "auto"),
@@ -49,22 +56,48 @@ def main(argv: list[str] | None = None) -> int:
     words = parser()
     add_fork_flags(words)
     args = words.parse_intermixed_args(argv)
+    files = args.cfg or [""]
 
-    def run() -> None:
-        check_early(args.cfg, args.opts, args.imports)
+    def run() -> int:
+        for file in files:
+            check_early(file, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
         from mdistiller.engine.run.train import train
 
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
-            cfg = load_config(args.cfg, args.opts, args.imports)
+            cfg = load_config(files[0], args.opts, args.imports)
             args.opts = [*fork_overrides(args, cfg, method_nodes(cfg)), *args.opts]
+        if len(files) > 1:
+            return train_all([load_config(file, args.opts, args.imports) for file in files], args)
         follow(args, load_config, train)
+        return 0
 
-    return guarded(run)
+    codes: list[int] = []
+    return guarded(lambda: codes.append(run())) or codes[0]
 
 
 def follow(args: Any, load: Callable[..., Any], train: Callable[..., Any]) -> None:
     """Train as the arguments say, with what loads a config and what trains by it."""
+    file, *others = args.cfg or [""]
+    if others:
+        raise UserError("--cfg names one config here; only `train` takes several")
+    train(load(file, args.opts, args.imports), args.opts, **_how(args))
+
+
+def _how(args: Any) -> dict[str, Any]:
     resume: bool | Literal["auto"] = "auto" if args.resume == "auto" else bool(args.resume)
-    cfg = load(args.cfg, args.opts, args.imports)
-    train(cfg, args.opts, resume=resume, allow_changes=args.allow_changes)
+    return {"resume": resume, "allow_changes": args.allow_changes}
+
+
+def train_all(configs: list[Any], args: Any) -> int:
+    """Train several configs in lock-step; the exit code is that of the first run that failed."""
+    from mdistiller.engine.run.record import experiment_name
+    from mdistiller.engine.run.train import train_together
+
+    outcomes = train_together(configs, args.opts, **_how(args))
+    code = 0
+    for cfg, outcome in zip(configs, outcomes, strict=True):
+        if outcome.error is not None:
+            print(f"{experiment_name(cfg, args.opts)} failed:", file=sys.stderr, flush=True)
+            code = guarded(outcome.reraise) or code
+    return code

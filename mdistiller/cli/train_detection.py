@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser("train_detection", __doc__).parse_intermixed_args(argv)
 
     def run() -> None:
-        check_early(args.cfg, args.opts, args.imports, "train_detection")
+        check_early((args.cfg or [""])[0], args.opts, args.imports, "train_detection")
         from mdistiller.detection.config import load_config
         from mdistiller.detection.run import train
 

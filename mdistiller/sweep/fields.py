@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "SEEDS": 1,
     "METRIC": "last_acc",
     "LOSS_FALLS": False,
+    "TOGETHER": "auto",
 }
 _VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}}
 # Config keys that a sweep sets for each run, and where they come from.
@@ -73,6 +74,12 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
                 "holds out images for that; use last_acc or best_acc"
             )
     table["SEEDS"] = _seeds(table["SEEDS"])
+    together = as_read(table["TOGETHER"], None, "TOGETHER")
+    table["TOGETHER"] = together = "off" if together is False else together  # YAML's off
+    if together not in ("auto", "off") and not (type(together) is int and together > 0):
+        raise UserError(
+            f"TOGETHER {together!r} must be auto, off, or how many runs train in lock-step at most"
+        )
     table["VARIANTS"] = [_variant(given) for given in table["VARIANTS"]] or [dict(_VARIANT)]
     return table
 
@@ -90,7 +97,7 @@ def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) 
         if key not in defaults:
             near = suggest(key, defaults) or f" (keys: {', '.join(defaults)})"
             raise UserError(f"{where}unknown sweep key {key}{near}")
-        if value is None or key == "SEEDS":
+        if value is None or key in ("SEEDS", "TOGETHER"):
             pass
         elif isinstance(defaults[key], dict):
             if not isinstance(value, Mapping):

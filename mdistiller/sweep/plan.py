@@ -12,6 +12,7 @@
     SEEDS: N or [...]      0 .. N-1, or the seeds themselves; a searched point trains with each
     METRIC: last_acc       what is searched for, and the table's first column
     LOSS_FALLS: True       report the training loss, and fail where it does not fall
+    TOGETHER: auto         runs with the same data and seed train in lock-step, at most N; off: none
 
 `_BASE_` builds on another sweep file.
 """
@@ -63,6 +64,7 @@ class Plan:
     trials: tuple[Trial, ...]
     space: dict[str, fields.Axis] = field(default_factory=dict)
     prune: int = 0
+    together: str | int = "auto"
 
 
 def read_plan(
@@ -92,7 +94,7 @@ def read_plan(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     name, metric, loss_falls = table["SWEEP"], table["METRIC"], table["LOSS_FALLS"]
-    return Plan(name, out, metric, loss_falls, trials, space, table["PRUNE"])
+    return Plan(name, out, metric, loss_falls, trials, space, table["PRUNE"], table["TOGETHER"])
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,14 +25,16 @@ from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.run.record import experiment_name, one_line
 from mdistiller.engine.run.teacher import being_trained
-from mdistiller.engine.run.train import train_or_continue
+from mdistiller.engine.run.train import data_key, in_lock_step, train_or_continue
+from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
 from mdistiller.runtime import keep_freed_memory, resolve_device
-from mdistiller.sweep.plan import Plan
+from mdistiller.sweep.plan import Plan, Trial
 from mdistiller.sweep.study import Attempt, Study
 from mdistiller.sweep.trial_state import HEARTBEAT
 
+MOST = 16  # runs that train in lock-step unless TOGETHER says more
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
@@ -73,7 +77,7 @@ def _run_processes(study: Study, count: int) -> bool:
     context = multiprocessing.get_context("spawn")
     names = [gpus[index % len(gpus)] if several else "" for index in range(count)]
     workers = [
-        context.Process(target=_worker, args=(study.plan, study.url, name)) for name in names
+        context.Process(target=_worker, args=(study.plan, study.url, name, count)) for name in names
     ]
     try:
         for worker in workers:
@@ -91,23 +95,56 @@ def _run_processes(study: Study, count: int) -> bool:
     return len(dead) < count
 
 
-def _worker(plan: Plan, url: str, gpu: str) -> None:
-    """A worker process; `gpu` is the only one it uses, as CUDA_VISIBLE_DEVICES names it."""
+def _worker(plan: Plan, url: str, gpu: str, workers: int) -> None:
+    """One of `workers` processes; it uses `gpu` alone, as CUDA_VISIBLE_DEVICES names it."""
     keep_freed_memory()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for trial in plan.trials:
         import_user_modules(trial.configs[0].IMPORTS)
     with contextlib.suppress(KeyboardInterrupt):
-        work(Study(plan, url))
+        work(Study(plan, url), workers)
 
 
-def work(study: Study) -> None:
-    """Take and run open trials until all are taken."""
+def work(study: Study, workers: int = 1) -> None:
+    """Take and run open trials until all are taken, as one of `workers` processes."""
     if resolve_device(study.plan.trials[0].configs[0].DEVICE).type == "cpu":
         torch.set_num_threads(1)  # best for small networks, and sums do not depend on --jobs
     while attempt := _next(study):
-        _run_trial(study, attempt)
+        attempts = [attempt, *_companions(study, attempt.trial, workers)]
+        if len(attempts) == 1:
+            _run_trial(study, attempt)
+            continue
+        print(f"in lock-step: {', '.join(each.trial.name for each in attempts)}", flush=True)
+        jobs = [functools.partial(_run_trial, study, each) for each in attempts]
+        for outcome in in_lock_step(jobs, attempt.trial.configs[0]):
+            outcome.reraise()
+
+
+def _companions(study: Study, trial: Trial, workers: int) -> list[Attempt]:
+    """Attempts at open trials that can share batches and teacher with `trial`.
+
+    If there are more workers than kinds of data, each takes its part of them.
+    """
+    limit = study.plan.together
+    if limit == "off" or study.plan.space:
+        return []
+    open_trials = study.open_trials()
+    kind = _kind(trial)
+    kinds = {kind, *map(_kind, open_trials)}
+    same = [other for other in open_trials if _kind(other) == kind]
+    share = -(-(len(same) + 1) // max(1, workers // len(kinds)))
+    limit = min(share, MOST if limit == "auto" else int(limit)) - 1
+    free = (other for other in same if not being_trained(other.configs[0]))
+    attempts = (study.take(other) for other in free)
+    return list(itertools.islice(filter(None, attempts), limit))
+
+
+def _kind(trial: Trial) -> str:
+    """Trials of one kind can train in lock-step."""
+    cfg = trial.configs[0]
+    with active(cfg.IMPORTS):
+        return data_key(cfg)
 
 
 def _next(study: Study) -> Attempt | None:

@@ -20,6 +20,7 @@ from mdistiller.engine.networks.build import build_network
 from mdistiller.models.normalize import input_norm
 
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}
+TRAINS_ON = "toy"  # position embeddings belong to a size
 NAME = "timm/vit_tiny_patch16_224"  # its images are normalised by 0.5 and 0.5
 SOLVER = "SOLVER:\n  TYPE: AdamW\n  LR: 0.002\n"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import same_state, saved_teacher, write_config
 
+from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.run.together import SharedTeacher
 from mdistiller.engine.run.train import train, train_together
@@ -146,6 +147,20 @@ def test_each_run_counts_its_own_time(alone):
         (path,) = (alone.parent / "together").glob(f"{name}/out/toy/{name}/summary.json")
         seconds[name] = json.loads(path.read_text())["seconds"]
     assert seconds["plain"] < sum(seconds.values()) / 3
+
+
+def test_the_command_takes_several_configs(tmp_path, capsys):
+    """A run that fails is named, and gives the exit code."""
+    words = []
+    for name, text in (("good", ""), ("bad", "SOLVER: {LR: 1.0e+30}\n")):
+        (tmp_path / name).mkdir()
+        file = write_config(tmp_path / name, f"EXPERIMENT: {{NAME: {name}}}\n{text}", epochs=1)
+        words += ["--cfg", str(file)]
+    assert train_command.main(words) == 2
+    printed = capsys.readouterr()
+    assert "toy/good: [TRAIN] epoch 1/1" in printed.out
+    assert "toy/bad failed:\nerror: non-finite" in printed.err
+    assert (tmp_path / "good" / "out" / "toy" / "good" / "summary.json").is_file()
 
 
 def test_runs_with_other_data_are_refused(tmp_path):

@@ -367,6 +367,7 @@ def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(sweep, cap
     path = sweep(
         f"OVERRIDES: {{LOGGED.GATE: {sweep.folder / 'go'}}}\n"
         "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 2\n"
+        "TOGETHER: off\n"
     )
     held = [sweep.out / "toy" / f"held,seed:{seed}" for seed in range(2)]
     forked = multiprocessing.get_context("fork")
@@ -444,6 +445,45 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on(sweep, capsys):
     capsys.readouterr()
     assert command.main([*mended, "SOLVER.EPOCHS", "3"]) == 2
     assert "with other settings (SOLVER.EPOCHS was 2, is now 3)" in capsys.readouterr().err
+
+
+GRID = "GRID: {SOLVER.LR: [0.01, 0.02, 0.05]}\nSEEDS: 2\n"
+
+
+def test_runs_of_a_seed_train_in_lock_step_to_the_same_numbers(sweep, capsys, tmp_path):
+    """One line names the runs that share; each one's log has its own output alone."""
+    path = sweep(GRID)
+    assert command.main([*words(path), "--jobs", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lock-step" in line]
+    rates = ("0.01", "0.02", "0.05")
+    groups = [[f"LR={rate},seed:{seed}" for rate in rates] for seed in (0, 1)]
+    assert lines == [f"in lock-step: {', '.join(group)}" for group in groups]
+    together = {run.name: rows(run) for run in (sweep.out / "toy").glob("*/")}
+    shutil.rmtree(sweep.out)
+    assert command.main([*words(sweep(GRID + "TOGETHER: off\n")), "--jobs", "1"]) == 0
+    assert "lock-step" not in capsys.readouterr().out
+    for group in groups:
+        for name in group:
+            run = sweep.out / "toy" / name
+            for row, alone in zip(together[name], rows(run), strict=True):
+                for key in ("lr", "train_loss", "train_acc", "test_loss"):
+                    assert row[key] == alone[key], (name, key)
+
+
+def test_a_limit_of_runs_in_lock_step(sweep, capsys):
+    assert command.main([*words(sweep(GRID + "TOGETHER: 2\n")), "--jobs", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lock-step" in line]
+    assert [line.count("seed") for line in lines] == [2, 2]  # and two runs alone
+    assert command.main([*words(sweep("TOGETHER: 0\n"))]) == 2
+    assert "TOGETHER 0 must be auto, off, or how many runs" in capsys.readouterr().err
+
+
+def test_workers_divide_the_runs_that_could_train_together(sweep, monkeypatch):
+    plan = read_plan(sweep("GRID: {SOLVER.LR: [1, 2, 3, 4, 5]}\n"), out=sweep.out)
+    sweep.out.mkdir()
+    study = Study(plan, f"sqlite:///{sweep.out / 'study.db'}")
+    first = study.take(plan.trials[0])
+    assert len(work._companions(study, first.trial, workers=2)) == 2  # three and two runs
 
 
 def test_a_trial_that_fails_while_training_leaves_no_writer_behind(sweep, capsys):

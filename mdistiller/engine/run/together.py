@@ -31,7 +31,7 @@ from mdistiller.engine.checkpoints.resume import add_waited, random_state, set_r
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.frozen_teacher.fingerprint import computation, teacher_digest
-from mdistiller.engine.frozen_teacher.frozen import is_frozen
+from mdistiller.engine.frozen_teacher.frozen import is_frozen, named_tensors
 from mdistiller.engine.stages import STRIDE
 
 T = TypeVar("T")
@@ -53,6 +53,11 @@ class Outcome(Generic[T]):
     def __init__(self) -> None:
         self.value: T | None = None
         self.error: BaseException | None = None
+
+    def reraise(self) -> None:
+        """Raise the error, if there is one."""
+        if self.error is not None:
+            raise self.error
 
 
 def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[Outcome[T]]:
@@ -354,7 +359,9 @@ def share_teacher(distiller: Distiller, cfg: Any, device: torch.device) -> None:
         return
     forward, plain = distiller.frozen or teacher, distiller.frozen is None
     key = ("teacher", teacher_digest(teacher), computation(distiller, cfg, device))
-    shared = turn.share(key, lambda: SharedTeacher(forward, plain))
+    shared, first = turn.share(key, lambda: (SharedTeacher(forward, plain), teacher))
+    for (_, tensor), (_, stored) in zip(named_tensors(teacher), named_tensors(first), strict=True):
+        tensor.data = stored.data  # its weights are in memory once
     for part in distiller.modules():
         if isinstance(part, Distiller) and part.teacher is teacher:
             part.frozen = shared

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -61,6 +61,8 @@ from mdistiller.engine.utils import log_msg, validate
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
+
+T = TypeVar("T")
 
 
 class Prepared(NamedTuple):
@@ -154,11 +156,16 @@ def train_together(
         sys.stdout = PrefixedStream(sys.stdout, name)
         return train(cfg, overrides, resume, allow_changes=allow_changes)
 
-    device = resolve_device(configs[0].DEVICE)
     jobs = [functools.partial(job, name, cfg) for name, cfg in zip(names, configs, strict=True)]
     patience = max(cfg.SOLVER.RANK_TIMEOUT for cfg in configs)
-    with handle_signals(), process_group(device, patience):
-        return run_together(jobs, device)
+    with process_group(resolve_device(configs[0].DEVICE), patience):
+        return in_lock_step(jobs, configs[0])
+
+
+def in_lock_step(jobs: Sequence[Callable[[], T]], cfg: Config) -> list[Outcome[T]]:
+    """Call jobs that each train a run with the data of `cfg` (:func:`data_key`), in lock-step."""
+    with handle_signals(), active(cfg.IMPORTS):
+        return run_together(jobs, resolve_device(cfg.DEVICE))
 
 
 def train_or_continue(
