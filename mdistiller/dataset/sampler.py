@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from mdistiller.registry import UserError
@@ -62,6 +63,7 @@ class DistributedBatchSampler:
         first, last = rank_slice(stop - start, self.rank, self.world_size)
         return start + first, start + last
 
+    @functools.cached_property
     def local_slices(self) -> list[slice]:
         """This process's part of every batch."""
         return [slice(*self.local_batch(step)) for step in range(len(self))]

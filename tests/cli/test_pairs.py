@@ -40,7 +40,7 @@ MARKS = dict.fromkeys(
         ("vgg8", "vgg8"),
         ("wrn_16_1", "ShuffleV2"),
         ("vgg8", "MobileNetV2"),
-        ("vgg8", "resnet8"),
+        ("resnet8x4", "ShuffleV1"),
     ],
     pytest.mark.slow,
 )

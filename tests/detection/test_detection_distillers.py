@@ -14,7 +14,7 @@ from mdistiller.detection.methods import DETECTOR_SETTINGS, build_method, method
 from mdistiller.detection.networks.backbones import with_frozen_norms
 from mdistiller.detection.run import build_distiller
 from mdistiller.distillers import DISTILLERS
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, is_builtin
 
 EVERY = "+".join(DETECTOR_SETTINGS)
 TERMS = {"loss_kd", "loss_dkd", "loss_review", "loss_fitnet"}
@@ -70,7 +70,8 @@ def test_every_method_takes_a_step_or_is_refused_in_a_line():
     logits = samples.logits.requires_grad_()
     features = {name: level.requires_grad_() for name, level in features.items()}
     ran, wrong = set(), []
-    for name in sorted(DISTILLERS.keys() - {"NONE"}):
+    ours = {name for name, cls in DISTILLERS.items() if is_builtin(cls)}  # no other test's
+    for name in sorted(ours - {"NONE"}):
         logits.grad = None
         for level in features.values():
             level.grad = None
@@ -234,7 +235,7 @@ def test_a_step_in_bf16():
         low = step(distiller)
     assert all(value.dtype == torch.float32 for value in low.values())
     for name in ("loss_objectness", "loss_review", "loss_fitnet"):
-        assert low[name].item() == pytest.approx(full[name].item(), rel=0.1), name
+        assert low[name].item() == pytest.approx(full[name].item(), rel=0.05), name
     sum(low.values()).backward()
     assert all(p.grad.isfinite().all() for p in distiller.parameters())
 

@@ -1,5 +1,6 @@
 """tools/eval_detection.py: numbers by class, files, run folders, the teacher, processes."""
 
+import contextlib
 import json
 
 import pytest
@@ -132,8 +133,22 @@ def test_pictures_are_drawn(place, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
-def test_only_the_first_process_writes(place, tmp_path, capsys, monkeypatch):
-    """What several processes measure together is tested in test_evaluate.py and test_trainer.py."""
+def test_processes_measure_together_and_the_first_writes(place, tmp_path, capsys, monkeypatch):
+    """What several measure together is tested in test_evaluate.py and test_trainer.py."""
+    measure, open_groups = eval_detection._measure, []
+
+    @contextlib.contextmanager
+    def group(device, minutes):
+        open_groups.append(device)
+        yield
+        open_groups.clear()
+
+    def measured(*args):
+        assert open_groups
+        return measure(*args)
+
+    monkeypatch.setattr("mdistiller.engine.distributed.process_group", group)
+    monkeypatch.setattr(eval_detection, "_measure", measured)
     monkeypatch.setattr("mdistiller.engine.utils.is_main_process", lambda: False)
     assert run(place, "-c", str(place / "one"), "--json", str(tmp_path / "found.json")) == 0
     assert not (tmp_path / "found.json").exists()

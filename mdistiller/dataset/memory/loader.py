@@ -105,7 +105,6 @@ class TrainLoader:
             runtime.world_size() if world_size is None else world_size,
             drop_last,
         )
-        self._slices = self.batch_sampler.local_slices()
         self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
         self.augment, self.mix = augment, mix
         self.num_views = augment.num_views if mix is None else None
@@ -125,12 +124,11 @@ class TrainLoader:
         self.dataset = replace(dataset, images=inner, targets=dataset.targets.to(device))
 
     def __len__(self) -> int:
-        return len(self._slices)
+        return len(self.batch_sampler)
 
     def merge_last_batch(self) -> None:
         """From now on, an epoch's last batch joins the one before if a process had one image."""
         self.batch_sampler = replace(self.batch_sampler, min_per_rank=2)
-        self._slices = self.batch_sampler.local_slices()
         self._drawn, self.epoch, self._start, self._begun = None, 0, 0, True
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -164,7 +162,7 @@ class TrainLoader:
     def batches(self) -> list[Tensor]:
         """Positions in the set that this process's batches of the epoch take: int64, on the CPU."""
         order = self._epoch_drawn().order.cpu()
-        return [order[part] for part in self._slices]
+        return [order[part] for part in self.batch_sampler.local_slices]
 
     def images(self, index: Tensor, parameters: Tensor | None = None) -> Tensor:
         """The epoch's views of the images at `index` (int64 [B], on the device), as in a batch.
@@ -196,7 +194,7 @@ class TrainLoader:
         return self.mix(batches, self.num_data, self.seed, self.epoch, self._start)
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part in self._slices[start:]:
+        for part in self.batch_sampler.local_slices[start:]:
             index = drawn.order[part]
             images = self.images(index, drawn.parameters)
             yield images, self.dataset.targets[index], index

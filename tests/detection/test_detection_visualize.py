@@ -115,7 +115,7 @@ BAD = {
     "nowhere": "there is no run folder nowhere; name run folders",
     "": "name run folders of tools/train_detection.py",
     "RUN --threshold 2": "--threshold must be in 0..1",
-    "RUN --classes disk": "no class 'disk'; did you mean 'disc'?",
+    "RUN --classes disk": "unknown class 'disk'; did you mean 'disc'?",
     "RUN --checkpoint best": "has no checkpoint best (it has: latest)",
     "RUN --samples 0": "--samples must be at least 1",
     "RUN --teacher DATA": "is not a run folder: it has no config.yaml",
