@@ -147,7 +147,7 @@ def barrier(seconds: float | None = None) -> None:
         import torch.distributed as dist
 
         timeout = LONGEST if seconds is None else datetime.timedelta(seconds=seconds)
-        dist.monitored_barrier(side_group(), timeout=timeout)
+        dist.barrier(group=side_group(), async_op=True).wait(timeout)
 
 
 @contextlib.contextmanager

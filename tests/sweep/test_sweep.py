@@ -9,6 +9,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -350,6 +351,19 @@ def fork(main, argv, out):
     return process
 
 
+def ran_in_a_new_process(request):
+    """Run the test in a new Python, once: forks of a process that has trained may not train."""
+    if os.environ.get("NEW_PROCESS"):
+        return False
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
+    environment = {**os.environ, "NEW_PROCESS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    return True
+
+
 def wait_for(condition, seconds=100):
     end = time.time() + seconds
     while not condition():
@@ -362,8 +376,12 @@ def rows(run):
 
 
 @needs_fork
-def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(sweep, capsys, monkeypatch):
+def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(
+    sweep, capsys, monkeypatch, request
+):
     """One is held in epoch 2 of its trials while the other does the rest; then it is killed."""
+    if ran_in_a_new_process(request):
+        return
     path = sweep(
         f"OVERRIDES: {{LOGGED.GATE: {sweep.folder / 'go'}}}\n"
         "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 2\n"
@@ -558,7 +576,9 @@ def test_a_resumed_point_of_a_search_keeps_its_values(sweep):
 
 
 @needs_fork
-def test_a_teacher_is_trained_by_one_while_others_wait(sweep):
+def test_a_teacher_is_trained_by_one_while_others_wait(sweep, request):
+    if ran_in_a_new_process(request):
+        return
     path = sweep("", TEACHER="Dot", TEACHER_CFG="teacher.yaml")
     text = "_BASE_: toy.yaml\nEXPERIMENT: {NAME: teacher}\nDISTILLER: {TYPE: NONE}\n"
     (path.parent / "teacher.yaml").write_text(text)
