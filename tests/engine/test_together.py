@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from support import same_state, saved_teacher, write_config
+from support import command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
@@ -35,8 +35,9 @@ def configs(folder, names=tuple(RUNS), **more):
         if method != "NONE":
             weights = saved_teacher(folder.parent, "resnet8")
             settings = {"TEACHER": "resnet8", "TEACHER_CKPT": str(weights), **settings}
-        path = write_config(place, method=method, epochs=2, **settings, **more)
-        made.append(load_config(path, ["EXPERIMENT.NAME", name, *OVERRIDES.get(name, [])]))
+        text = f"EXPERIMENT: {{NAME: {name}}}\n"
+        path = write_config(place, text, method=method, epochs=2, **settings, **more)
+        made.append(load_config(path, OVERRIDES.get(name, [])))
     return made
 
 
@@ -165,6 +166,19 @@ def test_the_command_takes_several_configs(tmp_path, capsys):
     assert "toy/good: [TRAIN] epoch 1/1" in printed.out
     assert "toy/bad failed:\nerror: non-finite" in printed.err
     assert (tmp_path / "good" / "out" / "toy" / "good" / "summary.json").is_file()
+
+
+def test_two_processes_train_together_what_they_train_alone(tmp_path):
+    """Gloo processes: all take the turns in the same order."""
+    names = ["kd", "plain"]
+    words = {}
+    for folder in (tmp_path / "alone", tmp_path / "together"):
+        configs(folder, names)
+        words[folder.name] = [["--cfg", folder / name / "toy.yaml"] for name in names]
+    for given in (*words["alone"], [*words["together"][0], *words["together"][1]]):
+        done = command(*given, processes=2)
+        assert done.returncode == 0, done.stderr
+    same_runs(tmp_path / "alone", tmp_path / "together", names)
 
 
 def test_runs_with_other_data_are_refused(tmp_path):
