@@ -7,7 +7,7 @@
 # trial: the row is read FOR UPDATE, which SQLite ignores, its state is compared in Python, and the UPDATE
 # that follows has no condition on the old state. Then the trial runs more than once. Four processes that
 # claim each of 100 trials at the same moment; output seen (varies from run to run):
-#   winners of a trial: 1 (49 trials), 2 (34 trials), 3 (7 trials), 4 (10 trials)
+#   winners of a trial: 1 (81 trials), 2 (13 trials), 3 (3 trials), 4 (3 trials)
 # So take a lock around the claim, or use a database with row locks.
 #
 # Runs outside CI; needs a package index. Fails if the behaviour changes.

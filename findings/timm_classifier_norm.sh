@@ -2,7 +2,7 @@
 # timm 1.0.31, torch 2.14.1, torchvision 0.29.1, numpy 2.2.6, Python 3.11.
 #
 # In timm the logits are `get_classifier()` of `forward_head(features, pre_logits=True)`: what linear probes
-# and exported features build on. For efficientvit_m* and shvit_s* they are not: the head is a batch norm and a
+# and exported features build on. For efficientvit_m0 and shvit_s1 they are not: the head is a batch norm and a
 # linear layer, `pre_logits` are taken before the norm, and `get_classifier` returns the linear layer alone. RepViT,
 # whose head has such a norm as well, returns both. Training `get_classifier().parameters()` alone leaves the
 # norm's weights as they are, while its statistics go on moving. Take `model.head` instead. Output seen (untrained

@@ -9,7 +9,7 @@ from torch import nn
 from mdistiller.engine.callbacks.logs import MetricsFile
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.run.record import write_record
-from mdistiller.engine.run.train import summarize
+from mdistiller.engine.run.summary import summarize
 
 
 def config(*pairs):

@@ -19,7 +19,7 @@ from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config, show_cfg
 from mdistiller.engine.checkpoints.store import LATEST, Store
-from mdistiller.engine.checkpoints.write import file_entries, load_checkpoint
+from mdistiller.engine.checkpoints.write import file_entries
 from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
 from mdistiller.engine.hooks import Hook, named_hooks
@@ -44,6 +44,7 @@ from mdistiller.engine.run.record import (
     recorded_teacher_acc,
     side_settings,
 )
+from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import (
     Outcome,
@@ -57,7 +58,7 @@ from mdistiller.engine.run.together import (
 )
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
-from mdistiller.engine.utils import log_msg, validate
+from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -375,64 +376,3 @@ def trained_file(folder: Path) -> str | None:
     metrics = folder / "metrics.jsonl"
     several = metrics.is_file() and metrics.read_bytes().count(b"\n") > 1
     return metrics.name if several else None
-
-
-def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
-    """The summary: last and best accuracy, and the images that the best was selected on.
-
-    With DATASET.VAL_SPLIT the test set is used here, once, for the last and the selected weights.
-    """
-    history = trainer.history
-    timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
-    seconds = sum(seconds for seconds, _ in timed)
-    images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
-    rate = images / seconds if seconds else None
-    seconds += stage_seconds(trainer.log_path)
-    summary: dict[str, Any] = {
-        "epochs": trainer.epoch,
-        "last_acc": history[-1].get(trainer.selects) if history else None,
-        "best_acc": trainer.best_acc,
-        "best_epoch": trainer.best_epoch,
-        "selected_on": "test set",
-        "teacher_acc": teacher_acc,
-        "seconds": seconds,
-        "images_per_second": rate,
-        "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
-    }
-    hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
-    if hits:
-        summary["teacher_hits"] = sum(hits) / len(hits)
-    if data.test is not None:
-        summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
-        summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
-        last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-        trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
-        summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
-        trainer.model.load_state_dict(last)
-    for hook in trainer.hooks:
-        summary |= hook.summarize(trainer, data)
-    return summary
-
-
-def stage_seconds(folder: Path) -> float:
-    """Seconds of the initialisation stages, from the run's metrics."""
-    path = folder / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
-    return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
-
-
-def describe(summary: dict[str, Any], folder: Path) -> str:
-    """The summary in one or two lines."""
-    last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
-    text = (
-        f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
-        f"{summary['best_epoch']} (selected on the {summary['selected_on']})"
-    )
-    if "test_acc_best" in summary:
-        text += (
-            f"; on the test set: last {summary['test_acc_last']:.2f}, "
-            f"selected {summary['test_acc_best']:.2f}"
-        )
-    if "teacher_hits" in summary:
-        text += f"; the teacher cache saved {summary['teacher_hits']:.1f} % of the teacher's passes"
-    return f"{text}; files in {folder}"

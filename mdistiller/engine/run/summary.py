@@ -1,0 +1,72 @@
+"""The summary of a run: its last and best accuracy, and what the best was selected on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.utils import validate
+
+
+def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
+    """The summary: last and best accuracy, and the images that the best was selected on.
+
+    With DATASET.VAL_SPLIT the test set is used here, once, for the last and the selected weights.
+    """
+    history = trainer.history
+    timed = [(r.get("seconds", 0.0), r.get("images_per_second", 0.0)) for r in history]
+    seconds = sum(seconds for seconds, _ in timed)
+    images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
+    rate = images / seconds if seconds else None
+    seconds += stage_seconds(trainer.log_path)
+    summary: dict[str, Any] = {
+        "epochs": trainer.epoch,
+        "last_acc": history[-1].get(trainer.selects) if history else None,
+        "best_acc": trainer.best_acc,
+        "best_epoch": trainer.best_epoch,
+        "selected_on": "test set",
+        "teacher_acc": teacher_acc,
+        "seconds": seconds,
+        "images_per_second": rate,
+        "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
+    }
+    hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
+    if hits:
+        summary["teacher_hits"] = sum(hits) / len(hits)
+    if data.test is not None:
+        summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
+        summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
+        last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+        trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
+        summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
+        trainer.model.load_state_dict(last)
+    for hook in trainer.hooks:
+        summary |= hook.summarize(trainer, data)
+    return summary
+
+
+def stage_seconds(folder: Path) -> float:
+    """Seconds of the initialisation stages, from the run's metrics."""
+    path = folder / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
+
+
+def describe(summary: dict[str, Any], folder: Path) -> str:
+    """The summary in one or two lines."""
+    last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
+    text = (
+        f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
+        f"{summary['best_epoch']} (selected on the {summary['selected_on']})"
+    )
+    if "test_acc_best" in summary:
+        text += (
+            f"; on the test set: last {summary['test_acc_last']:.2f}, "
+            f"selected {summary['test_acc_best']:.2f}"
+        )
+    if "teacher_hits" in summary:
+        text += f"; the teacher cache saved {summary['teacher_hits']:.1f} % of the teacher's passes"
+    return f"{text}; files in {folder}"
