@@ -28,7 +28,7 @@ SOLVER = "SOLVER:\n  TYPE: AdamW\n  LR: 0.002\n"
 def released(folder, classes, **facts):
     """A network of timm and the arguments that make its weights the released ones."""
     torch.manual_seed(1)
-    net = timm.create_model(NAME[5:], img_size=16, num_classes=classes, **VIT)
+    net = timm.create_model(NAME[5:], img_size=32, num_classes=classes, **VIT)
     torch.save(net.state_dict(), folder / "released.pth")
     overlay = {"file": str(folder / "released.pth"), **facts}
     return net.eval(), {**VIT, "pretrained": True, "pretrained_cfg_overlay": overlay}
