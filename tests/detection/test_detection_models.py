@@ -401,7 +401,7 @@ BAD = {
     "NORM": ("group", "allowed: frozen, batch, sync"),
     "FREEZE_AT": (6, "allowed: 0, 1, 2, 3, 4, 5"),
     "CHANNELS": (0, "at least 1"),
-    "ANCHOR_SIZES": ([32, 64], "want 5 sizes above 0"),
+    "ANCHOR_SIZES": ([32, 64], "must have 5 sizes above 0"),
     "WEIGHTS": ("torchvision", "torchvision released no mobilenet_v2 detector"),
 }
 

@@ -278,7 +278,7 @@ def test_relax_contrasts_with_another_image_of_the_class():
 
 
 def test_bad_targets_are_refused():
-    with pytest.raises(UserError, match="want 30 training targets"):
+    with pytest.raises(UserError, match="expected 30 training targets"):
         tiny_crd(torch.arange(4))
     with pytest.raises(UserError, match="at least two classes"):
         tiny_crd(torch.zeros(30, dtype=torch.int64))

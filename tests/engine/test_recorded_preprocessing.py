@@ -120,7 +120,7 @@ def test_an_export_without_the_data_takes_size_and_resizing_of_the_file(run, tmp
     words = ["-m", "resnet8", "-c", str(file), "--num-classes", "2", "--out", str(tmp_path / "e")]
     assert export_command.main([*words, "--formats", "safetensors", "--no-latency"]) == 0
     card = (tmp_path / "e" / "README.md").read_text()
-    assert "both sides are resized to 40 pixels (nearest, antialiased)" in card
+    assert "Images of other sizes are resized to 40x40 (nearest, antialiased)." in card
 
 
 def test_a_file_of_ours_needs_no_training_images_for_its_constants(photographs, run, tmp_path):
