@@ -65,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         from mdistiller.engine.run.train import train
 
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
+            if len(files) > 1:
+                raise UserError(
+                    "the options of forks' commands go with one --cfg: set KEY VALUE pairs, or "
+                    "put them into the configs"
+                )
             cfg = load_config(files[0], args.opts, args.imports)
             args.opts = [*fork_overrides(args, cfg, method_nodes(cfg)), *args.opts]
         if len(files) > 1:
