@@ -9,7 +9,7 @@ from support import command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run.together import SharedTeacher
+from mdistiller.engine.run.sharing import SharedTeacher
 from mdistiller.engine.run.train import train, train_together
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
@@ -179,6 +179,16 @@ def test_two_processes_train_together_what_they_train_alone(tmp_path):
         done = command(*given, processes=2)
         assert done.returncode == 0, done.stderr
     same_runs(tmp_path / "alone", tmp_path / "together", names)
+
+
+def test_options_of_forks_are_refused_for_several_configs(tmp_path, capsys):
+    """They change the node of one config's method."""
+    words = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        words += ["--cfg", str(write_config(tmp_path / name))]
+    assert train_command.main([*words, "--logit-stand"]) == 2
+    assert "the options of forks' commands go with one --cfg" in capsys.readouterr().err
 
 
 def test_runs_with_other_data_are_refused(tmp_path):

@@ -54,7 +54,7 @@ class TeacherCache(Hook):
 
     Attributes:
         teacher_runs: whether the teacher runs on every batch anyway, for other runs in lock-step
-            with this one (`run/together.py`).
+            with this one (`run/sharing.py`).
 
     Raises:
         UserError: the method, the teacher or the augmentation does not allow a cache.

@@ -44,18 +44,15 @@ from mdistiller.engine.run.record import (
     recorded_teacher_acc,
     side_settings,
 )
-from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import resolve_teacher
-from mdistiller.engine.run.together import (
-    Outcome,
-    PrefixedStream,
-    current_turn,
+from mdistiller.engine.run.sharing import (
     measured_once,
-    run_together,
     share_cache,
     share_teacher,
     shared_data,
 )
+from mdistiller.engine.run.summary import describe, summarize
+from mdistiller.engine.run.teacher import resolve_teacher
+from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
