@@ -1,4 +1,4 @@
-"""An augmentation of your own: the library's crop, and at random half of the images as negatives."""
+"""An augmentation of your own: the library's crop, with half of the images as negatives."""
 
 import torch
 
