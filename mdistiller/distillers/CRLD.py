@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.numerics import cross_entropy, scale_logits, weighted_divergence
+from mdistiller.distillers.helpers.numerics import scale_logits, weighted_divergence
 from mdistiller.distillers.helpers.settings import require_positive
 
 Pair = tuple[Tensor, Tensor]
@@ -86,6 +86,7 @@ class CRLD(Distiller):
     """
 
     takes_standardized_logits = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
@@ -109,6 +110,6 @@ class CRLD(Distiller):
             within, cross = self.weights
             return z_w, {
                 "loss_ce": self.ce_loss_weight
-                * (cross_entropy(z_w, target) + cross_entropy(z_s, target)),
+                * (self.hard_label_loss(z_w, target) + self.hard_label_loss(z_s, target)),
                 "loss_kd": within * terms["within"] + cross * terms["cross"],
             }

@@ -25,6 +25,7 @@ from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distil
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
+from mdistiller.engine.networks.class_balance import set_hard_label_loss
 from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
@@ -69,7 +70,9 @@ def build_distiller(
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher)
+    set_hard_label_loss(distiller, cfg, data)
+    distiller.to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
