@@ -29,6 +29,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TEACHER_NORM": "auto",
         "STUDENT_NORM": "auto",
         "CHECK_CLASSES": True,  # class names in a file of weights must be those of the data
+        "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
