@@ -1,4 +1,4 @@
-"""The bank of embeddings that CRD contrasts with."""
+"""Memories of the training images: the bank of embeddings that CRD contrasts with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from mdistiller.distillers.helpers.numerics import unit
 DENSE_BANK = 2**18
 """Banks up to this number of rows are multiplied whole, and the scores gathered from the product;
 from larger ones the contrasted rows are copied first (2 N (K + 1) d numbers instead of N n)."""
+
+
+def last_occurrence(index: Tensor, size: int) -> Tensor:
+    """For each entry of `index` [N], values below `size`: where its value occurs last, [N]."""
+    order = torch.arange(len(index), device=index.device)
+    return order.new_zeros(size).scatter_reduce_(0, index, order, "amax")[index]
 
 
 class Bank(nn.Module):
@@ -84,8 +90,7 @@ class Bank(nn.Module):
         If an image occurs twice, its last embedding counts.
         """
         index, student, teacher = gather_batch(index, student.detach(), teacher.detach())
-        order = torch.arange(len(index), device=index.device)
-        last = order.new_zeros(len(self.memory_v1)).scatter_reduce_(0, index, order, "amax")[index]
+        last = last_occurrence(index, len(self.memory_v1))
         momentum = self.params[4]
         for memory, rows in ((self.memory_v1, student), (self.memory_v2, teacher)):
             rows = rows.to(memory.dtype)[last]
