@@ -26,7 +26,7 @@ RUNS = {
 OVERRIDES = {"staged": ["FSP.INIT.EPOCHS", 1], "maps": ["SOLVER.EMA", 0.9, "SOLVER.ACCUMULATE", 2]}
 
 
-def configs(folder, names=tuple(RUNS), **more):
+def configs(folder, names=tuple(RUNS), overrides=(), **more):
     made = []
     for name in names:
         method, settings = RUNS[name]
@@ -37,7 +37,7 @@ def configs(folder, names=tuple(RUNS), **more):
             settings = {"TEACHER": "resnet8", "TEACHER_CKPT": str(weights), **settings}
         text = f"EXPERIMENT: {{NAME: {name}}}\n"
         path = write_config(place, text, method=method, epochs=2, **settings, **more)
-        made.append(load_config(path, OVERRIDES.get(name, [])))
+        made.append(load_config(path, [*OVERRIDES.get(name, []), *overrides]))
     return made
 
 
@@ -98,6 +98,17 @@ def test_every_run_is_as_alone_and_the_teacher_runs_once(alone, monkeypatch):
     assert steps == sorted(steps)  # no run is a step ahead
     main = [at for at in forwards if at[0] < 10**6]
     assert sorted(main) == [(epoch, step) for epoch in (1, 2) for step in range(5)]
+
+
+def test_mixed_precision_and_held_out_images_change_nothing(tmp_path):
+    """Autocast keeps its casts of weights per process: a run must not get those of another."""
+    names, folders = ["kd", "maps"], (tmp_path / "alone", tmp_path / "together")
+    words = ["SOLVER.AMP", "bf16", "SOLVER.CHANNELS_LAST", True, "DATASET.VAL_SPLIT", 20]
+    first, second = (configs(folder, names, [*words, "SOLVER.EPOCHS", 1]) for folder in folders)
+    for cfg in first:
+        train(cfg)
+    assert [outcome.error for outcome in train_together(second)] == [None] * len(names)
+    same_runs(*folders, names)
 
 
 def test_a_run_that_fails_leaves_the_others_untouched(alone, monkeypatch):
