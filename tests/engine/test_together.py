@@ -22,11 +22,14 @@ RUNS = {
     "maps": ("AT", {}),
     "bank": ("CRD", {}),
     "staged": ("FSP", {}),
+    "pairs": ("MLKD", {}),
+    "merged": ("REVIEWKD", {}),  # its last batch takes in the image that would be alone
 }
+COMMON = ["DATASET.VAL_SPLIT", 31]  # of 160: four batches of 32 images and one of one
 OVERRIDES = {"staged": ["FSP.INIT.EPOCHS", 1], "maps": ["SOLVER.EMA", 0.9, "SOLVER.ACCUMULATE", 2]}
 
 
-def configs(folder, names=tuple(RUNS), **more):
+def configs(folder, names=tuple(RUNS), overrides=(), **more):
     made = []
     for name in names:
         method, settings = RUNS[name]
@@ -37,7 +40,7 @@ def configs(folder, names=tuple(RUNS), **more):
             settings = {"TEACHER": "resnet8", "TEACHER_CKPT": str(weights), **settings}
         text = f"EXPERIMENT: {{NAME: {name}}}\n"
         path = write_config(place, text, method=method, epochs=2, **settings, **more)
-        made.append(load_config(path, OVERRIDES.get(name, [])))
+        made.append(load_config(path, [*COMMON, *OVERRIDES.get(name, []), *overrides]))
     return made
 
 
@@ -81,10 +84,8 @@ def test_every_run_is_as_alone_and_the_teacher_runs_once(alone, monkeypatch):
 
     def count(self, image):
         if hasattr(image, "batch_of_group") and self.plain is False:
-            before = image.batch_of_group in self._outputs
-            output = call(self, image)
-            forwards.extend([] if before else [image.batch_of_group])
-            return output
+            at, _ = image.batch_of_group
+            forwards.extend([] if at in self._outputs else [at])
         return call(self, image)
 
     monkeypatch.setattr(BaseTrainer, "train_iter", train_iter)
@@ -97,7 +98,22 @@ def test_every_run_is_as_alone_and_the_teacher_runs_once(alone, monkeypatch):
     same_runs(alone, together, RUNS)
     assert steps == sorted(steps)  # no run is a step ahead
     main = [at for at in forwards if at[0] < 10**6]
-    assert sorted(main) == [(epoch, step) for epoch in (1, 2) for step in range(5)]
+    batches = [(0, 32), (1, 32), (2, 32), (3, 32), (4, 1)]
+    expected = [(e, *batch, view) for e in (1, 2) for batch in batches for view in (0, 1)]
+    expected += [(e, 3, 33, 0) for e in (1, 2)]
+    assert set(main) == set(expected)  # the weak view's is for all
+    assert len(main) <= len(expected) + 1  # the steps of the first stage come after the first one
+
+
+def test_mixed_precision_changes_nothing(tmp_path):
+    """Autocast keeps its casts of weights per process: a run must not get those of another."""
+    names, folders = ["kd", "maps"], (tmp_path / "alone", tmp_path / "together")
+    words = ["SOLVER.AMP", "bf16", "SOLVER.CHANNELS_LAST", True]
+    first, second = (configs(folder, names, [*words, "SOLVER.EPOCHS", 1]) for folder in folders)
+    for cfg in first:
+        train(cfg)
+    assert [outcome.error for outcome in train_together(second)] == [None] * len(names)
+    same_runs(*folders, names)
 
 
 def test_a_run_that_fails_leaves_the_others_untouched(alone, monkeypatch):
