@@ -30,9 +30,7 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
     Args:
         before: called with the written and flushed file, before the rename.
     """
-    temporary = path.with_name(
-        f".{path.stem}.tmp{path.suffix}"
-    )  # one process writes; a stray one is reused
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # a stray one is reused
     try:
         yield temporary
         with temporary.open("r+b") as handle:
@@ -45,6 +43,16 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
         with contextlib.suppress(OSError):
             temporary.unlink()
     _sync_folder(path.parent)
+
+
+def write_cache(path: Path, text: str) -> None:
+    """Write a file that can be computed again, in one rename, if possible: several processes may
+    write the same one at once."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:
