@@ -17,12 +17,8 @@ def write_failure(path: Path, error: Exception) -> str:
     return f"cannot write {path}: {reason}{kept}"
 
 
-def _nothing(temporary: Path) -> None:
-    """Do nothing between writing a file and renaming it."""
-
-
 @contextlib.contextmanager
-def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator[Path]:
+def replacing(path: Path, before: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """Context with a temporary file that replaces `path` at its end, in one rename.
 
     On an exception it is removed, and `path` stays unchanged.
@@ -35,7 +31,8 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
         yield temporary
         with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
-        before(temporary)
+        if before is not None:
+            before(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(write_failure(path, error)) from error
