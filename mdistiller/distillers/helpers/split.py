@@ -55,17 +55,17 @@ class Split:
         return k if k < count else 0
 
 
-def split_terms(
+def split_rows(
     logits_student: Tensor,
     logits_teacher: Tensor,
     target: Tensor,
     temperature: float,
     split: Split,
     epoch: int,
-    as_kd: bool,
+    as_kd: bool = True,
     form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD with T², two scalars: means over the labelled samples.
+    """TCKD and NCKD with T² of each sample, [N] and [N]; 0 where the sample has no label.
 
     Args:
         logits_student, logits_teacher: [N, C].
@@ -84,11 +84,29 @@ def split_terms(
         top = teacher.topk(topk, dim=1).indices
         s_within, t_within = (_within(z.gather(1, top), top == column) for z in (student, teacher))
     target_rows, other_rows = form(t_binary, s_binary), form(t_within, s_within)
-    shares = labelled_shares(labelled, target_rows.dtype) * temperature**2
     if as_kd:
         weight = t_binary[:, 1].exp()
         other_rows = other_rows * (_batch_mean(weight, labelled) if split.batch_weight else weight)
-    return torch.dot(target_rows, shares), torch.dot(other_rows, shares)
+    scale = labelled.to(target_rows.dtype) * temperature**2
+    return target_rows * scale, other_rows * scale
+
+
+def split_terms(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float,
+    split: Split,
+    epoch: int,
+    as_kd: bool,
+    form: Divergence = divergence,
+) -> tuple[Tensor, Tensor]:
+    """The means of :func:`split_rows` over the labelled samples, two scalars."""
+    rows = split_rows(
+        logits_student, logits_teacher, target, temperature, split, epoch, as_kd, form
+    )
+    shares = labelled_shares(target_column(target)[1], rows[0].dtype)
+    return torch.dot(rows[0], shares), torch.dot(rows[1], shares)
 
 
 def _within(logits: Tensor, target: Tensor) -> Tensor:
