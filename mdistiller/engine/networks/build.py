@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch import nn
 
 from mdistiller.dataset import (
     DATASETS,
@@ -28,6 +27,7 @@ from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
+from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
     PRETRAINED,
     arguments,
@@ -202,24 +202,6 @@ def freeze_teacher(distiller: Distiller) -> None:
         for param in teacher.parameters():
             if id(param) not in trained:
                 param.requires_grad_(False)
-
-
-def use_channels_last(distiller: Distiller) -> None:
-    """Convert all convolution weights to torch.channels_last, in place.
-
-    Student and teacher convert their images likewise, whoever calls them: the maps between two
-    convolutions then follow by themselves. Copies of a network do the same.
-    """
-    convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
-    for net in (distiller.student, distiller.teacher):
-        if isinstance(net, nn.Module):
-            net.register_forward_pre_hook(channels_last_input)
-
-
-def channels_last_input(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The hook of :func:`use_channels_last`."""
-    image, *rest = inputs
-    return (image.contiguous(memory_format=torch.channels_last), *rest)
 
 
 def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"] | None:
