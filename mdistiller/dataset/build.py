@@ -91,6 +91,7 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
+    balanced = _is_balanced(node, pipeline.source)
     train, test = pipeline.read("train"), pipeline.read("test")
     same_classes(train.classes, test.classes, pipeline.root)
     train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
@@ -113,6 +114,7 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
+        balanced=balanced,
         mix=_mix(node, size, len(train.classes)),
         two_views=two_views,
     )
@@ -130,6 +132,19 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         preprocessing=_full_preprocessing(pipeline, size, statistics),
         plain=lambda: pipeline.eval_loader(train, size, statistics),
     )
+
+
+def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
+    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
+    if node["SAMPLER"] not in ("default", "balanced"):
+        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
+    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
+        raise UserError(
+            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
+            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
+            "inverse weighs classes instead), or use an image folder"
+        )
+    return node["SAMPLER"] == "balanced"
 
 
 def _full_preprocessing(

@@ -38,6 +38,7 @@ ITERATIONS: dict[str, Any] = {
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
+    "LABEL_SMOOTHING",
 }
 
 DETECTION: dict[str, Any] = {

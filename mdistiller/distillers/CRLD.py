@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.numerics import cross_entropy, scale_logits, weighted_divergence
+from mdistiller.distillers.helpers.numerics import scale_logits, weighted_divergence
 from mdistiller.distillers.helpers.settings import require_positive
 from mdistiller.distillers.helpers.split import Split, split_rows
 
@@ -120,6 +120,7 @@ class CRLD(Distiller):
     """
 
     takes_standardized_logits = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
@@ -142,7 +143,7 @@ class CRLD(Distiller):
         v_w, v_s = (self.run_teacher(image).logits for image in (image_weak, image_strong))
         with torch.autocast(target.device.type, enabled=False):
             loss_ce = self.ce_loss_weight * (
-                cross_entropy(z_w, target) + cross_entropy(z_s, target)
+                self.hard_label_loss(z_w, target) + self.hard_label_loss(z_s, target)
             )
             views, settings = ((z_w, v_w), (z_s, v_s)), (self.temperature, self.thresholds)
             if self.split is not None:

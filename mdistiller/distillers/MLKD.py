@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
 from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import cross_entropy, divergence, scale_logits
+from mdistiller.distillers.helpers.numerics import divergence, scale_logits
 from mdistiller.distillers.helpers.settings import require_one_of, require_positive
 from mdistiller.distillers.helpers.split import Split, split_rows
 from mdistiller.registry import UserError
@@ -143,6 +143,7 @@ class MLKD(Distiller):
     """
 
     takes_standardized_logits = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
@@ -181,7 +182,7 @@ class MLKD(Distiller):
                 (z, v), (z_strong, v_strong), self.temperatures, self.mask, self.standardize, rows
             )
             self.metrics = {name: term.detach().sum() for name, term in terms.items()}
-            loss_ce = cross_entropy(weak, target) + cross_entropy(strong, target)
+            loss_ce = self.hard_label_loss(weak, target) + self.hard_label_loss(strong, target)
             losses = {"loss_ce": self.ce_loss_weight * loss_ce}
             if self.split is None:
                 losses["loss_kd"] = self.kd_loss_weight * torch.stack(list(terms.values())).sum()

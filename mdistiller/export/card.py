@@ -22,7 +22,7 @@ from mdistiller.models import count_cost
 _TEST_SET = "test set"
 _EMA = "ema_"  # prefix of measurements of the moving average
 _LOCAL = ("LOG", "DEVICE")  # parts of a config that only concern the machine it ran on
-_PATHS = ("ROOT", "TEACHER_CKPT", "TEACHER_CFG")
+_PATHS = ("ROOT", "STUDENT_CKPT", "TEACHER_CKPT", "TEACHER_CFG")
 
 
 class Latency(NamedTuple):

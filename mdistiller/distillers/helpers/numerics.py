@@ -61,19 +61,30 @@ def weighted_divergence(log_q: Tensor, log_p: Tensor, weights: Tensor) -> Tensor
     return torch.dot(shares.flatten(), (log_q - log_p).flatten())
 
 
-def cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, target: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the labelled samples; 0 without labelled samples.
+
+    The mean divides by the number of samples, not by the sum of their weights: so it does not
+    depend on how a batch is divided between processes.
 
     Args:
         logits: [N, C].
         target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities.
         smoothing: part of the probability that is spread evenly over all classes.
+        weights: of each class's term, [C]; None: 1.
     """
     logits = scale_logits(logits, 1.0)
     if target.is_floating_point():
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return F.cross_entropy(logits, target, weights, label_smoothing=smoothing)
     total = F.cross_entropy(
-        logits, target, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=smoothing
+        logits,
+        target,
+        weights,
+        reduction="sum",
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=smoothing,
     )
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 

@@ -17,6 +17,9 @@ ENGINE_CONFIG: dict[str, Any] = {
     "DISTILLER": {
         "TYPE": "NONE",  # a method, or several: "KD+AT"
         "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
+        # Of the classes in the cross-entropy with the labels: none, inverse (to their number of
+        # training images), or a list; scaled to a mean of 1 over the training images.
+        "CLASS_WEIGHTS": "none",
         "TEACHER": "ResNet50",
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
@@ -26,6 +29,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "TEACHER_NORM": "auto",
         "STUDENT_NORM": "auto",
         "CHECK_CLASSES": True,  # class names in a file of weights must be those of the data
+        "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
@@ -52,6 +56,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "MOMENTUM": 0.9,
         "NESTEROV": False,
         "TYPE": "SGD",  # SGD, Adam or AdamW
+        "LABEL_SMOOTHING": 0.0,  # of the cross-entropy with the labels; 0: the method's own
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
         "AMP": "none",  # none, bf16 or fp16
         "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept

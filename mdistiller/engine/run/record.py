@@ -284,7 +284,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
         before, now = _get(recorded, key), _get(cfg, key)
         if before is None:  # a key newer than the run, which therefore ran with its default
             before = _get(CFG, key)
-        if key == "DATASET.ROOT":
+        if key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
