@@ -34,7 +34,7 @@ from mdistiller.distillers.helpers.connectors import ConvReg, pool_to
 from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
 from mdistiller.distillers.helpers.numerics import full_precision
 from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.shapes import Size, probe
 from mdistiller.distillers.helpers.stages import FORMS, pair_stages, reduce_stages
 
 
@@ -81,13 +81,7 @@ class AB(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.AB.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.AB.LOSS.FEAT_WEIGHT

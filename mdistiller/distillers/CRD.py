@@ -32,7 +32,7 @@ from mdistiller.distillers.helpers.memory_bank import Bank
 from mdistiller.distillers.helpers.negatives import Negatives
 from mdistiller.distillers.helpers.numerics import full_precision, unit
 from mdistiller.distillers.helpers.settings import require_positive, resolve_setting
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.shapes import Size, probe
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -96,7 +96,7 @@ class CRD(Distiller):
         cfg: Any,
         num_data: int,
         targets: Tensor | None = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: Size = None,
     ):
         super().__init__(student, teacher)
         node = cfg.CRD

@@ -28,7 +28,7 @@ from mdistiller.distillers.helpers.branches import ConvBranch, TokenBranch
 from mdistiller.distillers.helpers.decoupled import labelled_mean, target_mask
 from mdistiller.distillers.helpers.numerics import scale_logits
 from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.shapes import Size, probe
 from mdistiller.registry import UserError
 
 FORMS = ("code", "paper")
@@ -101,13 +101,7 @@ class OFA(Distiller):
     soft_labels = True
     teacher_logits_only = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.OFA
         if not 0 <= node.LABEL_SMOOTHING < 1:
@@ -146,7 +140,7 @@ def make_branches(
     student: nn.Module,
     teacher: nn.Module,
     stages: Sequence[int],
-    image_size: tuple[int, int] | None,
+    image_size: Size,
 ) -> nn.ModuleList:
     """A branch behind each of the student's stages."""
     shapes, others = probe(student, image_size), probe(teacher, image_size)

@@ -37,7 +37,7 @@ from mdistiller.distillers.helpers.settings import (
     resolve_setting,
     warmup_factor,
 )
-from mdistiller.distillers.helpers.shapes import FeatureShapes, probe
+from mdistiller.distillers.helpers.shapes import FeatureShapes, Size, probe
 from mdistiller.distillers.helpers.stages import pair_stages
 from mdistiller.registry import UserError
 
@@ -92,13 +92,7 @@ class ReviewKD(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.REVIEWKD
         self.ce_loss_weight = node.CE_WEIGHT

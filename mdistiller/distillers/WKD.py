@@ -50,7 +50,7 @@ from mdistiller.distillers.helpers.heads import linear_head
 from mdistiller.distillers.helpers.moments import make_projector, wkd_feature_loss
 from mdistiller.distillers.helpers.numerics import scale_logits, unit
 from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.shapes import Size, probe
 from mdistiller.distillers.helpers.sinkhorn import transport_cost
 from mdistiller.distillers.helpers.teacher_facts import TeacherFact, class_similarity, missing_fact
 from mdistiller.registry import UserError
@@ -142,13 +142,7 @@ class WKD(Distiller):
     own_state = ("class_cost",)
     missing = False
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node, weights = cfg.WKD, cfg.WKD.LOSS
         self.ce_loss_weight = weights.CE_WEIGHT
@@ -198,7 +192,7 @@ class WKD(Distiller):
         }
         self.missing = True
 
-    def _init_features(self, node: Any, image_size: tuple[int, int] | None) -> None:
+    def _init_features(self, node: Any, image_size: Size) -> None:
         assert self.teacher is not None
         self.grid, self.ratio = int(require_positive("WKD.GRID", node.GRID)), node.RATIO
         self.layer = node.HINT_LAYER

@@ -14,6 +14,7 @@ from mdistiller.distillers.helpers.arguments import StepArguments, missing_argum
 from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
 from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
 from mdistiller.distillers.helpers.output import Losses, Output
+from mdistiller.distillers.helpers.shapes import Size
 from mdistiller.distillers.helpers.split import Split
 from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
 from mdistiller.distillers.helpers.teacher_facts import TeacherFact
@@ -134,7 +135,7 @@ class Distiller(Trainable):
         teacher: nn.Module | None,
         cfg: Any,
         num_data: int,
-        image_size: tuple[int, int] | None = None,
+        image_size: Size = None,
         targets: Tensor | None = None,
     ) -> Distiller:
         """Construct the method; its constructor gets those of the last three that it names.

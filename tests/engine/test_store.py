@@ -16,7 +16,7 @@ from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.run import lock
-from mdistiller.manifest import sha256
+from mdistiller.files.hashes import file_hash
 from mdistiller.registry import UserError
 
 
@@ -40,7 +40,7 @@ def test_files_are_listed_by_hash_pruned_and_copied_as_safetensors(tmp_path):
     assert "student_2.safetensors" not in names
     files = json.loads((run / "checkpoints.json").read_text())["files"]
     for name in ("latest", "previous", "best", "student_best", "student_best.safetensors"):
-        assert files[name][0]["sha256"] == sha256(run / name)
+        assert files[name][0]["sha256"] == file_hash(run / name)
     assert load(run / "previous")["epoch"] == 3
     whole, copy = (load_checkpoint(run / f"student_best{end}") for end in ("", ".safetensors"))
     assert same_state(whole["model"], copy["model"])
@@ -185,7 +185,7 @@ def test_a_best_that_was_not_written_is_when_the_run_goes_on(tmp_path, monkeypat
 def test_what_cannot_be_read_back_replaces_nothing(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.save(state(1), "latest")
-    monkeypatch.setattr("mdistiller.engine.checkpoints.store.sha256", lambda path: "other")
+    monkeypatch.setattr("mdistiller.engine.checkpoints.store.file_hash", lambda path: "other")
     with pytest.raises(UserError, match="what is read back differs from what was written"):
         store.save(state(2), "latest")
     monkeypatch.undo()

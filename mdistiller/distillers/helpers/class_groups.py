@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -36,11 +37,8 @@ def top_columns(logits_teacher: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     """
     count = min(sum(sizes), logits_teacher.shape[1])
     ranked = full_precision(logits_teacher).topk(count, dim=1).indices
-    return [part for part in ranked.tensor_split(_ends(sizes), dim=1) if part.shape[1]]
-
-
-def _ends(sizes: tuple[int, ...]) -> list[int]:
-    return [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    ends = [*itertools.accumulate(sizes[:-1])]
+    return [part for part in ranked.tensor_split(ends, dim=1) if part.shape[1]]
 
 
 def group_terms(

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mdistiller.distillers.helpers.checks import logits_and_features
 from mdistiller.registry import UserError
 
+Size = tuple[int, int] | None
+"""(height, width) of the images; None where it is not given."""
+
 
 def missing_feature(name: str, returned: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""

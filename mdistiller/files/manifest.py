@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from mdistiller.files.hashes import file_hash
 from mdistiller.registry import UserError
 
 MANIFEST = "checkpoints.json"
-_BLOCK = 2**22
 _warned: set[Path] = set()
 
 Entry = dict[str, Any]
-
-
-def sha256(path: Path) -> str:
-    """Of a file's contents."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, list[Entry]]:
@@ -53,7 +43,7 @@ def check_file(path: Path) -> None:
         UserError: it is not what was written.
     """
     entries = read_manifest(path.parent).get(path.name)
-    if entries and sha256(path) not in [entry["sha256"] for entry in entries]:
+    if entries and file_hash(path) not in [entry["sha256"] for entry in entries]:
         raise UserError(
             f"checkpoint {path} is not what its run wrote (damaged, or another file; to use it "
             f"nevertheless, remove {MANIFEST})"
