@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.distillers.helpers.checks import logits_of, metrics_of, step_of
+from mdistiller.engine.callbacks.console import BEST
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
@@ -67,7 +68,7 @@ class BaseTrainer(Optimization):
 
     A trainer that overrides `train_epoch` can be saved, and stopped by signals, only after epochs.
 
-    Override `measure`, `train_numbers`, `evaluate` and `progress_line` for another task's metrics.
+    Override `measure`, `train_numbers`, `evaluate` and `columns` for another task's metrics.
 
     Class attributes:
         selects: the key of the evaluation by which the best epoch is chosen, in percent.
@@ -300,15 +301,25 @@ class BaseTrainer(Optimization):
         top1, top5, loss = validate(self.val_loader, self.distiller)
         return {"test_acc": top1, "test_acc_top5": top5, "test_loss": loss}
 
-    def progress_line(self, record: dict[str, Any]) -> str:
-        """The part of an epoch's printed line between learning rate and speed."""
-        hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
-        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
-        return (
-            f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
-            f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-            f"(best {self.best_acc:.2f})  {averaged}{hits}"
-        )
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """What an epoch's printed line has behind the loss, by title."""
+        cells = {
+            "train %": f"{record['train_acc']:.2f}",
+            "eval %": self.marked(f"{record['test_acc']:.2f}"),
+        }
+        if "ema_test_acc" in record:
+            cells["ema %"] = f"{record['ema_test_acc']:.2f}"
+        if "teacher_hits" in record:
+            cells["cached %"] = f"{record['teacher_hits']:.0f}"
+        return cells
+
+    def marked(self, score: str) -> str:
+        """A score as printed, with a mark if the epoch is the best so far."""
+        return score + (BEST if self.best_epoch == self.epoch else " ")
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of the run after this one."""
+        return self.epochs - epoch
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
@@ -377,6 +388,15 @@ class InitTrainer(BaseTrainer):
     def epochs(self) -> int:
         epochs: int = self.plan.solver.EPOCHS
         return epochs
+
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """Nothing: the student is not evaluated."""
+        return {}
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of this stage, of later ones and of the main training."""
+        later = list(self.model.init_stages().values())[self.plan.number :]
+        return self.epochs - epoch + sum(part.init.epochs for part in later) + self.main.epochs
 
     def initialize(self) -> None:
         """Does nothing: stages have no stages before them."""

@@ -132,7 +132,7 @@ def test_a_teacher_of_other_numbers_is_mapped_by_name(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert code == 0
     assert "class 0 is 'cat' in the data and 'dog' in the file): mapped by name" in shown
-    assert "teacher accuracy: 100.00 %" in shown
+    assert "M parameters, accuracy 100.00 %" in shown
     assert "WARNING" not in shown
 
 
@@ -154,7 +154,7 @@ def test_a_teacher_of_other_classes_is_refused_unless_the_names_are_not_compared
     assert "class 0 is 'cat' in the data and 'chat' in the file" in said
     assert "DISTILLER.CHECK_CLASSES False" in said
     code = kd(tmp_path, root, file, "DISTILLER.CHECK_CLASSES", "False")
-    assert (code, "teacher accuracy: 100.00 %" in capsys.readouterr().out) == (0, True)
+    assert (code, "M parameters, accuracy 100.00 %" in capsys.readouterr().out) == (0, True)
 
 
 @pytest.mark.parametrize("method", ["AT", "KD"])

@@ -237,6 +237,6 @@ def test_low_disk_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
     run = train(tmp_path, epochs=1)
     out = capsys.readouterr().out
     assert "low disk" in out
-    assert out.index("low disk") < out.index("epoch 1/1")
+    assert out.index("low disk") < out.index(" 1/1 ")
     told = float(out.split("still to come take ")[1].split(" MB")[0]) * 1e6 / 4
     assert told == pytest.approx((run / "latest").stat().st_size, rel=0.3)

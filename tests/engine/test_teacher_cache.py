@@ -140,7 +140,7 @@ def test_a_second_run_finds_all_that_the_first_left(tmp_path, passes, capsys):
     assert hits(again) == [100, 100, 100]
     assert passes == [2, 32, 32]  # when it is folded; then to compare it with the file
     out = capsys.readouterr().out
-    assert "teacher hits 100 %" in out
+    assert "cached %" in out
     assert "saved 100.0 % of the teacher's passes" in out
     summary = json.loads((tmp_path / "out" / "toy" / "again" / "summary.json").read_text())
     assert summary["teacher_hits"] == 100

@@ -179,7 +179,7 @@ def test_the_command_takes_several_configs(tmp_path, capsys):
         words += ["--cfg", str(file)]
     assert train_command.main(words) == 2
     printed = capsys.readouterr()
-    assert "toy/good: [TRAIN] epoch 1/1" in printed.out
+    assert "toy/good: epoch 1/1  lr 0.05  loss " in printed.out
     assert "toy/bad failed:\nerror: non-finite" in printed.err
     assert (tmp_path / "good" / "out" / "toy" / "good" / "summary.json").is_file()
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def drop_corrupt(files: FileSet, threads: int) -> FileSet:
     keep[torch.tensor(bad)] = False
     rest = files.select(keep.nonzero().squeeze(1))
     require_classes(files.targets, rest.targets, files.classes, str(files.folder))
-    return rest
+    return replace(rest, left_out=(*rest.left_out, f"{len(bad)} unreadable"))
 
 
 def find_corrupt(files: FileSet, threads: int) -> list[int]:

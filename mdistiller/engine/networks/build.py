@@ -307,7 +307,7 @@ def measure_teacher(
     loader: EvalLoader | None = None,
     name: str = "the teacher",
 ) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set, printed.
+    """The teacher's top-1 accuracy in percent on the test set.
 
     Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
     is printed for a teacher near chance, whose file is usually of another data set, and for one
@@ -338,7 +338,6 @@ def measure_teacher(
     if close is not None:  # its processes
         close()
     if rank() == 0:
-        print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
         for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
             print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1
