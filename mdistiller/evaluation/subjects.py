@@ -76,7 +76,9 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
     for choice in checkpoints:
         note = ""
         if choice == "best" and summary:
-            note = f"epoch {summary['best_epoch']}, selected on the {summary['selected_on']}"
+            by = summary.get("selected_by", "top1")
+            by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
+            note = f"epoch {summary['best_epoch']}, selected {by}on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
         sources.append(Source(label, cfg, path, note, run=folder))
