@@ -70,8 +70,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         print(
             log_msg(
                 f"{one.subject.source.name} on {given.dataset} ({quality.images} images): top-1 "
-                f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}  balanced "
-                f"{quality.macro['recall']:.2f}",
+                f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
                 "EVAL",
             )
         )

@@ -65,11 +65,9 @@ class Quality:
     def macro(self) -> dict[str, float]:
         """Means of the three over the classes that have images; that of the recall is the balanced
         accuracy. NaN if the network gives NaN for an image."""
-        means = {
-            name: torch.tensor(v, dtype=torch.float64).nanmean().item()
-            for name, v in self.class_scores.items()
-        }
-        return dict.fromkeys(means, math.nan) if math.isnan(self.nll) else means
+        means = torch.tensor(list(self.class_scores.values()), dtype=torch.float64).nanmean(dim=1)
+        values = [math.nan] * 3 if math.isnan(self.nll) else means.tolist()
+        return dict(zip(self.class_scores, values, strict=True))
 
 
 class QualitySums:

@@ -92,4 +92,4 @@ def test_eval_has_a_table_of_classes_a_picture_and_the_scores(tmp_path, capsys):
     row = json.loads((run / "metrics.jsonl").read_text())
     assert row["test_balanced_acc"] == pytest.approx(one["balanced_accuracy"], rel=1e-5)
     assert row["test_macro_f1"] == pytest.approx(one["macro_f1"], rel=1e-5)
-    assert eval_command.main([str(run), "--confusion", str(tmp_path / "no" / "a.png")]) == 1
+    assert eval_command.main([str(run), "--confusion", str(tmp_path / "no" / "a.png")]) == 2
