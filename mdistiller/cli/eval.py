@@ -67,9 +67,10 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     teachers = distinct(given.teachers)
     for one in evaluations:
         quality = one.quality
+        images = test.name if test.name != "test set" else f"{quality.images} images"
         print(
             log_msg(
-                f"{one.subject.source.name} on {given.dataset} ({quality.images} images): top-1 "
+                f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
                 f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
                 "EVAL",
             )
@@ -80,6 +81,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
+        "split": test.name,
         "teacher": teachers[0].source.label if len(teachers) == 1 else None,
         "own_teacher_of": [str(run) for run in given.recorded],
     }

@@ -28,7 +28,7 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
         "last_acc": history[-1].get(trainer.selects) if history else None,
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
-        "selected_on": "test set",
+        "selected_on": getattr(data, "val_name", "test set"),
         "selected_by": trainer.select_by,
         "teacher_acc": teacher_acc,
         "seconds": seconds,
@@ -44,7 +44,6 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     if hits:
         summary["teacher_hits"] = sum(hits) / len(hits)
     if data.test is not None:
-        summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
         summary |= summary_numbers(evaluate(data.test, trainer.distiller), "last")
         last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
         trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
