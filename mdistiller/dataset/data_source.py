@@ -203,6 +203,10 @@ class DataSource:
         """
         raise NotImplementedError
 
+    def has_test(self, root: Path) -> bool:
+        """Whether there are test images; without, DATASET.VAL_SPLIT holds out some for that."""
+        return True
+
 
 def same_classes(train: list[str], test: list[str], where: Path | str) -> None:
     """Raise UserError where the class names of two splits differ."""

@@ -37,6 +37,7 @@ ONE_OF = {
     "DISTILLER.TEACHER_DTYPE": ("auto", "fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": ("none", "memory", "disk"),
     "SOLVER.SCHEDULE": ("multistep", "cosine", "plateau", "constant"),
+    "LOG.SELECT_BY": ("top1", "balanced_accuracy", "macro_f1", "loss"),
     "SOLVER.COMPILE": (True, False, *COMPILE_MODES),
 }
 

@@ -77,6 +77,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         },
     },
     "LOG": {
+        "SELECT_BY": "top1",  # the best epoch: top1, balanced_accuracy, macro_f1 or loss
         "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
         "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
         "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all

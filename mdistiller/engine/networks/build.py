@@ -25,8 +25,9 @@ from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distil
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
+from mdistiller.engine.metrics import MOST_CLASSES
 from mdistiller.engine.networks.class_balance import set_hard_label_loss
-from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
+from mdistiller.engine.networks.class_order import doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (

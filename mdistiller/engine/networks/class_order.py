@@ -23,8 +23,6 @@ from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 from mdistiller.weights import FEATURES_ONLY, split_key
 
-MOST_CLASSES = 5000
-"""Confusions among more are not counted: 100 MB."""
 _ENOUGH = 10  # images of a class from which on they tell what it is taken for
 
 

@@ -367,7 +367,8 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
             f"--resume: {folder} has begun with what cannot be changed any more "
