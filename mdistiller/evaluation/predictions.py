@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence
 from mdistiller.engine.utils import correct_counts, count_cells
 
 BINS = 15
