@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
-from mdistiller.distillers.helpers.shapes import Size, probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
 from mdistiller.registry import UserError
 
 WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}

@@ -28,11 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import Size, get_feat_shapes
-from mdistiller.distillers.helpers.stages import FORMS, match_size, reduce_stages
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes
+from mdistiller.distillers.helpers.features.stages import FORMS, match_size, reduce_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.init_stage import (
+    INIT,
+    InitPlan,
+    require_transfer,
+    stage_modules,
+)
+from mdistiller.distillers.helpers.training.settings import require_one_of
 from mdistiller.registry import UserError
 
 

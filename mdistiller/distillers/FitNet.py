@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import ConvReg
-from mdistiller.distillers.helpers.map_losses import fitnet_loss
-from mdistiller.distillers.helpers.settings import probe_size
-from mdistiller.distillers.helpers.shapes import Size, get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.features.connectors import ConvReg
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.losses.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.training.settings import probe_size
 from mdistiller.registry import UserError
 
 __all__ = ["FitNet", "fitnet_loss"]

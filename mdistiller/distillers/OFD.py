@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.shapes import Size, probe
-from mdistiller.distillers.helpers.stages import warn_left_over
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import warn_left_over
+from mdistiller.distillers.helpers.losses.numerics import full_precision
 from mdistiller.registry import UserError
 
 

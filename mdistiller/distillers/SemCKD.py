@@ -37,12 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.logit_losses import kd_loss
-from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
-from mdistiller.distillers.helpers.settings import require_positive
-from mdistiller.distillers.helpers.shapes import Size, probe
-from mdistiller.distillers.helpers.stages import match_size
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import match_size
+from mdistiller.distillers.helpers.losses.logit_losses import kd_loss
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 

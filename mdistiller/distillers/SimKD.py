@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.heads import linear_head
-from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error
-from mdistiller.distillers.helpers.shapes import Size, probe
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.heads import linear_head
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, mean_square_error
 from mdistiller.registry import UserError
 
 

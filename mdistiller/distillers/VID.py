@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.settings import probe_size, require_positive
-from mdistiller.distillers.helpers.shapes import Size, get_feat_shapes, require_maps
-from mdistiller.distillers.helpers.stages import pair_stages
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.features.stages import pair_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.settings import probe_size, require_positive
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {

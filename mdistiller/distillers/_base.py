@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
-from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
-from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
-from mdistiller.distillers.helpers.output import Losses, Output
-from mdistiller.distillers.helpers.shapes import Size
-from mdistiller.distillers.helpers.split import Split
-from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
-from mdistiller.distillers.helpers.trainable import Trainable
+from mdistiller.distillers.helpers.features.output import Losses, Output
+from mdistiller.distillers.helpers.features.shapes import Size
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.losses.split import Split
+from mdistiller.distillers.helpers.losses.standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.training.arguments import (
+    StepArguments,
+    missing_arguments,
+    view_names,
+)
+from mdistiller.distillers.helpers.training.checks import logits_and_features, loss_of, require_call
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.training.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
@@ -241,7 +245,7 @@ class Distiller(Trainable):
         return cross_entropy(logits, target, self.label_smoothing, self.ce_class_weights)
 
     def standardize(self, logits: Tensor) -> Tensor:
-        """Logits [N, C, ...] as the distillation loss reads them (`helpers/standardize.py`)."""
+        """Logits [N, C, ...] as the distillation loss reads them (LSKD)."""
         return logits if self._lskd is None else standardize(logits, **self._lskd)
 
     def standardized(self, output: Output) -> Output:

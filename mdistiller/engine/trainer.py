@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.distillers.helpers.checks import logits_of, metrics_of, step_of
 from mdistiller.engine.callbacks.console import BEST
+from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers import Output
-from mdistiller.distillers.helpers.stages import pair_by_height
+from mdistiller.distillers.helpers.features.stages import pair_by_height
 from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdistiller.distillers.helpers.standardize import LSKD_CONFIG
+from mdistiller.distillers.helpers.losses.standardize import LSKD_CONFIG
 
 ENGINE_CONFIG: dict[str, Any] = {
     "EXPERIMENT": {

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import Distiller, Losses, Output
-from mdistiller.distillers.helpers.decoupled import group_log_probs
-from mdistiller.distillers.helpers.numerics import divergence, full_precision, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers.helpers.losses.decoupled import group_log_probs
+from mdistiller.distillers.helpers.losses.numerics import divergence, full_precision, scale_logits
+from mdistiller.distillers.helpers.training.settings import (
+    require_one_of,
+    require_positive,
+    warmup_factor,
+)
 from mdistiller.registry import UserError
 
 KL_TYPES = ("forward", "reverse", "both")

@@ -1,7 +1,7 @@
 """Single-edit bugs, put into a copy of the package one by one: a named test has to fail for each.
 
 `python tools/faults.py --planted` prints which are caught. An edit that no longer fits the code is
-an error: bring `tests/faults/planted_bugs.py` up to date.
+an error: bring `tests/faults/planted/bugs.py` up to date.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.planted_bugs import BUGS, Bug
+from faults.planted.bugs import BUGS, Bug
 from mdistiller.registry import UserError
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 TESTS_FAILED = 1
 """pytest's exit code; others mean that the tests did not run."""
 TIMEOUT, CPU_SECONDS = 1800, 300  # of one run of tests
@@ -122,7 +122,7 @@ def plant(folder: Path, only: str = "", show: Callable[[str], None] = print) -> 
     bugs = [bug for bug in BUGS if only in bug.name]
     reasons = [reason for reason in map(stale, bugs) if reason]
     if reasons:
-        raise UserError("bring tests/faults/planted_bugs.py up to date: " + "; ".join(reasons))
+        raise UserError("bring tests/faults/planted/bugs.py up to date: " + "; ".join(reasons))
     for name in PRELOADED:
         importlib.import_module(name)
     copy_checkout(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults.planted import plant, stale
-from faults.planted_bugs import BUGS, Bug
+from faults.planted.bugs import BUGS, Bug
 
 
 def test_every_bug_fits_the_code_and_names_a_test() -> None:

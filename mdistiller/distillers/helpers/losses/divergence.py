@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence
 from mdistiller.registry import UserError
 
 Divergence = Callable[..., Tensor]

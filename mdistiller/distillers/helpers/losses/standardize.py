@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import centre, scale_logits
+from mdistiller.distillers.helpers.losses.numerics import centre, scale_logits
 
 LSKD_CONFIG: dict[str, Any] = {"ENABLE": False, "UNBIASED": True, "EPS": 1e-7}
 

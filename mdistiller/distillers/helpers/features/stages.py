@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.output import Output
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import require_maps
+from mdistiller.distillers.helpers.features.output import Output
+from mdistiller.distillers.helpers.features.shapes import require_maps
+from mdistiller.distillers.helpers.training.settings import require_one_of
 from mdistiller.registry import UserError
 
 FORMS = ("sum", "mean")

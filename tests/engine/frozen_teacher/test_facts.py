@@ -9,7 +9,7 @@ from support import command, image_folder, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
-from mdistiller.distillers.helpers.teacher_facts import class_similarity
+from mdistiller.distillers.helpers.training.teacher_facts import class_similarity
 from mdistiller.distillers.WKD import class_costs
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.frozen_teacher.facts import choose_images, class_outputs

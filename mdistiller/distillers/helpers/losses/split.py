@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdistiller.distillers.helpers.decoupled import (
+from mdistiller.distillers.helpers.losses.decoupled import (
     decoupled_log_probs,
     labelled_shares,
     target_column,
 )
-from mdistiller.distillers.helpers.divergence import Divergence
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.losses.divergence import Divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.training.gather import gather_batch
 from mdistiller.registry import UserError
 
 

@@ -226,7 +226,7 @@ class Staged(KD):
     """KD behind a stage that trains the student by what the teacher's maps say."""
 
     def init_stages(self):
-        from mdistiller.distillers.helpers.init_stage import InitPlan
+        from mdistiller.distillers.helpers.training.init_stage import InitPlan
 
         self.init = InitPlan(2, 0.01, [], 0.1)
         return {"init": self}

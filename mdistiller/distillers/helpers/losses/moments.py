@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.settings import require_one_of
+from mdistiller.distillers.helpers.training.settings import require_one_of
 
 EPS = 1e-5
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdistiller.distillers.helpers.checks import logits_and_features
-from mdistiller.distillers.helpers.settings import require_positive
-from mdistiller.distillers.helpers.shapes import blank_image, preserve_state
+from mdistiller.distillers.helpers.features.shapes import blank_image, preserve_state
+from mdistiller.distillers.helpers.training.checks import logits_and_features
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 INIT: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import IGNORE_INDEX
+from mdistiller.distillers.helpers.losses.numerics import IGNORE_INDEX
 
 HIDDEN = -1e38
 """Added to a logit within ±1e30 (`scale_logits`) it leaves a probability of 0. Added to all logits

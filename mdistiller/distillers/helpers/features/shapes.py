@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.checks import logits_and_features
+from mdistiller.distillers.helpers.training.checks import logits_and_features
 from mdistiller.registry import UserError
 
 Size = tuple[int, int] | None

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.decoupled import (
+from mdistiller.distillers.helpers.losses.decoupled import (
     decoupled_log_probs,
     labelled_shares,
     rest_log_probs,
     target_column,
 )
-from mdistiller.distillers.helpers.divergence import Divergence
-from mdistiller.distillers.helpers.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.losses.divergence import Divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
 
 
 def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:

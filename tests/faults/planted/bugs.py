@@ -28,28 +28,28 @@ BUGS = (
     # losses
     Bug(
         "KD has T in place of T squared",
-        "distillers/helpers/logit_losses.py",
+        "distillers/helpers/losses/logit_losses.py",
         "(temperature**2 / len(log_p))",
         "(temperature / len(log_p))",
         LOGITS,
     ),
     Bug(
         "KD is the mean over samples and classes",
-        "distillers/helpers/logit_losses.py",
+        "distillers/helpers/losses/logit_losses.py",
         "(temperature**2 / len(log_p))",
         "(temperature**2 / log_p.numel())",
         LOGITS,
     ),
     Bug(
         "KL has the wrong sign",
-        "distillers/helpers/numerics.py",
+        "distillers/helpers/losses/numerics.py",
         "return (log_q.exp() * (log_q - log_p)).sum(dim=dim)",
         "return (log_q.exp() * (log_p - log_q)).sum(dim=dim)",
         LOGITS,
     ),
     Bug(
         "cross-entropy divides by unlabelled samples as well",
-        "distillers/helpers/numerics.py",
+        "distillers/helpers/losses/numerics.py",
         "return total / (target != IGNORE_INDEX).sum().clamp(min=1)",
         "return total / len(target)",
         "distillers/test_distillers.py"
@@ -57,28 +57,28 @@ BUGS = (
     ),
     Bug(
         "DKD leaves the target among the other classes",
-        "distillers/helpers/decoupled.py",
+        "distillers/helpers/losses/decoupled.py",
         'rest = logits.scatter(1, column, float("-inf"))',
         "rest = logits.clone()",
         LOGITS,
     ),
     Bug(
         "DKD marks the target of the wrong sample",
-        "distillers/helpers/decoupled.py",
+        "distillers/helpers/losses/decoupled.py",
         "return target.clamp(min=0)[:, None], target != IGNORE_INDEX",
         "return target.flip(0).clamp(min=0)[:, None], target != IGNORE_INDEX",
         LOGITS,
     ),
     Bug(
         "DKD has ALPHA and BETA exchanged",
-        "distillers/helpers/logit_losses.py",
+        "distillers/helpers/losses/logit_losses.py",
         "return alpha * tckd + beta * nckd",
         "return beta * tckd + alpha * nckd",
         LOGITS,
     ),
     Bug(
         "LSKD divides by C, not by C - 1",
-        "distillers/helpers/standardize.py",
+        "distillers/helpers/losses/standardize.py",
         "logits.shape[1] - int(unbiased)",
         "logits.shape[1]",
         "distillers/test_standardize.py::test_values_by_hand",
@@ -106,14 +106,14 @@ BUGS = (
     ),
     Bug(
         "ReviewKD's pyramid has the wrong weights",
-        "distillers/helpers/map_losses.py",
+        "distillers/helpers/losses/map_losses.py",
         "weight /= 2",
         "weight /= 4",
         "distillers/test_connector_losses.py",
     ),
     Bug(
         "ReviewKD's outputs are in the wrong order",
-        "distillers/helpers/map_losses.py",
+        "distillers/helpers/losses/map_losses.py",
         "return outputs[::-1]",
         "return outputs",
         "distillers/test_connector_losses.py",
@@ -127,21 +127,21 @@ BUGS = (
     ),
     Bug(
         "CRD's bank is not updated",
-        "distillers/helpers/memory_bank.py",
+        "distillers/helpers/training/memory_bank.py",
         "memory[index] = unit(torch.lerp(rows, memory[index], momentum))",
         "memory[index].copy_(unit(torch.lerp(rows, memory[index], momentum)))",
         "distillers/test_crd.py::test_two_steps_equal_the_original",
     ),
     Bug(
         "CRD's bank has its momentum exchanged",
-        "distillers/helpers/memory_bank.py",
+        "distillers/helpers/training/memory_bank.py",
         "torch.lerp(rows, memory[index], momentum)",
         "torch.lerp(memory[index], rows, momentum)",
         "distillers/test_crd.py::test_the_bank_keeps_its_momentum_of_what_it_held",
     ),
     Bug(
         "gathered batches lose the scale of their gradient",
-        "distillers/helpers/gather.py",
+        "distillers/helpers/training/gather.py",
         "return grads[0][ctx.share] * ctx.scale, None",
         "return grads[0][ctx.share], None",
         "distillers/test_relations.py::test_two_processes_equal_one_on_an_uneven_batch",
@@ -163,7 +163,7 @@ BUGS = (
     ),
     Bug(
         "warm-up begins an epoch late",
-        "distillers/helpers/settings.py",
+        "distillers/helpers/training/settings.py",
         "return min(epoch / warmup, 1.0) if warmup > 0 else 1.0",
         "return min((epoch - 1) / warmup, 1.0) if warmup > 0 else 1.0",
         "distillers/test_distillers.py::test_warm_up_of_nothing_is_full_weight",
@@ -174,7 +174,7 @@ BUGS = (
         "layouts.py",
         "for preferred in (list(states), [] if ours else averages, usual):",
         "for preferred in (list(states), usual):",
-        "test_layouts.py::test_read",
+        "files/test_layouts.py::test_read",
     ),
     # data
     Bug(
@@ -182,21 +182,21 @@ BUGS = (
         "dataset/memory/loader.py",
         "SeedSequence([self.seed % 2**64, epoch])",
         "SeedSequence([self.seed % 2**64, 0])",
-        "dataset/test_loader.py::test_other_epochs_and_seeds_give_other_orders_and_views",
+        "dataset/memory/test_loader.py::test_other_epochs_and_seeds_give_other_orders_and_views",
     ),
     Bug(
         "images are shifted by the mean in units of 1, not of std",
         "dataset/memory/loader.py",
         "shift = [-m / s for m, s in zip(mean, std, strict=True)]",
         "shift = [-m for m, s in zip(mean, std, strict=True)]",
-        "dataset/test_augment.py::test_crop_flip_and_normalise_equal_torchvision",
+        "dataset/memory/test_augment.py::test_crop_flip_and_normalise_equal_torchvision",
     ),
     Bug(
         "views of mirrored images have the code of the others",
         "dataset/memory/augment.py",
         "return 2 * super().views(parameters) + parameters[:, 2]",
         "return 2 * super().views(parameters)",
-        "dataset/test_augment.py::test_equal_view_codes_mean_equal_pixels_and_others_differ",
+        "dataset/memory/test_augment.py::test_equal_view_codes_mean_equal_pixels_and_others_differ",
     ),
     Bug(
         "held-out images are trained on as well",
@@ -224,7 +224,7 @@ BUGS = (
         "dataset/classes.py",
         "for number, name in enumerate(names)}",
         "for number, name in enumerate(have)}",
-        "engine/test_class_order.py::test_classes_are_numbered_as_the_key_says",
+        "engine/networks/test_class_order.py::test_classes_are_numbered_as_the_key_says",
     ),
     Bug(
         "accumulated gradients are not divided",
@@ -260,7 +260,7 @@ BUGS = (
         "engine/callbacks/ema.py",
         "get_ema_multi_avg_fn(decay)",
         "get_ema_multi_avg_fn(1 - decay)",
-        "engine/test_ema.py::test_the_average_follows_every_step",
+        "engine/callbacks/test_ema.py::test_the_average_follows_every_step",
     ),
     Bug(
         "gradients are clipped before fp16's scale is taken off",
@@ -274,7 +274,7 @@ BUGS = (
         "engine/checkpoints/resume.py",
         'int(position["updates"]) * trainer.accumulate, batches)',
         'int(position["updates"]) * trainer.accumulate + 1, batches)',
-        "engine/test_preemption.py::test_a_signal_ends_a_run_that_goes_on_to_the_same_bits",
+        "engine/callbacks/test_preemption.py::test_a_signal_ends_a_run_that_goes_on_to_the_same_bits",
     ),
     Bug(
         "top-5 counts as top-1",
@@ -303,7 +303,7 @@ BUGS = (
         "detection/networks/roi.py",
         'beta=beta, reduction="sum") / max(len(labels), 1)',
         'beta=beta, reduction="sum") / objects.sum().clamp(min=1)',
-        "detection/test_detection_models.py"
+        "detection/networks/test_detection_models.py"
         "::test_the_box_loss_is_torchvisions_and_bears_infinite_targets_of_the_background",
     ),
     Bug(
@@ -332,7 +332,7 @@ BUGS = (
         "detection/coco/evaluate.py",
         "corners[:, 2:] - corners[:, :2]",
         "corners[:, 2:]",
-        "detection/test_evaluate.py::test_the_truth_itself_is_all_right",
+        "detection/coco/test_evaluate.py::test_the_truth_itself_is_all_right",
     ),
     # several runs
     Bug(
@@ -361,21 +361,21 @@ BUGS = (
         "engine/run/together.py",
         "min(self._waiting, key=",
         "max(self._waiting, key=",
-        "engine/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
+        "engine/run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
     ),
     Bug(
         "runs in lock-step draw from one another's random numbers",
         "engine/run/together.py",
         "        add_waited(time.perf_counter() - began)\n        ambient.restore()\n",
         "        add_waited(time.perf_counter() - began)\n",
-        "engine/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
+        "engine/run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
     ),
     Bug(
         "a run in lock-step counts the time of the others as its own",
         "engine/run/together.py",
         "add_waited(time.perf_counter() - began)",
         "add_waited(0.0)",
-        "engine/test_together.py",
+        "engine/run/test_together.py",
     ),
     # what is built on training
     Bug(

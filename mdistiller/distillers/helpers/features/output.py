@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.shapes import missing_feature
+from mdistiller.distillers.helpers.features.shapes import missing_feature
+from mdistiller.distillers.helpers.losses.numerics import full_precision
 
 Losses = dict[str, Tensor]
 """Terms of the objective by name, scalars; the trainer sums them."""

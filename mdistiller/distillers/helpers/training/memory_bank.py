@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import unit
+from mdistiller.distillers.helpers.losses.numerics import unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 DENSE_BANK = 2**18
 """Banks up to this number of rows are multiplied whole, and the scores gathered from the product;

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.init_stage import InitPlan
-from mdistiller.distillers.helpers.output import Output
+from mdistiller.distillers.helpers.features.output import Output
+from mdistiller.distillers.helpers.training.init_stage import InitPlan
 
 
 class Trainable(nn.Module):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.losses.numerics import full_precision, mean_square_error
 
 
 def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
