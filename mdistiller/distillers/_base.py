@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Distiller(Trainable):
         distills: False if the main stage is cross-entropy alone; the teacher does not run.
         frozen: a faster equivalent of a teacher in eval mode, run in its place if set; not a
             submodule, so not in the state dict.
+        fixed_norms: modules that stay in eval mode while training (SOLVER.FREEZE).
         watches_teacher: True if the method has registered hooks on the teacher; the engine sets it.
     """
 
@@ -98,6 +99,7 @@ class Distiller(Trainable):
     distills: bool = True
     frozen: Any = None
     watches_teacher: bool = False
+    fixed_norms: Sequence[nn.Module] = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Register the two networks.
@@ -188,6 +190,8 @@ class Distiller(Trainable):
                 child.eval()
             for module in self.init_stages()[self.init_stage].init_modules():
                 module.train()
+        for norm in self.fixed_norms:
+            norm.eval()
         return self
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.callbacks.console import BEST
 from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
@@ -42,8 +41,10 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError, score_of
-from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_settings
+from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optimization import Optimization
+from mdistiller.engine.param_groups import student_groups
+from mdistiller.engine.schedules import by_step
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, evaluate
 from mdistiller.engine.utils import progress as progress_bar
@@ -105,11 +106,12 @@ class BaseTrainer(Optimization):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
+        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.optimizer = self.init_optimizer(cfg)
+        self.check_rates()
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
-        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.processes = world_size()
         self.epoch = 0
         self.step = 0
@@ -138,6 +140,7 @@ class BaseTrainer(Optimization):
         solver = cfg.SOLVER
         wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
         wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
+        wanted += ["SCHEDULE_BY"] if by_step(solver) else []
         if cls.own_steps and wanted:
             raise UserError(
                 f"SOLVER.{wanted[-1]} has no effect on SOLVER.TRAINER {solver.TRAINER}, which "
@@ -393,13 +396,12 @@ class InitTrainer(BaseTrainer):
         return stage_hooks(writes=is_main_process())
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
-        return build_optimizer(self.plan.groups, self.plan.solver)
+        groups = student_groups(self.plan.groups, self.plan.solver, self.model)
+        return build_optimizer(groups, self.plan.solver)
 
-    def init_scheduler(self, cfg: Any) -> LRScheduler:
-        return build_scheduler(self.optimizer, self.plan.solver)
-
-    def step_settings(self) -> dict[str, Any]:
-        return step_settings(self.plan.solver)
+    @property
+    def solver_cfg(self) -> Any:
+        return self.plan.solver
 
     @property
     def epochs(self) -> int:

@@ -39,7 +39,8 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
-from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.optim import optimizer_maker
+from mdistiller.engine.param_groups import freeze
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
@@ -79,6 +80,7 @@ def build_distiller(
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
     freeze_teacher(distiller)
+    distiller.fixed_norms = freeze(distiller.student, cfg.SOLVER.FREEZE)
     prepare_teacher(distiller, cfg, data.image_size)
     supply_facts(distiller, cfg, data, device)
     return distiller
@@ -155,7 +157,6 @@ def build_network(
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
-    OPTIMIZERS[cfg.SOLVER.TYPE]
     check_trainer(cfg.SOLVER.TRAINER)
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
@@ -165,7 +166,8 @@ def check_names(cfg: Any) -> None:
 
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
-    """Refuse a method or model name that does not exist, and a switch the method does not have."""
+    """Refuse names that do not exist, and a switch that the method does not have."""
+    optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
     student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)

@@ -55,6 +55,7 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
+from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
@@ -360,7 +361,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
             "--allow-changes"
         )
-    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:
         raise UserError(
