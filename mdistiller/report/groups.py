@@ -180,11 +180,8 @@ def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
     ours, theirs = _whole(first.config), _whole(second.config)
     subject = {*_SUBJECT, *(key for task in TASKS.values() for key in task.subject)}
-    return all(ours.get(key) == theirs.get(key) for key in subject | {*_network(ours, theirs)})
-
-
-def _network(*configs: Mapping[str, Any]) -> Iterator[str]:
-    return (k for config in configs for k in config if k.startswith("DISTILLER.STUDENT_ARGS."))
+    network = {k for k in {**ours, **theirs} if k.startswith("DISTILLER.STUDENT_ARGS.")}
+    return all(ours.get(key) == theirs.get(key) for key in subject | network)
 
 
 def otherwise(first: Group, second: Group) -> list[tuple[str, Any, Any]]:

@@ -285,7 +285,7 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
     train(tmp_path, "EXPERIMENT.SEED", 1, *harmless, **settings)
     out = capsys.readouterr().out
     assert "training the teacher first" not in out
-    assert f"teacher accuracy: {summary['teacher_acc']:.2f} %" in out
+    assert f"accuracy {summary['teacher_acc']:.2f} %" in out
 
     teacher.write_text(teacher.read_text() + "SOLVER:\n  EPOCHS: 2\n")
     words = ["--cfg", str(tmp_path / "toy.yaml"), "EXPERIMENT.SEED", "2"]
@@ -309,7 +309,7 @@ def test_a_resumed_run_measures_its_teacher_once(tmp_path, monkeypatch, capsys):
     (first,) = measured
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["epochs"], summary["teacher_acc"]) == (2, first)
-    assert f"teacher: {first:.2f} %, as measured when the run began" in capsys.readouterr().out
+    assert f"accuracy {first:.2f} % (measured when the run began)" in capsys.readouterr().out
     text = "DATASET: {TEST: {BATCH_SIZE: 30}}\n"
     train(tmp_path, "--resume", epochs=2, text=text, **settings)
     assert len(measured) == 2

@@ -20,6 +20,7 @@ AT_LEAST = {
     "SOLVER.EMA": 0,
     "SOLVER.MIN_LR": 0,
     "SOLVER.SKIP_NONFINITE": 0,
+    "SOLVER.LABEL_SMOOTHING": 0,
     "DATASET.TEST.BATCH_SIZE": 1,
     "DATASET.VAL_SPLIT": 0,
     "LOG.TENSORBOARD_FREQ": 1,
@@ -38,6 +39,7 @@ ONE_OF = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "DISTILLER.TEACHER_DTYPE": ("auto", "fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": ("none", "memory", "disk"),
+    "LOG.SELECT_BY": ("top1", "balanced_accuracy", "macro_f1", "loss"),
     "SOLVER.SCHEDULE_BY": ("epoch", "step"),
     "SOLVER.COMPILE": (True, False, *COMPILE_MODES),
 }
@@ -68,6 +70,8 @@ def _check_solver(solver: CfgNode) -> None:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {solver.EMA}")
+    if solver.get("LABEL_SMOOTHING", 0.0) >= 1:
+        raise UserError(f"SOLVER.LABEL_SMOOTHING must be below 1, got {solver.LABEL_SMOOTHING}")
     if not 0 < solver.get("LAYER_DECAY", 1.0) <= 1:
         raise UserError(
             f"SOLVER.LAYER_DECAY must be above 0 and at most 1, got {solver.LAYER_DECAY}"

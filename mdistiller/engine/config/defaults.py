@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdistiller.distillers.helpers.standardize import LSKD_CONFIG
+from mdistiller.distillers.helpers.losses.standardize import LSKD_CONFIG
 
 ENGINE_CONFIG: dict[str, Any] = {
     "EXPERIMENT": {
@@ -17,6 +17,9 @@ ENGINE_CONFIG: dict[str, Any] = {
     "DISTILLER": {
         "TYPE": "NONE",  # a method, or several: "KD+AT"
         "CE_WEIGHT": 1.0,  # of the cross-entropy, where methods are combined
+        # Of the classes in the cross-entropy with the labels: none, inverse (to their number of
+        # training images), or a list; scaled to a mean of 1 over the training images.
+        "CLASS_WEIGHTS": "none",
         "TEACHER": "ResNet50",
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
@@ -53,6 +56,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "NORM_DECAY": True,  # weight decay on biases and norms, too
         "MOMENTUM": 0.9,
         "NESTEROV": False,
+        "LABEL_SMOOTHING": 0.0,  # of the cross-entropy with the labels; 0: the method's own
         "TYPE": "SGD",  # SGD, Adam, AdamW, one of timm's (lion, lamb, muon, ...), or one of yours
         "OPTIMIZER_ARGS": {},  # further keyword arguments of the optimizer: {betas: [0.9, 0.98]}
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
@@ -78,6 +82,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         },
     },
     "LOG": {
+        "SELECT_BY": "top1",  # the best epoch: top1, balanced_accuracy, macro_f1 or loss
         "TENSORBOARD_FREQ": 500,  # training steps between points of the step curves
         "SAVE_CHECKPOINT_FREQ": 40,  # epochs between the numbered checkpoints
         "KEEP_CHECKPOINTS": 0,  # numbered checkpoints to keep, the newest; 0: all

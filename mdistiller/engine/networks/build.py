@@ -25,7 +25,9 @@ from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distil
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
-from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
+from mdistiller.engine.metrics import MOST_CLASSES
+from mdistiller.engine.networks.class_balance import set_hard_label_loss
+from mdistiller.engine.networks.class_order import doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
@@ -71,7 +73,9 @@ def build_distiller(
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher)
+    set_hard_label_loss(distiller, cfg, data)
+    distiller.to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
@@ -306,7 +310,7 @@ def measure_teacher(
     loader: EvalLoader | None = None,
     name: str = "the teacher",
 ) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set, printed.
+    """The teacher's top-1 accuracy in percent on the test set.
 
     Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
     is printed for a teacher near chance, whose file is usually of another data set, and for one
@@ -337,7 +341,6 @@ def measure_teacher(
     if close is not None:  # its processes
         close()
     if rank() == 0:
-        print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
         for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
             print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1
