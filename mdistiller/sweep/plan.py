@@ -31,7 +31,7 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg, load_config
 from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.networks.build import check_names
-from mdistiller.engine.run.record import experiment_name
+from mdistiller.engine.run.naming import experiment_name, folder_word
 from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, suggest
@@ -134,12 +134,16 @@ class _Reader:
                 parts = [variant["NAME"], *fields.label(chosen)]
                 cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
                 pairs = [word for pair in chosen.items() for word in pair]
-                taught_by = ["TEACHER", variant["TEACHER"]] if variant["TEACHER"] else []
-                changes = [*changed, *pairs, *taught_by]
+                row = variant["TEACHER"]
+                changes = [*changed, *pairs, *(["TEACHER", row] if row else [])]
+                cfg = None if row else self.load(cell, config, [*fixed, *pairs])
+                words = list(filter(None, parts)) or [self.table["SWEEP"]]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
-                    cfg = self.load(cell, config, [*fixed, *pairs, *self.taught(variant, seed)])
-                    self.made[name] = Trial(cell, name, changes, (self.placed(cfg, name, seed),))
+                    more = self.taught(variant, seed)
+                    own = cfg or self.load(cell, config, [*fixed, *pairs, *more])
+                    run = self.placed(own, name, words, seed)
+                    self.made[name] = Trial(cell, name, changes, (run,))
                     yield self.made[name]
 
     def taught(self, variant: dict[str, Any], seed: int) -> list[Any]:
@@ -170,7 +174,7 @@ class _Reader:
         for number in range(self.table["TRIALS"]):
             name = f"trial {number}"
             seeds = self.table["SEEDS"]
-            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", seed) for seed in seeds)
+            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", [name], seed) for seed in seeds)
             yield Trial(name, name, [], runs)
 
     def space(self) -> dict[str, fields.Axis]:
@@ -225,11 +229,19 @@ class _Reader:
                 "or use last_acc or best_acc"
             )
 
-    def placed(self, cfg: Config, name: str, seed: int) -> Config:
-        """`cfg` for one run of the sweep."""
+    def placed(self, cfg: Config, name: str, words: Sequence[str], seed: int) -> Config:
+        """`cfg` for one run of the sweep, in a folder of its own.
+
+        Args:
+            name: of the run, which was its folder's in earlier versions; it stays there.
+            words: for the name of the folder; the seed is added.
+        """
         copy: Config = cfg.clone()
         copy.defrost()
-        copy.EXPERIMENT.NAME, copy.EXPERIMENT.SEED, copy.LOG.PREFIX = name, seed, str(self.out)
+        copy.EXPERIMENT.SEED, copy.LOG.PREFIX, copy.EXPERIMENT.NAME = seed, str(self.out), name
+        old = self.out / experiment_name(copy)
+        if not (old.is_dir() or old.with_name(f"{old.name}.log").is_file()):
+            copy.EXPERIMENT.NAME = "-".join(map(folder_word, [*words, f"seed={seed}"]))
         copy.freeze()
         return copy
 
