@@ -17,7 +17,6 @@ from mdistiller import api
 from mdistiller.distillers import DISTILLERS
 from mdistiller.registry import UserError
 
-
 PAGE, NOTEBOOK = REPO / "docs" / "python.md", REPO / "docs" / "python.ipynb"
 
 
