@@ -72,6 +72,8 @@ def load_start(
     adapted = _adapt(net, state, expected)
     fitting = {k: v for k, v in adapted.items() if k in expected and v.shape == expected[k].shape}
     other_head = _other_head(cfg, head, fitting, path, facts, data)
+    if head and any(key.startswith("neck.") for key in state.keys() - expected.keys()):
+        other_head = "the classifier (the file's is behind a neck, which SimKD adds)"
     if other_head:
         fitting = {key: value for key, value in fitting.items() if key not in head}
     if not any(map(_is_weight, fitting.keys() - head.keys())):
