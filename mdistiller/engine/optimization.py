@@ -96,7 +96,7 @@ class Optimization:
         """Add the gradients of a micro-batch; the last one of a step moves the weights."""
         if self.begins_step:
             if by_step(self.solver_cfg) and (self.epoch or self.step > 1):
-                self.scheduler.step()  # not before the first step: so the epoch's rate is its last
+                self.scheduler.step()  # here, so that an epoch records the rate of its last step
             self.optimizer.zero_grad(set_to_none=True)
         self.backward(losses)
         if self.ends_step and self.guard.allows(self, self.gradients()):
