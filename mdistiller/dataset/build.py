@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +35,14 @@ from mdistiller.runtime import project_root, resolve_device
 class Data:
     """The loaders of a run and their properties.
 
+    Without labels (DATASET.LABELS False, or a source that has none) `num_classes` is 0, `classes`
+    is empty, and the targets in batches have no meaning.
+
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
         val: images that the best epoch is selected on: the held-out training images, or the test
-            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
+            such images.
         test: the test set where images are held out, else None.
         num_data: number of images in `train`.
         num_classes: number of classes.
@@ -52,7 +56,7 @@ class Data:
     """
 
     train: TrainLoader
-    val: EvalLoader
+    val: EvalLoader | None
     test: EvalLoader | None
     num_data: int
     num_classes: int
@@ -72,7 +76,7 @@ class Data:
                 close()
 
 
-def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
+def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""
     data = load_data(cfg)
     return data.train, data.val, data.num_data, data.num_classes
@@ -91,21 +95,17 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
-    train, test = pipeline.read("train"), pipeline.read("test")
-    same_classes(train.classes, test.classes, pipeline.root)
-    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
-    if node["CLASSES"]:
-        report_empty_classes(train, pipeline.root)
-    if len(train.classes) < 2:
-        raise UserError(
-            f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
-        )
-    size = pipeline.size(train, test)
+    labelled = _is_labelled(node, pipeline.source)
+    train, test = _read_splits(pipeline, labelled)
+    size = pipeline.size(*(split for split in (train, test) if split is not None))
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
-    val, test_loader = pipeline.eval_loader(test, size, statistics), None
+    val, test_loader = None, None
+    if test is not None:
+        val = pipeline.eval_loader(test, size, statistics)
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
         val, test_loader = pipeline.eval_loader(held, size, statistics), val
+    classes = train.classes if labelled else []
     train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
@@ -119,10 +119,10 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     return Data(
         train=train_loader,
         val=val,
-        test=test_loader,
+        test=test_loader if labelled else None,
         num_data=len(train),
-        num_classes=len(train.classes),
-        classes=train.classes,
+        num_classes=len(classes),
+        classes=classes,
         zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
@@ -130,6 +130,28 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         preprocessing=_full_preprocessing(pipeline, size, statistics),
         plain=lambda: pipeline.eval_loader(train, size, statistics),
     )
+
+
+def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    return bool(node["LABELS"] and source.labels)
+
+
+def _read_splits(pipeline: InMemoryPipeline, labelled: bool) -> tuple[Any, Any]:
+    """Training and test images, with the classes that DATASET.CLASSES asks for; no test: None."""
+    node = pipeline.node
+    train = pipeline.read("train")
+    if not pipeline.source.labels:
+        return train, None
+    test = pipeline.read("test")
+    same_classes(train.classes, test.classes, pipeline.root)
+    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
+    if node["CLASSES"]:
+        report_empty_classes(train, pipeline.root)
+    if labelled and len(train.classes) < 2:
+        raise UserError(
+            f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
+        )
+    return train, test
 
 
 def _full_preprocessing(
@@ -209,6 +231,7 @@ class DataSpec(NamedTuple):
         side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
         keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
+        labels: whether training uses labels.
     """
 
     zoo: str
@@ -216,6 +239,7 @@ class DataSpec(NamedTuple):
     side: int
     keeps_shape: bool
     files: bool
+    labels: bool
 
 
 def data_spec(cfg: Any) -> DataSpec:
@@ -228,6 +252,7 @@ def data_spec(cfg: Any) -> DataSpec:
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
         isinstance(source, (FileSource, Shards)),
+        _is_labelled(node, source),
     )
 
 

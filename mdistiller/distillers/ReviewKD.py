@@ -90,6 +90,7 @@ class ReviewKD(Distiller):
     """
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(

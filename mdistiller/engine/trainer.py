@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,6 +71,7 @@ class BaseTrainer(Optimization):
 
     Class attributes:
         selects: the key of the evaluation by which the best epoch is chosen, in percent.
+        selected_on: the images of that evaluation, unless some are held out.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -81,7 +82,8 @@ class BaseTrainer(Optimization):
     """
 
     stage = ""
-    selects: ClassVar[str] = "test_acc"
+    selects: str = "test_acc"
+    selected_on: str = "test set"
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -326,11 +328,19 @@ class BaseTrainer(Optimization):
         """Append an epoch's record to `history` and write it to every log; override to add your
         own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
-        accuracy = float(log_dict.get(self.selects, -1.0))
-        if accuracy >= self.best_acc:  # ties: the later one, as the files have it
-            self.best_acc, self.best_epoch = accuracy, epoch
+        score = self.score(log_dict)
+        if score >= self.best_acc:  # ties: the later one, as the files have it
+            self.best_acc, self.best_epoch = score, epoch
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         self.call("write", epoch, {"lr": lr, **log_dict})
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """What the best epoch has most of."""
+        return float(record.get(self.selects, -1.0))
+
+    def best(self) -> dict[str, float]:
+        """The best epoch's number, by its name in logs and summary."""
+        return {"best_acc": self.best_acc}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""

@@ -110,6 +110,12 @@ def build_network(
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    backbone = settings.get("num_classes") == 0
+    if backbone and data.num_classes and not any_head:
+        raise UserError(
+            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
+            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+        )
     wanted = settings.pop("pretrained", False)
     if weights == PRETRAINED:
         wanted = wanted or True
@@ -125,13 +131,13 @@ def build_network(
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
-    check_input(net, name, data)
+    check_input(net, name, data, backbone)
     given, stated = (data.mean, data.std), None
     if weights not in (None, "", PRETRAINED):
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
-        if not getattr(net, "untrained_head", False):
+        if data.num_classes and not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
@@ -176,8 +182,16 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
 
 
 def check_labels(cfg: Any) -> None:
-    """Refuse MIXUP and CUTMIX for a method that needs one class for each image."""
+    """Refuse data without labels, and MIXUP and CUTMIX, for a method that needs the labels."""
     name = cfg.DISTILLER.TYPE
+    if get_distiller(name).needs_labels and not data_spec(cfg).labels:
+        guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
+        others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
+            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
+            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+        )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
         raise UserError(
@@ -310,6 +324,7 @@ def measure_teacher(
             )
         return None
     test = loader or (data.val if data.test is None else data.test)
+    assert test is not None
     device, classes = next(distiller.teacher.parameters()).device, data.num_classes
     confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
     top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
     rate = images / seconds if seconds else None
     seconds += stage_seconds(trainer.log_path)
+    best = trainer.best()
     summary: dict[str, Any] = {
         "epochs": trainer.epoch,
-        "last_acc": history[-1].get(trainer.selects) if history else None,
-        "best_acc": trainer.best_acc,
+        f"last_{kind_of(best)}": history[-1].get(trainer.selects) if history else None,
+        **best,
         "best_epoch": trainer.best_epoch,
-        "selected_on": "test set",
+        "selected_on": trainer.selected_on,
         "teacher_acc": teacher_acc,
         "seconds": seconds,
         "images_per_second": rate,
@@ -48,6 +50,11 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     return summary
 
 
+def kind_of(numbers: Mapping[str, Any]) -> str:
+    """By what the best epoch was selected: "acc", in percent, or "loss"."""
+    return "loss" if "best_loss" in numbers else "acc"
+
+
 def stage_seconds(folder: Path) -> float:
     """Seconds of the initialisation stages, from the run's metrics."""
     path = folder / "metrics.jsonl"
@@ -57,10 +64,13 @@ def stage_seconds(folder: Path) -> float:
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """The summary in one or two lines."""
-    last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
+    kind = kind_of(summary)
+    last, best = (summary[f"{which}_{kind}"] for which in ("last", "best"))
+    what, digits = ("loss ", 4) if kind == "loss" else ("", 2)
     text = (
-        f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
-        f"{summary['best_epoch']} (selected on the {summary['selected_on']})"
+        f"done: {what}last {'unknown' if last is None else f'{last:.{digits}f}'}, best "
+        f"{best:.{digits}f} in epoch {summary['best_epoch']} (selected on the "
+        f"{summary['selected_on']})"
     )
     if "test_acc_best" in summary:
         text += (

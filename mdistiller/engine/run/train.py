@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from mdistiller.dataset import load_data
+from mdistiller.dataset import data_spec, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
@@ -54,6 +54,7 @@ from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -244,6 +245,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
+    if not data_spec(cfg).labels:
+        trainer_class = require_base(cfg, trainer_class)
     data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
@@ -257,7 +260,7 @@ def prepare_classifier(
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
     if rank() == 0:
         show_cfg(cfg)
-    if method.uses_teacher and teacher_acc is None:
+    if method.uses_teacher and teacher_acc is None and data.num_classes:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"

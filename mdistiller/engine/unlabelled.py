@@ -1,0 +1,98 @@
+"""Training on images without labels: records of losses, no accuracy.
+
+The best epoch is that of the lowest loss: on the images of DATASET.VAL_SPLIT (or on the test images
+of a labelled set, without their labels), else in training. With LOG.PROBE it is that of the highest
+k-NN accuracy on the labelled images given there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdistiller.distillers.helpers.gather import local_batches
+from mdistiller.engine.distributed import sum_over_ranks
+from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.utils import progress
+from mdistiller.registry import UserError
+
+
+class UnlabelledTrainer(BaseTrainer):
+    """Trains a method that needs no labels (`Distiller.needs_labels`)."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        if self.val_loader is None:
+            self.selects, self.selected_on = "train_loss", "training images"
+        else:
+            self.selects = "test_loss"
+            if self.cfg.DATASET.VAL_SPLIT:
+                self.selected_on = f"{len(self.val_loader.dataset)} held-out training images"
+        self.best_acc = -float("inf")
+
+    @classmethod
+    def check(cls, cfg: Any, train_loader: Any = None) -> None:
+        super().check(cfg, train_loader)
+        if cfg.SOLVER.EMA:
+            raise UserError(
+                "SOLVER.EMA is evaluated by its accuracy, and these data have no labels: set it "
+                "to 0"
+            )
+
+    def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+        return {}, len(inputs["target"])
+
+    def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
+        loss = means.pop("losses")
+        return {"train_loss": loss, **{f"train_{name}": value for name, value in means.items()}}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss on `val_loader`, with the student in eval mode; nothing without images.
+
+        Losses that relate images see the batches of DATASET.TEST.BATCH_SIZE of one process.
+        """
+        if self.val_loader is None:
+            return {}
+        self.model.eval()
+        totals = torch.zeros(2, device=self.device)  # summed loss, samples
+        with local_batches(), self.autocast:
+            for batch in progress(self.val_loader, "eval"):
+                image, target = (item.to(self.device, non_blocking=True) for item in batch[:2])
+                _, losses = self.model.forward_train(image=image, target=target, epoch=self.epoch)
+                loss = torch.stack([term.float().mean() for term in losses.values()]).sum()
+                totals += torch.stack([loss * len(image), loss.new_tensor(len(image))])
+        loss, samples = sum_over_ranks(totals).tolist()
+        return {"test_loss": loss / samples}
+
+    def progress_line(self, record: dict[str, Any]) -> str:
+        parts = [f"train loss {record['train_loss']:.4f}"]
+        if "test_loss" in record:
+            parts.append(f"test loss {record['test_loss']:.4f}")
+        return "  ".join(parts) + "  "
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """Minus the loss."""
+        return -float(record[self.selects])
+
+    def best(self) -> dict[str, float]:
+        return {"best_loss": -self.best_acc}
+
+
+def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:
+    """The trainer for data without labels.
+
+    Raises:
+        UserError: the config asks for one that reads labels.
+    """
+    if trainer is not BaseTrainer:
+        raise UserError(
+            f"SOLVER.TRAINER {cfg.SOLVER.TRAINER} reads labels, and these data have none "
+            f"(DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS {cfg.DATASET.LABELS}): set it to "
+            "base"
+        )
+    UnlabelledTrainer.check(cfg)
+    return UnlabelledTrainer
