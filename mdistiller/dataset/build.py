@@ -189,9 +189,12 @@ class TestData(NamedTuple):
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
+    cfg: Any,
+    device: torch.device | None = None,
+    network: Preprocessing | None = None,
+    split: Split = "test",
 ) -> TestData:
-    """The test set alone, for evaluation.
+    """The test set alone, for evaluation; or the training images, without augmentation.
 
     Training images are read only to compute the mean and std of an image folder for which neither
     DATASET.MEAN and STD nor `network` give them.
@@ -201,13 +204,13 @@ def load_test_loader(
             see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    pipeline = _pipeline(node, "test", _device(cfg, device), network)
+    pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
     if statistics is None and network is not None and network.mean:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
-    test = renumber_classes(pipeline.read("test"), node["CLASSES"])
+    test = renumber_classes(pipeline.read(split), node["CLASSES"])
     size = pipeline.size(test)
     loader = pipeline.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or pipeline.source.zoo

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers.helpers.gather import local_batches
+from mdistiller.engine.callbacks.probe import KEY
 from mdistiller.engine.distributed import sum_over_ranks
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import progress
@@ -25,13 +26,16 @@ class UnlabelledTrainer(BaseTrainer):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        if self.val_loader is None:
+        if self.cfg.LOG.PROBE:
+            self.selects, self.selected_on = KEY, f"labelled images of {self.cfg.LOG.PROBE} by k-NN"
+        elif self.val_loader is None:
             self.selects, self.selected_on = "train_loss", "training images"
         else:
             self.selects = "test_loss"
             if self.cfg.DATASET.VAL_SPLIT:
                 self.selected_on = f"{len(self.val_loader.dataset)} held-out training images"
-        self.best_acc = -float("inf")
+        if self.selects != KEY:
+            self.best_acc = -float("inf")
 
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
@@ -72,14 +76,16 @@ class UnlabelledTrainer(BaseTrainer):
         parts = [f"train loss {record['train_loss']:.4f}"]
         if "test_loss" in record:
             parts.append(f"test loss {record['test_loss']:.4f}")
+        if KEY in record:
+            parts.append(f"k-NN {record[KEY]:.2f} (best {max(self.best_acc, 0):.2f})")
         return "  ".join(parts) + "  "
 
     def score(self, record: Mapping[str, Any]) -> float:
-        """Minus the loss."""
-        return -float(record[self.selects])
+        """The k-NN accuracy, or minus the loss."""
+        return super().score(record) if self.selects == KEY else -float(record[self.selects])
 
     def best(self) -> dict[str, float]:
-        return {"best_loss": -self.best_acc}
+        return super().best() if self.selects == KEY else {"best_loss": -self.best_acc}
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

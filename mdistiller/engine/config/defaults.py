@@ -79,6 +79,8 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
+        "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
+        "PROBE_FREQ": 10,  # epochs between these
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind

@@ -137,7 +137,7 @@ def build_network(
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
-        if data.num_classes and not getattr(net, "untrained_head", False):
+        if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
