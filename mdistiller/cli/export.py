@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="they take normalised images",
     )
+    parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="instead: backbone.pth, the weights without classifier under the names of timm or "
+        "torchvision",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     parser.add_argument("--no-latency", action="store_true", help="measure no times for the card")
     add_overrides(parser)
@@ -118,9 +124,18 @@ _WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")
 def export(args: argparse.Namespace) -> None:
     """Write the files, then the card that describes them."""
     student = find_student(args)
-    from mdistiller.export import export_student, model_card, write_card
+    from mdistiller.export import export_backbone, export_student, model_card, write_card
 
     out = Path(args.out or Path(args.opts[0]) / "export")
+    if args.backbone:
+        path, usage = export_backbone(student, out, args.force)
+        print(f"{path}: load it by {usage}")
+        print(f"images are normalised by mean {list(student.mean)} and std {list(student.std)}")
+        return
+    if not student.num_classes:
+        raise UserError(
+            f"{student.name} was trained without labels and has no logits: give --backbone"
+        )
     files = export_student(student, out, args.formats, args.normalization, args.force)
     for file in files:
         print(f"{file.path}: logits within {file.difference:.1e} of PyTorch's", flush=True)
