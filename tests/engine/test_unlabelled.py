@@ -12,7 +12,7 @@ from mdistiller.cli import train
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.checkpoints.write import load_checkpoint
 
-LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
+LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)
 
 
