@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mdistiller.distillers.helpers.gather import local_batches
 from mdistiller.engine.callbacks.probe import KEY
-from mdistiller.engine.distributed import sum_over_ranks
+from mdistiller.engine.distributed import is_main_process, sum_over_ranks
+from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import progress
+from mdistiller.engine.utils import log_msg, progress
 from mdistiller.registry import UserError
 
 
@@ -36,6 +37,10 @@ class UnlabelledTrainer(BaseTrainer):
                 self.selected_on = f"{len(self.val_loader.dataset)} held-out training images"
         if self.selects != KEY:
             self.best_acc = -float("inf")
+
+    def make_hooks(self, cfg: Any) -> list[Hook]:
+        reports: list[Hook] = [ReportUntrained()] if is_main_process() else []
+        return [*super().make_hooks(cfg), *reports]
 
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
@@ -86,6 +91,25 @@ class UnlabelledTrainer(BaseTrainer):
 
     def best(self) -> dict[str, float]:
         return super().best() if self.selects == KEY else {"best_loss": -self.best_acc}
+
+
+class ReportUntrained(Hook):
+    """Prints once which of the student's weights the loss does not reach, so they stay random."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def after_update(self, trainer: Trainer) -> None:
+        named = [(n, p) for n, p in trainer.model.student.named_parameters() if p.requires_grad]
+        untrained = [name for name, param in named if param.grad is None]
+        if untrained and not self.done:
+            text = (
+                f"WARNING: {trainer.cfg.DISTILLER.TYPE} does not train {len(untrained)} of the "
+                f"student's {len(named)} tensors, which stay random (the first: {untrained[0]}): "
+                "choose a later layer or another method, or add one that reads the last features"
+            )
+            print(log_msg(text), flush=True)
+        self.done = True
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

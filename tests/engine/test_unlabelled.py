@@ -9,8 +9,12 @@ from PIL import Image
 from support import TOY, saved_teacher
 
 from mdistiller.cli import train
+from mdistiller.dataset import load_data
 from mdistiller.distillers import distiller_dict, get_distiller
+from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.networks.build import build_distiller
+from mdistiller.models import get_model_entry
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)
@@ -126,3 +130,30 @@ def test_a_run_continues_to_the_bit(pictures, tmp_path):
     assert whole["best_acc"] == cut["best_acc"]
     for key, value in whole["model"].items():
         assert torch.equal(value, cut["model"][key]), key
+
+
+def test_the_teacher_sees_images_of_its_own_size(pictures, tmp_path):
+    cfg = default_config()
+    words = ["DEVICE", "cpu", "DATASET.TYPE", "images", "DATASET.ROOT", str(pictures)]
+    words += ["DISTILLER.TYPE", "SEED", "DISTILLER.STUDENT", "resnet8", "SOLVER.BATCH_SIZE", 8]
+    words += ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_SIZE", 24]
+    words += ["DISTILLER.TEACHER_CKPT", str(saved_teacher(tmp_path))]
+    cfg.merge_from_list(words)
+    distiller = build_distiller(cfg, load_data(cfg), torch.device("cpu")).train()
+    torch.manual_seed(1)
+    teacher = get_model_entry("resnet8", "cifar")(num_classes=10).eval()  # as saved
+    images = torch.randn(2, 3, 16, 16)
+    larger = torch.nn.functional.interpolate(images, (24, 24), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        wanted = teacher(larger)[1]["final_map"]
+    assert wanted.shape[2] == 6
+    torch.testing.assert_close(distiller.run_teacher(images)["final_map"], wanted)
+    assert distiller.run_student(images)["final_map"].shape[2] == 4
+
+
+def test_weights_that_the_loss_does_not_reach_are_reported(pictures, tmp_path, capsys):
+    data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures, "SOLVER.EPOCHS", 1)
+    assert run(tmp_path, *data, "DISTILLER.TYPE", "FITNET") == 0
+    assert "FITNET does not train" in capsys.readouterr().out
+    assert run(tmp_path, *data, "DISTILLER.TYPE", "FITNET+SEED", name="all") == 0
+    assert "does not train" not in capsys.readouterr().out

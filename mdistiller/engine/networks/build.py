@@ -41,7 +41,7 @@ from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.models.normalize import renormalize_input
+from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import local_rank_zero_first, project_root, rank
@@ -126,8 +126,12 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
+    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
+    size = (side, side) if side else data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+        net = make_network(entry, data.num_classes, size, settings, key)
+    if side:
+        resize_input(net, size)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -284,11 +288,12 @@ def teacher_test_loader(
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    if how.image_size not in (0, used.image_size) and rank() == 0:
+    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
+    if how.image_size not in (0, seen) and rank() == 0:
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these)"
+            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
+            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print(log_msg(message), flush=True)
     return load_test_loader(sized, device, how).loader

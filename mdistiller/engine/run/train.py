@@ -270,7 +270,8 @@ def prepare_classifier(
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    # without labels a loss may not reach all layers
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
