@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.phi_s import phi_s, standardized
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.features.shapes import probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.losses.phi_s import phi_s, standardized
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
 
 POSITIONS = 16  # of an image's map that its standardisation is computed from
 OUTPUTS = ("pooled_feat", "final_map")

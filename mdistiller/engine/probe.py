@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import DATASETS, TestData, load_test_loader
 from mdistiller.dataset.split import hold_out
-from mdistiller.distillers.helpers.checks import logits_and_features
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.shapes import preserve_state
-from mdistiller.distillers.helpers.shapes import probe as shapes_of
+from mdistiller.distillers.helpers.features.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import probe as shapes_of
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.training.checks import logits_and_features
 from mdistiller.engine.distributed import sum_over_ranks
 from mdistiller.engine.utils import progress
 from mdistiller.preprocessing import Preprocessing
@@ -162,7 +162,7 @@ def labelled_config(cfg: Any, labelled: str) -> Any:
             f"{labelled} is neither a folder of labelled images (train/CLASS, val/CLASS) nor the "
             "name of a data set (DATASET.TYPE)"
         )
-    node.LABELS, node.CLASSES, node.AUGMENT = True, [], "none"
+    node.LABELS, node.CLASSES, node.AUGMENT, node.VAL_SPLIT = True, [], "none", 0
     sized.freeze()
     return sized
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdistiller.distillers.helpers.gather import local_batches
+from mdistiller.distillers.helpers.training.gather import local_batches
 from mdistiller.engine.callbacks.probe import KEY
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Trainer
@@ -25,18 +25,18 @@ from mdistiller.registry import UserError
 class UnlabelledTrainer(BaseTrainer):
     """Trains a method that needs no labels (`Distiller.needs_labels`)."""
 
+    selects = "test_loss"
+
     def __init__(self, *args: Any):
         super().__init__(*args)
         if self.cfg.LOG.PROBE:
-            self.selects, self.selected_on = KEY, f"labelled images of {self.cfg.LOG.PROBE} by k-NN"
+            self.selects, self.selected_on = KEY, f"labelled images of {self.cfg.LOG.PROBE}"
         elif self.val_loader is None:
-            self.selects, self.selected_on = "train_loss", "training images"
-        else:
-            self.selects = "test_loss"
-            if self.cfg.DATASET.VAL_SPLIT:
-                self.selected_on = f"{len(self.val_loader.dataset)} held-out training images"
-        if self.selects != KEY:
-            self.best_acc = -float("inf")
+            self.selects = "train_loss"
+
+    @property
+    def select_by(self) -> str:
+        return "k-NN accuracy" if self.selects == KEY else "loss"
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
         reports: list[Hook] = [ReportUntrained()] if is_main_process() else []
@@ -45,11 +45,15 @@ class UnlabelledTrainer(BaseTrainer):
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         super().check(cfg, train_loader)
-        if cfg.SOLVER.EMA:
-            raise UserError(
-                "SOLVER.EMA is evaluated by its accuracy, and these data have no labels: set it "
-                "to 0"
-            )
+        keys = {
+            "SOLVER.EMA": cfg.SOLVER.EMA,
+            "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
+            "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
+            "DATASET.SAMPLER": cfg.DATASET.SAMPLER == "balanced",
+        }
+        for key, wanted in keys.items():
+            if wanted:
+                raise UserError(f"{key} needs labels, and these data have none: leave it out")
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         return {}, len(inputs["target"])
@@ -77,20 +81,21 @@ class UnlabelledTrainer(BaseTrainer):
         loss, samples = sum_over_ranks(totals).tolist()
         return {"test_loss": loss / samples}
 
-    def progress_line(self, record: dict[str, Any]) -> str:
-        parts = [f"train loss {record['train_loss']:.4f}"]
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        cells = {}
         if "test_loss" in record:
-            parts.append(f"test loss {record['test_loss']:.4f}")
-        if KEY in record:
-            parts.append(f"k-NN {record[KEY]:.2f} (best {max(self.best_acc, 0):.2f})")
-        return "  ".join(parts) + "  "
+            cells["eval loss"] = f"{record['test_loss']:.4f}"
+        if self.cfg.LOG.PROBE:
+            cells["k-NN %"] = f"{record[KEY]:.2f}" if KEY in record else "-"
+        title = "k-NN %" if self.selects == KEY else "eval loss"
+        return {k: self.marked(v) if k == title else v for k, v in cells.items()}
 
     def score(self, record: Mapping[str, Any]) -> float:
         """The k-NN accuracy, or minus the loss."""
-        return super().score(record) if self.selects == KEY else -float(record[self.selects])
+        return float(record.get(KEY, -1.0)) if self.selects == KEY else -float(record[self.selects])
 
     def best(self) -> dict[str, float]:
-        return super().best() if self.selects == KEY else {"best_loss": -self.best_acc}
+        return super().best() if self.selects == KEY else {"best_loss": self.best_acc}
 
 
 class ReportUntrained(Hook):

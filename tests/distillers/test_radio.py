@@ -7,7 +7,7 @@ import torch
 from support import golden_values, image_folder, saved_teacher
 
 from mdistiller.dataset import load_data
-from mdistiller.distillers.helpers.phi_s import (
+from mdistiller.distillers.helpers.losses.phi_s import (
     equalizing_rotation,
     hadamard,
     phi_s,

@@ -9,7 +9,7 @@ from crd_processes import Net
 from support import golden_values, run_script
 
 from mdistiller.distillers import Output
-from mdistiller.distillers.helpers.numerics import unit
+from mdistiller.distillers.helpers.losses.numerics import unit
 from mdistiller.distillers.SEED import SEED, seed_loss
 from mdistiller.engine.cfg import default_config
 

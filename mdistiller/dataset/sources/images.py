@@ -25,6 +25,9 @@ class Images(FileSource):
     augment = "crop_flip"
     labels = False
 
+    def has_test(self, root: Path) -> bool:
+        return False
+
     def files(self, root: Path, split: Split) -> FileSet:
         if split == "test":
             raise UserError(

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mdistiller.engine.callbacks.ema import summary_numbers
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import validate
+from mdistiller.engine.utils import evaluate
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
@@ -29,21 +30,27 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
         f"last_{kind_of(best)}": history[-1].get(trainer.selects) if history else None,
         **best,
         "best_epoch": trainer.best_epoch,
-        "selected_on": trainer.selected_on,
+        "selected_on": trainer.selected_on or getattr(data, "val_name", "test set"),
+        "selected_by": trainer.select_by,
         "teacher_acc": teacher_acc,
         "seconds": seconds,
         "images_per_second": rate,
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
+    for name in ("balanced_acc", "macro_f1"):
+        key = f"test_{name}"
+        values = {record["epoch"]: record[key] for record in history if key in record}
+        if trainer.epoch in values:
+            summary[f"last_{name}"] = values[trainer.epoch]
+            summary[f"best_{name}"] = values.get(trainer.best_epoch)
     hits = [record["teacher_hits"] for record in history if "teacher_hits" in record]
     if hits:
         summary["teacher_hits"] = sum(hits) / len(hits)
     if data.test is not None:
-        summary["selected_on"] = f"{len(data.val.dataset)} held-out training images"
-        summary["test_acc_last"] = validate(data.test, trainer.distiller)[0]
+        summary |= summary_numbers(evaluate(data.test, trainer.distiller), "last")
         last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
         trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
-        summary["test_acc_best"] = validate(data.test, trainer.distiller)[0]
+        summary |= summary_numbers(evaluate(data.test, trainer.distiller), "best")
         trainer.model.load_state_dict(last)
     for hook in trainer.hooks:
         summary |= hook.summarize(trainer, data)
@@ -64,12 +71,13 @@ def stage_seconds(folder: Path) -> float:
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """The summary in one or two lines."""
-    kind = kind_of(summary)
+    kind, by = kind_of(summary), summary.get("selected_by", "top1")
     last, best = (summary[f"{which}_{kind}"] for which in ("last", "best"))
     what, digits = ("loss ", 4) if kind == "loss" else ("", 2)
+    by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
     text = (
         f"done: {what}last {'unknown' if last is None else f'{last:.{digits}f}'}, best "
-        f"{best:.{digits}f} in epoch {summary['best_epoch']} (selected on the "
+        f"{best:.{digits}f} in epoch {summary['best_epoch']} (selected {by}on the "
         f"{summary['selected_on']})"
     )
     if "test_acc_best" in summary:
