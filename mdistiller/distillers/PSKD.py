@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.memory_bank import last_occurrence
-from mdistiller.distillers.helpers.numerics import cross_entropy, scale_logits
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import probe
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy, scale_logits
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.memory_bank import last_occurrence
 from mdistiller.registry import UserError
 
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.logit_losses import kd_rows
-from mdistiller.distillers.helpers.numerics import cross_entropy
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.logit_losses import kd_rows
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mdistiller.engine.callbacks.console import BEST
 from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
+from mdistiller.engine.callbacks.console import BEST
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.engine.metrics import class_scores, correct_counts, count_cells
 from mdistiller.distillers.helpers.losses.numerics import divergence
+from mdistiller.engine.metrics import class_scores, correct_counts, count_cells
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error."""
