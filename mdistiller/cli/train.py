@@ -103,7 +103,7 @@ def _how(args: Any) -> dict[str, Any]:
 
 def train_all(configs: list[Any], args: Any) -> int:
     """Train several configs in lock-step; the exit code is that of the first run that failed."""
-    from mdistiller.engine.run.record import experiment_name
+    from mdistiller.engine.run.naming import experiment_name
     from mdistiller.engine.run.train import train_together
 
     outcomes = train_together(configs, args.opts, **_how(args))

@@ -49,7 +49,7 @@ class Evaluation:
             "model": source.name,
             "weights": str(source.weights),
             "note": source.note,
-            "parameters": sum(p.numel() for p in self.subject.net.parameters()),
+            "parameters": sum(p.numel() for p in self.subject.net.parameters()) or None,
             "images": quality.images,
             **{key: getattr(quality, key) for key in ("top1", "top5")},
             "balanced_accuracy": quality.macro["recall"],

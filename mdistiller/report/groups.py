@@ -31,7 +31,7 @@ _SUBJECT = (
     *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT"),
     *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
 )
-_SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
+_SEED = re.compile(r"[,-]?(EXPERIMENT\.SEED|\bseed)[:=]\d+")
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    names = [_SEED.sub("", run.folder.name).strip(",") or run.folder.name for run in runs]
+    names = [_SEED.sub("", run.folder.name).strip(",-") or run.folder.name for run in runs]
     alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False))
     return "".join(signs[0] for signs in alike).rstrip(" ,-_:=") or names[0]
 

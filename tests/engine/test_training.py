@@ -15,7 +15,6 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.run import train as run_module
 from mdistiller.engine.run.record import changed_settings
-from mdistiller.engine.run.train import experiment_name
 from mdistiller.models import get_model_entry
 
 
@@ -388,18 +387,6 @@ def test_held_out_images_select_and_the_test_set_is_used_at_the_end(tmp_path):
     net.load_state_dict(load(teacher["TEACHER_CKPT"])["model"])
     assert validate(loader, Vanilla(net))[0] == pytest.approx(summary["teacher_acc"])
     assert summary["teacher_acc"] * 40 / 100 % 1 != pytest.approx(0)  # so it is not of those
-
-
-def test_run_folder_names_follow_the_original():
-    words = ["SOLVER.LR", "0.1", "LOG.PREFIX", "x", "DATASET.ROOT", "a/b"]
-    cfg = load_config("configs/cifar100/kd.yaml", words)
-    name = experiment_name(cfg, words)
-    assert name == "cifar100_baselines/kd,res32x4,res8x4SOLVER.LR:0.1,DATASET.ROOT:a_b"
-    named = load_config("configs/cifar100/kd.yaml", ["EXPERIMENT.NAME", "mine"])
-    assert experiment_name(named, ["EXPERIMENT.NAME", "mine", *words]) == "cifar100_baselines/mine"
-    long = [experiment_name(cfg, ["DATASET.ROOT", "é" * 300 + end]) for end in "ab"]
-    assert long[0] != long[1]
-    assert len(long[0].encode()) < 230
 
 
 NON_FINITE = """

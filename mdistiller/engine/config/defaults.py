@@ -9,8 +9,8 @@ from mdistiller.distillers.helpers.losses.standardize import LSKD_CONFIG
 ENGINE_CONFIG: dict[str, Any] = {
     "EXPERIMENT": {
         "PROJECT": "distill",
-        "NAME": "",
-        "TAG": "default",
+        "NAME": "",  # of the run folder; empty: TAG; auto: method, networks and data
+        "TAG": "default",  # default: as NAME auto
         "SEED": 0,
         "LOGIT_STAND": False,  # LSKD.ENABLE by the name that forks use
     },

@@ -36,12 +36,12 @@ from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.overview import describe_data, describe_network, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
     data_facts,
-    experiment_name,
     recorded_settings,
     recorded_teacher_acc,
     side_settings,

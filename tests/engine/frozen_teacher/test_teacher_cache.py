@@ -524,8 +524,8 @@ def shared(tmp_path_factory):
 def test_runs_of_a_sweep_share_one_file(shared):
     """Two at once, and then a third, which finds all that they left. Every image has one view."""
     assert len(list((shared / "sweep" / "teacher_cache").glob("*.logits"))) == 1
-    seen = {run.name: hits(rows_of(run)) for run in (shared / "sweep" / "toy").glob("*,seed:0")}
-    assert seen.pop("TEMPERATURE=2,seed:0") == [100, 100, 100]
+    seen = {run.name: hits(rows_of(run)) for run in (shared / "sweep" / "toy").glob("*-seed=0")}
+    assert seen.pop("TEMPERATURE=2-seed=0") == [100, 100, 100]
     assert [rates[1:] for rates in seen.values()] == [[100, 100]] * 2
 
 
