@@ -107,7 +107,7 @@ def place(means: Means) -> Strip:
     if means.reference is not None:
         low, high = min(low, means.reference), max(high, means.reference)
     ticks = nice_ticks(low, high, 4)
-    axis = Axis(ticks[0], ticks[-1], 2.0, 98.0, tuple(ticks))
+    axis = Axis(ticks[0], ticks[-1], 10.0, 90.0, tuple(ticks))
     rows = [
         Whisker(p.name, p.text, p.style, *(round(axis.place(v), 2) for v in (p.mean, *its)))
         for p, its in zip(means.points, ends, strict=True)
