@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mdistiller.dataset import DataSpec, TestData, data_spec, eval_preprocessing, load_test_loader
+from mdistiller.dataset import (
+    DataSpec,
+    TestData,
+    data_spec,
+    eval_preprocessing,
+    lacks_test,
+    load_test_loader,
+)
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
@@ -77,7 +84,9 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
     for choice in checkpoints:
         note = ""
         if choice == "best" and summary:
-            note = f"epoch {summary['best_epoch']}, selected on the {summary['selected_on']}"
+            by = summary.get("selected_by", "top1")
+            by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
+            note = f"epoch {summary['best_epoch']}, selected {by}on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
         sources.append(Source(label, cfg, path, note, run=folder))
@@ -174,7 +183,8 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
     runs = [source for source in sources if source.run is not None]
     first, facts = runs[0], _data_facts(runs[0].cfg)
     for other in runs[1:]:
-        differ = [key for key, value in _data_facts(other.cfg).items() if value != facts[key]]
+        theirs = _data_facts(other.cfg)
+        differ = [key for key, value in theirs.items() if value != facts.get(key, value)]
         if differ:
             key = f"DATASET.{differ[0]}"
             raise UserError(
@@ -189,7 +199,8 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
 
 
 def _data_facts(cfg: Config) -> dict[str, Any]:
-    keys = ("TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS")
+    keys = ["TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS"]
+    keys += ["VAL_SPLIT", "VAL_SEED"] if lacks_test(cfg) else []
     facts = {key: cfg.DATASET[key] for key in keys}
     return facts | {"ROOT": str(Path(facts["ROOT"]).resolve()) if facts["ROOT"] else ""}
 

@@ -11,6 +11,7 @@ import yaml
 
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
+from mdistiller.engine.metrics import score_of
 from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.quantize import Int8
@@ -23,7 +24,7 @@ from mdistiller.models import count_cost
 _TEST_SET = "test set"
 _EMA = "ema_"  # prefix of measurements of the moving average
 _LOCAL = ("LOG", "DEVICE")  # parts of a config that only concern the machine it ran on
-_PATHS = ("ROOT", "TEACHER_CKPT", "TEACHER_CFG")
+_PATHS = ("ROOT", "STUDENT_CKPT", "TEACHER_CKPT", "TEACHER_CFG")
 
 
 class Latency(NamedTuple):
@@ -146,8 +147,10 @@ def accuracies(student: Student) -> list[Measured]:
         values = {row["epoch"]: row[key] for row in run.epochs if key in row}
         if not values:
             continue
+        by = student.cfg.LOG.get("SELECT_BY", "top1")
+        score = {row["epoch"]: score_of(row, by, prefix) for row in run.epochs if key in row}
         # of equal ones the later, as the files have it
-        last, best = max(values), max(values, key=lambda epoch: (values[epoch], epoch))
+        last, best = max(values), max(values, key=lambda epoch: (score[epoch], epoch))
         epochs = {f"{prefix}best": best, f"{prefix}latest": last}
         chosen = run.choice.removeprefix("epoch_")
         if chosen.isdigit() and not prefix:

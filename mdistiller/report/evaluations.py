@@ -19,6 +19,8 @@ from mdistiller.report.tables import plus_minus
 _EPOCHS = {"latest": "last", "best": "best"}
 _SAME = 0.3  # points: another device rounds some images to the other side
 COLUMNS = {
+    "balanced_accuracy": "balanced %",
+    "macro_f1": "macro F1 %",
     "nll": "loss = NLL",
     "ece": "ECE %",
     "teacher.agreement": "agrees with the teacher %",

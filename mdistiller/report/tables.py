@@ -94,7 +94,8 @@ def _accuracies(g: Group, split: bool) -> list[str]:
     """The row of a group; with `split`, its accuracies on held-out images as well."""
     last, best = over_seeds(g, "last"), over_seeds(g, "best")
     row = [g.name, str(last.n if last else 0), plus_minus(last), plus_minus(best)]
-    row.append(joined(g.facts("selected_on")))
+    by = [f"by {name.replace('_', ' ')}" for name in g.facts("selected_by") if name != "top1"]
+    row.append(joined([*g.facts("selected_on"), *by]))
     for which in ("last", "best") if split else ():
         row.append(plus_minus(judged(g, which, "held-out")))
     return row
