@@ -173,7 +173,7 @@ def _describe(default: Any) -> str:
         return "a whole number"
     if isinstance(default, float):
         return "a finite number"
-    return f"a list like {list(default) or [1, 2]}"
+    return f"a list like {list(default)}" if default else "a list"
 
 
 def literal(value: Any, name: str = "") -> Any:
