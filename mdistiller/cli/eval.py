@@ -1,6 +1,7 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
+eval student_int8.onnx -d DATASET           an exported file
 eval output/digits/*                        the students of run folders, on their own data, beside
                                             their own teacher (or --teacher RUN|NAME|none)
 """

@@ -57,7 +57,7 @@ class Data:
         mean, std: normalisation constants per channel, for images in [0, 1].
         preprocessing: the whole preprocessing for evaluation.
         plain: returns a loader of the images in `train` in order, without augmentation; items
-            (image, target).
+            (image, target). Given indices (int64), of these alone.
     """
 
     train: TrainLoader
@@ -71,7 +71,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
-    plain: Callable[[], EvalLoader] | None = None
+    plain: Callable[..., EvalLoader] | None = None
     val_name: str = TEST_SET
 
     def close(self) -> None:
@@ -146,7 +146,9 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda: pipeline.eval_loader(train, size, statistics),
+        plain=lambda indices=None: pipeline.eval_loader(
+            train if indices is None else train.select(indices), size, statistics
+        ),
         val_name=TEST_SET if held is None else f"{len(held)} held-out training images",
     )
 

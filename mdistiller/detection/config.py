@@ -39,6 +39,7 @@ ITERATIONS: dict[str, Any] = {
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
     "LABEL_SMOOTHING",
+    *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
 
 DETECTION: dict[str, Any] = {

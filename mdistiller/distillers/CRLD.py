@@ -14,7 +14,7 @@ The means are over all samples of the batch. The student runs once for each view
 them apart. The strong view is MLKD's: another crop and mirror, two random operations, and a square
 of up to half the side cut out. Under LSKD, the divergences take standardised logits, m plain ones.
 
-The trainer `deepkd` splits each KD_ij by the target class (`helpers/split.py`).
+The trainer `deepkd` splits each KD_ij by the target class (`helpers/losses/split.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.numerics import scale_logits, weighted_divergence
-from mdistiller.distillers.helpers.settings import require_positive
-from mdistiller.distillers.helpers.split import Split, split_rows
+from mdistiller.distillers.helpers.losses.numerics import scale_logits, weighted_divergence
+from mdistiller.distillers.helpers.losses.split import Split, split_rows
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 Pair = tuple[Tensor, Tensor]
 

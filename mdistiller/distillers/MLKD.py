@@ -20,8 +20,8 @@ constants, their means (about 1/2); and from the fourth temperature on, kd_stron
 view. The student runs once for each view, so batch norm sees them apart, and its running statistics
 move twice a step. Under LSKD, the kd terms take standardised logits, cc and bc plain ones.
 
-The trainer `deepkd` splits each KL of the kd terms by the target class (`helpers/split.py`); cc and
-bc, which relate all classes, go with the other classes. That is a choice made here.
+The trainer `deepkd` splits each KL of the kd terms by the target class (`helpers/losses/split.py`);
+cc and bc, which relate all classes, go with the other classes. That is a choice made here.
 
 The batch is that of all processes.
 """
@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import divergence, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.split import Split, split_rows
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.losses.split import Split, split_rows
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 MASKS = ("as_coded", "per_item")

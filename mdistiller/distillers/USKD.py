@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.decoupled import labelled_mean
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean
+from mdistiller.distillers.helpers.losses.numerics import IGNORE_INDEX, scale_logits
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_one_of
 
 
 def label_weights(target: Tensor, classes: int) -> Tensor:
@@ -121,11 +121,7 @@ class USKD(Distiller):
     uses_teacher = False
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
+        self, student: nn.Module, teacher: nn.Module | None, cfg: Any, image_size: Size = None
     ):
         super().__init__(student, None)
         node = cfg.USKD

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
-from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
-from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
-from mdistiller.distillers.helpers.output import Losses, Output
-from mdistiller.distillers.helpers.split import Split
-from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
-from mdistiller.distillers.helpers.trainable import Trainable
+from mdistiller.distillers.helpers.features.output import Losses, Output
+from mdistiller.distillers.helpers.features.shapes import Size
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.losses.split import Split
+from mdistiller.distillers.helpers.losses.standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.training.arguments import (
+    StepArguments,
+    missing_arguments,
+    view_names,
+)
+from mdistiller.distillers.helpers.training.checks import logits_and_features, loss_of, require_call
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.training.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
@@ -71,6 +76,7 @@ class Distiller(Trainable):
         distills: False if the main stage is cross-entropy alone; the teacher does not run.
         frozen: a faster equivalent of a teacher in eval mode, run in its place if set; not a
             submodule, so not in the state dict.
+        fixed_norms: modules that stay in eval mode while training (SOLVER.FREEZE).
         watches_teacher: True if the method has registered hooks on the teacher; the engine sets it.
     """
 
@@ -93,6 +99,7 @@ class Distiller(Trainable):
     distills: bool = True
     frozen: Any = None
     watches_teacher: bool = False
+    fixed_norms: Sequence[nn.Module] = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Register the two networks.
@@ -134,7 +141,7 @@ class Distiller(Trainable):
         teacher: nn.Module | None,
         cfg: Any,
         num_data: int,
-        image_size: tuple[int, int] | None = None,
+        image_size: Size = None,
         targets: Tensor | None = None,
     ) -> Distiller:
         """Construct the method; its constructor gets those of the last three that it names.
@@ -183,6 +190,8 @@ class Distiller(Trainable):
                 child.eval()
             for module in self.init_stages()[self.init_stage].init_modules():
                 module.train()
+        for norm in self.fixed_norms:
+            norm.eval()
         return self
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
@@ -240,7 +249,7 @@ class Distiller(Trainable):
         return cross_entropy(logits, target, self.label_smoothing, self.ce_class_weights)
 
     def standardize(self, logits: Tensor) -> Tensor:
-        """Logits [N, C, ...] as the distillation loss reads them (`helpers/standardize.py`)."""
+        """Logits [N, C, ...] as the distillation loss reads them (LSKD)."""
         return logits if self._lskd is None else standardize(logits, **self._lskd)
 
     def standardized(self, output: Output) -> Output:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.distillers.helpers.checks import logits_of, metrics_of, step_of
+from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
+from mdistiller.engine.callbacks.console import BEST
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
@@ -41,8 +41,10 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError, score_of
-from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_settings
+from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optimization import Optimization
+from mdistiller.engine.param_groups import student_groups
+from mdistiller.engine.schedules import by_step
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, evaluate
 from mdistiller.engine.utils import progress as progress_bar
@@ -69,7 +71,7 @@ class BaseTrainer(Optimization):
 
     A trainer that overrides `train_epoch` can be saved, and stopped by signals, only after epochs.
 
-    Override `measure`, `train_numbers`, `evaluate` and `progress_line` for another task's metrics.
+    Override `measure`, `train_numbers`, `evaluate` and `columns` for another task's metrics.
 
     Class attributes:
         selects: the key of the evaluation that `best_acc` is of, in percent; the best epoch is
@@ -104,11 +106,12 @@ class BaseTrainer(Optimization):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
+        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.optimizer = self.init_optimizer(cfg)
+        self.check_rates()
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
-        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.processes = world_size()
         self.epoch = 0
         self.step = 0
@@ -137,6 +140,7 @@ class BaseTrainer(Optimization):
         solver = cfg.SOLVER
         wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
         wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
+        wanted += ["SCHEDULE_BY"] if by_step(solver) else []
         if cls.own_steps and wanted:
             raise UserError(
                 f"SOLVER.{wanted[-1]} has no effect on SOLVER.TRAINER {solver.TRAINER}, which "
@@ -315,15 +319,25 @@ class BaseTrainer(Optimization):
         numbers = evaluate(self.val_loader, self.distiller)
         return {f"test_{name}": value for name, value in numbers.items()}
 
-    def progress_line(self, record: dict[str, Any]) -> str:
-        """The part of an epoch's printed line between learning rate and speed."""
-        hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
-        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
-        return (
-            f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
-            f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-            f"(best {self.best_acc:.2f})  {averaged}{hits}"
-        )
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """What an epoch's printed line has behind the loss, by title."""
+        cells = {
+            "train %": f"{record['train_acc']:.2f}",
+            "eval %": self.marked(f"{record['test_acc']:.2f}"),
+        }
+        if "ema_test_acc" in record:
+            cells["ema %"] = f"{record['ema_test_acc']:.2f}"
+        if "teacher_hits" in record:
+            cells["cached %"] = f"{record['teacher_hits']:.0f}"
+        return cells
+
+    def marked(self, score: str) -> str:
+        """A score as printed, with a mark if the epoch is the best so far."""
+        return score + (BEST if self.best_epoch == self.epoch else " ")
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of the run after this one."""
+        return self.epochs - epoch
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
@@ -382,18 +396,26 @@ class InitTrainer(BaseTrainer):
         return stage_hooks(writes=is_main_process())
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
-        return build_optimizer(self.plan.groups, self.plan.solver)
+        groups = student_groups(self.plan.groups, self.plan.solver, self.model)
+        return build_optimizer(groups, self.plan.solver)
 
-    def init_scheduler(self, cfg: Any) -> LRScheduler:
-        return build_scheduler(self.optimizer, self.plan.solver)
-
-    def step_settings(self) -> dict[str, Any]:
-        return step_settings(self.plan.solver)
+    @property
+    def solver_cfg(self) -> Any:
+        return self.plan.solver
 
     @property
     def epochs(self) -> int:
         epochs: int = self.plan.solver.EPOCHS
         return epochs
+
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """Nothing: the student is not evaluated."""
+        return {}
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of this stage, of later ones and of the main training."""
+        later = list(self.model.init_stages().values())[self.plan.number :]
+        return self.epochs - epoch + sum(part.init.epochs for part in later) + self.main.epochs
 
     def initialize(self) -> None:
         """Does nothing: stages have no stages before them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -111,6 +112,8 @@ def progress(items: Iterable[Any], title: str, total: int | None = None, done: i
     )
 
 
+WIDTH = 100
+"""Columns of what a run prints."""
 _COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
 
 
@@ -125,5 +128,10 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: Optimizer) -> float:
 
 def log_msg(msg: str, mode: str = "INFO") -> str:
     """`msg` behind its [MODE], coloured on a terminal."""
-    text = f"[{mode}] {msg}"
-    return f"\033[{_COLOURS.get(mode, 36)}m{text}\033[0m" if sys.stdout.isatty() else text
+    return coloured(f"[{mode}] {msg}", mode)
+
+
+def coloured(text: str, mode: str) -> str:
+    """`text` in the colour of a mode on a terminal, unless NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return text if plain else f"\033[{_COLOURS.get(mode, 36)}m{text}\033[0m"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers import Output
-from mdistiller.distillers.helpers.stages import pair_by_height
+from mdistiller.distillers.helpers.features.stages import pair_by_height
 from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (
@@ -49,7 +49,7 @@ class Evaluation:
             "model": source.name,
             "weights": str(source.weights),
             "note": source.note,
-            "parameters": sum(p.numel() for p in self.subject.net.parameters()),
+            "parameters": sum(p.numel() for p in self.subject.net.parameters()) or None,
             "images": quality.images,
             **{key: getattr(quality, key) for key in ("top1", "top5")},
             "balanced_accuracy": quality.macro["recall"],

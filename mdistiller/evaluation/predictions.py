@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence
 from mdistiller.engine.metrics import class_scores, correct_counts, count_cells
 
 BINS = 15

@@ -28,6 +28,7 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
+from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -151,6 +152,8 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
+    if name and Path(path).suffix in SUFFIXES:
+        raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
         node.defrost()
@@ -158,6 +161,12 @@ def file_source(
         node.freeze()
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
+        return Source(path, node, Path(path), role=role)
+    if Path(path).suffix in SUFFIXES:
+        node = cfg.clone()
+        node.defrost()
+        node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
+        node.freeze()
         return Source(path, node, Path(path), role=role)
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
@@ -255,6 +264,8 @@ def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None
+    if _is_exported(source):
+        return stated_preprocessing(Path(source.weights))[1]
     stated = None if source.weights == PRETRAINED else recorded_facts(source.weights)
     try:
         entry = get_model_entry(source.name, facts.zoo)
@@ -274,8 +285,16 @@ def _sized(cfg: Config, size: tuple[int, int]) -> Config:
 
 def load(source: Source, test: TestData, device: torch.device) -> Subject:
     """Build a network for the data and load its weights."""
-    net = build_network(source.cfg, source.role, test, source.weights)
+    net: nn.Module
+    if _is_exported(source):
+        net = ExportedNetwork(Path(source.weights), test)
+    else:
+        net = build_network(source.cfg, source.role, test, source.weights)
     return Subject(source, net.to(device).eval().requires_grad_(False))
+
+
+def _is_exported(source: Source) -> bool:
+    return Path(source.weights).suffix in SUFFIXES
 
 
 def side_by_side(

@@ -23,7 +23,8 @@ from optuna.trial import TrialState
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.run.record import experiment_name, one_line
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.record import one_line
 from mdistiller.engine.run.teacher import being_trained
 from mdistiller.engine.run.train import data_key, in_lock_step, train_or_continue
 from mdistiller.engine.user_code.forks import active

@@ -10,7 +10,7 @@ from torch import nn
 
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers.helpers.split import Split
+from mdistiller.distillers.helpers.losses.split import Split
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size

@@ -12,7 +12,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import DISTILLERS, get_distiller
 from mdistiller.distillers.DKD import dkd_terms
-from mdistiller.distillers.helpers.split import Split, split_terms
+from mdistiller.distillers.helpers.losses.split import Split, split_terms
 from mdistiller.distillers.KD import KD, kd_loss
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import default_config, load_config

@@ -15,6 +15,7 @@ computed from images in train/.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from mdistiller.dataset.data_source import DATASETS, Split, same_classes
@@ -54,4 +55,5 @@ class ImageFolder(FileSource):
         skipped: Counter[str] = Counter()
         files = list_class_folders(folder, class_folders(folder), skipped)
         report_skipped(folder, skipped)
-        return files
+        count = skipped.total()
+        return replace(files, left_out=(f"{count} without an image suffix",) * (count > 0))

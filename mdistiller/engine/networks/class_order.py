@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import are_numbers, first_difference, natural_key
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank

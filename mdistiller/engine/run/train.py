@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
-from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries
 from mdistiller.engine.distributed import barrier, process_group, wrap
@@ -35,11 +36,12 @@ from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.overview import describe_data, describe_network, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
     data_facts,
-    experiment_name,
     recorded_settings,
     recorded_teacher_acc,
     side_settings,
@@ -53,7 +55,8 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.schedules import depends_on_epochs
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -73,6 +76,7 @@ class Prepared(NamedTuple):
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
         teacher: its weights, a file or PRETRAINED, for `run.json`.
+        about: lines for the :func:`overview`, by title.
     """
 
     trainer: BaseTrainer
@@ -80,6 +84,7 @@ class Prepared(NamedTuple):
     facts: Mapping[str, Any]
     teacher_acc: float | None
     teacher: str | Path | None = None
+    about: Mapping[str, str] = MappingProxyType({})
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
@@ -119,9 +124,11 @@ def train(
 
 
 def data_key(cfg: Config) -> str:
-    """All settings that determine a run's batches, as text; equal for runs that train together."""
-    views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
-    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
+    """All settings that determine a run's batches, as text; equal for runs that train together.
+
+    But for the number of views: the weak ones of a pair are those of runs with one view.
+    """
+    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
     return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
 
 
@@ -146,8 +153,7 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and the views of a batch "
-                "must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -211,10 +217,8 @@ def _train_with(
         keep_full_decoding(recorded_settings(folder), cfg)
     changes = check_folder(folder, cfg, resume, allow_changes)
     teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
-    if teacher_acc is not None and rank() == 0:
-        print(log_msg(f"teacher: {teacher_acc:.2f} %, as measured when the run began"), flush=True)
     prepared = (prepare or prepare_classifier)(cfg, name, device, teacher_acc)
-    trainer, data, facts, teacher_acc, teacher = prepared
+    trainer, data, facts, teacher_acc, teacher, about = prepared
     record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, record]
@@ -226,6 +230,7 @@ def _train_with(
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+            print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
     return summary
@@ -244,7 +249,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
-    data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
+    key = data_key(cfg), items.two_views
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
@@ -255,9 +261,8 @@ def prepare_classifier(
     distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
     share_teacher(distiller, cfg, device)
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
-    if rank() == 0:
-        show_cfg(cfg)
-    if method.uses_teacher and teacher_acc is None:
+    measured = teacher_acc is None
+    if method.uses_teacher and measured:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
@@ -273,7 +278,17 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
+    about = {"data": describe_data(cfg, data)}
+    if method.uses_teacher:
+        assert distiller.teacher is not None
+        accuracy = "" if teacher_acc is None else f"accuracy {teacher_acc:.2f} %"
+        accuracy += "" if measured else " (measured when the run began)"
+        about["teacher"] = describe_network(
+            cfg.DISTILLER.TEACHER, distiller.teacher, accuracy, teacher_ckpt
+        )
+    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
+    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt, about)
 
 
 def _train_in(
@@ -346,7 +361,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
             "--allow-changes"
         )
-    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:
         raise UserError(
