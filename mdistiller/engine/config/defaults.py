@@ -79,6 +79,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
+        "MISTAKES": 0,  # worst mistakes of the last epoch that are drawn in TensorBoard; 0: none
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind
