@@ -44,6 +44,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "STD": [],
     "MAX_MEMORY_GB": 16.0,  # image files that decode to more are read by workers
     "SKIP_CORRUPT": False,  # skip and list unreadable images; else stop
+    "SAMPLER": "default",  # each image once an epoch; balanced: each class equally often
     "DROP_LAST": False,  # drop the last, incomplete batch of an epoch
     "TEST": {"BATCH_SIZE": 64},
     "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
@@ -201,6 +202,10 @@ class DataSource:
             UserError: the data are missing or broken; the text explains what to do.
         """
         raise NotImplementedError
+
+    def has_test(self, root: Path) -> bool:
+        """Whether there are test images; without, DATASET.VAL_SPLIT holds out some for that."""
+        return True
 
 
 def same_classes(train: list[str], test: list[str], where: Path | str) -> None:

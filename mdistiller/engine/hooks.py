@@ -27,7 +27,8 @@ class Trainer(Protocol):
         model: the distiller, never wrapped; `distiller` may be wrapped for several processes.
         epoch: the last finished epoch, of `epochs`; `step`: micro-batches of the one under way.
         progress: of the epoch under way: its meters and what it has taken.
-        best_acc: percent, in `best_epoch`.
+        best_acc: percent, in `best_epoch`, which LOG.SELECT_BY (`select_by`) decides by
+            `best_score`; the largest is the best.
         history: one record per epoch.
         stage: name of a method's initialisation stage, "" in the main one.
         position: where in an epoch to continue, or what to save of it.
@@ -50,6 +51,7 @@ class Trainer(Protocol):
     stage: str
     best_acc: float
     best_epoch: int
+    best_score: float
     history: list[dict[str, Any]]
     init_state: dict[str, Any] | None
     position: dict[str, Any] | None
@@ -59,6 +61,8 @@ class Trainer(Protocol):
     def epochs(self) -> int: ...
     @property
     def fresh(self) -> bool: ...
+    @property
+    def select_by(self) -> str: ...
     @property
     def global_step(self) -> int: ...
     @property

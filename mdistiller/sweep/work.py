@@ -222,7 +222,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
 
 
 class _Report(Hook):
-    """Reports each epoch's accuracy to the study; ends a run that is pruned or taken over.
+    """Reports each epoch's value of the study's metric; ends a run that is pruned or taken over.
 
     Args:
         first: epochs of the runs before this one.
@@ -230,9 +230,12 @@ class _Report(Hook):
 
     def __init__(self, attempt: Attempt, first: int):
         self.attempt, self.first = attempt, first
+        metric = attempt.study.plan.metric  # last_NAME, best_NAME or test_acc_WHICH
+        self.key = f"test_{metric.split('_', 1)[1]}" if metric[:5] != "test_" else "test_acc"
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        if "test_acc" in record and self.attempt.report(self.first + epoch, record["test_acc"]):
+        value = record.get(self.key)
+        if value is not None and self.attempt.report(self.first + epoch, value):
             raise optuna.TrialPruned
 
 

@@ -55,8 +55,8 @@ def test_the_lines_of_epochs_are_aligned_within_100_columns(monkeypatch, names):
     assert len(header) <= 100
     titles = header.split()
     assert titles[:3] == ["epoch", "lr", "loss"]
-    shown = [name for name in names[:4] if len(names) > 1]
-    assert titles[3 : 3 + len(shown)] == [name[:9] for name in shown]
+    shown = [name for name in names[:5] if len(names) > 1]
+    assert titles[3 : 3 + len(shown)] == [name[:6] for name in shown]
     ends = [match.end() for match in re.finditer(r"\S+( %)?", header)]
     for line in lines:
         assert all(line[end - 1] != " " or header[end - 1] == "%" for end in ends), line

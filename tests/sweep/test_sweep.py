@@ -166,7 +166,7 @@ BAD = {
     "TRIALS: 2\nSPACE: {SOLVER.LR: {LOW: 010, HIGH: 11}}": "s.yaml, line 4: SOLVER.LR: YAML reads",
     "GRID: {DISTILLER.TYPE: [KDD]}": "KDD: unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean",
     "GRID: {DISTILLER.TYPE: [KD]}": "KD: no weights for the teacher ResNet50",
-    "OVERRIDES: {SOLVER: {TYPE: Adan}}": "unknown optimizer (SOLVER.TYPE) 'Adan'; did you mean",
+    "OVERRIDES: {SOLVER: {TYPE: Adamm}}": "unknown optimizer (SOLVER.TYPE) 'Adamm'; did you mean",
     "OVERRIDES: {EXPERIMENT.SEED: 3}": "EXPERIMENT.SEED: in a sweep that comes from SEEDS",
     "VARIANTS: [{CONFIG: toy.yaml}]": "VARIANTS: each needs a NAME",
     "VARIANTS: [{NAME: a, GIRD: 1}]": "variant a: unknown sweep key GIRD; did you mean 'GRID'?",

@@ -3,7 +3,7 @@
 ::
 
     ROOT/train/CLASS/*.jpg
-    ROOT/val/CLASS/*.jpg        or ROOT/test/CLASS/*.jpg
+    ROOT/val/CLASS/*.jpg        or ROOT/test/CLASS/*.jpg; or neither, with ``DATASET.VAL_SPLIT``
 
 ``DATASET.TYPE: imagefolder`` and ``DATASET.ROOT`` are all it takes. Images that fit in memory are
 decoded once, larger sets by worker processes when they are needed; either way they must have one
@@ -36,11 +36,17 @@ class ImageFolder(FileSource):
     root = None
     augment = "crop_flip"
 
+    def has_test(self, root: Path) -> bool:
+        return (root / "val").is_dir() or (root / "test").is_dir()
+
     def files(self, root: Path, split: Split) -> FileSet:
         train = root / "train"
         test = root / "val" if (root / "val").is_dir() else root / "test"
         if split == "test" and not test.is_dir():
-            raise UserError(f"{root} (DATASET.ROOT) has neither val/ nor test/; make one of them")
+            raise UserError(
+                f"{root} (DATASET.ROOT) has neither val/ nor test/: make one of them, or set "
+                "DATASET.VAL_SPLIT to the number of training images to hold out for evaluation"
+            )
         if split == "train" and not train.is_dir():
             raise UserError(f"{root} (DATASET.ROOT) has no folder train/; put class folders in it")
         if train.is_dir() and test.is_dir():

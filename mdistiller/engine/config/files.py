@@ -44,12 +44,12 @@ def require_run(folder: Path) -> None:
         )
 
 
-def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The nested mapping of a YAML file, over that of its `_BASE_` file or files.
 
     Numbers and truth values in it are still :class:`Written`; `coerce` makes values of them.
     """
-    return _read_yaml(path, chain, count(1), [])
+    return _read_yaml(path, (), count(1), [])
 
 
 def read_layers(path: Path) -> Layers:

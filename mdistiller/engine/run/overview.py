@@ -18,6 +18,7 @@ from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.run.record import describe_device
+from mdistiller.engine.tasks import task_of
 from mdistiller.engine.utils import WIDTH, coloured
 
 _INDENT = 10
@@ -80,11 +81,10 @@ def describe_network(name: str, net: nn.Module, accuracy: str = "", origin: Any 
 
 def _method(cfg: Config) -> str:
     """The method with its settings, in one line."""
-    settings = [
-        f"{key} {lookup(cfg[node], key)}"
-        for node in method_nodes(cfg)
-        for key in flatten(cfg[node])
-    ]
+    task = task_of(cfg)
+    where = cfg if task is None else {**cfg, **cfg[task.section]}
+    nodes = [where[name] for name in method_nodes(cfg) if name in where]
+    settings = [f"{key} {lookup(node, key)}" for node in nodes for key in flatten(node)]
     line = f"{cfg.DISTILLER.TYPE}: {', '.join(settings)}" if settings else cfg.DISTILLER.TYPE
     return textwrap.shorten(line, WIDTH - _INDENT, placeholder=" ...")
 
@@ -101,7 +101,8 @@ def _steps(cfg: Config, trainer: Trainer) -> str:
     """Epochs, steps and how the weights are moved."""
     solver, steps = cfg.SOLVER, -(-len(trainer.train_loader) // trainer.accumulate)
     images = solver.BATCH_SIZE * trainer.accumulate * world_size()
-    others = f", trainer {solver.TRAINER}" if solver.TRAINER not in ("base", "crd") else ""
+    usual = solver.TRAINER in ("base", "crd") or task_of(cfg) is not None
+    others = "" if usual else f", trainer {solver.TRAINER}"
     return (
         f"{trainer.epochs} epoch{'s' * (trainer.epochs > 1)} x {steps:,} step{'s' * (steps > 1)} "
         f"of {images:,} images; {solver.TYPE}, "

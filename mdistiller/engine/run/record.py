@@ -256,15 +256,15 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
         before, now = _get(recorded, key), _get(cfg, key)
         if before is None:  # a key newer than the run, which therefore ran with its default
             before = _get(CFG, key)
-        if key == "DATASET.ROOT":
+        if key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
 
 
-_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
-_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY")
+_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS", "SOLVER.OPTIMIZER_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",

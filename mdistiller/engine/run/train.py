@@ -55,7 +55,8 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.schedules import depends_on_epochs
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -123,9 +124,11 @@ def train(
 
 
 def data_key(cfg: Config) -> str:
-    """All settings that determine a run's batches, as text; equal for runs that train together."""
-    views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
-    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
+    """All settings that determine a run's batches, as text; equal for runs that train together.
+
+    But for the number of views: the weak ones of a pair are those of runs with one view.
+    """
+    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
     return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
 
 
@@ -150,8 +153,7 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and the views of a batch "
-                "must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -247,7 +249,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
-    data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
+    key = data_key(cfg), items.two_views
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     teacher_ckpt = None
@@ -359,14 +362,15 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
             "--allow-changes"
         )
-    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:
         raise UserError(
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
             f"--resume: {folder} has begun with what cannot be changed any more "
