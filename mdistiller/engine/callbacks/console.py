@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.hooks import Record, Trainer
-from mdistiller.engine.utils import WIDTH, coloured
+from mdistiller.engine.utils import coloured, width
 
 BEST = "*"
 """Behind the score of the best epoch so far."""
@@ -62,10 +62,10 @@ class EpochTable:
         if list(cells) != list(self.widths):
             self.widths, self.lines = _widths(cells), 0
         self.lines += 1
-        titles = "  ".join(f"{title:>{width}}" for title, width in self.widths.items())
+        titles = "  ".join(f"{title:>{columns}}" for title, columns in self.widths.items())
         row = []
-        for title, width in self.widths.items():
-            text = f"{cells[title]:>{width}}"
+        for title, columns in self.widths.items():
+            text = f"{cells[title]:>{columns}}"
             row.append(coloured(text, "EVAL") if BEST in text else text)
         return [*([coloured(titles, "INFO")] if header else []), "  ".join(row)]
 
@@ -89,7 +89,7 @@ def _widths(cells: Mapping[str, str]) -> dict[str, int]:
 
 
 def _fitted(first: dict[str, str], terms: dict[str, str], rest: dict[str, str]) -> dict[str, str]:
-    """All cells, as far as they fit into :data:`WIDTH`.
+    """All cells, as far as they fit into :func:`width`.
 
     The speed goes first, then the ends of the terms' names, the iteration of a detector, and the
     last terms, which then are in metrics.jsonl alone.
@@ -103,6 +103,6 @@ def _fitted(first: dict[str, str], terms: dict[str, str], rest: dict[str, str]) 
         others = {title: text for title, text in rest.items() if title not in left_out}
         cells = {**first, **some, **others}
         widths = _widths(cells).values()
-        if sum(widths) + 2 * (len(widths) - 1) <= WIDTH:
+        if sum(widths) + 2 * (len(widths) - 1) <= width():
             break
     return cells

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 SIDE, TEXT, COLUMNS = 128, 26, 6
@@ -38,7 +38,7 @@ def worst_mistakes(model: nn.Module, loader: Any, count: int) -> list[tuple[floa
         for value, place in zip(values.tolist(), places.tolist(), strict=True):
             if value != float("inf"):
                 pixels = ((images[place] - shift) / scale).round().clamp(0, 255).byte()
-                array = pixels.permute(1, 2, 0).cpu().numpy()
+                array = pixels[:3].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
                 worst.append((value, array, int(target[place]), int(said[place])))
         worst = sorted(worst, key=lambda one: one[0])[:count]
     return worst
@@ -59,8 +59,9 @@ def mistakes_picture(model: nn.Module, loader: Any, count: int) -> np.ndarray | 
     draw = ImageDraw.Draw(sheet)
     for number, (value, pixels, target, said) in enumerate(worst):
         x, y = number % COLUMNS * SIDE, number // COLUMNS * (SIDE + TEXT)
-        sheet.paste(Image.fromarray(pixels).resize((SIDE - 4, SIDE - 4)), (x + 2, y + 2))
-        lines = f"{_name(classes, target)} {100 * value:.1f} %\nsaid {_name(classes, said)}"
+        size = (SIDE - 4, SIDE - 4)
+        sheet.paste(ImageOps.pad(Image.fromarray(pixels), size, color="white"), (x + 2, y + 2))
+        lines = f"{_name(classes, target)} ({100 * value:.1f} %)\nsaid {_name(classes, said)}"
         draw.multiline_text((x + 3, y + SIDE - 2), lines, fill="black", spacing=1)
     return np.asarray(sheet)
 

@@ -19,14 +19,14 @@ from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.run.record import describe_device
 from mdistiller.engine.tasks import task_of
-from mdistiller.engine.utils import WIDTH, coloured
+from mdistiller.engine.utils import coloured, width
 
 _INDENT = 10
 _AMP = {"none": "fp32"}
 
 
 def overview(cfg: Config, trainer: Trainer, about: Mapping[str, str], folder: Path) -> str:
-    """The lines, each a title and a text of at most :data:`WIDTH` columns.
+    """The lines, each a title and a text of at most as many columns as :func:`width`.
 
     Args:
         about: further lines of the task, by title, which come first: "data", ...
@@ -45,7 +45,7 @@ def overview(cfg: Config, trainer: Trainer, about: Mapping[str, str], folder: Pa
 
 def _row(title: str, text: str) -> str:
     lines = textwrap.wrap(
-        text, WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False
+        text, width() - _INDENT, break_long_words=False, break_on_hyphens=False
     ) or [""]
     head = coloured(f"{title:<{_INDENT}}", "INFO")
     return "\n".join([head + lines[0], *(" " * _INDENT + line for line in lines[1:])])
@@ -86,7 +86,7 @@ def _method(cfg: Config) -> str:
     nodes = [where[name] for name in method_nodes(cfg) if name in where]
     settings = [f"{key} {lookup(node, key)}" for node in nodes for key in flatten(node)]
     line = f"{cfg.DISTILLER.TYPE}: {', '.join(settings)}" if settings else cfg.DISTILLER.TYPE
-    return textwrap.shorten(line, WIDTH - _INDENT, placeholder=" ...")
+    return textwrap.shorten(line, width() - _INDENT, placeholder=" ...")
 
 
 def _device(cfg: Config, device: torch.device) -> str:

@@ -82,6 +82,13 @@ def test_the_best_epoch_is_coloured_on_a_terminal_alone(monkeypatch):
     assert console.coloured("text", "EVAL") == "text"
 
 
+def test_a_narrower_terminal_gets_fewer_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    lines = printed(monkeypatch, [record(*TERMS)] * 2, Terminal())
+    assert max(map(len, lines[1:])) <= 72 + len("\033[32m" + "\033[0m")
+    assert lines[1].split()[-1] == "0:01:39"
+
+
 def test_runs_in_lock_step_name_the_numbers_in_each_line(monkeypatch):
     (line,) = printed(monkeypatch, [record("ce", "kd")], PrefixedStream(io.StringIO(), "digits/kd"))
     assert line.startswith("digits/kd: epoch 1/100  lr 0.1  loss 12.7500  ce 1.5000  kd 11.2500")
