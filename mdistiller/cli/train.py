@@ -26,18 +26,19 @@ class _Parser(argparse.ArgumentParser):
             else:
                 words.append("--resume=yes" if word == "--resume" else word)
         found = super().parse_intermixed_args(words, namespace)
-        while found.opts and found.opts[0].endswith((".yaml", ".yml")):
+        while found.opts and found.opts[0].endswith(YAML):
             found.cfg = [*(found.cfg or []), found.opts.pop(0)]
         return found
 
 
+YAML = (".yaml", ".yml")
 WORDS = ("yes", "auto")
 """Values of --resume that name no folder."""
 
 
 def _is_folder(word: str) -> bool:
     """Whether a word names a folder, and no config key."""
-    return "/" in word or Path(word).is_dir()
+    return not word.endswith(YAML) and ("/" in word or Path(word).is_dir())
 
 
 def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,9 +185,10 @@ def test_resume_may_stand_behind_the_overrides():
 
 
 def test_a_config_may_be_named_as_other_programs_do():
-    for words in (["--config", "a.yaml"], ["a.yaml"], ["--resume", "auto", "a.yaml"]):
+    for words in (["--config", "a.yaml"], ["a.yaml"], ["--resume", "./a.yaml"]):
         args = train_command.parser().parse_intermixed_args([*words, "SOLVER.LR", "0.1"])
-        assert (args.cfg, args.opts) == (["a.yaml"], ["SOLVER.LR", "0.1"])
+        assert (Path(args.cfg[0]).name, args.opts) == ("a.yaml", ["SOLVER.LR", "0.1"])
+        assert args.resume in (None, "yes")
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path, capsys):

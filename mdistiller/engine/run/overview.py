@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data
+from mdistiller.dataset.build import TEST_SET
 from mdistiller.engine.cfg import Config, method_nodes
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.distributed import world_size
@@ -53,20 +54,19 @@ def _row(title: str, text: str) -> str:
 
 def describe_data(cfg: Config, data: Data) -> str:
     """Images, classes, the smallest class, and what is left out."""
-    height, width = data.image_size
-    name = cfg.DATASET.TYPE
-    text = f"{name}: {data.num_data:,} images of {height} x {width}, {data.num_classes:,} classes"
+    size = " x ".join(map(str, data.image_size))
+    text = f"{cfg.DATASET.TYPE}: {data.num_data:,} images of {size}, {data.num_classes:,} classes"
     images = getattr(data.train, "dataset", None)
     targets = getattr(images, "targets", None)
     if isinstance(targets, torch.Tensor) and not targets.is_floating_point() and len(targets):
         counts = torch.bincount(targets.cpu(), minlength=data.num_classes)
         fewest = int(counts.argmin())
         text += f" (fewest: {int(counts[fewest]):,} of {data.classes[fewest]})"
-    test = data.val if data.test is None else data.test
-    text += f", {len(test.dataset):,} test images"
-    left_out = list(getattr(images, "left_out", ()))
-    if data.test is not None:
-        left_out.insert(0, f"{len(data.val.dataset):,} held out to select the best epoch")
+    held_out = data.val_name != TEST_SET
+    test = data.test if held_out else data.val
+    text += f", {len(test.dataset):,} test images" if test is not None else ", no test images"
+    left_out = [f"{len(data.val.dataset):,} held out to select the best epoch"] if held_out else []
+    left_out += getattr(images, "left_out", ())
     if cfg.DATASET.DROP_LAST and data.num_data % cfg.SOLVER.BATCH_SIZE:
         left_out.append("the last batch of each epoch (DROP_LAST)")
     return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
@@ -83,9 +83,14 @@ def _method(cfg: Config) -> str:
     """The method with its settings, in one line."""
     task = task_of(cfg)
     where = cfg if task is None else {**cfg, **cfg[task.section]}
-    nodes = [where[name] for name in method_nodes(cfg) if name in where]
-    settings = [f"{key} {lookup(node, key)}" for node in nodes for key in flatten(node)]
-    line = f"{cfg.DISTILLER.TYPE}: {', '.join(settings)}" if settings else cfg.DISTILLER.TYPE
+    nodes = {name: where[name] for name in method_nodes(cfg) if name in where}
+    settings = [
+        f"{f'{name}.{key}' if len(nodes) > 1 else key} {lookup(node, key)}"
+        for name, node in nodes.items()
+        for key in flatten(node)
+    ]
+    method = f"{cfg.DISTILLER.TYPE} with LSKD" if cfg.LSKD.ENABLE else cfg.DISTILLER.TYPE
+    line = f"{method}: {', '.join(settings)}" if settings else method
     return textwrap.shorten(line, width() - _INDENT, placeholder=" ...")
 
 
