@@ -56,7 +56,7 @@ def default_config() -> Config:
     """A fresh config that holds every default."""
     solver = {key: value for key, value in ENGINE_CONFIG["SOLVER"].items() if key not in _LEFT_OUT}
     experiment = {k: v for k, v in ENGINE_CONFIG["EXPERIMENT"].items() if k != "LOGIT_STAND"}
-    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k != "SELECT_BY"}
+    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k not in ("SELECT_BY", "MISTAKES")}
     shared = ("NUM_WORKERS", "WORKER_TIMEOUT", "SKIP_CORRUPT")
     return Config(
         {

@@ -40,7 +40,7 @@ from mdistiller.engine.distributed import (
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.metrics import Meters, NonFiniteLossError, score_of
+from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.param_groups import student_groups
@@ -323,10 +323,12 @@ class BaseTrainer(Optimization):
 
     def columns(self, record: dict[str, Any]) -> dict[str, str]:
         """What an epoch's printed line has behind the loss, by title."""
-        cells = {
-            "train %": f"{record['train_acc']:.2f}",
-            "eval %": self.marked(f"{record['test_acc']:.2f}"),
-        }
+        score, by = "eval %", self.select_by
+        cells = {"train %": f"{record['train_acc']:.2f}", score: f"{record['test_acc']:.2f}"}
+        if by != "top1":
+            score = "eval loss" if by == "loss" else by.removesuffix("_accuracy")
+            cells[score] = f"{record[SELECT_BY[by]]:.{4 if by == 'loss' else 2}f}"
+        cells[score] = self.marked(cells[score])
         if "ema_test_acc" in record:
             cells["ema %"] = f"{record['ema_test_acc']:.2f}"
         if "teacher_hits" in record:

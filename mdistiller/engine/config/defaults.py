@@ -93,6 +93,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "WANDB": False,
         "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
         "PROBE_FREQ": 10,  # epochs between these
+        "MISTAKES": 0,  # worst mistakes of the last epoch that are drawn in TensorBoard; 0: none
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind

@@ -313,6 +313,7 @@ def _train_in(
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
+    trainer.call("after_summary", summary)
     return summary
 
 
