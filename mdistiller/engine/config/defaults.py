@@ -57,6 +57,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
         "SYNC_BN": False,  # several processes: batch norm by the statistics of all
         "COMPILE": False,  # torch.compile; True, or its mode
+        "CUDA_GRAPHS": False,  # CUDA: record a step once an epoch and replay it
         "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
