@@ -21,6 +21,7 @@ from mdistiller.engine.callbacks.default import complete_record, default_hooks, 
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
 from mdistiller.engine.callbacks.preemption import PreemptionHandler, defer_signals
+from mdistiller.engine.captured import check_settings, step_function
 from mdistiller.engine.checkpoints.resume import (
     begin_epoch,
     capture,
@@ -139,6 +140,7 @@ class BaseTrainer(Optimization):
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         """Refuse settings that this trainer, or so short an epoch, cannot follow."""
+        check_settings(cfg, plain=cls in (BaseTrainer, InitTrainer))
         solver = cfg.SOLVER
         wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
         wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
@@ -203,10 +205,10 @@ class BaseTrainer(Optimization):
     def train_epoch(self, epoch: int) -> None:
         """One pass over the training data, then the hooks: evaluate, log, save."""
         meters, batches = self.start_epoch(epoch)
-        first = self.step + 1
+        first, take_step = self.step + 1, step_function(self)  # `train_iter`, or replays of it
         try:
             for self.step, data in enumerate(batches, start=first):
-                message = self.train_iter(data, epoch, meters)
+                message = take_step(data, epoch, meters)
                 if not batches.disable:  # on a terminal
                     batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
                 if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
