@@ -93,8 +93,11 @@ def _adapt(
     net: Any, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`state` with position embeddings and the first convolution in the network's shape."""
-    if hasattr(net, "adapt_state"):
-        state = net.adapt_state(state)
+    adapt = getattr(net, "adapt_state", None)
+    if adapt is not None and any(
+        key not in state or state[key].shape != expected[key].shape for key in expected
+    ):
+        state = adapt(state)
     adapted = dict(state)
     first = next((key for key, value in expected.items() if value.ndim == 4), None)
     if first in adapted and adapted[first].ndim == 4:
