@@ -132,7 +132,8 @@ def _other_head(
     if not head:
         return ""
     if head.keys() - fitting.keys():
-        return f"the classifier for {data.num_classes} classes"
+        classes = data.num_classes
+        return "the classifier " + (f"for {classes} classes" if classes else "(without labels)")
     theirs, ours = stated_classes(path, facts), list(data.classes)
     if not (theirs and ours and cfg.DISTILLER.CHECK_CLASSES) or sorted(theirs) == sorted(ours):
         return ""

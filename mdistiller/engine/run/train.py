@@ -295,7 +295,8 @@ def prepare_classifier(
             cfg.DISTILLER.TEACHER, distiller.teacher, accuracy, teacher_ckpt
         )
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
+    origin = cfg.DISTILLER.STUDENT_CKPT or released
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
     return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt, about)
 
 
