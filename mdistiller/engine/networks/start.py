@@ -47,7 +47,7 @@ def load_start(
 ) -> dict[str, Any]:
     """Load what fits of a file of weights into a new network, and print what that was.
 
-    Position embeddings are resampled (timm's networks), and a first convolution is adapted to the
+    Position embeddings are resampled (timm, torchvision), and a first convolution is adapted to the
     images' channels. A classifier for other classes, by number or by name, is not loaded; that of
     the same classes in another order is permuted. Whatever the file lacks keeps its random values.
 
