@@ -112,6 +112,7 @@ def test_a_name_of_timm_is_timms_optimizer_and_ours_stay_ours():
             {"OPTIMIZER_ARGS": "{'beta': 1}"},
             r"lion with OPTIMIZER_ARGS {'beta': 1}: ",
         ),
+        ("lion", {"OPTIMIZER_ARGS": "{'eps': 1}"}, "OPTIMIZER_ARGS eps has no effect on"),
         ("SGD", {"OPTIMIZER_ARGS": "{'lr': 1}"}, "multiple values for keyword argument 'lr'"),
     ):
         with pytest.raises(UserError, match=message):
