@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Distiller(Trainable):
 
     Class attributes:
         uses_teacher: False for methods without a teacher; they are built with None.
+        trains_peers: True for methods that train networks beside the student (DISTILLER.PEERS); the
+            constructor gets them as `peers`, and :meth:`students` lists all.
         teacher_in_eval_mode: False to run the teacher in train mode: it normalises by batch
             statistics, and its running statistics change.
         alone: reason why the method cannot be part of a sum such as "KD+AT" ("it ..."), or "".
@@ -70,6 +72,7 @@ class Distiller(Trainable):
     """
 
     uses_teacher = True
+    trains_peers = False
     teacher_in_eval_mode = True
     alone: str = ""
     takes_standardized_logits = False
@@ -126,18 +129,20 @@ class Distiller(Trainable):
         num_data: int,
         image_size: tuple[int, int] | None = None,
         targets: Tensor | None = None,
+        peers: Sequence[nn.Module] = (),
     ) -> Distiller:
-        """Construct the method; its constructor gets those of the last three that it names.
+        """Construct the method; its constructor gets those of the last four that it names.
 
         Args:
             num_data: number of training images.
             image_size: their (height, width); None: unknown.
             targets: their classes, int64 [num_data]; None: unknown.
+            peers: networks to be trained beside the student.
 
         Raises:
             UserError: the constructor takes other arguments, or reads a key that is not set.
         """
-        facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
+        facts = {"num_data": num_data, "image_size": image_size, "targets": targets, "peers": peers}
         wanted = inspect.signature(cls.__init__).parameters
         extra = {name: fact for name, fact in facts.items() if name in wanted}
         require_call(cls, (student, teacher, cfg), extra)
@@ -235,6 +240,10 @@ class Distiller(Trainable):
     def standardized(self, output: Output) -> Output:
         """`output` with its logits standardised if the config enables LSKD."""
         return Output(self.standardize(output.logits), output.features)
+
+    def students(self) -> list[nn.Module]:
+        """The networks that are trained, evaluated and saved: the student, then its peers."""
+        return [self.student]
 
     def take_fact(self, name: str, value: Tensor) -> None:
         """Store one of `teacher_facts` in the buffer of its name; called before training."""

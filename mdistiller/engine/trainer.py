@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -304,6 +305,8 @@ class BaseTrainer(Optimization):
         """The part of an epoch's printed line between learning rate and speed."""
         hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
         averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
+        peers = [record[key] for key in record if re.fullmatch(r"peer\d+_test_acc", key)]
+        averaged += f"peers {' '.join(f'{acc:.2f}' for acc in peers)}  " if peers else ""
         return (
             f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
             f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "

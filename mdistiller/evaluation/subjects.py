@@ -14,6 +14,7 @@ from mdistiller.dataset import DataSpec, TestData, data_spec, eval_preprocessing
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -79,7 +80,7 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
             note = f"epoch {summary['best_epoch']}, selected on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
-        sources.append(Source(label, cfg, path, note, run=folder))
+        sources.append(Source(label, checkpoint_config(cfg, path.name), path, note, run=folder))
     return sources
 
 
@@ -153,7 +154,8 @@ def file_source(
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
         raise UserError(f"-m must name the network of {path}, which is of no run folder")
-    return Source(path, recorded_config(folder, imports=imports), Path(path), run=folder)
+    run = checkpoint_config(recorded_config(folder, imports=imports), Path(path).name)
+    return Source(path, run, Path(path), run=folder)
 
 
 def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overrides) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -136,8 +137,9 @@ def accuracies(student: Student) -> list[Measured]:
         return []
     run, split = student.run, student.cfg.DATASET.VAL_SPLIT
     images = f"{split} held-out training images" if split else _TEST_SET
+    peer = re.match(r"peer\d+_", run.choice)
     measured = []
-    for prefix in ("", _EMA):
+    for prefix in ("", _EMA) if peer is None else (peer[0],):
         key = f"{prefix}test_acc"
         values = {row["epoch"]: row[key] for row in run.epochs if key in row}
         if not values:
@@ -145,8 +147,8 @@ def accuracies(student: Student) -> list[Measured]:
         # of equal ones the later, as the files have it
         last, best = max(values), max(values, key=lambda epoch: (values[epoch], epoch))
         epochs = {f"{prefix}best": best, f"{prefix}latest": last}
-        chosen = run.choice.removeprefix("epoch_")
-        if chosen.isdigit() and not prefix:
+        chosen = run.choice.removeprefix(prefix).removeprefix("epoch_")
+        if chosen.isdigit() and prefix != _EMA:
             epochs[run.choice] = int(chosen)
         measured += [
             Measured(name, epoch, values[epoch], images)

@@ -33,6 +33,7 @@ CASES = {
     "CRD": {"method": "CRD", "text": "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"},
     "SP": {"method": "SP", "text": "SP:\n  LOSS: {FEAT_WEIGHT: 10.0}\n"},
     "PSKD": {"method": "PSKD"},
+    "DML": {"method": "DML", "text": "DISTILLER: {PEERS: [BabyStudent, BabyStudentReLU]}\n"},
     "DOT": {"method": "KD", "trainer": "dot"},
     "DEEPKD": {"method": "KD", "trainer": "deepkd", "text": "  DEEPKD: {TOPK: 4}\n", "rate": 0.02},
     "SYNC_BN": {"method": "KD", "student": "resnet8", "text": "  SYNC_BN: True\n", "rate": 0.01},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.logs import (
     MetricsFile,
@@ -13,6 +14,7 @@ from mdistiller.engine.callbacks.logs import (
     numbers_of,
     plain,
 )
+from mdistiller.engine.callbacks.peers import EvaluatePeers
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -128,7 +130,10 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
+    further: list[Hook] = [AverageStudent()] if cfg.SOLVER.EMA else []
+    if get_distiller(cfg.DISTILLER.TYPE).trains_peers:
+        further.append(EvaluatePeers())
+    common: list[Hook] = [Evaluate(), *further, Log()]
     if not writes:
         return common
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]

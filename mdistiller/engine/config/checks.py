@@ -35,6 +35,7 @@ ONE_OF = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "DISTILLER.TEACHER_DTYPE": ("auto", "fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": ("none", "memory", "disk"),
+    "DISTILLER.COMBINE": ("losses", "ensemble", "confidence"),
     "SOLVER.SCHEDULE": ("multistep", "cosine", "plateau", "constant"),
     "SOLVER.COMPILE": (True, False, *COMPILE_MODES),
 }

@@ -28,6 +28,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CHECK_CLASSES": True,  # class names in a file of weights must be those of the data
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHERS": [],  # several, in the place of TEACHER: {NAME, CKPT, CFG, ARGS, NORM, WEIGHT}
+        "COMBINE": "losses",  # of TEACHERS: losses, ensemble or confidence
+        "PEERS": [],  # networks that DML and KDCL train beside the student; one like it by default
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
         "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk

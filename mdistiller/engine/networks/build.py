@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from mdistiller.engine.networks.released import (
     states_nothing,
     taken_line,
 )
+from mdistiller.engine.networks.roles import peer_configs
 from mdistiller.engine.optim import OPTIMIZERS
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
@@ -68,8 +70,11 @@ def build_distiller(
             raise UserError(no_teacher(cfg, data))
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
+    peers: list[nn.Module] = []
+    if get_distiller(cfg.DISTILLER.TYPE).trains_peers:
+        peers = [build_network(one, "STUDENT", data) for one in peer_configs(cfg)]
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher, peers).to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
@@ -79,18 +84,29 @@ def build_distiller(
     return distiller
 
 
-def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
-    """Build the config's method for two networks."""
-    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
-    return get_distiller(cfg.DISTILLER.TYPE).build(
-        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
-    )
+def build_method(
+    cfg: Any,
+    data: Data,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    peers: Sequence[nn.Module] = (),
+) -> Distiller:
+    """Build the config's method for its networks."""
+    facts: dict[str, Any] = {
+        "image_size": data.image_size,
+        "targets": getattr(getattr(data.train, "dataset", None), "targets", None),
+    }
+    if peers:
+        facts["peers"] = peers
+    return get_distiller(cfg.DISTILLER.TYPE).build(student, teacher, cfg, data.num_data, **facts)
 
 
 def check_pair(cfg: Any, data: Data) -> None:
     """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
-    random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
-    build_method(cfg, data, *random)
+    student, teacher = (
+        build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER")
+    )
+    build_method(cfg, data, student, teacher)
 
 
 def build_network(
@@ -171,6 +187,14 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
             f"False, or choose one of {', '.join(takers)}"
         )
     check_method(cfg)
+    if cfg.DISTILLER.PEERS and not method.trains_peers:
+        takers = sorted(name for name, cls in distiller_dict.items() if cls.trains_peers)
+        raise UserError(
+            f"DISTILLER.PEERS: {cfg.DISTILLER.TYPE} trains no networks beside the student; leave "
+            f"it out, or choose one of {', '.join(takers)}"
+        )
+    for one in peer_configs(cfg):
+        model_entry(one, "STUDENT", data, "PEERS")
     if method.uses_teacher:
         model_entry(cfg, "TEACHER", data)
 
@@ -186,12 +210,18 @@ def check_labels(cfg: Any) -> None:
         )
 
 
-def model_entry(cfg: Any, role: str, data: Data | TestData | DataSource) -> ModelEntry:
-    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER"."""
+def model_entry(
+    cfg: Any, role: str, data: Data | TestData | DataSource, key: str = ""
+) -> ModelEntry:
+    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER".
+
+    Args:
+        key: of DISTILLER, for errors; by default the role.
+    """
     try:
         return get_model_entry(cfg.DISTILLER[role], data.zoo)
     except UserError as error:
-        raise UserError(f"DISTILLER.{role}: {error}") from None
+        raise UserError(f"DISTILLER.{key or role}: {error}") from None
 
 
 def freeze_teacher(distiller: Distiller) -> None:

@@ -18,7 +18,7 @@ def use_channels_last(distiller: Distiller) -> None:
     convolutions then follow by themselves. Copies of a network do the same.
     """
     convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
-    for net in (distiller.student, distiller.teacher):
+    for net in (*distiller.students(), distiller.teacher):
         if isinstance(net, nn.Module):
             net.register_forward_pre_hook(_lay_out)
 
@@ -26,7 +26,7 @@ def use_channels_last(distiller: Distiller) -> None:
 def undo_channels_last(distiller: Distiller) -> None:
     """Undo :func:`use_channels_last`."""
     convert_conv2d_weight_memory_format(distiller, torch.contiguous_format)  # type: ignore[arg-type]
-    for net in (distiller.student, distiller.teacher):
+    for net in (*distiller.students(), distiller.teacher):
         if isinstance(net, nn.Module):
             hooks = net._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is _lay_out]:

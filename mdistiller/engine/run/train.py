@@ -254,7 +254,8 @@ def prepare_classifier(
         teacher_ckpt = resolve_teacher(cfg, data, device, train_teacher, folder)
     distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
     share_teacher(distiller, cfg, device)
-    distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
+    for net in distiller.students():
+        net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
     if rank() == 0:
         show_cfg(cfg)
     if method.uses_teacher and teacher_acc is None:
