@@ -109,8 +109,9 @@ class Distiller(Trainable):
             cls.two_views = True
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
-            if "distill_split" not in vars(cls):
-                cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
+            for name in ("distill_split", "distill_rows"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Distiller, name))
         if vars(cls).keys() & _STEPS:
             cls.needs_teacher_classifier = vars(cls).get("needs_teacher_classifier", True)
 
@@ -199,6 +200,18 @@ class Distiller(Trainable):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`distill` as two weighted terms, of the target class and of the others."""
         raise TypeError(f"{type(self).__name__} must override distill_split(...)")
+
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        """The loss of each sample, [N], whose mean is :meth:`distill`; for teachers that are
+        weighted sample by sample (DISTILLER.COMBINE confidence)."""
+        raise TypeError(f"{type(self).__name__} must override distill_rows(...)")
+
+    @classmethod
+    def has_rows(cls) -> bool:
+        """Whether :meth:`distill_rows` is available."""
+        return cls.distill_rows is not Distiller.distill_rows
 
     @classmethod
     def can_split(cls) -> bool:

@@ -12,6 +12,7 @@ import yaml
 
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
+from mdistiller.engine.networks.roles import teacher_name
 from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.student import Student
@@ -120,7 +121,7 @@ def origin(student: Student) -> str:
     if method.uses_teacher:
         value = student.run.summary.get("teacher_acc")
         accuracy = "" if value is None else f" (top-1 {value:.2f} %)"
-        text += f" under the teacher `{node.TEACHER}`{accuracy}"
+        text += f" under the teacher `{teacher_name(student.cfg)}`{accuracy}"
     else:
         text += ", without a teacher"
     if method.forward_test is not Distiller.forward_test:

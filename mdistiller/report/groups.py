@@ -116,9 +116,14 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
         if whole.get(key):
             whole[key] = str(Path(whole[key]).resolve())
     seed = config.get("EXPERIMENT.SEED", 0)
+    own_seed = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
     if whole.get("DISTILLER.TEACHER_CKPT"):
-        own_seed = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
         whole["DISTILLER.TEACHER_CKPT"] = own_seed.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
+    if whole.get("DISTILLER.TEACHERS"):
+        whole["DISTILLER.TEACHERS"] = [
+            {key: own_seed.sub(r"seed\1*", v) if key == "CKPT" else v for key, v in entry.items()}
+            for entry in whole["DISTILLER.TEACHERS"]
+        ]
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 

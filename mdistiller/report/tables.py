@@ -182,7 +182,9 @@ def teachers(groups: Sequence[Group]) -> Section:
         if teacher:
             same = g.by_seed(lambda run: run.number("last"))
             gap = difference(same, theirs)
-            name = str(g.config.get("DISTILLER.TEACHER", NONE))
+            several = g.config.get("DISTILLER.TEACHERS")
+            name = " + ".join(entry["NAME"] for entry in several or ())
+            name = name or str(g.config.get("DISTILLER.TEACHER", NONE))
             rows.append([g.name, name, f"{teacher.mean:.2f}"])
             rows[-1] += [plus_minus(estimate(list(same.values()))), plus_minus(gap, "+")]
     if not rows:

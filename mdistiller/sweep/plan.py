@@ -26,12 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.networks.build import check_names
 from mdistiller.engine.run.record import experiment_name
-from mdistiller.engine.run.teacher import teacher_config
+from mdistiller.engine.run.teacher import trained_teachers
 from mdistiller.registry import UserError
 from mdistiller.sweep import fields
 
@@ -173,8 +172,7 @@ class _Reader:
     def check(self, cfg: Config) -> None:
         """Refuse what would fail later."""
         check_names(cfg)
-        if cfg.DISTILLER.TEACHER_CFG and get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
-            teacher_config(cfg)
+        trained_teachers(cfg)
         if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
             raise UserError(
                 f"METRIC {self.table['METRIC']} needs held-out images: set DATASET.VAL_SPLIT, "

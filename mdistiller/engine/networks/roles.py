@@ -6,8 +6,9 @@ CKPT, CFG, ARGS and NORM. An entry of a list is turned into a config that has it
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mdistiller.registry import UserError
@@ -34,6 +35,25 @@ def teacher_configs(cfg: Any) -> list[Any]:
     """A config for each teacher; `cfg` itself without DISTILLER.TEACHERS."""
     entries = cfg.DISTILLER.get("TEACHERS", [])
     return [role_config(cfg, "TEACHER", entry) for entry in entries] or [cfg]
+
+
+@contextlib.contextmanager
+def of_teacher(cfg: Any, number: int) -> Iterator[None]:
+    """Have errors name the entry of DISTILLER.TEACHERS that they are about."""
+    try:
+        yield
+    except UserError as error:
+        if not cfg.DISTILLER.get("TEACHERS", []):
+            raise
+        raise UserError(f"DISTILLER.TEACHERS[{number}]: {error}") from None
+
+
+def teacher_identity(cfg: Any) -> list[str]:
+    """Name and arguments of the teacher's network, or of all and how they are combined."""
+    configs = teacher_configs(cfg)
+    nodes = [one.DISTILLER for one in configs]
+    texts = [text for node in nodes for text in (node.TEACHER, str(node.TEACHER_ARGS))]
+    return texts if len(configs) == 1 else [*texts, cfg.DISTILLER.COMBINE]
 
 
 def teacher_name(cfg: Any) -> str:

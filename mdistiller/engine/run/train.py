@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -27,11 +28,10 @@ from mdistiller.engine.networks.build import (
     build_distiller,
     check_labels,
     check_models,
-    measure_teacher,
-    teacher_test_loader,
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
+from mdistiller.engine.networks.roles import teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
@@ -51,7 +51,7 @@ from mdistiller.engine.run.sharing import (
     shared_data,
 )
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import resolve_teacher
+from mdistiller.engine.run.teacher import measure_teachers, resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.user_code.forks import active, check_trainer
@@ -71,15 +71,17 @@ class Prepared(NamedTuple):
         data: the loaders; `test` if images are held out, and `close()`, which ends worker
             processes.
         facts: of the data, for `run.json`.
-        teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
-        teacher: its weights, a file or PRETRAINED, for `run.json`.
+        teacher_acc: accuracy of the teacher on the test set in percent, if there is one; of
+            several, that of their ensemble.
+        teacher: its weights, a file or PRETRAINED, for `run.json`; of several a list with the
+            `name`, `weights` and `acc` of each.
     """
 
     trainer: BaseTrainer
     data: Any
     facts: Mapping[str, Any]
     teacher_acc: float | None
-    teacher: str | Path | None = None
+    teacher: Any = None
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
@@ -247,24 +249,21 @@ def prepare_classifier(
     data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
-    teacher_ckpt = None
-    if method.uses_teacher:
-        folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
-        train_teacher = turn.alone(_train) if turn else _train
-        teacher_ckpt = resolve_teacher(cfg, data, device, train_teacher, folder)
-    distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
+    train_teacher = turn.alone(_train) if turn else _train
+    weights = resolve_teachers(cfg, data, device, train_teacher, folder)
+    distiller, facts = build_distiller(cfg, data, device, weights), data_facts(data)
     share_teacher(distiller, cfg, device)
     for net in distiller.students():
         net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
     if rank() == 0:
         show_cfg(cfg)
-    if method.uses_teacher and teacher_acc is None:
-        assert teacher_ckpt is not None
-        loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
-        label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
-        teacher_acc = measured_once(
-            distiller, lambda: measure_teacher(distiller, data, loader, label)
+    accuracies: list[float | None] = []
+    if weights and teacher_acc is None:
+        accuracies = measured_once(
+            distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
+        teacher_acc = accuracies[-1]
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
@@ -274,7 +273,12 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
+    several = [
+        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
+        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
+    ]
+    recorded = several if len(weights) > 1 else next(iter(weights), None)
+    return Prepared(trainer, data, facts, teacher_acc, recorded)
 
 
 def _train_in(
