@@ -27,14 +27,15 @@ from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.runtime import rank, world_size
 
 MICRO_BATCH = 24  # of all processes; 150 images: six of them and one of 6, in groups of 2
+CRD = "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"
 CASES = {
     "KD": {"method": "KD", "text": "  EMA: 0.5\n"},
     "DKD": {"method": "DKD"},
-    "CRD": {"method": "CRD", "text": "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"},
+    "CRD": {"method": "CRD", "text": CRD},
     "SP": {"method": "SP", "text": "SP:\n  LOSS: {FEAT_WEIGHT: 10.0}\n"},
     "PSKD": {"method": "PSKD"},
     "DML": {"method": "DML", "text": "DISTILLER: {PEERS: [BabyStudent, BabyStudentReLU]}\n"},
-    "TEACHERS": {"method": "FITNET", "text": "DISTILLER: {TEACHERS: [TEACHER, TEACHER]}\n"},
+    "TEACHERS": {"method": "CRD", "text": f"{CRD}DISTILLER: {{TEACHERS: [TEACHER, TEACHER]}}\n"},
     "DOT": {"method": "KD", "trainer": "dot"},
     "DEEPKD": {"method": "KD", "trainer": "deepkd", "text": "  DEEPKD: {TOPK: 4}\n", "rate": 0.02},
     "SYNC_BN": {"method": "KD", "student": "resnet8", "text": "  SYNC_BN: True\n", "rate": 0.01},
