@@ -1,6 +1,7 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
+eval student_int8.onnx -d DATASET           an exported file
 eval output/digits/*                        the students of run folders, on their own data, beside
                                             their own teacher (or --teacher RUN|NAME|none)
 """
@@ -29,10 +30,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--features", action="store_true", help="neural collapse and, with --teacher, CKA"
     )
+    parser.add_argument(
+        "--per-class", action="store_true", help="print precision, recall and F1 of each class"
+    )
     for name, what in (
         ("json", "all that is found"),
         ("csv", "a row a network, without what is found of single classes"),
-        ("confusion", "accuracy and predicted classes of each class, as CSV"),
+        ("confusion", "the confusion matrix: a picture (.png, .svg; needs mdistiller[viz]) or CSV"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what}")
     return parser
@@ -42,6 +46,11 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
     outputs = [path for path in (args.json, args.csv, args.confusion) if path]
     tables.check_places(outputs)
+    picture = args.confusion is not None and args.confusion.suffix.lower() in (".png", ".svg")
+    if picture:
+        from mdistiller.evaluation import draw
+
+        draw.check_out(args.confusion, "--confusion")
     given = load_networks(args, ["latest", "best"])
     from mdistiller.engine.utils import log_msg
     from mdistiller.evaluation.evaluate import evaluate
@@ -59,17 +68,21 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     teachers = distinct(given.teachers)
     for one in evaluations:
         quality = one.quality
+        images = test.name if test.name != "test set" else f"{quality.images} images"
         print(
             log_msg(
-                f"{one.subject.source.name} on {given.dataset} ({quality.images} images): top-1 "
+                f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
                 f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
                 "EVAL",
             )
         )
     print(f"\n{tables.markdown(evaluations, test.classes)}")
+    if args.per_class:
+        print(f"\n{tables.per_class(evaluations, test.classes)}")
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
+        "split": test.name,
         "teacher": teachers[0].source.label if len(teachers) == 1 else None,
         "own_teacher_of": [str(run) for run in given.recorded],
     }
@@ -77,7 +90,10 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         args.json.write_text(tables.json_text(facts, evaluations))
     if args.csv:
         args.csv.write_text(tables.csv_text(evaluations))
-    if args.confusion:
+    if picture:
+        panels = [(one.subject.source.label, one.quality.confusion) for one in evaluations]
+        draw.save(draw.confusions(panels, test.classes), args.confusion)
+    elif args.confusion:
         args.confusion.write_text(tables.confusion_text(evaluations, test.classes))
     return evaluations
 

@@ -47,6 +47,9 @@ def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser
         action="store_true",
         help="continue also under settings that change what is trained",
     )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole config, and train nothing"
+    )
     add_overrides(parser)
     return parser
 
@@ -72,21 +75,25 @@ def main(argv: list[str] | None = None) -> int:
                 )
             cfg = load_config(files[0], args.opts, args.imports)
             args.opts = [*fork_overrides(args, cfg, method_nodes(cfg)), *args.opts]
-        if len(files) > 1:
-            return train_all([load_config(file, args.opts, args.imports) for file in files], args)
-        follow(args, load_config, train)
-        return 0
+        if len(files) == 1 or args.print_config:
+            for file in files:
+                follow(args, file, load_config, train)
+            return 0
+        return train_all([load_config(file, args.opts, args.imports) for file in files], args)
 
     codes: list[int] = []
     return guarded(lambda: codes.append(run())) or codes[0]
 
 
-def follow(args: Any, load: Callable[..., Any], train: Callable[..., Any]) -> None:
-    """Train as the arguments say, with what loads a config and what trains by it."""
-    file, *others = args.cfg or [""]
-    if others:
-        raise UserError("--cfg names one config here; only `train` takes several")
-    train(load(file, args.opts, args.imports), args.opts, **_how(args))
+def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., Any]) -> None:
+    """Train by a config, or print it, as the arguments say."""
+    cfg = load(file, args.opts, args.imports)
+    if args.print_config:
+        from mdistiller.engine.cfg import show_cfg
+
+        show_cfg(cfg)
+    else:
+        train(cfg, args.opts, **_how(args))
 
 
 def _how(args: Any) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _how(args: Any) -> dict[str, Any]:
 
 def train_all(configs: list[Any], args: Any) -> int:
     """Train several configs in lock-step; the exit code is that of the first run that failed."""
-    from mdistiller.engine.run.record import experiment_name
+    from mdistiller.engine.run.naming import experiment_name
     from mdistiller.engine.run.train import train_together
 
     outcomes = train_together(configs, args.opts, **_how(args))

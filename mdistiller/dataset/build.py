@@ -28,7 +28,9 @@ from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
 from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, resolve_device
+from mdistiller.runtime import project_root, rank, resolve_device
+
+TEST_SET = "test set"
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Data:
         val: images that the best epoch is selected on: the held-out training images, or the test
             set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
         test: the test set where images are held out, else None.
+        val_name: what `val` is: the test set, or held-out training images.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
@@ -48,7 +51,7 @@ class Data:
         mean, std: normalisation constants per channel, for images in [0, 1].
         preprocessing: the whole preprocessing for evaluation.
         plain: returns a loader of the images in `train` in order, without augmentation; items
-            (image, target).
+            (image, target). Given indices (int64), of these alone.
     """
 
     train: TrainLoader
@@ -62,7 +65,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
-    plain: Callable[[], EvalLoader] | None = None
+    plain: Callable[..., EvalLoader] | None = None
+    val_name: str = TEST_SET
 
     def close(self) -> None:
         """End the worker processes, if any."""
@@ -91,21 +95,28 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
-    train, test = pipeline.read("train"), pipeline.read("test")
-    same_classes(train.classes, test.classes, pipeline.root)
-    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
+    balanced = _is_balanced(node, pipeline.source)
+    train = pipeline.read("train")
+    splits, held = [renumber_classes(train, node["CLASSES"])], None
+    if not _lacks_test(node, pipeline.source):
+        test = pipeline.read("test")
+        same_classes(train.classes, test.classes, pipeline.root)
+        splits.append(renumber_classes(test, node["CLASSES"]))
+    train = splits[0]
     if node["CLASSES"]:
         report_empty_classes(train, pipeline.root)
     if len(train.classes) < 2:
         raise UserError(
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
-    size = pipeline.size(train, test)
+    size = pipeline.size(*splits)
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
-    val, test_loader = pipeline.eval_loader(test, size, statistics), None
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
-        val, test_loader = pipeline.eval_loader(held, size, statistics), val
+    evaluated = [*([held] if held is not None else []), *splits[1:]]
+    val, *rest = (pipeline.eval_loader(images, size, statistics) for images in evaluated)
+    if held is evaluated[-1]:
+        _report_no_test(pipeline.root, len(held))
     train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
@@ -113,13 +124,14 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
+        balanced=balanced,
         mix=_mix(node, size, len(train.classes)),
         two_views=two_views,
     )
     return Data(
         train=train_loader,
         val=val,
-        test=test_loader,
+        test=rest[0] if rest else None,
         num_data=len(train),
         num_classes=len(train.classes),
         classes=train.classes,
@@ -128,8 +140,43 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda: pipeline.eval_loader(train, size, statistics),
+        plain=lambda indices=None: pipeline.eval_loader(
+            train if indices is None else train.select(indices), size, statistics
+        ),
+        val_name=TEST_SET if held is None else f"{len(held)} held-out training images",
     )
+
+
+def lacks_test(cfg: Any) -> bool:
+    """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
+    node = _node(cfg)
+    return _lacks_test(node, _source(node))
+
+
+def _lacks_test(node: dict[str, Any], source: DataSource) -> bool:
+    return bool(node["VAL_SPLIT"]) and not source.has_test(_root(node, source))
+
+
+def _report_no_test(root: Path, held: int) -> None:
+    if rank() == 0:
+        print(
+            f"{root} has no test images (val/ or test/): the {held} held-out training images "
+            "(DATASET.VAL_SPLIT) serve for selection and evaluation",
+            flush=True,
+        )
+
+
+def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
+    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
+    if node["SAMPLER"] not in ("default", "balanced"):
+        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
+    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
+        raise UserError(
+            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
+            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
+            "inverse weighs classes instead), or use an image folder"
+        )
+    return node["SAMPLER"] == "balanced"
 
 
 def _full_preprocessing(
@@ -154,7 +201,7 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, and properties as in :class:`Data`."""
+    """The test set alone: its loader, and properties as in :class:`Data`; `name` as `val_name`."""
 
     loader: EvalLoader
     num_classes: int
@@ -164,12 +211,13 @@ class TestData(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
+    name: str = TEST_SET
 
 
 def load_test_loader(
     cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
 ) -> TestData:
-    """The test set alone, for evaluation.
+    """The test set alone, for evaluation; without one, the images of DATASET.VAL_SPLIT.
 
     Training images are read only to compute the mean and std of an image folder for which neither
     DATASET.MEAN and STD nor `network` give them.
@@ -179,14 +227,17 @@ def load_test_loader(
             see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    pipeline = _pipeline(node, "test", _device(cfg, device), network)
+    held_out = _lacks_test(node, _source(node))
+    split: Split = "train" if held_out else "test"
+    pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
     if statistics is None and network is not None and network.mean:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
-    test = renumber_classes(pipeline.read("test"), node["CLASSES"])
+    test = renumber_classes(pipeline.read(split), node["CLASSES"])
     size = pipeline.size(test)
+    test = _hold_out(test, node)[1] if held_out else test
     loader = pipeline.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or pipeline.source.zoo
     return TestData(
@@ -197,6 +248,7 @@ def load_test_loader(
         size,
         *statistics,
         preprocessing=_full_preprocessing(pipeline, size, statistics),
+        name=f"{len(test)} held-out training images" if held_out else TEST_SET,
     )
 
 

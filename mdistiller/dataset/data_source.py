@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "STD": [],
     "MAX_MEMORY_GB": 16.0,  # image files that decode to more are read by workers
     "SKIP_CORRUPT": False,  # skip and list unreadable images; else stop
+    "SAMPLER": "default",  # each image once an epoch; balanced: each class equally often
     "DROP_LAST": False,  # drop the last, incomplete batch of an epoch
     "TEST": {"BATCH_SIZE": 64},
     "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
@@ -67,11 +68,13 @@ class ImageSet:
         images: uint8, [N, 3, H, W].
         targets: class indices, int64, [N].
         classes: class names; ``classes[t]`` is the name of target ``t``.
+        left_out: what the split leaves out of the data set, and why.
     """
 
     images: Tensor
     targets: Tensor
     classes: list[str]
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -101,11 +104,11 @@ class ImageSet:
 
     def select(self, indices: Tensor) -> ImageSet:
         """The images at `indices` (int64, [M]), as a new set."""
-        return ImageSet(self.images[indices], self.targets[indices], self.classes)
+        return replace(self, images=self.images[indices], targets=self.targets[indices])
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set on `device`."""
-        return ImageSet(self.images.to(device), self.targets.to(device), self.classes)
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, for images in [0, 1]."""
@@ -199,6 +202,10 @@ class DataSource:
             UserError: the data are missing or broken; the text explains what to do.
         """
         raise NotImplementedError
+
+    def has_test(self, root: Path) -> bool:
+        """Whether there are test images; without, DATASET.VAL_SPLIT holds out some for that."""
+        return True
 
 
 def same_classes(train: list[str], test: list[str], where: Path | str) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS
 from mdistiller.distillers._peers import PeerMethod
-from mdistiller.distillers.helpers.logit_losses import kd_loss
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.logit_losses import kd_loss
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 
 def dml_losses(logits: Sequence[Tensor], temperature: float) -> list[Tensor]:

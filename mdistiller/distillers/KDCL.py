@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS
 from mdistiller.distillers._peers import PeerMethod
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.logit_losses import kd_rows
-from mdistiller.distillers.helpers.numerics import scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.logit_losses import kd_rows
+from mdistiller.distillers.helpers.losses.numerics import scale_logits
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 
 TARGETS = ("naive", "minlogit", "mean")
 

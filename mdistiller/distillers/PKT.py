@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 
 def cosines(features: Tensor, eps: float) -> Tensor:

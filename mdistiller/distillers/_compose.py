@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.checks import loss_of
+from mdistiller.distillers.helpers.training.checks import loss_of
 from mdistiller.registry import UserError
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import Distiller, Losses
-from mdistiller.distillers.helpers.checks import logits_and_features
-from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.checks import logits_and_features
 
 
 def like(net: nn.Module) -> nn.Module:
@@ -36,6 +36,7 @@ class PeerMethod(Distiller):
     """
 
     uses_teacher = False
+    uses_hard_label_loss = True
     trains_peers = True
     soft_labels = True
 
@@ -66,7 +67,7 @@ class PeerMethod(Distiller):
             full_precision(logits_and_features(net(image), net)[0]) for net in self.students()
         ]
         with torch.autocast(image.device.type, enabled=False):
-            ce = [self.ce_loss_weight * cross_entropy(z, target) for z in logits]
+            ce = [self.ce_loss_weight * self.hard_label_loss(z, target) for z in logits]
             kd = self.peer_losses(logits, target)
             terms = zip(ce[1:], kd[1:], strict=True)
             self.metrics = {f"peer{k}_loss": (a + b).detach() for k, (a, b) in enumerate(terms, 1)}

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from mdistiller.distillers._base import Distiller, Output
 from mdistiller.distillers._compose import Composed, get_distiller, part_names, why_alone
-from mdistiller.distillers.helpers.checks import logits_and_features, loss_of
-from mdistiller.distillers.helpers.decoupled import target_column
-from mdistiller.distillers.helpers.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.losses.decoupled import target_column
+from mdistiller.distillers.helpers.losses.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.training.checks import logits_and_features, loss_of
 from mdistiller.registry import UserError
 
 COMBINE = ("losses", "ensemble", "confidence")

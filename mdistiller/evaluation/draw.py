@@ -137,6 +137,45 @@ def _matrix(ax: Any, matrix: Tensor, title: str, limit: float, names: Sequence[s
     return image
 
 
+def confusions(
+    panels: Sequence[tuple[str, Sequence[Sequence[int]]]], classes: Sequence[str]
+) -> Figure:
+    """Confusion matrices: rows are true classes, coloured by their part of the row.
+
+    A row has a height at which its name can be read, up to some hundred classes; beyond, only some
+    rows are named. Up to 20 classes, cells have the number of images in them.
+
+    Args:
+        panels: title and matrix [C][C] of images of each network.
+        classes: names of the C classes.
+    """
+    side = min(max(0.17 * len(classes), 3.0), 30.0)  # inches
+    height = side / len(classes)
+    font = min(9.0, 72 * 0.8 * height)
+    step = 1 if font >= 4 else round(4 / font + 0.5)
+    margin = 0.6 * max(font, 4) / 72 * max(map(len, classes)) + 1
+    figure = new_figure((side + margin) * len(panels) + 0.8, side + margin + 0.4)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    named = range(0, len(classes), step)
+    names = [classes[k] for k in named]
+    for ax, (title, cells) in zip(axes, panels, strict=True):
+        matrix = torch.tensor(cells, dtype=torch.float64)
+        shares = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+        image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+        ax.set_title(title, fontsize=10)
+        ax.set_xticks(named, names, rotation=90, fontsize=max(font, 4))
+        ax.set_yticks(named, names, fontsize=max(font, 4))
+        ax.set(xlabel="predicted class", ylabel="true class")
+        if len(classes) <= 20:
+            for i, row in enumerate(cells):
+                for j, count in enumerate(row):
+                    colour = "white" if shares[i, j] > 55 else "black"
+                    if count:
+                        ax.text(j, i, count, ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=list(axes), shrink=min(0.8, 4 / side), label="% of the true class")
+    return figure
+
+
 def attention(
     images: Tensor,
     rows: Sequence[str],

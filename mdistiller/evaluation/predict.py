@@ -74,6 +74,7 @@ class Predictor:
         upright: rotate images by their EXIF orientation (DATASET.EXIF).
         scale_16_bit: scale grey images of 16 bits to 8 (DATASET.SCALE_16_BIT).
         network: the module in eval mode, float32, for normalised images; None for ONNX and pt2.
+        model: of an exported file, the network's name in its zoo.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Predictor:
     upright: bool = True
     scale_16_bit: bool = False
     network: nn.Module | None = None
+    model: str = ""
 
     def predict(self, images: Any, topk: int = 5) -> Any:
         """The predictions for an image, for several, or for all images below a folder.

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 {prepare}
 session = onnxruntime.InferenceSession("{file}")
-image = np.stack([prepare("image.jpg")])  # any number of images
+image = np.stack([prepare("image.jpg")])  # {number}
 (logits,) = session.run(["logits"], {{"image": image}})
 {answer}
 """
@@ -34,10 +34,41 @@ from PIL import Image, ImageOps
 
 {prepare}
 student = torch.export.load("{file}").module()
-image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # any number of images
+image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # {number}
 logits = student(image)
 {answer}
 """
+
+_LITERT = """\
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from PIL import Image, ImageOps
+
+{prepare}
+student = Interpreter("{file}")
+student.allocate_tensors()
+image = np.stack([prepare("image.jpg")])  # {number}
+student.set_tensor(student.get_input_details()[0]["index"], image)
+student.invoke()
+logits = student.get_tensor(student.get_output_details()[0]["index"])
+{answer}
+"""
+
+_EXECUTORCH = """\
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+from PIL import Image, ImageOps
+
+{prepare}
+program = Runtime.get().load_program("{file}")  # has to live as long as its method
+student = program.load_method("forward")
+image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # {number}
+(logits,) = student.execute([image])
+{answer}
+"""
+
+_CODE = {"onnx": _ONNX, "torch": _TORCH, "litert": _LITERT, "executorch": _EXECUTORCH}
 
 _SAFETENSORS = """\
 import numpy as np
@@ -49,7 +80,7 @@ from mdistiller.weights import load_network
 {prepare}
 student = get_model_entry("{name}", "{zoo}")({arguments})
 load_network(student, "{file}", "{name}")
-image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # any number of images
+image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # {number}
 with torch.no_grad():
     logits, features = student.eval()(image)
 {answer}
@@ -82,6 +113,9 @@ def interface(student: Student, files: Sequence[Exported]) -> str:
     lines = [
         f"- Input `image`: float32 `[N, 3, {height}, {width}]`, any N; channels red, green, blue."
     ]
+    single = " and ".join(f"`{file.path.name}`" for file in files if file.single)
+    if single:
+        lines.append(f"- {single}: one image at a time (N = 1).")
     constants = f"mean {list(student.mean)}, std {list(student.std)}"
     for raw in (True, False):
         names = " and ".join(f"`{file.path.name}`" for file in files if file.raw is raw)
@@ -175,8 +209,9 @@ def snippet(student: Student, file: Exported) -> str:
         answer = f"classes = {student.classes}\nprint(classes[int(logits[0].argmax())])"
     prepare = preparation(student, file.raw)
     facts = {"file": file.path.name, "prepare": prepare, "answer": answer}
+    facts["number"] = "one image" if file.single else "any number of images"
     if file.format != "safetensors":
-        return {"onnx": _ONNX, "torch": _TORCH}[file.format].format(**facts)
+        return _CODE[file.format].format(**facts)
     entry = get_model_entry(student.name, student.zoo)
     arguments = constructor_facts(entry, student.num_classes, student.image_size)
     arguments |= student.settings

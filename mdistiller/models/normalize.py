@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from mdistiller.preprocessing import Statistics
 
-#: Mean and standard deviation of each channel, for images in [0, 1].
-
 
 def renormalize_input(net: nn.Module, given: Statistics, wanted: Statistics) -> None:
     """Make `net`, trained on images normalised by `wanted`, take images normalised by `given`.

@@ -18,6 +18,8 @@ from mdistiller.report.runs import Run
 _EPOCHS = {"latest": "last", "best": "best"}
 _SAME = 0.3  # points: another device rounds some images to the other side
 COLUMNS = {
+    "balanced_accuracy": "balanced %",
+    "macro_f1": "macro F1 %",
     "nll": "loss = NLL",
     "ece": "ECE %",
     "teacher.agreement": "agrees with the teacher %",

@@ -65,7 +65,8 @@ def accuracy(groups: Sequence[Group]) -> Section:
     for g in groups:
         last, best = over_seeds(g, "last"), over_seeds(g, "best")
         row = [g.name, str(last.n if last else 0), plus_minus(last), plus_minus(best)]
-        row.append(joined(g.facts("selected_on")))
+        by = [f"by {name.replace('_', ' ')}" for name in g.facts("selected_by") if name != "top1"]
+        row.append(joined([*g.facts("selected_on"), *by]))
         if split:
             for which in ("last", "best"):
                 row.append(plus_minus(judged(g, which, "held-out")))

@@ -13,7 +13,12 @@ from mdistiller.engine.config.values import as_read, coerce, flatten, literal, l
 from mdistiller.registry import UserError, suggest
 
 # In a run's summary; with held-out images the first two are measured on those.
-METRICS = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
+ACCURACIES = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
+"""Metrics that every table shows."""
+METRICS = (
+    *ACCURACIES,
+    *("last_balanced_acc", "best_balanced_acc", "last_macro_f1", "best_macro_f1"),
+)
 DEFAULTS: dict[str, Any] = {
     "SWEEP": "",
     "CONFIG": "",

@@ -29,7 +29,7 @@ from typing import Any
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.networks.build import check_names
-from mdistiller.engine.run.record import experiment_name
+from mdistiller.engine.run.naming import experiment_name, folder_word
 from mdistiller.engine.run.teacher import trained_teachers
 from mdistiller.registry import UserError
 from mdistiller.sweep import fields
@@ -122,9 +122,10 @@ class _Reader:
                 pairs = [word for pair in chosen.items() for word in pair]
                 cfg = self.load(cell, config, [*fixed, *pairs])
                 changes = [*changed, *pairs]
+                words = list(filter(None, parts)) or [self.table["SWEEP"]]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
-                    yield Trial(cell, name, changes, (self.placed(cfg, name, seed),))
+                    yield Trial(cell, name, changes, (self.placed(cfg, name, words, seed),))
 
     def points(self) -> Iterator[Trial]:
         """The trials of a search, still without their values."""
@@ -132,7 +133,7 @@ class _Reader:
         for number in range(self.table["TRIALS"]):
             name = f"trial {number}"
             seeds = self.table["SEEDS"]
-            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", seed) for seed in seeds)
+            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", [name], seed) for seed in seeds)
             yield Trial(name, name, [], runs)
 
     def space(self) -> dict[str, fields.Axis]:
@@ -179,11 +180,19 @@ class _Reader:
                 "or use last_acc or best_acc"
             )
 
-    def placed(self, cfg: Config, name: str, seed: int) -> Config:
-        """`cfg` for one run of the sweep."""
+    def placed(self, cfg: Config, name: str, words: Sequence[str], seed: int) -> Config:
+        """`cfg` for one run of the sweep, in a folder of its own.
+
+        Args:
+            name: of the run, which was its folder's in earlier versions; it stays there.
+            words: for the name of the folder; the seed is added.
+        """
         copy: Config = cfg.clone()
         copy.defrost()
-        copy.EXPERIMENT.NAME, copy.EXPERIMENT.SEED, copy.LOG.PREFIX = name, seed, str(self.out)
+        copy.EXPERIMENT.SEED, copy.LOG.PREFIX, copy.EXPERIMENT.NAME = seed, str(self.out), name
+        old = self.out / experiment_name(copy)
+        if not (old.is_dir() or old.with_name(f"{old.name}.log").is_file()):
+            copy.EXPERIMENT.NAME = "-".join(map(folder_word, [*words, f"seed={seed}"]))
         copy.freeze()
         return copy
 

@@ -64,6 +64,4 @@ def _teachers(cfg: Config) -> dict[str, str]:
     return found
 
 
-@lru_cache
-def _hash(file: Path) -> str:
-    return file_hash(file)
+_hash = lru_cache(file_hash)

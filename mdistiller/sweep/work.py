@@ -23,7 +23,8 @@ from optuna.trial import TrialState
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.run.record import experiment_name, one_line
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.record import one_line
 from mdistiller.engine.run.teacher import being_trained
 from mdistiller.engine.run.train import data_key, in_lock_step, train_or_continue
 from mdistiller.engine.user_code.forks import active
@@ -221,7 +222,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
 
 
 class _Report(Hook):
-    """Reports each epoch's accuracy to the study; ends a run that is pruned or taken over.
+    """Reports each epoch's value of the study's metric; ends a run that is pruned or taken over.
 
     Args:
         first: epochs of the runs before this one.
@@ -229,9 +230,12 @@ class _Report(Hook):
 
     def __init__(self, attempt: Attempt, first: int):
         self.attempt, self.first = attempt, first
+        metric = attempt.study.plan.metric  # last_NAME, best_NAME or test_acc_WHICH
+        self.key = f"test_{metric.split('_', 1)[1]}" if metric[:5] != "test_" else "test_acc"
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        if "test_acc" in record and self.attempt.report(self.first + epoch, record["test_acc"]):
+        value = record.get(self.key)
+        if value is not None and self.attempt.report(self.first + epoch, value):
             raise optuna.TrialPruned
 
 

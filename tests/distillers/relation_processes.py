@@ -10,6 +10,7 @@ from torch import nn
 
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers import distiller_dict
+from mdistiller.distillers.helpers.losses.split import Split
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
@@ -35,6 +36,7 @@ METHODS = {
     "RLD": ("RLD", []),
     "CRLD": ("CRLD", ["CRLD.TAU_W", 0.3]),
     "CORRECTEDKD revision": ("CORRECTEDKD", ["CORRECTEDKD.MODE", "revision"]),
+    "MLKD split": ("MLKD", []),
     "MLKD per item": ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
 }
 GLOBAL_BATCH = 9
@@ -66,6 +68,8 @@ def step(name):
     cfg.SOLVER.BATCH_SIZE = EXPECTED.get(name, GLOBAL_BATCH) // world_size()
     size = (8, 8)
     distiller = distiller_dict[method].build(Net(3), Net(5), cfg, 0, size).double().train()
+    if name.endswith("split"):
+        distiller.split = Split(batch_weight=True)
     parallel = wrap(distiller)
     for module in distiller.modules():
         if isinstance(module, nn.BatchNorm2d):  # its statistics are each process's own
@@ -80,7 +84,7 @@ def step(name):
     gradients = [parameter.grad for parameter in distiller.get_learnable_parameters()]
     target = torch.zeros(stop - start).long()
     parallel(image=image, target=target, epoch=1)  # DDP complains here of what was left unused
-    loss = sum_over_ranks(losses["loss_kd"].detach() * weight / world_size())
+    loss = sum_over_ranks(sum(losses.values()).detach() * weight / world_size())
     return {"loss": loss.item(), "gradients": gradients, "share": stop - start}
 
 

@@ -29,12 +29,12 @@ from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.distillers.FT import ft_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
-from mdistiller.distillers.helpers import sinkhorn
-from mdistiller.distillers.helpers.divergence import read_divergence
-from mdistiller.distillers.helpers.moments import wkd_feature_loss
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.standardize import standardize
-from mdistiller.distillers.helpers.teacher_facts import class_similarity
+from mdistiller.distillers.helpers.losses import sinkhorn
+from mdistiller.distillers.helpers.losses.divergence import read_divergence
+from mdistiller.distillers.helpers.losses.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.losses.standardize import standardize
+from mdistiller.distillers.helpers.training.teacher_facts import class_similarity
 from mdistiller.distillers.KD import kd_loss, kd_rows
 from mdistiller.distillers.KDCL import kdcl_losses
 from mdistiller.distillers.KDSVD import kdsvd_loss

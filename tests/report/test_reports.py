@@ -38,10 +38,10 @@ ENDS = {"plain": (70.0, 71.0, 72.0), "KD": (71.0, 73.0, 75.0)}
 
 @pytest.fixture
 def two(tmp_path):
-    """Plain training and KD, three seeds each."""
+    """Plain training and KD, three seeds each; one in a folder as earlier versions named it."""
     for name, pairs in METHODS.items():
         for seed, end in enumerate(ENDS[name]):
-            folder = tmp_path / f"{name},seed:{seed}"
+            folder = tmp_path / (f"{name}-seed={seed}" if seed else f"{name},seed:{seed}")
             make_run(folder, [20.0, end + 1, end], *pairs, seed=seed, teacher=80.0)
     return tmp_path
 
@@ -222,11 +222,11 @@ def test_how_a_teachers_file_is_spelled_parts_no_group(tmp_path, monkeypatch):
 
 def test_runs_with_a_teacher_for_each_seed_are_a_group(tmp_path):
     for seed in (0, 1, 12):
-        file = f"out/teacher,seed:{seed}/student_latest"
+        file = f"out/teacher-seed={seed}/student_latest"
         words = (*METHODS["KD"], "DISTILLER.TEACHER_CKPT", file)
         make_run(tmp_path / f"kd,seed:{seed}", [70.0], *words, seed=seed)
     assert len(group(read_runs([tmp_path]))) == 1
-    crossed = (*METHODS["KD"], "DISTILLER.TEACHER_CKPT", "out/teacher,seed:1/student_latest")
+    crossed = (*METHODS["KD"], "DISTILLER.TEACHER_CKPT", "out/teacher-seed=1/student_latest")
     make_run(tmp_path / "kd,seed:2", [70.0], *crossed, seed=2)
     assert len(group(read_runs([tmp_path]))) == 2
 
@@ -428,10 +428,10 @@ def test_a_real_sweep_with_a_failure(tmp_path, capsys):
     states = {Path(row[-1]).name: (row[0], row[1], row[2]) for row in listed}
     assert len(states) == 6
     why = "failed: RuntimeError: this method fails, on purpose"
-    assert states["bad,seed:1"] == ("bad", "1", why)
-    assert states["wild,seed:0"][2].startswith("failed: non-finite loss in epoch 1")
+    assert states["bad-seed=1"] == ("bad", "1", why)
+    assert states["wild-seed=0"][2].startswith("failed: non-finite loss in epoch 1")
     good = [
-        json.loads((out / "toy" / f"good,seed:{s}" / "summary.json").read_text()) for s in (0, 1)
+        json.loads((out / "toy" / f"good-seed={s}" / "summary.json").read_text()) for s in (0, 1)
     ]
     mean = (good[0]["last_acc"] + good[1]["last_acc"]) / 2
     assert rows(report, "Accuracy")["good"][1].startswith(f"{mean:.2f} ± ")
@@ -439,8 +439,8 @@ def test_a_real_sweep_with_a_failure(tmp_path, capsys):
     (out / "study.db").unlink()  # with a study in another database: the logs tell
     lost = {run.folder.name: run for run in read_runs([out])}
     assert len(lost) == 6
-    assert lost["bad,seed:1"].state == lost["wild,seed:1"].state == "failed"
-    assert lost["bad,seed:1"].why.endswith("on purpose (before it began)")
+    assert lost["bad-seed=1"].state == lost["wild-seed=1"].state == "failed"
+    assert lost["bad-seed=1"].why.endswith("on purpose (before it began)")
     assert good[0]["peak_memory_of"] == "process"
     assert 50 < good[0]["peak_memory_mib"] < 50_000
 

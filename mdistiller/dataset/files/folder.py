@@ -151,7 +151,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     with ThreadPoolExecutor(options.workers) as pool:
         for _ in pool.map(fill, range(0, len(files), _CHUNK)):
             pass  # raises the exceptions of threads
-    return ImageSet(images, files.targets, files.classes)
+    return ImageSet(images, files.targets, files.classes, files.left_out)
 
 
 def check_size(image: Tensor, height: int, width: int, path: Path | str, first: Path | str) -> None:

@@ -186,13 +186,14 @@ class Wandb(Hook):
 
     def before_train(self, trainer: Trainer) -> None:
         experiment = trainer.cfg.EXPERIMENT
+        tags = experiment.TAG.split("," if "," in experiment.TAG else "-")
         try:
             import wandb
 
             self.run = wandb.init(
                 project=experiment.PROJECT,
                 name=trainer.log_path.name,
-                tags=[tag.strip() for tag in experiment.TAG.split(",") if tag.strip()],
+                tags=[tag.strip() for tag in tags if tag.strip()],
                 dir=str(trainer.log_path),
             )
         except Exception as error:  # network, login, version: none of it is worth a lost run

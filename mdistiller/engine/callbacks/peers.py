@@ -8,23 +8,25 @@ from typing import Any
 from torch import nn
 
 from mdistiller.distillers import Vanilla
+from mdistiller.engine.callbacks.ema import summary_numbers
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.utils import validate
+from mdistiller.engine.metrics import score_of
+from mdistiller.engine.utils import evaluate
 
 
 class EvaluatePeers(Hook):
     """Evaluates each peer after each epoch, and saves it as the student is.
 
     The record gets `peer1_test_acc` and the like; `student_peer1_latest`, `student_peer1_best` (by
-    its accuracy) and `student_peer1_N` are files like those of the student.
+    what LOG.SELECT_BY names) and `student_peer1_N` are files like those of the student.
 
     Attributes:
-        best: accuracy in percent and epoch of each peer's best.
+        best: score, accuracy in percent and epoch of each peer's best.
     """
 
     def __init__(self) -> None:
-        self.best: dict[str, tuple[float, int]] = {}
+        self.best: dict[str, tuple[float, float, int]] = {}
 
     @staticmethod
     def _peers(trainer: Trainer) -> Iterator[tuple[str, nn.Module]]:
@@ -33,17 +35,17 @@ class EvaluatePeers(Hook):
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         for name, net in self._peers(trainer):
-            top1, top5, loss = validate(trainer.val_loader, Vanilla(net))
-            numbers = {"test_acc": top1, "test_acc_top5": top5, "test_loss": loss}
-            record.update({f"{name}_{key}": value for key, value in numbers.items()})
-            if top1 >= self.best.get(name, (-1.0, 0))[0]:
-                self.best[name] = top1, epoch
+            numbers = evaluate(trainer.val_loader, Vanilla(net))
+            record.update({f"{name}_test_{key}": value for key, value in numbers.items()})
+            score = score_of(record, trainer.select_by, f"{name}_")
+            if name not in self.best or score >= self.best[name][0]:
+                self.best[name] = score, numbers["acc"], epoch
 
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         numbered = epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0
         files: dict[str, nn.Module] = {}
         for name, net in self._peers(trainer):
-            ends = ["latest", *(["best"] if self.best[name][1] == epoch else [])]
+            ends = ["latest", *(["best"] if self.best[name][2] == epoch else [])]
             ends += [str(epoch)] if numbered else []
             files |= {f"student_{name}_{end}": net for end in ends}
         return files
@@ -53,20 +55,24 @@ class EvaluatePeers(Hook):
 
     def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         saved = state.get("peers_best", {})
-        self.best = {name: (float(acc), int(epoch)) for name, (acc, epoch) in saved.items()}
+        self.best = {
+            name: (float(score), float(acc), int(epoch))
+            for name, (score, acc, epoch) in saved.items()
+        }
 
     def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for name, net in self._peers(trainer):
-            best, epoch = self.best.get(name, (None, None))
+            _, best, epoch = self.best.get(name, (None, None, None))
             last = trainer.history[-1].get(f"{name}_test_acc") if trainer.history else None
             numbers = {"last_acc": last, "best_acc": best, "best_epoch": epoch}
+            summary |= {f"{name}_{key}": value for key, value in numbers.items()}
             if data.test is not None:
-                numbers["test_acc_last"] = validate(data.test, Vanilla(net))[0]
+                prefix = f"{name}_"
+                summary |= summary_numbers(evaluate(data.test, Vanilla(net)), "last", prefix)
                 kept = {key: value.clone() for key, value in net.state_dict().items()}
                 file = trainer.log_path / f"student_{name}_best"
                 net.load_state_dict(load_checkpoint(file)["model"])
-                numbers["test_acc_best"] = validate(data.test, Vanilla(net))[0]
+                summary |= summary_numbers(evaluate(data.test, Vanilla(net)), "best", prefix)
                 net.load_state_dict(kept)
-            summary |= {f"{name}_{key}": value for key, value in numbers.items()}
         return summary

@@ -16,6 +16,8 @@ from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
+WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
+"""Keys whose values are a list of weights, or a word."""
 LISTS_OR_TEXT = ("DATASET.CLASSES",)
 """Keys whose values are a list of names, or text."""
 SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
@@ -51,6 +53,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
         return check_norm(literal(value, name), name)
     if name in NETWORK_LISTS:
         return read_networks(literal(value, name), name, check_norm)
+    if name in WEIGHTS:
+        return _weights_or_word(literal(value, name), name)
     if name in LISTS_OR_TEXT:
         return _names_or_text(literal(value, name), name)
     if name in SWITCHES_OR_TEXT:
@@ -93,7 +97,7 @@ def as_read(value: Any, default: Any, name: str, depth: int = 0) -> Any:
         UserError: a number is spelled in a way that YAML and people read differently.
     """
     if isinstance(value, Written):
-        is_text = isinstance(default, str) and name not in (*NORMS, *SWITCHES_OR_TEXT)
+        is_text = isinstance(default, str) and name not in (*NORMS, *WEIGHTS, *SWITCHES_OR_TEXT)
         return value.text if is_text else value.number(name)
     if depth > DEEPEST:  # refused later
         return value
@@ -129,6 +133,18 @@ def read_statistics(value: Any) -> list[list[float]] | None:
         if all(map(math.isfinite, mean + std)) and max(mean + std) <= 1 and min(std) > 0:
             return [mean, std]
     return None
+
+
+def _weights_or_word(value: Any, name: str) -> list[float] | str:
+    if value in ("none", "inverse"):
+        return str(value)
+    numbers = isinstance(value, (list, tuple)) and all(type(x) in (int, float) for x in value)
+    if numbers and all(0 <= x < math.inf for x in value) and any(value):
+        return [float(x) for x in value]
+    raise UserError(
+        f"{name} must be none, inverse or a list of one weight for each class, none negative, got "
+        f"{shown(value)}"
+    )
 
 
 def _switch_or_text(value: Any, name: str) -> bool | str:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mdistiller import __version__
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, TeacherTeam
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.shapes import missing_feature, preserve_state
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.features.shapes import missing_feature, preserve_state
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
 from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen

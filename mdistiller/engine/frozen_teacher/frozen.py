@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import Distiller
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.frozen_teacher.folding import (
     foldable,
     folded_weights,
@@ -29,8 +29,9 @@ from mdistiller.registry import UserError
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOSE = 1e-4
 """What the folded copy may be off on random input, as part of the largest value; usually 1e-6."""
-SHAPES = 2
-"""Shapes of batches for which operations are fused: those of a training and of its last batch."""
+SHAPES = 3
+"""Shapes of batches for which operations are fused: those of a training, of its last batch, and of
+the last batch of a run in lock-step that has merged two."""
 
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 

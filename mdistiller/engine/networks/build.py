@@ -36,7 +36,9 @@ from mdistiller.distillers import (
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
-from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
+from mdistiller.engine.metrics import MOST_CLASSES
+from mdistiller.engine.networks.class_balance import set_hard_label_loss
+from mdistiller.engine.networks.class_order import doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
@@ -48,7 +50,9 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
-from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.optim import optimizer_maker
+from mdistiller.engine.param_groups import freeze
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
@@ -56,8 +60,8 @@ from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import local_rank_zero_first, project_root, rank
-from mdistiller.weights import load_network, recorded_facts, split_key
+from mdistiller.runtime import local_rank_zero_first, rank
+from mdistiller.weights import load_network, recorded_facts
 
 
 def build_distiller(
@@ -84,11 +88,14 @@ def build_distiller(
     if get_distiller(cfg.DISTILLER.TYPE).trains_peers:
         peers = [build_network(one, "STUDENT", data) for one in peer_configs(cfg)]
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher, peers).to(device)
+    distiller = build_method(cfg, data, student, teacher, peers)
+    set_hard_label_loss(distiller, cfg, data)
+    distiller.to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
     freeze_teacher(distiller)
+    distiller.fixed_norms = freeze(distiller.student, cfg.SOLVER.FREEZE)
     prepare_teacher(distiller, cfg, data.image_size)
     supply_facts(distiller, cfg, data, device)
     return distiller
@@ -132,10 +139,8 @@ def build_method(
 
 def check_pair(cfg: Any, data: Data) -> None:
     """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
-    student, teacher = (
-        build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER")
-    )
-    build_method(cfg, data, student, teacher)
+    student = build_network(cfg, "STUDENT", data, None if cfg.DISTILLER.STUDENT_CKPT else "")
+    build_method(cfg, data, student, build_network(cfg, "TEACHER", data, weights=""))
 
 
 def build_network(
@@ -149,13 +154,16 @@ def build_network(
 
     Args:
         weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
-            random ones. By default what the role's ARGS say: random ones, or with `pretrained`
-            released ones under a classifier for the data.
+            random ones. By default what fits of DISTILLER.STUDENT_CKPT for a student; else what the
+            role's ARGS say: random ones, or with `pretrained` released ones under a classifier for
+            the data.
         any_head: the classifier will not be used: weights may be for other classes, or have none.
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
     wanted = settings.pop("pretrained", False)
+    start = student_start(cfg) if role == "STUDENT" and weights is None else None
+    weights = start or weights
     if weights == PRETRAINED:
         wanted = wanted or True
         if not any_head:
@@ -172,7 +180,9 @@ def build_network(
         net.untrained_head = True
     check_input(net, name, data)
     given, stated = (data.mean, data.std), None
-    if weights not in (None, "", PRETRAINED):
+    if start is not None:
+        stated = load_start(cfg, net, start, name, data)
+    elif weights not in (None, "", PRETRAINED):
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
@@ -190,7 +200,6 @@ def build_network(
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
-    OPTIMIZERS[cfg.SOLVER.TYPE]
     check_trainer(cfg.SOLVER.TRAINER)
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
@@ -202,8 +211,10 @@ def check_names(cfg: Any) -> None:
 
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
-    """Refuse a method or model name that does not exist, and a switch the method does not have."""
+    """Refuse names that do not exist, and a switch that the method does not have."""
+    optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
+    student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)
     reads_it = not is_builtin(method) and "EXPERIMENT" in sections_read(method)
     wanted = cfg.LSKD.ENABLE or (cfg.EXPERIMENT.LOGIT_STAND and not reads_it)
@@ -232,6 +243,22 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
         check_several(cfg.DISTILLER.TYPE, cfg.DISTILLER.COMBINE, weighted)
     for one in teacher_configs(cfg) if method.uses_teacher else ():
         model_entry(one, "TEACHER", data, "TEACHERS" if entries else "")
+
+
+def student_start(cfg: Any) -> Path | None:
+    """The file that the student starts from, if any.
+
+    Raises:
+        UserError: it does not exist, or STUDENT_ARGS ask for released weights as well.
+    """
+    if not cfg.DISTILLER.STUDENT_CKPT:
+        return None
+    if cfg.DISTILLER.STUDENT_ARGS.get("pretrained"):
+        raise UserError(
+            "DISTILLER.STUDENT_CKPT and STUDENT_ARGS {pretrained: True} both say what the student "
+            "starts from: leave one of them out"
+        )
+    return find_file(cfg, "STUDENT_CKPT")
 
 
 def check_labels(cfg: Any) -> None:
@@ -282,12 +309,7 @@ def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"
             weights are for other classes.
     """
     if cfg.DISTILLER.TEACHER_CKPT:
-        path = Path(cfg.DISTILLER.TEACHER_CKPT)
-        places = (path, project_root() / path)
-        file = next((p for p in places if split_key(p)[0].is_file()), None)
-        if file is None:
-            raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
-        return file
+        return find_file(cfg, "TEACHER_CKPT")
     entry = model_entry(cfg, "TEACHER", data)
     trained_here = bool(cfg.DISTILLER.TEACHER_CFG)
     classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
@@ -351,9 +373,8 @@ def measure_teacher(
     loader: EvalLoader | None = None,
     name: str = "the teacher",
     net: nn.Module | None = None,
-    label: str = "teacher",
 ) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set, printed.
+    """The teacher's top-1 accuracy in percent on the test set.
 
     Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
     is printed for a teacher near chance, whose file is usually of another data set, and for one
@@ -363,7 +384,7 @@ def measure_teacher(
     Args:
         loader: the test set, prepared for the teacher; by default the data's.
         name: what to call the teacher in a warning.
-        net: one of several teachers; `label` is what to call it in the line.
+        net: one of several teachers.
     """
     teacher = net or distiller.teacher
     assert teacher is not None
@@ -386,7 +407,6 @@ def measure_teacher(
     if close is not None:  # its processes
         close()
     if rank() == 0:
-        print(log_msg(f"{label} accuracy: {top1:.2f} %"), flush=True)
         for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
             print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1

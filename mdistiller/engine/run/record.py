@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller import __version__
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
+from mdistiller.engine.cfg import CFG, dump_cfg, method_nodes, own_sections
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.config.values import flatten
 from mdistiller.engine.distributed import world_size
@@ -32,34 +31,6 @@ from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
     from mdistiller.dataset import Data, TestData
-
-_LONGEST = 200  # bytes of a folder name; file systems allow 255
-# Keys that say where files go, not what is trained: they stay out of a run folder's name.
-_PLACES = (
-    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG"),
-    *("LOG.PREFIX", "IMPORTS", "FORK", "DISTILLER.TEACHER_CACHE_DIR"),
-)
-
-
-def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
-    """`PROJECT/NAME` of a run folder: NAME, else TAG, followed by the overrides.
-
-    A NAME among the overrides is the whole name. Long names end in a hash.
-    """
-    given = dict(zip(overrides[0::2], overrides[1::2], strict=True))
-    items = [f"{key}:{value}" for key, value in given.items() if key not in _PLACES]
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    if "EXPERIMENT.NAME" not in given:
-        name += ",".join(items)
-    name = name.replace("/", "_").replace(os.sep, "_")
-    raw = name.encode()
-    if len(raw) > _LONGEST:
-        digest = hashlib.sha256(raw).hexdigest()[:10]
-        name = f"{raw[: _LONGEST - 11].decode(errors='ignore')}-{digest}"
-    parts = [*Path(cfg.EXPERIMENT.PROJECT).parts, name]
-    if name in ("", ".") or any(part in ("..", "/") for part in parts):
-        raise UserError(f"EXPERIMENT.PROJECT and NAME make no folder name: {'/'.join(parts)!r}")
-    return "/".join(parts)
 
 
 class RunRecord(Hook):
@@ -261,9 +232,8 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 def side_settings(folder: Path, cfg: Any) -> list[str]:
     """The settings without influence on weights that differ from a run's recorded config."""
     recorded = recorded_settings(folder)
-    sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
-    names = (*sections, *keys_without_effect(), "DEVICE")
-    keys = [key for key in flatten(cfg) if key.startswith(names)]
+    names = ("LOG.", "EXPERIMENT.", *keys_without_effect(), "DEVICE")
+    keys = [key for key in flatten(cfg) if key.startswith(names) and key != "EXPERIMENT.NAME"]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
         f"{key} was {before}, is now {now}"
@@ -298,15 +268,15 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
             before = _get(CFG, key)
         if key == "DISTILLER.TEACHERS":
             before, now = _without_files(before or []), _without_files(now or [])
-        elif key == "DATASET.ROOT":
+        elif key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
             before, now = (str(Path(str(value or "")).resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
 
 
-_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
-_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY")
+_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS", "SOLVER.OPTIMIZER_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",

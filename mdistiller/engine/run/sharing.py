@@ -87,7 +87,7 @@ class SharedLoader:
                 self._loader.set_epoch(self._epoch, step)
                 memo["batches"] = iter(self._loader)
             batch = _moved(next(memo["batches"]), self._turn.group.device)
-            _mark(batch[0], at)
+            _mark(batch[0], (*at, len(batch[1])))
             memo.update(at=at, batch=batch, versions=_versions(batch), next=(self._epoch, step + 1))
         return memo["batch"]
 
@@ -103,12 +103,12 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def _mark(images: Any, at: tuple[int, ...]) -> None:
-    """Note on a batch's images which they are."""
-    if isinstance(images, Tensor):
-        images.batch_of_group = at  # type: ignore[attr-defined]
-    else:
-        for view, image in enumerate(images):
-            _mark(image, (*at, view))
+    """Note on a batch's images which they are: (epoch, step, size, view), and their version.
+
+    The weak view of a pair is that of loaders of one view; a merged last batch has its own size.
+    """
+    for view, image in enumerate([images] if isinstance(images, Tensor) else images):
+        image.batch_of_group = (*at, view), image._version
 
 
 class SharedTeacher:
@@ -135,8 +135,8 @@ class SharedTeacher:
             self._teacher.refresh()
 
     def __call__(self, image: Tensor) -> Any:
-        at = getattr(image, "batch_of_group", None)
-        if at is None:
+        at, version = getattr(image, "batch_of_group", (None, 0))
+        if at is None or image._version != version:  # made or changed by the method
             return self._teacher(image)
         output, versions = self._outputs.get(at, (None, None))
         if versions is None or _versions(output) != versions:  # a method has written into it

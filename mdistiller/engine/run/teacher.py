@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, TeacherEnsemble, get_distiller
@@ -25,7 +26,9 @@ from mdistiller.engine.networks.build import (
 from mdistiller.engine.networks.roles import of_teacher, teacher_configs
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
-from mdistiller.engine.run.record import changed_settings, experiment_name
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.overview import describe_network
+from mdistiller.engine.run.record import changed_settings
 from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -158,7 +161,7 @@ def measure_teachers(
     device: torch.device,
     weights: Sequence[str | Path],
 ) -> list[float | None]:
-    """Top-1 accuracy in percent of the teacher, or of each and then of their ensemble, printed.
+    """Top-1 accuracy in percent of the teacher, or of each and then of their ensemble.
 
     See :func:`measure_teacher`. An ensemble with a network whose classifier is not trained has
     None.
@@ -171,14 +174,37 @@ def measure_teachers(
         if team is None:
             return [measure_teacher(distiller, data, loader, label)]
         net: Any = team.nets[number]  # type: ignore[index]
-        name = f"teacher {number + 1} ({one.DISTILLER.TEACHER})"
-        found.append(measure_teacher(distiller, data, loader, label, net, name))
+        found.append(measure_teacher(distiller, data, loader, label, net))
     if None in found:
         return [*found, None]
     both: Any = team
     ensemble = TeacherEnsemble(both.nets, both.weights.tolist()).to(device)
-    name = "the ensemble of the teachers"
-    return [*found, measure_teacher(distiller, data, None, name, ensemble, "ensemble")]
+    return [*found, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
+
+
+def describe_teachers(
+    cfg: Config,
+    teacher: nn.Module,
+    weights: Sequence[str | Path],
+    accuracies: Sequence[float | None],
+    note: str = "",
+) -> dict[str, str]:
+    """A line about each teacher, and one about the ensemble of several, by title.
+
+    Args:
+        accuracies: of :func:`measure_teachers`; `note` goes behind them.
+    """
+    configs = teacher_configs(cfg)
+    nets: Any = teacher.nets if len(configs) > 1 else [teacher]
+    texts = ["" if acc is None else f"accuracy {acc:.2f} %{note}" for acc in accuracies]
+    lines = {}
+    for number, (one, net) in enumerate(zip(configs, nets, strict=True)):
+        title = f"teacher {number + 1}" if len(configs) > 1 else "teacher"
+        name = one.DISTILLER.TEACHER
+        lines[title] = describe_network(name, net, texts[number], weights[number])
+    if len(configs) > 1:
+        lines["ensemble"] = texts[-1]
+    return lines
 
 
 @contextlib.contextmanager

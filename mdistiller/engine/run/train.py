@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
-from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries
 from mdistiller.engine.distributed import barrier, process_group, wrap
@@ -31,15 +32,16 @@ from mdistiller.engine.networks.build import (
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
-from mdistiller.engine.networks.roles import teacher_configs
+from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.overview import describe_data, describe_network, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
     data_facts,
-    experiment_name,
     recorded_settings,
     recorded_teacher_acc,
     side_settings,
@@ -51,9 +53,10 @@ from mdistiller.engine.run.sharing import (
     shared_data,
 )
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import measure_teachers, resolve_teachers
+from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.engine.schedules import depends_on_epochs
+from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -75,6 +78,7 @@ class Prepared(NamedTuple):
             several, that of their ensemble.
         teacher: its weights, a file or PRETRAINED, for `run.json`; of several a list with the
             `name`, `weights` and `acc` of each.
+        about: lines for the :func:`overview`, by title.
     """
 
     trainer: BaseTrainer
@@ -82,6 +86,7 @@ class Prepared(NamedTuple):
     facts: Mapping[str, Any]
     teacher_acc: float | None
     teacher: Any = None
+    about: Mapping[str, str] = MappingProxyType({})
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
@@ -121,9 +126,11 @@ def train(
 
 
 def data_key(cfg: Config) -> str:
-    """All settings that determine a run's batches, as text; equal for runs that train together."""
-    views = wanted_items(trainer_dict[cfg.SOLVER.TRAINER], get_distiller(cfg.DISTILLER.TYPE))
-    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE, views.two_views)
+    """All settings that determine a run's batches, as text; equal for runs that train together.
+
+    But for the number of views: the weak ones of a pair are those of runs with one view.
+    """
+    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
     return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
 
 
@@ -148,8 +155,7 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and the views of a batch "
-                "must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -213,10 +219,8 @@ def _train_with(
         keep_full_decoding(recorded_settings(folder), cfg)
     changes = check_folder(folder, cfg, resume, allow_changes)
     teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
-    if teacher_acc is not None and rank() == 0:
-        print(log_msg(f"teacher: {teacher_acc:.2f} %, as measured when the run began"), flush=True)
     prepared = (prepare or prepare_classifier)(cfg, name, device, teacher_acc)
-    trainer, data, facts, teacher_acc, teacher = prepared
+    trainer, data, facts, teacher_acc, teacher, about = prepared
     record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, record]
@@ -228,6 +232,7 @@ def _train_with(
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+            print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
     return summary
@@ -246,7 +251,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
-    data = shared_data(data_key(cfg), lambda: load_data(cfg, device, items.two_views))
+    key = data_key(cfg), items.two_views
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
@@ -256,10 +262,9 @@ def prepare_classifier(
     share_teacher(distiller, cfg, device)
     for net in distiller.students():
         net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
-    if rank() == 0:
-        show_cfg(cfg)
+    measured = teacher_acc is None
     accuracies: list[float | None] = []
-    if weights and teacher_acc is None:
+    if weights and measured:
         accuracies = measured_once(
             distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
@@ -278,7 +283,18 @@ def prepare_classifier(
         for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
     ]
     recorded = several if len(weights) > 1 else next(iter(weights), None)
-    return Prepared(trainer, data, facts, teacher_acc, recorded)
+    about = {"data": describe_data(cfg, data)}
+    if distiller.teacher is not None:
+        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
+        note = "" if measured else " (measured when the run began)"
+        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
+    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
+    for number, (one, net) in enumerate(
+        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
+    ):
+        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
 def _train_in(
@@ -351,14 +367,15 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
             "--allow-changes"
         )
-    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:
         raise UserError(
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
             f"--resume: {folder} has begun with what cannot be changed any more "
