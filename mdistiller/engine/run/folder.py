@@ -113,8 +113,8 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """
     if not re.fullmatch(r"(ema_|peer\d+_)?(best|latest)|(peer\d+_)?epoch_\d+", name):
         raise UserError(
-            "--checkpoint is best, latest, epoch_N, ema_best or ema_latest, or of a peer "
-            f"peer1_best and the like, got {name!r}"
+            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r} (of "
+            "networks under DISTILLER.PEERS: peer1_best and the like)"
         )
     places = [folder / f"student_{name.replace('epoch_', '')}", folder / name]
     file = next((place for place in places if place.is_file()), None)
