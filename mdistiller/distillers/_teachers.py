@@ -133,6 +133,7 @@ def several(method: type[Distiller], combine: str) -> type[Distiller]:
         "takes_standardized_logits": method.takes_standardized_logits,
         "soft_labels": method.soft_labels,
         "needs_teacher_classifier": method.needs_teacher_classifier,
+        "needs_labels": method.needs_labels,
         "teacher_logits_only": method.can_do_without_teacher(),
     }
     return type("SeveralTeachers", (SeveralTeachers,), facts)

@@ -16,6 +16,7 @@ from mdistiller.engine.callbacks.logs import (
     plain,
 )
 from mdistiller.engine.callbacks.peers import EvaluatePeers
+from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -134,10 +135,11 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    further: list[Hook] = [AverageStudent()] if cfg.SOLVER.EMA else []
-    if get_distiller(cfg.DISTILLER.TYPE).trains_peers:
-        further.append(EvaluatePeers())
-    common: list[Hook] = [Evaluate(), *further, Log()]
+    common: list[Hook] = [Evaluate()]
+    common += [Probe()] if cfg.LOG.PROBE else []
+    common += [AverageStudent()] if cfg.SOLVER.EMA else []
+    common += [EvaluatePeers()] if get_distiller(cfg.DISTILLER.TYPE).trains_peers else []
+    common.append(Log())
     if not writes:
         return common
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]

@@ -12,10 +12,13 @@ from yacs.config import CfgNode
 
 from mdistiller.engine.config.network_lists import NETWORK_LISTS, read_networks
 from mdistiller.engine.config.safe_yaml import Written, shown
+from mdistiller.preprocessing import read_image_size
 from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
+IMAGE_SIZES = ("DATASET.IMAGE_SIZE",)
+"""Keys whose values are a number of pixels, or two."""
 WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
 """Keys whose values are a list of weights, or a word."""
 LISTS_OR_TEXT = ("DATASET.CLASSES",)
@@ -53,6 +56,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
         return check_norm(literal(value, name), name)
     if name in NETWORK_LISTS:
         return read_networks(literal(value, name), name, check_norm)
+    if name in IMAGE_SIZES:
+        return _image_size(literal(value, name), name)
     if name in WEIGHTS:
         return _weights_or_word(literal(value, name), name)
     if name in LISTS_OR_TEXT:
@@ -135,6 +140,18 @@ def read_statistics(value: Any) -> list[list[float]] | None:
     return None
 
 
+def _image_size(value: Any, name: str) -> int | list[int]:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        size = read_image_size(value)
+    except ValueError:
+        raise UserError(
+            f"{name} must be a side in pixels or [height, width], got {shown(value)}"
+        ) from None
+    return size if isinstance(size, int) else list(size)
+
+
 def _weights_or_word(value: Any, name: str) -> list[float] | str:
     if value in ("none", "inverse"):
         return str(value)
@@ -176,7 +193,7 @@ def _describe(default: Any) -> str:
         return "a whole number"
     if isinstance(default, float):
         return "a finite number"
-    return f"a list like {list(default) or [1, 2]}"
+    return f"a list like {list(default)}" if default else "a list"
 
 
 def literal(value: Any, name: str = "") -> Any:
