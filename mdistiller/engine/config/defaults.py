@@ -33,7 +33,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
-        "TEACHERS": [],  # several, in the place of TEACHER: {NAME, CKPT, CFG, ARGS, NORM, SIZE, WEIGHT}
+        "TEACHERS": [],  # several, in the place of TEACHER (docs/teachers.md)
         "COMBINE": "losses",  # of TEACHERS: losses, ensemble or confidence
         "PEERS": [],  # networks that DML and KDCL train beside the student; one like it by default
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
