@@ -86,6 +86,9 @@ def load_config(
         path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory.
     """
+    if isinstance(path, Mapping) and "SOLVER" in path:  # a run's, perhaps with another MAX_ITER
+        solver = {key: value for key, value in path["SOLVER"].items() if key != "EPOCHS"}
+        path = {**path, "SOLVER": solver}
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
     cfg.defrost()
