@@ -167,7 +167,10 @@ def export(args: argparse.Namespace) -> None:
     check_int8(args)
     student = find_student(args)
     from mdistiller.export import export_student, model_card, write_card
-    from mdistiller.export.quantize import INT8_FILE, quantize_student
+    from mdistiller.export.quantize import INT8_FILE, check_epoch, quantize_student
+
+    if args.int8:
+        check_epoch(student)
 
     out = Path(args.out or Path(args.opts[0]) / "export")
     files = export_student(
