@@ -28,7 +28,8 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
-from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
+from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
+from mdistiller.files.names import EXPORTED
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -152,7 +153,7 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
-    if name and Path(path).suffix in SUFFIXES:
+    if name and Path(path).suffix in EXPORTED:
         raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
@@ -162,7 +163,7 @@ def file_source(
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
         return Source(path, node, Path(path), role=role)
-    if Path(path).suffix in SUFFIXES:
+    if Path(path).suffix in EXPORTED:
         node = cfg.clone()
         node.defrost()
         node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
@@ -217,7 +218,7 @@ def load_all(
         The test set of the first network, or of the first run's, and the networks.
     """
     facts = data_spec(cfg)
-    preprocessing = [_own_preprocessing(source, facts) for source in sources]
+    preprocessing = [own_preprocessing_of(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
     views = {one: eval_preprocessing(cfg, one) for one in set(preprocessing)}
@@ -234,7 +235,7 @@ def load_all(
         if i == first and runs and view.resize == "keep":
             views = dict.fromkeys(views, view)
         elif i == first and runs:
-            cfg = _sized(cfg, tests[view].image_size[0])
+            cfg = _sized(cfg, tests[view].image_size)
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
@@ -250,17 +251,17 @@ def load_all(
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
-    preprocessing = _own_preprocessing(source, facts) if facts.files else None
+    preprocessing = own_preprocessing_of(source, facts) if facts.files else None
     if preprocessing is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size[0])
+    sized = _sized(cfg, test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)
     return replace(load(source, other, device), loader=other.loader)
 
 
-def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
+def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None
@@ -274,11 +275,11 @@ def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
     return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
 
 
-def _sized(cfg: Config, side: int) -> Config:
+def _sized(cfg: Config, size: tuple[int, int]) -> Config:
     """The config with DATASET.IMAGE_SIZE."""
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = side
+    sized.DATASET.IMAGE_SIZE = list(size)
     sized.freeze()
     return sized
 
@@ -294,7 +295,7 @@ def load(source: Source, test: TestData, device: torch.device) -> Subject:
 
 
 def _is_exported(source: Source) -> bool:
-    return Path(source.weights).suffix in SUFFIXES
+    return Path(source.weights).suffix in EXPORTED
 
 
 def side_by_side(

@@ -28,6 +28,7 @@ AT_LEAST = {
     "LOG.SAVE_CHECKPOINT_FREQ": 1,
     "LOG.KEEP_CHECKPOINTS": 0,
     "LOG.SAVE_EVERY_MINUTES": 0,
+    "LOG.MISTAKES": 0,
     "EXPERIMENT.SEED": 0,
     "LSKD.EPS": 0,
 }
@@ -76,8 +77,11 @@ def _check_solver(solver: CfgNode) -> None:
             f"SOLVER.QAT_EPOCHS {solver.QAT_EPOCHS} are the last of SOLVER.EPOCHS {solver.EPOCHS}, "
             "and cannot be more"
         )
-    if solver.get("QAT_EPOCHS", 0) and solver.COMPILE:
-        raise UserError("SOLVER.QAT_EPOCHS changes the student's layers: set SOLVER.COMPILE False")
+    if solver.get("QAT_EPOCHS", 0) and (solver.COMPILE or solver.get("CUDA_GRAPHS")):
+        raise UserError(
+            "SOLVER.QAT_EPOCHS changes the student's layers in training: set SOLVER.COMPILE and "
+            "SOLVER.CUDA_GRAPHS False"
+        )
     if solver.get("LABEL_SMOOTHING", 0.0) >= 1:
         raise UserError(f"SOLVER.LABEL_SMOOTHING must be below 1, got {solver.LABEL_SMOOTHING}")
     if not 0 < solver.get("LAYER_DECAY", 1.0) <= 1:

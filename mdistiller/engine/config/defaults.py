@@ -24,6 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
+        "TEACHER_SIZE": 0,  # pixels square that the teacher's images are resized to; 0: the data's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
         "TEACHER_NORM": "auto",
@@ -68,6 +69,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below
         "SYNC_BN": False,  # several processes: batch norm by the statistics of all
         "COMPILE": False,  # torch.compile; True, or its mode
+        "CUDA_GRAPHS": False,  # CUDA: record a step once an epoch and replay it
         "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
@@ -91,6 +93,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
+        "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
+        "PROBE_FREQ": 10,  # epochs between these
+        "MISTAKES": 0,  # worst mistakes of the last epoch that are drawn in TensorBoard; 0: none
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind
