@@ -120,7 +120,7 @@ def quantize_student(
 
 def check_epoch(student: Student) -> None:
     """Refuse weights from before the quantisation-aware epochs of a run that has these."""
-    if student.run is None or not student.cfg.SOLVER.QAT_EPOCHS:
+    if student.run is None or not student.cfg.SOLVER.get("QAT_EPOCHS"):
         return
     first = student.cfg.SOLVER.EPOCHS - student.cfg.SOLVER.QAT_EPOCHS + 1
     choice = student.run.choice

@@ -134,7 +134,7 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.QAT_EPOCHS else []
+    common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.get("QAT_EPOCHS") else []
     common.append(Evaluate())
     common += [Probe()] if cfg.LOG.PROBE else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
