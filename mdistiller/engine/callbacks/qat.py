@@ -58,9 +58,9 @@ class RoundedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rounding.active:
             return super().forward(x)
-        return self._conv_forward(
-            self.rounding.input(x), self.rounding.weight(self.weight), self.bias
-        )
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has not all steps of 8 bits
+            rounded, weight = self.rounding.input(x), self.rounding.weight(self.weight)
+            return self._conv_forward(rounded, weight, self.bias)
 
 
 class RoundedLinear(nn.Linear):
@@ -71,7 +71,8 @@ class RoundedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.rounding.active:
             return super().forward(x)
-        return F.linear(self.rounding.input(x), self.rounding.weight(self.weight), self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(self.rounding.input(x), self.rounding.weight(self.weight), self.bias)
 
 
 _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {

@@ -28,6 +28,10 @@ def test_rounding_is_that_of_8_bits():
     assert np.allclose(y.detach().numpy(), (steps - zero) * scale, atol=1e-6)
     y.sum().backward()
     assert set(x.grad.tolist()) == {0.0, 1.0}  # clipped, and not
+    layer = RoundedConv2d(1, 1, 1)
+    layer.rounding, rounding.active = rounding, True
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.detach().view(1, 1, 10, 100)).dtype == torch.float32
     rounding.observing = True
     rounding.input(torch.tensor([5.0, -0.5]))
     assert rounding.range.tolist() == [-1.0, 5.0]
