@@ -38,7 +38,7 @@ ITERATIONS: dict[str, Any] = {
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
-    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING", "QAT_EPOCHS"),
     *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
 

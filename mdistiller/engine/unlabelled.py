@@ -47,6 +47,7 @@ class UnlabelledTrainer(BaseTrainer):
         super().check(cfg, train_loader)
         keys = {
             "SOLVER.EMA": cfg.SOLVER.EMA,
+            "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
             "DATASET.SAMPLER": cfg.DATASET.SAMPLER == "balanced",

@@ -29,7 +29,8 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
-from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
+from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
+from mdistiller.files.names import EXPORTED
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -153,7 +154,7 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
-    if name and Path(path).suffix in SUFFIXES:
+    if name and Path(path).suffix in EXPORTED:
         raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
@@ -163,7 +164,7 @@ def file_source(
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
         return Source(path, node, Path(path), role=role)
-    if Path(path).suffix in SUFFIXES:
+    if Path(path).suffix in EXPORTED:
         node = cfg.clone()
         node.defrost()
         node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
@@ -296,7 +297,7 @@ def load(source: Source, test: TestData, device: torch.device) -> Subject:
 
 
 def _is_exported(source: Source) -> bool:
-    return Path(source.weights).suffix in SUFFIXES
+    return Path(source.weights).suffix in EXPORTED
 
 
 def side_by_side(

@@ -17,6 +17,7 @@ from mdistiller.engine.callbacks.logs import (
 )
 from mdistiller.engine.callbacks.peers import EvaluatePeers
 from mdistiller.engine.callbacks.probe import Probe
+from mdistiller.engine.callbacks.qat import QuantizeStudent
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -135,7 +136,8 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate()]
+    common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.get("QAT_EPOCHS") else []
+    common.append(Evaluate())
     common += [Probe()] if cfg.LOG.PROBE else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
     common += [EvaluatePeers()] if get_distiller(cfg.DISTILLER.TYPE).trains_peers else []

@@ -66,6 +66,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
         "AMP": "none",  # none, bf16 or fp16
         "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
+        "QAT_EPOCHS": 0,  # last epochs in which the student computes as in 8 bits (export --int8)
         "FREEZE": [],  # parameters of the student that stay as they are: ["stem", "layer1.*"]
         "LR_BY_NAME": [],  # factors on LR for parameters of the student: ["layer1.*=0.1", "fc=10"]
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below
