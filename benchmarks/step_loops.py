@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from benchmarks.step_data import Short, classic_loader, endless
 from benchmarks.textbook import textbook_loss
@@ -16,7 +17,7 @@ from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.compiling import compile_networks
-from mdistiller.engine.networks.memory_format import undo_channels_last
+from mdistiller.engine.networks.memory_format import channels_last_input
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy
@@ -141,3 +142,13 @@ class Classic:
         self.optimizer.step()
         self.seen = [*self.seen[-99:], (loss.item(), top1.item(), top5.item())]
         return self.seen[-1][0]
+
+
+def undo_channels_last(distiller: Distiller) -> None:
+    """Undo `use_channels_last`."""
+    convert_conv2d_weight_memory_format(distiller, torch.contiguous_format)  # type: ignore[arg-type]
+    for net in (distiller.student, distiller.teacher):
+        if isinstance(net, nn.Module):
+            hooks = net._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is channels_last_input]:
+                del hooks[key]

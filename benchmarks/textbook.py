@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdistiller.distillers import Distiller, Output
-from mdistiller.distillers.helpers.settings import warmup_factor
+from mdistiller.distillers.helpers.training.settings import warmup_factor
 from mdistiller.engine.cfg import Config
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root

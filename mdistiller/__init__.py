@@ -17,6 +17,11 @@ _API = {
     "Distiller": "distillers",
     "Hook": "engine.hooks",
     "HOOKS": "engine.hooks",
+    "OPTIMIZERS": "engine.optim",
+    "SCHEDULES": "engine.schedules",
+    "AUGMENTS": "dataset",
+    "DATASETS": "dataset",
+    "DISTILLERS": "distillers",
 }
 
 

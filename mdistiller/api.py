@@ -13,7 +13,7 @@ import mdistiller.detection  # noqa: F401  # registers what configs have of it
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.run import train as training
-from mdistiller.engine.run.record import experiment_name
+from mdistiller.engine.run.naming import experiment_name
 from mdistiller.evaluation.evaluate import evaluate as evaluate_subjects
 from mdistiller.evaluation.load import load_predictor
 from mdistiller.evaluation.predict import Predictor

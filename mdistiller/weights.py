@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller.files.manifest import check_file
 from mdistiller.files.names import split_key
 from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
-from mdistiller.manifest import check_file
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 

@@ -40,6 +40,7 @@ def make_run(folder, accuracies, *pairs, seed=0, teacher=None, finished=True, te
         trainer = SimpleNamespace(
             history=history,
             selects="test_acc",
+            select_by="top1",
             log_path=folder,
             epoch=len(accuracies),
             best_acc=best,

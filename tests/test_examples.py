@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support import REPO, TOY, run_script, saved_teacher
 
-from mdistiller.dataset import DATASETS
+from mdistiller.dataset import AUGMENTS, DATASETS
 from mdistiller.distillers import DISTILLERS
 from mdistiller.models import cifar_model_dict
 
@@ -122,6 +122,30 @@ def test_own_hook(folder):
     weights = state(run / "student_latest")
     norms = [v.norm() for k, v in weights.items() if k.endswith(("weight", "bias"))]
     assert metrics(run)["weight_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-4)
+
+
+def test_own_optimizer_schedule_and_augmentation(folder):
+    follow(folder, "own_code.md", "own_training.yaml", "DATASET.TYPE", "toy", "--import", TOY)
+    run = folder / "output" / "digits" / "training"
+    latest = torch.load(run / "latest", weights_only=True)
+    assert latest["settings"]["optimizer"] == "SignSGD"
+    assert latest["scheduler"]["end_factor"] == 0.01
+    assert metrics(run)["lr"] == pytest.approx(0.001 * 0.01)
+    assert "AUGMENT: crop_negative" in (run / "config.yaml").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AUGMENTS, "crop_negative", None)
+        del AUGMENTS["crop_negative"]
+        exec((folder / "own_augment.py").read_text(), {})
+        augment = AUGMENTS["crop_negative"]((8, 8))
+    image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
+    parameters = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    same, negative = augment.apply(
+        augment.store(image.expand(2, 3, 8, 8)), parameters, torch.arange(2)
+    )
+    assert torch.equal(same, image[0])
+    assert torch.equal(negative, 255 - image[0])
+    assert augment.num_views == 18
+    assert augment.views(parameters).tolist() == [8, 9]
 
 
 def _deeper(of_resnet20):

@@ -9,16 +9,15 @@ import re
 from support import REPO
 
 BOTTOM = {
-    *("registry", "runtime", "weights", "layouts", "manifest", "files", "preprocessing"),
+    *("registry", "runtime", "weights", "layouts", "files", "preprocessing"),
 }
 ENGINE = BOTTOM | {"models", "dataset", "distillers", "engine"}
 MAY_IMPORT = {
     "registry": set(),
     "preprocessing": set(),
     "runtime": {"registry"},
-    "weights": {"registry", "runtime", "manifest", "layouts", "files"},
+    "weights": {"registry", "runtime", "layouts", "files"},
     "layouts": {"registry"},
-    "manifest": {"registry"},
     "files": {"registry"},
     "models": BOTTOM,
     "dataset": BOTTOM,

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Summary and accuracy curve of a run, trained unless it is there; unfinished ones continue."""
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.run.record import experiment_name
+    from mdistiller.engine.run.naming import experiment_name
     from mdistiller.engine.run.train import train_or_continue
 
     overrides = ["LOG.PREFIX", str(out), *overrides]

@@ -1,6 +1,8 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
+eval RUN --probe knn,linear --labelled DIR  frozen features (docs/foundation.md)
+eval student_int8.onnx -d DATASET           an exported file
 eval output/digits/*                        the students of run folders, on their own data, beside
                                             their own teacher (or --teacher RUN|NAME|none)
 """
@@ -13,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from mdistiller.cli.support import tables
 from mdistiller.cli.support.command import guarded
-from mdistiller.cli.support.networks import add_networks, load_networks
+from mdistiller.cli.support.networks import add_networks, labelled_networks, load_networks
 from mdistiller.cli.support.teachers import check_teachers, distinct
+from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.probe import Probed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +33,25 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--features", action="store_true", help="neural collapse and, with --teacher, CKA"
     )
+    parser.add_argument(
+        "--per-class", action="store_true", help="print precision, recall and F1 of each class"
+    )
+    parser.add_argument(
+        "--probe",
+        default="",
+        metavar="KINDS",
+        help="judge features by labelled images instead: knn, linear, or knn,linear",
+    )
+    parser.add_argument(
+        "--labelled",
+        default="",
+        metavar="FOLDER|NAME",
+        help="those images: a folder with train/CLASS and val/CLASS, or a data set",
+    )
     for name, what in (
         ("json", "all that is found"),
         ("csv", "a row a network, without what is found of single classes"),
-        ("confusion", "accuracy and predicted classes of each class, as CSV"),
+        ("confusion", "the confusion matrix: a picture (.png, .svg; needs mdistiller[viz]) or CSV"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what}")
     return parser
@@ -42,6 +61,11 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
     outputs = [path for path in (args.json, args.csv, args.confusion) if path]
     tables.check_places(outputs)
+    picture = args.confusion is not None and args.confusion.suffix.lower() in (".png", ".svg")
+    if picture:
+        from mdistiller.evaluation import draw
+
+        draw.check_out(args.confusion, "--confusion")
     given = load_networks(args, ["latest", "best"])
     from mdistiller.engine.utils import log_msg
     from mdistiller.evaluation.evaluate import evaluate
@@ -59,17 +83,21 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     teachers = distinct(given.teachers)
     for one in evaluations:
         quality = one.quality
+        images = test.name if test.name != "test set" else f"{quality.images} images"
         print(
             log_msg(
-                f"{one.subject.source.name} on {given.dataset} ({quality.images} images): top-1 "
+                f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
                 f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
                 "EVAL",
             )
         )
     print(f"\n{tables.markdown(evaluations, test.classes)}")
+    if args.per_class:
+        print(f"\n{tables.per_class(evaluations, test.classes)}")
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
+        "split": test.name,
         "teacher": teachers[0].source.label if len(teachers) == 1 else None,
         "own_teacher_of": [str(run) for run in given.recorded],
     }
@@ -77,12 +105,35 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         args.json.write_text(tables.json_text(facts, evaluations))
     if args.csv:
         args.csv.write_text(tables.csv_text(evaluations))
-    if args.confusion:
+    if picture:
+        panels = [(one.subject.source.label, one.quality.confusion) for one in evaluations]
+        draw.save(draw.confusions(panels, test.classes), args.confusion)
+    elif args.confusion:
         args.confusion.write_text(tables.confusion_text(evaluations, test.classes))
     return evaluations
+
+
+def probe(args: argparse.Namespace) -> list[Probed]:
+    """Judge the features of networks and of the runs' own teachers, and print a table."""
+    if not (args.probe and args.labelled):
+        raise UserError("--probe and --labelled belong together: give both")
+    if args.csv or args.confusion or args.features:
+        raise UserError("--probe prints a table and writes --json; leave out --csv, --confusion")
+    outputs = [args.json] if args.json else []
+    tables.check_places(outputs)
+    sources, cfg, device = labelled_networks(args)
+    from mdistiller.evaluation.probe import probe_all
+
+    kinds = [kind.strip() for kind in args.probe.split(",")]
+    probed = probe_all(sources, cfg, device, kinds)
+    print(tables.probed_markdown(probed, kinds))
+    if args.json:
+        args.json.write_text(tables.probed_json(probed, args.labelled))
+    return probed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: evaluate(args))
+    judge = probe if args.probe or args.labelled else evaluate
+    return guarded(lambda: judge(args))

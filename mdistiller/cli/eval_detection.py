@@ -82,7 +82,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("--results is a file of one network; name one by -c, or --teacher")
     device = resolve_device(cfg.DEVICE)
     with process_group(device, cfg.SOLVER.RANK_TIMEOUT):
-        masks = not args.boxes and any(_has_masks(one.node) for one in subjects)
+        masks = not args.boxes and any(
+            one.node.MASK or one.node.ARCH.startswith("maskrcnn") for one in subjects
+        )
         loader = val_loader(cfg, device, masks)
         nets = [(s, _measure(s, loader, device, cfg, args.results)) for s in subjects]
         if not is_main_process():
@@ -133,10 +135,6 @@ def _with(node: Config, weights: str) -> Config:
     student.defrost()
     student.WEIGHTS, student.NEW_HEAD = weights, False
     return student
-
-
-def _has_masks(node: Config) -> bool:
-    return bool(node.MASK or node.ARCH.startswith("maskrcnn"))
 
 
 def _measure(

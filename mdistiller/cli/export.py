@@ -74,10 +74,50 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="they take normalised images",
     )
+    parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="instead: backbone.pth, the weights without classifier under the names of timm or "
+        "torchvision",
+    )
+    parser.add_argument(
+        "--opset", type=int, metavar="N", help="of the ONNX file (default: torch's usual one)"
+    )
+    parser.add_argument(
+        "--dynamic-batch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ONNX for any batch size (default), or for one image at a time",
+    )
+    add_int8(parser)
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     parser.add_argument("--no-latency", action="store_true", help="measure no times for the card")
     add_overrides(parser)
     return parser
+
+
+def add_int8(parser: argparse.ArgumentParser) -> None:
+    """The arguments of quantisation."""
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="of a run: student_int8.onnx, too, and a table of size, accuracy and time of both",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=512,
+        metavar="N",
+        help="with --int8: training images that give the ranges of activations (default: 512)",
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="with --int8: top-1 accuracy that may be lost, else no int8 file is written "
+        "(default: 1.0)",
+    )
 
 
 def find_student(args: argparse.Namespace) -> Student:
@@ -115,18 +155,64 @@ def find_student(args: argparse.Namespace) -> Student:
 _WITHOUT_RUN = ("dataset", "cfg", "num-classes", "image-size")
 
 
+def check_int8(args: argparse.Namespace) -> None:
+    """Refuse arguments of --int8 that cannot be, before anything is loaded."""
+    if args.int8 and args.model:
+        raise UserError(
+            "--int8 needs a run folder: its training images calibrate the int8 model, its held-out "
+            "or test images measure the accuracy"
+        )
+    if args.int8 and "onnx" not in args.formats:
+        raise UserError("--int8 is made from the ONNX file: add onnx to --formats")
+    if args.calibration < 1 or not args.max_drop >= 0:
+        raise UserError("--calibration must be at least 1 and --max-drop at least 0")
+
+
 def export(args: argparse.Namespace) -> None:
     """Write the files, then the card that describes them."""
+    check_int8(args)
     student = find_student(args)
-    from mdistiller.export import export_student, model_card, write_card
+    from mdistiller.export import export_backbone, export_student, model_card, write_card
+    from mdistiller.export.quantize import INT8_FILE, quantize_student
 
     out = Path(args.out or Path(args.opts[0]) / "export")
-    files = export_student(student, out, args.formats, args.normalization, args.force)
+    if args.backbone:
+        path, usage = export_backbone(student, out, args.force)
+        print(f"{path}: load it by {usage}")
+        print(f"images are normalised by mean {list(student.mean)} and std {list(student.std)}")
+        return
+    if not student.num_classes:
+        raise UserError(
+            f"{student.name} was trained without labels and has no logits: give --backbone"
+        )
+    files = export_student(
+        student,
+        out,
+        args.formats,
+        args.normalization,
+        args.force,
+        args.opset,
+        args.dynamic_batch,
+        [INT8_FILE] if args.int8 else [],
+    )
     for file in files:
         print(f"{file.path}: logits within {file.difference:.1e} of PyTorch's", flush=True)
+    int8, refusal = None, None
+    if args.int8:
+        original = next(file for file in files if file.format == "onnx")
+        try:
+            int8 = quantize_student(
+                student, original, args.calibration, args.max_drop, not args.no_latency
+            )
+            files.append(int8.files[1])
+            print(f"{int8.files[1].path}\n\n{int8.text()}\n", flush=True)
+        except UserError as error:
+            refusal = error  # the card still describes the other files
     latencies, machine = ([], "") if args.no_latency else measure(student, files)
-    write_card(model_card(student, files, latencies, machine), out)
+    write_card(model_card(student, files, latencies, machine, int8), out)
     print(out / "README.md")
+    if refusal:
+        raise refusal
 
 
 def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str]:

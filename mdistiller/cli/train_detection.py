@@ -5,6 +5,7 @@ from __future__ import annotations
 from mdistiller.cli.support.command import guarded
 from mdistiller.cli.train import follow, parser
 from mdistiller.engine.config.early import check_early
+from mdistiller.registry import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,10 +13,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser("train_detection", __doc__).parse_intermixed_args(argv)
 
     def run() -> None:
-        check_early((args.cfg or [""])[0], args.opts, args.imports, "train_detection")
+        file, *others = args.cfg or [""]
+        if others:
+            raise UserError("--cfg names one config here; only `train` takes several")
+        check_early(file, args.opts, args.imports, "train_detection")
         from mdistiller.detection.config import load_config
         from mdistiller.detection.run import train
 
-        follow(args, load_config, train)
+        follow(args, file, load_config, train)
 
     return guarded(run)

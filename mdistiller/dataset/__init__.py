@@ -13,30 +13,38 @@ from mdistiller.dataset.build import (
     data_spec,
     eval_preprocessing,
     get_dataset,
+    lacks_test,
     load_data,
     load_test_loader,
     mixes_labels,
 )
 from mdistiller.dataset.classes import are_numbers, first_difference, natural_key
 from mdistiller.dataset.data_source import DATASET_CONFIG, DATASETS, DataSource, ImageSet, Options
+from mdistiller.dataset.memory.augment import AUGMENTS, Crop, CropFlip, Identity, RotateFlip
 
-for _name in ("sources", "memory.augment", "files.resized_crop"):  # they fill registries
+for _name in ("sources", "files.resized_crop"):  # they fill registries
     importlib.import_module(f"{__name__}.{_name}")
 
 __all__ = [
+    "AUGMENTS",
     "DATASETS",
     "DATASET_CONFIG",
+    "Crop",
+    "CropFlip",
     "Data",
     "DataSource",
     "DataSpec",
+    "Identity",
     "ImageSet",
     "Options",
+    "RotateFlip",
     "TestData",
     "are_numbers",
     "data_spec",
     "eval_preprocessing",
     "first_difference",
     "get_dataset",
+    "lacks_test",
     "load_data",
     "load_test_loader",
     "mixes_labels",

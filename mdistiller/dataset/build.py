@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +26,34 @@ from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
+from mdistiller.preprocessing import (
+    NOTHING_STATED,
+    ImageSize,
+    Preprocessing,
+    Statistics,
+    read_image_size,
+)
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, resolve_device
+from mdistiller.runtime import project_root, rank, resolve_device
+
+TEST_SET = "test set"
 
 
 @dataclass
 class Data:
     """The loaders of a run and their properties.
 
+    Without labels (DATASET.LABELS False, or a source that has none) `num_classes` is 0, `classes`
+    is empty, and the targets in batches have no meaning.
+
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
         val: images that the best epoch is selected on: the held-out training images, or the test
-            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
+            such images.
         test: the test set where images are held out, else None.
+        val_name: what the best epoch is selected on, in words: the test set, held-out training
+            images, or without either the training images.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
@@ -48,11 +62,11 @@ class Data:
         mean, std: normalisation constants per channel, for images in [0, 1].
         preprocessing: the whole preprocessing for evaluation.
         plain: returns a loader of the images in `train` in order, without augmentation; items
-            (image, target).
+            (image, target). Given indices (int64), of these alone.
     """
 
     train: TrainLoader
-    val: EvalLoader
+    val: EvalLoader | None
     test: EvalLoader | None
     num_data: int
     num_classes: int
@@ -62,7 +76,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
-    plain: Callable[[], EvalLoader] | None = None
+    plain: Callable[..., EvalLoader] | None = None
+    val_name: str = TEST_SET
 
     def close(self) -> None:
         """End the worker processes, if any."""
@@ -72,7 +87,7 @@ class Data:
                 close()
 
 
-def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
+def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""
     data = load_data(cfg)
     return data.train, data.val, data.num_data, data.num_classes
@@ -91,21 +106,33 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
-    train, test = pipeline.read("train"), pipeline.read("test")
-    same_classes(train.classes, test.classes, pipeline.root)
-    train, test = (renumber_classes(images, node["CLASSES"]) for images in (train, test))
+    labelled = _is_labelled(node, pipeline.source)
+    balanced = _is_balanced(node, pipeline.source)
+    train = pipeline.read("train")
+    splits, held = [renumber_classes(train, node["CLASSES"])], None
+    if pipeline.source.labels and not _lacks_test(node, pipeline.source):
+        test = pipeline.read("test")
+        same_classes(train.classes, test.classes, pipeline.root)
+        splits.append(renumber_classes(test, node["CLASSES"]))
+    train = splits[0]
     if node["CLASSES"]:
         report_empty_classes(train, pipeline.root)
-    if len(train.classes) < 2:
+    if labelled and len(train.classes) < 2:
         raise UserError(
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
-    size = pipeline.size(train, test)
+    size = pipeline.size(*splits)
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
-    val, test_loader = pipeline.eval_loader(test, size, statistics), None
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
-        val, test_loader = pipeline.eval_loader(held, size, statistics), val
+    evaluated = [*([held] if held is not None else []), *splits[1:]]
+    loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
+    if labelled and held is evaluated[-1]:
+        _report_no_test(pipeline.root, len(held))
+    classes = train.classes if labelled else []
+    val_name = TEST_SET if loaders else "training images"
+    if held is not None:
+        val_name = f"{len(held)} held-out training images"
     train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
@@ -113,30 +140,71 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
+        balanced=balanced,
         mix=_mix(node, size, len(train.classes)),
         two_views=two_views,
     )
     return Data(
         train=train_loader,
-        val=val,
-        test=test_loader,
+        val=loaders[0] if loaders else None,
+        test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
-        num_classes=len(train.classes),
-        classes=train.classes,
+        num_classes=len(classes),
+        classes=classes,
         zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda: pipeline.eval_loader(train, size, statistics),
+        plain=lambda indices=None: pipeline.eval_loader(
+            train if indices is None else train.select(indices), size, statistics
+        ),
+        val_name=val_name,
     )
+
+
+def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    return bool(node["LABELS"] and source.labels)
+
+
+def lacks_test(cfg: Any) -> bool:
+    """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
+    node = _node(cfg)
+    return _lacks_test(node, _source(node))
+
+
+def _lacks_test(node: dict[str, Any], source: DataSource) -> bool:
+    return bool(node["VAL_SPLIT"]) and not source.has_test(_root(node, source))
+
+
+def _report_no_test(root: Path, held: int) -> None:
+    if rank() == 0:
+        print(
+            f"{root} has no test images (val/ or test/): the {held} held-out training images "
+            "(DATASET.VAL_SPLIT) serve for selection and evaluation",
+            flush=True,
+        )
+
+
+def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
+    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
+    if node["SAMPLER"] not in ("default", "balanced"):
+        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
+    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
+        raise UserError(
+            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
+            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
+            "inverse weighs classes instead), or use an image folder"
+        )
+    return node["SAMPLER"] == "balanced"
 
 
 def _full_preprocessing(
     pipeline: InMemoryPipeline, size: Size, statistics: Statistics
 ) -> Preprocessing:
-    """The whole preprocessing for evaluation; image_size is 0 if images are not square."""
-    how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
+    """The whole preprocessing for evaluation."""
+    how = pipeline.preprocessing
+    side: ImageSize = size[0] if size[0] == size[1] else how.image_size
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
@@ -154,7 +222,7 @@ def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> Batch
 
 
 class TestData(NamedTuple):
-    """The test set alone: its loader, and properties as in :class:`Data`."""
+    """The test set alone: its loader, and properties as in :class:`Data`; `name` as `val_name`."""
 
     loader: EvalLoader
     num_classes: int
@@ -164,12 +232,18 @@ class TestData(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocessing: Preprocessing = NOTHING_STATED
+    name: str = TEST_SET
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
+    cfg: Any,
+    device: torch.device | None = None,
+    network: Preprocessing | None = None,
+    split: Split = "test",
 ) -> TestData:
-    """The test set alone, for evaluation.
+    """The test set alone, for evaluation; without one, the images of DATASET.VAL_SPLIT.
+
+    Or the training images, without augmentation.
 
     Training images are read only to compute the mean and std of an image folder for which neither
     DATASET.MEAN and STD nor `network` give them.
@@ -179,14 +253,18 @@ def load_test_loader(
             see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    pipeline = _pipeline(node, "test", _device(cfg, device), network)
+    source = _source(node)
+    held_out = split == "test" and source.labels and _lacks_test(node, source)
+    split = "train" if held_out else split
+    pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
     if statistics is None and network is not None and network.mean:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
-    test = renumber_classes(pipeline.read("test"), node["CLASSES"])
+    test = renumber_classes(pipeline.read(split), node["CLASSES"])
     size = pipeline.size(test)
+    test = _hold_out(test, node)[1] if held_out else test
     loader = pipeline.eval_loader(test, size, statistics)
     zoo = node["ZOO"] or pipeline.source.zoo
     return TestData(
@@ -197,6 +275,7 @@ def load_test_loader(
         size,
         *statistics,
         preprocessing=_full_preprocessing(pipeline, size, statistics),
+        name=f"{len(test)} held-out training images" if held_out else TEST_SET,
     )
 
 
@@ -206,16 +285,18 @@ class DataSpec(NamedTuple):
     Attributes:
         zoo: as of :class:`Data`.
         statistics: mean and std of each channel; None if they must be computed.
-        side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
+        side: DATASET.IMAGE_SIZE; 0: images keep their size.
         keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
+        labels: whether training uses labels.
     """
 
     zoo: str
     statistics: Statistics | None
-    side: int
+    side: ImageSize
     keeps_shape: bool
     files: bool
+    labels: bool
 
 
 def data_spec(cfg: Any) -> DataSpec:
@@ -228,6 +309,7 @@ def data_spec(cfg: Any) -> DataSpec:
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
         isinstance(source, (FileSource, Shards)),
+        _is_labelled(node, source),
     )
 
 
@@ -246,8 +328,12 @@ def _node(cfg: Any) -> dict[str, Any]:
         *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
         *("MIXUP", "CUTMIX", "ERASING"),
     ):
-        if node[key] < 0:
+        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    try:
+        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
+    except ValueError as error:
+        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
     if node["ERASING"] > 1:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import ImageSize, Preprocessing
 from mdistiller.registry import Registry, UserError
 
 DATASETS = Registry("data set")
@@ -27,8 +27,9 @@ DATASET_CONFIG: dict[str, Any] = {
     "ROOT": "",  # empty: the data set's default folder under data/
     "VAL_SPLIT": 0,  # training images held out for model selection; the test set is then used once
     "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
+    "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
-    "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
+    "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
     "RESIZE": "auto",  # crop, stretch or pad to that size; auto: crop, unless all are square
     "CROP_PCT": 0.0,  # IMAGE_SIZE divided by the side before the centre crop; 0: 7/8 where cropped
     "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
@@ -44,6 +45,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "STD": [],
     "MAX_MEMORY_GB": 16.0,  # image files that decode to more are read by workers
     "SKIP_CORRUPT": False,  # skip and list unreadable images; else stop
+    "SAMPLER": "default",  # each image once an epoch; balanced: each class equally often
     "DROP_LAST": False,  # drop the last, incomplete batch of an epoch
     "TEST": {"BATCH_SIZE": 64},
     "SHARDS": {  # TYPE webdataset: patterns ({0000..0099}, * and ?) below ROOT, or URLs
@@ -67,11 +69,13 @@ class ImageSet:
         images: uint8, [N, 3, H, W].
         targets: class indices, int64, [N].
         classes: class names; ``classes[t]`` is the name of target ``t``.
+        left_out: what the split leaves out of the data set, and why.
     """
 
     images: Tensor
     targets: Tensor
     classes: list[str]
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -101,11 +105,11 @@ class ImageSet:
 
     def select(self, indices: Tensor) -> ImageSet:
         """The images at `indices` (int64, [M]), as a new set."""
-        return ImageSet(self.images[indices], self.targets[indices], self.classes)
+        return replace(self, images=self.images[indices], targets=self.targets[indices])
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set on `device`."""
-        return ImageSet(self.images.to(device), self.targets.to(device), self.classes)
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, for images in [0, 1]."""
@@ -131,7 +135,7 @@ class Options:
     """Config values for reading image files; sets without files ignore them.
 
     Attributes:
-        image_size: side in pixels to resize to, 0 to keep the size of the files.
+        image_size: side in pixels to resize to, or (height, width); 0: the size of the files.
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
@@ -142,7 +146,7 @@ class Options:
         jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
-    image_size: int = 0
+    image_size: ImageSize = 0
     workers: int = 2
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)
@@ -178,6 +182,8 @@ class DataSource:
         augment: meaning of `DATASET.AUGMENT: default` (a name in `augment.AUGMENTS`).
         keep_shape: crop images to a square, never stretch them.
         zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
+        labels: False for images without classes: `load` gives them all target 0, and there is no
+            split "test".
     """
 
     root: str | None = "data"
@@ -186,6 +192,7 @@ class DataSource:
     augment: str = "crop_flip"
     keep_shape: bool = False
     zoo: str = "cifar"
+    labels: bool = True
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
         """Read one split.
@@ -199,6 +206,10 @@ class DataSource:
             UserError: the data are missing or broken; the text explains what to do.
         """
         raise NotImplementedError
+
+    def has_test(self, root: Path) -> bool:
+        """Whether there are test images; without, DATASET.VAL_SPLIT holds out some for that."""
+        return True
 
 
 def same_classes(train: list[str], test: list[str], where: Path | str) -> None:

@@ -1,9 +1,12 @@
-"""How an epoch is divided into batches and between processes; pure arithmetic."""
+"""The order of an epoch's images, and how it is divided into batches and between processes."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from mdistiller.registry import UserError
 
@@ -13,6 +16,28 @@ def rank_slice(num: int, rank: int, world_size: int) -> tuple[int, int]:
     small, larger = divmod(num, world_size)
     start = rank * small + min(rank, larger)
     return start, start + small + (rank < larger)
+
+
+def balanced_order(targets: Tensor, generator: torch.Generator) -> Tensor:
+    """A random order of N images in which classes are equally frequent: int64, [N].
+
+    The numbers of two classes differ by at most 1; which ones are larger is random. Within a class,
+    images are taken in turn, so that their numbers differ by at most 1 as well.
+
+    Args:
+        targets: class indices, int64, [N], on the CPU.
+    """
+    members = targets.argsort(stable=True).split(targets.unique(return_counts=True)[1].tolist())
+    share, rest = divmod(len(targets), len(members))
+    chosen = []
+    for rank, images in zip(
+        torch.randperm(len(members), generator=generator), members, strict=True
+    ):
+        num = share + int(rank < rest)
+        turns = torch.rand(-(-num // len(images)), len(images), generator=generator).argsort()
+        chosen.append(images[turns.flatten()[:num]])
+    order = torch.cat(chosen)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 @dataclass(frozen=True)

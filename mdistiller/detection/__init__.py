@@ -16,6 +16,7 @@ TASKS.add(
         ),
         subject=("DETECTION.STUDENT.ARCH", "DETECTION.DATA.VAL_ANNOTATIONS"),
         paths=("DETECTION.DATA.VAL_ANNOTATIONS",),
+        networks=("DETECTION.TEACHER.ARCH", "DETECTION.STUDENT.ARCH"),
         without_effect=("DETECTION.EVALUATOR", "DETECTION.EVALUATE_TEACHER"),
     ),
 )

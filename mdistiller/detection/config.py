@@ -38,7 +38,8 @@ ITERATIONS: dict[str, Any] = {
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
-    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
+    *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
 
 DETECTION: dict[str, Any] = {
@@ -55,6 +56,7 @@ def default_config() -> Config:
     """A fresh config that holds every default."""
     solver = {key: value for key, value in ENGINE_CONFIG["SOLVER"].items() if key not in _LEFT_OUT}
     experiment = {k: v for k, v in ENGINE_CONFIG["EXPERIMENT"].items() if k != "LOGIT_STAND"}
+    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k not in ("SELECT_BY", "MISTAKES")}
     shared = ("NUM_WORKERS", "WORKER_TIMEOUT", "SKIP_CORRUPT")
     return Config(
         {
@@ -63,7 +65,7 @@ def default_config() -> Config:
             "DETECTION": {**DETECTION, **{n: s.config for n, s in DETECTOR_SETTINGS.items()}},
             "DATASET": {key: DATASET_CONFIG[key] for key in shared},
             "SOLVER": {**solver, **ITERATIONS},
-            "LOG": {**ENGINE_CONFIG["LOG"], "TENSORBOARD_FREQ": 20, "SAVE_EVERY_MINUTES": 15.0},
+            "LOG": {**log, "TENSORBOARD_FREQ": 20, "SAVE_EVERY_MINUTES": 15.0},
             "DEVICE": ENGINE_CONFIG["DEVICE"],
             "LSKD": ENGINE_CONFIG["LSKD"],
             "IMPORTS": [],

@@ -21,11 +21,12 @@ from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.models import build_detector, located
 from mdistiller.detection.trainer import SCORE, DetectionTrainer, IterationEpochs
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.distributed import wrap
 from mdistiller.engine.networks.lone_image import refuse_lone_picture
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run import train as engine
+from mdistiller.engine.run.overview import describe_network
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -61,8 +62,6 @@ def prepare(
     data: CocoDetectionSet = stream.dataset
     check_same_classes(data, val.dataset)
     distiller = build_distiller(cfg, data.class_names, device)
-    if rank() == 0:
-        show_cfg(cfg)
     measured = cfg.DETECTION.EVALUATE_TEACHER and not cfg.DETECTION.TEACHER.NEW_HEAD
     teacher = cast(Detector | None, distiller.teacher)
     if teacher is not None and measured and teacher_acc is None:
@@ -75,7 +74,27 @@ def prepare(
     trainer = trainer_class(name, wrapped, epochs, val, cfg)
     refuse_lone_picture(stream, trainer, distiller, cfg)
     facts = {"num_classes": data.num_classes, "classes": data.class_names}
-    return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc)
+    about = describe(cfg, data, val.dataset, distiller, teacher_acc)
+    return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc, about=about)
+
+
+def describe(
+    cfg: Config,
+    data: CocoDetectionSet,
+    val: CocoDetectionSet,
+    distiller: DetectionDistiller,
+    teacher_acc: float | None,
+) -> dict[str, str]:
+    """The lines about data and networks that a run begins with."""
+    about = {"data": f"{data.describe()}; evaluated on {len(val)} images"}
+    if distiller.teacher is not None:
+        node = cfg.DETECTION.TEACHER
+        accuracy = "" if teacher_acc is None else f"box AP {teacher_acc:.2f}"
+        about["teacher"] = describe_network(node.ARCH, distiller.teacher, accuracy, node.WEIGHTS)
+    node = cfg.DETECTION.STUDENT
+    origin = node.WEIGHTS or node.BACKBONE_WEIGHTS
+    about["student"] = describe_network(node.ARCH, distiller.student, origin=origin)
+    return about
 
 
 def build_distiller(
@@ -139,12 +158,10 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
 
 
 def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:
-    """The teacher's box AP in percent on the validation set, printed."""
+    """The teacher's box AP in percent on the validation set; a warning is printed if it is low."""
     numbers = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
-    if rank() == 0:
-        print(log_msg(f"teacher: box AP {numbers[SCORE]:.2f}, AP50 {numbers['bbox/AP50']:.2f}"))
-        if numbers[SCORE] < 1:
-            print(log_msg("WARNING: the teacher detects almost nothing; is it the right file?"))
+    if rank() == 0 and numbers[SCORE] < 1:
+        print(log_msg("WARNING: the teacher detects almost nothing; is it the right file?"))
     return numbers[SCORE]
 
 

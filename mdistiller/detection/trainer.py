@@ -142,7 +142,7 @@ class DetectionTrainer(BaseTrainer):
     The learning rate changes after every iteration. `best_acc` is the box AP in percent.
     """
 
-    selects: ClassVar[str] = f"test_{SCORE}"
+    selects: str = f"test_{SCORE}"
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -193,12 +193,13 @@ class DetectionTrainer(BaseTrainer):
         numbers = evaluate_detector(self.model.student, self.val_loader, self.device, backend)
         return {f"test_{name}": value for name, value in numbers.items()}
 
-    def progress_line(self, record: dict[str, Any]) -> str:
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
         done = min(self.epoch * self.cfg.SOLVER.EVAL_PERIOD, self.cfg.SOLVER.MAX_ITER)
-        seconds = record["seconds"] * self.accumulate / len(self.train_loader)
-        masks = f" mask AP {record['test_segm/AP']:.2f}" if "test_segm/AP" in record else ""
-        return (
-            f"iteration {done}  train loss {record['train_loss']:.4f}  "
-            f"AP {record[self.selects]:.2f} AP50 {record['test_bbox/AP50']:.2f}{masks} "
-            f"(best {self.best_acc:.2f})  {seconds:.2f} s/iteration  "
-        )
+        cells = {
+            "iter": str(done),
+            "AP": self.marked(f"{record[self.selects]:.2f}"),
+            "AP50": f"{record['test_bbox/AP50']:.2f}",
+        }
+        if "test_segm/AP" in record:
+            cells["mask AP"] = f"{record['test_segm/AP']:.2f}"
+        return cells

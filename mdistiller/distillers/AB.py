@@ -30,12 +30,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import ConvReg, pool_to
-from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.stages import FORMS, pair_stages, reduce_stages
+from mdistiller.distillers.helpers.features.connectors import ConvReg, pool_to
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import FORMS, pair_stages, reduce_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.init_stage import (
+    INIT,
+    InitPlan,
+    require_transfer,
+    stage_modules,
+)
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 
 
 def boundary_error(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
@@ -81,13 +86,7 @@ class AB(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.AB.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.AB.LOSS.FEAT_WEIGHT

@@ -22,9 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.stages import FORMS, match_size, paired_stages, reduce_stages
+from mdistiller.distillers.helpers.features.stages import (
+    FORMS,
+    match_size,
+    paired_stages,
+    reduce_stages,
+)
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 
 
 def attention(feature: Tensor, p: float) -> Tensor:
@@ -71,6 +76,7 @@ class AT(Distiller):
     """Attention transfer: where the student's maps are strong, the teacher's are."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.heads import classify, linear_head
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.features.heads import classify, linear_head
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 

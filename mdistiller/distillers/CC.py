@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
 from mdistiller.registry import UserError
 
 WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}
@@ -96,15 +96,10 @@ class CC(Distiller):
     """Correlation congruence: relations between samples are as the teacher's."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.settings = {"form": cfg.CC.FORM, "gamma": cfg.CC.GAMMA, "order": cfg.CC.ORDER}
         self.ce_loss_weight = cfg.CC.LOSS.CE_WEIGHT

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.memory_bank import Bank
-from mdistiller.distillers.helpers.negatives import Negatives
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.settings import require_positive, resolve_setting
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.training.memory_bank import Bank
+from mdistiller.distillers.helpers.training.negatives import Negatives
+from mdistiller.distillers.helpers.training.settings import require_positive, resolve_setting
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -96,7 +96,7 @@ class CRD(Distiller):
         cfg: Any,
         num_data: int,
         targets: Tensor | None = None,
-        image_size: tuple[int, int] | None = None,
+        image_size: Size = None,
     ):
         super().__init__(student, teacher)
         node = cfg.CRD

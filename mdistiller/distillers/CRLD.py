@@ -13,6 +13,8 @@ temperature 1 is at least TAU_W (or TAU_S), else 0:
 The means are over all samples of the batch. The student runs once for each view, so batch norm sees
 them apart. The strong view is MLKD's: another crop and mirror, two random operations, and a square
 of up to half the side cut out. Under LSKD, the divergences take standardised logits, m plain ones.
+
+The trainer `deepkd` splits each KD_ij by the target class (`helpers/losses/split.py`).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.numerics import cross_entropy, scale_logits, weighted_divergence
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.numerics import scale_logits, weighted_divergence
+from mdistiller.distillers.helpers.losses.split import Split, split_rows
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 Pair = tuple[Tensor, Tensor]
 
@@ -68,6 +71,37 @@ def crld_terms(
     }
 
 
+def split_crld_terms(
+    weak: Pair,
+    strong: Pair,
+    target: Tensor,
+    temperature: float,
+    thresholds: tuple[float, float],
+    weights: tuple[float, float],
+    split: Split,
+    epoch: int,
+    standardize: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of within and cross as two scalars, of the target class and of the others.
+
+    Args: as of :func:`crld_terms`, and
+        target: [N] class indices; the terms of samples without a label are 0.
+        weights: WV_WEIGHT and CV_WEIGHT.
+    """
+    views = [tuple(standardize(logits) for logits in view) for view in (weak, strong)]
+    within, cross = weights
+    masks = [confident(view[1], t) for view, t in zip((weak, strong), thresholds, strict=True)]
+    totals = [weak[0].new_zeros(()), weak[0].new_zeros(())]
+    for teacher, student in ((0, 0), (1, 1), (0, 1), (1, 0)):
+        mask = within * masks[0] if teacher == student else cross * masks[1]
+        rows = split_rows(views[student][0], views[teacher][1], target, temperature, split, epoch)
+        totals = [
+            total + torch.dot(part, mask) / len(mask)
+            for total, part in zip(totals, rows, strict=True)
+        ]
+    return totals[0], totals[1]
+
+
 @DISTILLERS.register(
     "CRLD",
     config={
@@ -86,6 +120,7 @@ class CRLD(Distiller):
     """
 
     takes_standardized_logits = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
@@ -95,6 +130,11 @@ class CRLD(Distiller):
         self.temperature = require_positive("CRLD.T", node.T)
         self.thresholds = node.TAU_W, node.TAU_S
 
+    @classmethod
+    def can_split(cls) -> bool:
+        """Whether the loss can be split by the target class."""
+        return cls.forward_train is CRLD.forward_train
+
     def forward_train(  # type: ignore[override]
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **batch: Any
     ) -> tuple[Tensor, Losses]:
@@ -102,13 +142,23 @@ class CRLD(Distiller):
         z_w, z_s = (self.run_student(image).logits for image in (image_weak, image_strong))
         v_w, v_s = (self.run_teacher(image).logits for image in (image_weak, image_strong))
         with torch.autocast(target.device.type, enabled=False):
-            terms = crld_terms(
-                (z_w, v_w), (z_s, v_s), self.temperature, self.thresholds, self.standardize
+            loss_ce = self.ce_loss_weight * (
+                self.hard_label_loss(z_w, target) + self.hard_label_loss(z_s, target)
             )
+            views, settings = ((z_w, v_w), (z_s, v_s)), (self.temperature, self.thresholds)
+            if self.split is not None:
+                tckd, nckd = split_crld_terms(
+                    *views,
+                    target,
+                    *settings,
+                    self.weights,
+                    self.split,
+                    batch["epoch"],
+                    self.standardize,
+                )
+                return z_w, {"loss_ce": loss_ce, "loss_tckd": tckd, "loss_nckd": nckd}
+            terms = crld_terms(*views, *settings, self.standardize)
             self.metrics = {name: term.detach() for name, term in terms.items()}
             within, cross = self.weights
-            return z_w, {
-                "loss_ce": self.ce_loss_weight
-                * (cross_entropy(z_w, target) + cross_entropy(z_s, target)),
-                "loss_kd": within * terms["within"] + cross * terms["cross"],
-            }
+            loss_kd = within * terms["within"] + cross * terms["cross"]
+            return z_w, {"loss_ce": loss_ce, "loss_kd": loss_kd}

@@ -32,10 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.logit_losses import dkd_loss, kd_loss
-from mdistiller.distillers.helpers.numerics import scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.logit_losses import dkd_loss, kd_loss
+from mdistiller.distillers.helpers.losses.numerics import scale_logits
+from mdistiller.distillers.helpers.training.settings import (
+    require_one_of,
+    require_positive,
+    warmup_factor,
+)
 
 EPS = 1e-7
 """Added to the teacher's probabilities where every sample has its own temperature."""
@@ -120,13 +124,7 @@ class CTKD(Distiller):
     takes_standardized_logits = True
     teacher_logits_only = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher, cfg)
         node = cfg.CTKD
         require_one_of("CTKD.BASE", node.BASE, ("kd", "dkd"))

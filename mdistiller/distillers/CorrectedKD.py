@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.logit_losses import kd_rows
-from mdistiller.distillers.helpers.numerics import full_precision, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.logit_losses import kd_rows
+from mdistiller.distillers.helpers.losses.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -34,16 +34,20 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
-from mdistiller.distillers.helpers.decoupled import (
+from mdistiller.distillers.helpers.losses.decoupled import (
     decoupled_log_probs,
     labelled_mean,
     target_column,
     target_mask,
 )
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.logit_losses import dkd_terms
-from mdistiller.distillers.helpers.numerics import scale_logits, unit
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
+from mdistiller.distillers.helpers.losses.logit_losses import dkd_terms
+from mdistiller.distillers.helpers.losses.numerics import scale_logits, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import (
+    require_one_of,
+    require_positive,
+    warmup_factor,
+)
 
 
 def term_gradients(

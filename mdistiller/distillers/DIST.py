@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import centre, scale_logits
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.numerics import centre, scale_logits
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 
 def correlation(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ binary probabilities and r = softmax over the classes j != t, both of logits / T
     loss = min(epoch / WARMUP, 1) * (ALPHA * TCKD + BETA * NCKD)
 
 MODE "tckd" or "nckd" leaves the other term out, "dkd" has both. DIVERGENCE puts another divergence
-in KL's place in both terms; see `helpers/divergence.py`.
+in KL's place in both terms; see `helpers/losses/divergence.py`.
 
 Everything is evaluated on log-probabilities: log(1 - p_t) is a logsumexp over j != t, never the log
 of a rounded probability, so the loss stays finite where the textbook form gives inf and NaN.
@@ -21,10 +21,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.divergence import read_divergence
-from mdistiller.distillers.helpers.logit_losses import dkd_loss, dkd_rows, dkd_terms
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive, warmup_factor
-from mdistiller.distillers.helpers.split import Split, split_terms
+from mdistiller.distillers.helpers.losses.divergence import read_divergence
+from mdistiller.distillers.helpers.losses.logit_losses import dkd_loss, dkd_rows, dkd_terms
+from mdistiller.distillers.helpers.losses.split import Split, split_terms
+from mdistiller.distillers.helpers.training.settings import (
+    require_one_of,
+    require_positive,
+    warmup_factor,
+)
 
 __all__ = ["DKD", "dkd_loss", "dkd_rows", "dkd_terms", "mode_weights"]
 

@@ -28,11 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, require_transfer, stage_modules
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import get_feat_shapes
-from mdistiller.distillers.helpers.stages import FORMS, match_size, reduce_stages
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes
+from mdistiller.distillers.helpers.features.stages import FORMS, match_size, reduce_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.init_stage import (
+    INIT,
+    InitPlan,
+    require_transfer,
+    stage_modules,
+)
+from mdistiller.distillers.helpers.training.settings import require_one_of
 from mdistiller.registry import UserError
 
 
@@ -69,13 +74,7 @@ class FSP(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.FSP.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FSP.LOSS.FEAT_WEIGHT

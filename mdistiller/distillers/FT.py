@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses, Output
-from mdistiller.distillers.helpers.init_stage import INIT, InitPlan
-from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error, unit
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.stages import match_size
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import match_size
+from mdistiller.distillers.helpers.losses.numerics import full_precision, mean_square_error, unit
+from mdistiller.distillers.helpers.training.init_stage import INIT, InitPlan
+from mdistiller.distillers.helpers.training.settings import require_one_of
 from mdistiller.registry import UserError
 
 
@@ -93,13 +93,7 @@ class FT(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.FT
         self.ce_loss_weight = node.LOSS.CE_WEIGHT

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import ConvReg
-from mdistiller.distillers.helpers.map_losses import fitnet_loss
-from mdistiller.distillers.helpers.settings import probe_size
-from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.features.connectors import ConvReg
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.losses.map_losses import fitnet_loss
+from mdistiller.distillers.helpers.training.settings import probe_size
 from mdistiller.registry import UserError
 
 __all__ = ["FitNet", "fitnet_loss"]
@@ -61,15 +61,10 @@ class FitNet(Distiller):
     """
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.FITNET.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.FITNET.LOSS.FEAT_WEIGHT

@@ -23,7 +23,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from mdistiller.distillers._base import DISTILLERS, Losses
-from mdistiller.distillers.helpers.class_groups import CONFIG, GroupedKD, group_terms, weighted
+from mdistiller.distillers.helpers.losses.class_groups import (
+    CONFIG,
+    GroupedKD,
+    group_terms,
+    weighted,
+)
 
 
 def gdkd_terms(

@@ -5,7 +5,8 @@ With q = softmax(z_teacher / T) and p = softmax(z_student / T), over a batch of 
 
     loss = T^2 / N * sum_n sum_c q_nc (log q_nc - log p_nc)
 
-KD.DIVERGENCE puts another divergence of q and p in the sum's place; see `helpers/divergence.py`.
+KD.DIVERGENCE puts another divergence of q and p in the sum's place; see
+`helpers/losses/divergence.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.divergence import read_divergence
-from mdistiller.distillers.helpers.logit_losses import kd_loss, kd_rows
-from mdistiller.distillers.helpers.numerics import divergence
-from mdistiller.distillers.helpers.settings import require_positive
-from mdistiller.distillers.helpers.split import Split, split_terms
+from mdistiller.distillers.helpers.losses.divergence import read_divergence
+from mdistiller.distillers.helpers.losses.logit_losses import kd_loss, kd_rows
+from mdistiller.distillers.helpers.losses.numerics import divergence
+from mdistiller.distillers.helpers.losses.split import Split, split_terms
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 __all__ = ["KD", "kd_loss", "kd_rows"]

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.stages import pair_by_height, paired_stages
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import pair_by_height, paired_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 EXTRA = 3
@@ -151,13 +151,7 @@ class KDSVD(Distiller):
     needs_teacher_classifier = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.k = int(require_positive("KDSVD.K", cfg.KDSVD.K))
         self.signs = require_one_of("KDSVD.SIGNS", cfg.KDSVD.SIGNS, ("lapack", "canonical"))

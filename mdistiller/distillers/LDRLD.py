@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import rest_log_probs
-from mdistiller.distillers.helpers.numerics import divergence, scale_logits
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.decoupled import rest_log_probs
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 

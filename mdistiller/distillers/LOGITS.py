@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.losses.numerics import full_precision
 
 
 def logits_loss(logits_student: Tensor, logits_teacher: Tensor) -> Tensor:

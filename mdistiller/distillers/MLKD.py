@@ -20,6 +20,9 @@ constants, their means (about 1/2); and from the fourth temperature on, kd_stron
 view. The student runs once for each view, so batch norm sees them apart, and its running statistics
 move twice a step. Under LSKD, the kd terms take standardised logits, cc and bc plain ones.
 
+The trainer `deepkd` splits each KL of the kd terms by the target class (`helpers/losses/split.py`);
+cc and bc, which relate all classes, go with the other classes. That is a choice made here.
+
 The batch is that of all processes.
 """
 
@@ -33,14 +36,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import cross_entropy, divergence, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.losses.split import Split, split_rows
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 MASKS = ("as_coded", "per_item")
 _STRONG_AS_CODED = 3  # as coded, the number of kd_strong's temperatures that are of the strong view
 Pair = tuple[Tensor, Tensor]
+Divergences = Callable[[Pair, Sequence[float]], Tensor]
 
 
 def low_confidence(logits_teacher: Tensor) -> Pair:
@@ -63,6 +68,16 @@ def divergences(logits: Pair, temperatures: Sequence[float]) -> Tensor:
     return torch.stack([t**2 * row for t, row in zip(temperatures, rows, strict=True)])
 
 
+def split_divergences(target: Tensor, split: Split, epoch: int) -> Divergences:
+    """:func:`divergences` as two parts, of the target class [N] and of the others; [2, K, N]."""
+
+    def rows(logits: Pair, temperatures: Sequence[float]) -> Tensor:
+        parts = [split_rows(*logits, target, t, split, epoch) for t in temperatures]
+        return torch.stack([torch.stack(part) for part in zip(*parts, strict=True)])
+
+    return rows
+
+
 def masked_gram_error(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     """sum_k 1 / n * sum_ij mask_i (p_k p_k^T - q_k q_k^T)_ij²; [K, n, d], [K, n, d] and [n]."""
     difference = p @ p.mT - q @ q.mT
@@ -75,6 +90,7 @@ def mlkd_terms(
     temperatures: Sequence[float],
     mask: str = "as_coded",
     standardize: Callable[[Tensor], Tensor] = lambda logits: logits,
+    divergences: Divergences = divergences,
 ) -> Losses:
     """kd_weak, kd_strong, cc and bc as above, unweighted scalars.
 
@@ -83,6 +99,7 @@ def mlkd_terms(
         temperatures: all above 0.
         mask: "as_coded" or "per_item".
         standardize: what the kd terms do with logits [N, C] first.
+        divergences: of K temperatures and N samples, [..., K, N]; kd_weak and kd_strong are [...].
     """
     samples, classes = low_confidence(weak[1])
     kd_weak, kd_strong = (
@@ -90,12 +107,16 @@ def mlkd_terms(
         for view in (weak, strong)
     )
     if mask == "as_coded":
-        kd_strong = torch.cat([kd_strong[:_STRONG_AS_CODED], kd_weak[_STRONG_AS_CODED:]])
+        strong_rows, weak_rows = (
+            kd_strong[..., :_STRONG_AS_CODED, :],
+            kd_weak[..., _STRONG_AS_CODED:, :],
+        )
+        kd_strong = torch.cat([strong_rows, weak_rows], dim=-2)
         samples, classes = (m.mean().expand_as(m) for m in (samples, classes))
     p, q = (log_probs(logits, temperatures).exp() for logits in weak)
     return {
-        "kd_weak": (kd_weak * samples).sum() / len(samples),
-        "kd_strong": kd_strong.sum() / len(samples),
+        "kd_weak": (kd_weak * samples).sum((-2, -1)) / len(samples),
+        "kd_strong": kd_strong.sum((-2, -1)) / len(samples),
         "cc": masked_gram_error(p.mT, q.mT, classes),
         "bc": masked_gram_error(p, q, samples),
     }
@@ -122,6 +143,7 @@ class MLKD(Distiller):
     """
 
     takes_standardized_logits = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):
         super().__init__(student, teacher, cfg)
@@ -137,6 +159,11 @@ class MLKD(Distiller):
         self.ce_loss_weight = cfg.MLKD.LOSS.CE_WEIGHT
         self.kd_loss_weight = cfg.MLKD.LOSS.KD_WEIGHT
 
+    @classmethod
+    def can_split(cls) -> bool:
+        """Whether the loss can be split by the target class."""
+        return cls.forward_train is MLKD.forward_train
+
     def forward_train(  # type: ignore[override]
         self, image_weak: Tensor, image_strong: Tensor, target: Tensor, **batch: Any
     ) -> tuple[Tensor, Losses]:
@@ -145,14 +172,23 @@ class MLKD(Distiller):
         weak, strong = (self.run_student(image).logits for image in images)
         weak_teacher, strong_teacher = (self.run_teacher(image).logits for image in images)
         with torch.autocast(target.device.type, enabled=False):
-            z, v, z_strong, v_strong = gather_batch(weak, weak_teacher, strong, strong_teacher)
-            terms = mlkd_terms(
-                (z, v), (z_strong, v_strong), self.temperatures, self.mask, self.standardize
+            z, v, z_strong, v_strong, labels = gather_batch(
+                weak, weak_teacher, strong, strong_teacher, target
             )
-            self.metrics = {name: term.detach() for name, term in terms.items()}
-            loss_ce = cross_entropy(weak, target) + cross_entropy(strong, target)
-            loss_kd = torch.stack(list(terms.values())).sum()
-        return weak, {
-            "loss_ce": self.ce_loss_weight * loss_ce,
-            "loss_kd": self.kd_loss_weight * loss_kd,
-        }
+            rows: Divergences = divergences
+            if self.split is not None:
+                rows = split_divergences(labels, self.split, batch["epoch"])
+            terms = mlkd_terms(
+                (z, v), (z_strong, v_strong), self.temperatures, self.mask, self.standardize, rows
+            )
+            self.metrics = {name: term.detach().sum() for name, term in terms.items()}
+            loss_ce = self.hard_label_loss(weak, target) + self.hard_label_loss(strong, target)
+            losses = {"loss_ce": self.ce_loss_weight * loss_ce}
+            if self.split is None:
+                losses["loss_kd"] = self.kd_loss_weight * torch.stack(list(terms.values())).sum()
+            else:
+                target_part, others = terms["kd_weak"] + terms["kd_strong"]
+                others = others + terms["cc"] + terms["bc"]
+                losses["loss_tckd"] = self.kd_loss_weight * target_part
+                losses["loss_nckd"] = self.kd_loss_weight * others
+        return weak, losses

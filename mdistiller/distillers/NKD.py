@@ -19,9 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.logit_losses import nkd_rows
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.logit_losses import nkd_rows
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 __all__ = ["NKD", "nkd_loss", "nkd_rows", "nkd_terms"]
 

@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.stages import match_size, paired_stages
+from mdistiller.distillers.helpers.features.stages import match_size, paired_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
 
 
 def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -54,6 +54,7 @@ class NST(Distiller):
     """Neuron selectivity transfer: the student's channels are distributed as the teacher's."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.numerics import full_precision, weighted_divergence
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.numerics import full_precision, weighted_divergence
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 _LARGEST = 1e14  # of a logit
 _SMALLEST = 1e-7  # of a standard deviation

@@ -1,8 +1,8 @@
 """OFA. Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
 Distillation, NeurIPS 2023, arXiv 2310.19444.
 
-A branch behind each stage of the student ends in logits (`helpers/branches.py`), so only logits are
-compared and the two networks need not resemble each other. With the teacher's
+A branch behind each stage of the student ends in logits (`helpers/features/branches.py`), so only
+logits are compared and the two networks need not resemble each other. With the teacher's
 p = softmax(z_teacher / T), the student's q = softmax(z_student / T), and the target class t:
 
     ofa(z) = -1 / N * sum_n (((1 + p_t)^EPS - 1) log q_t + sum_{c != t} p_c^EPS log q_c)
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.branches import ConvBranch, TokenBranch
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_mask
-from mdistiller.distillers.helpers.numerics import scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.branches import ConvBranch, TokenBranch
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_mask
+from mdistiller.distillers.helpers.losses.numerics import scale_logits
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
 from mdistiller.registry import UserError
 
 FORMS = ("code", "paper")
@@ -101,13 +101,7 @@ class OFA(Distiller):
     soft_labels = True
     teacher_logits_only = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.OFA
         if not 0 <= node.LABEL_SMOOTHING < 1:
@@ -146,7 +140,7 @@ def make_branches(
     student: nn.Module,
     teacher: nn.Module,
     stages: Sequence[int],
-    image_size: tuple[int, int] | None,
+    image_size: Size,
 ) -> nn.ModuleList:
     """A branch behind each of the student's stages."""
     shapes, others = probe(student, image_size), probe(teacher, image_size)

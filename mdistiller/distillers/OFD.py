@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.stages import warn_left_over
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import warn_left_over
+from mdistiller.distillers.helpers.losses.numerics import full_precision
 from mdistiller.registry import UserError
 
 
@@ -125,13 +125,7 @@ class OFD(Distiller):
     soft_labels = True
     teacher_in_eval_mode = False
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.OFD.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.OFD.LOSS.FEAT_WEIGHT

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 
 def cosines(features: Tensor, eps: float) -> Tensor:
@@ -77,6 +77,7 @@ class PKT(Distiller):
     """Probabilistic knowledge transfer: samples have the same probable neighbours."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

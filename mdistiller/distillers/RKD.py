@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision, gram
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 ANGLES_AT_ONCE = 2**24
 """Larger batches (N > 256) go through the N^3 angles in parts, which backward computes again."""
@@ -119,6 +119,7 @@ class RKD(Distiller):
     """Relational knowledge: distances and angles between samples, up to a common scale."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

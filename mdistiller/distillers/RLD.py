@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import (
+from mdistiller.distillers.helpers.losses.decoupled import (
     HIDDEN,
     binary_split,
     labelled_shares,
     target_column,
 )
-from mdistiller.distillers.helpers.numerics import full_precision, scale_logits
-from mdistiller.distillers.helpers.settings import require_positive, warmup_factor
+from mdistiller.distillers.helpers.losses.numerics import full_precision, scale_logits
+from mdistiller.distillers.helpers.training.settings import require_positive, warmup_factor
 
 
 class _Terms(torch.autograd.Function):

@@ -16,9 +16,9 @@ distances over a pyramid: the maps themselves (weight 1) and averages to 4, 2 an
 MID is min(512, width of the student's pooled features) as in the original library, whose
 MAX_MID_CHANNEL has no effect either; MID_CHANNELS sets it. Networks that return no pooled features
 (a detector's pyramid) are compared by their maps alone. Where the networks have unequal numbers of
-stages, those are compared that agree best in height (`helpers/stages.py`); the original has no
-configs for such pairs. A teacher that returns no pre-activations (MobileNetV2, whose stages end
-without ReLU; networks of timm and torchvision) gives the outputs of its stages instead, after a
+stages, those are compared that agree best in height (`helpers/features/stages.py`); the original
+has no configs for such pairs. A teacher that returns no pre-activations (MobileNetV2, whose stages
+end without ReLU; networks of timm and torchvision) gives the outputs of its stages instead, after a
 ReLU if that is how they end.
 """
 
@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.map_losses import ABF, hcl_loss, review
-from mdistiller.distillers.helpers.settings import (
+from mdistiller.distillers.helpers.features.shapes import FeatureShapes, Size, probe
+from mdistiller.distillers.helpers.features.stages import pair_stages
+from mdistiller.distillers.helpers.losses.map_losses import ABF, hcl_loss, review
+from mdistiller.distillers.helpers.training.settings import (
     require_positive,
     resolve_setting,
     warmup_factor,
 )
-from mdistiller.distillers.helpers.shapes import FeatureShapes, probe
-from mdistiller.distillers.helpers.stages import pair_stages
 from mdistiller.registry import UserError
 
 __all__ = ["ABF", "ReviewKD", "hcl_loss", "review"]
@@ -90,15 +90,10 @@ class ReviewKD(Distiller):
     """
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.REVIEWKD
         self.ce_loss_weight = node.CE_WEIGHT

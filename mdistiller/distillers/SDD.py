@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import labelled_mean
-from mdistiller.distillers.helpers.heads import classify, linear_head
-from mdistiller.distillers.helpers.logit_losses import dkd_rows, kd_rows, nkd_rows
-from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, scale_logits
-from mdistiller.distillers.helpers.settings import require_positive, warmup_factor
+from mdistiller.distillers.helpers.features.heads import classify, linear_head
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean
+from mdistiller.distillers.helpers.losses.logit_losses import dkd_rows, kd_rows, nkd_rows
+from mdistiller.distillers.helpers.losses.numerics import IGNORE_INDEX, scale_logits
+from mdistiller.distillers.helpers.training.settings import require_positive, warmup_factor
 from mdistiller.registry import UserError
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

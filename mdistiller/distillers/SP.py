@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 
 def similarities(features: Tensor) -> Tensor:
@@ -42,6 +42,7 @@ class SP(Distiller):
     """Similarity preserving: samples that are alike for the teacher are so for the student."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
     relates_images = True
 

@@ -37,12 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.logit_losses import kd_loss
-from mdistiller.distillers.helpers.numerics import full_precision, gram, unit
-from mdistiller.distillers.helpers.settings import require_positive
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.stages import match_size
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.features.stages import match_size
+from mdistiller.distillers.helpers.losses.logit_losses import kd_loss
+from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
@@ -131,13 +131,7 @@ class SemCKD(Distiller):
     relates_images = True
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node = cfg.SEMCKD
         self.ce_loss_weight, self.kd_weight, self.weight = (

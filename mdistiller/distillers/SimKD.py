@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.heads import linear_head
-from mdistiller.distillers.helpers.numerics import full_precision, mean_square_error
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.heads import linear_head
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.numerics import full_precision, mean_square_error
 from mdistiller.registry import UserError
 
 
@@ -55,13 +55,7 @@ class SimKD(Distiller):
     ce_loss_weight = 0.0
     alone = "it gives the student another head"
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.weight = cfg.SIMKD.WEIGHT
         linear_head(student, "student")

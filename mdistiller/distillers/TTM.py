@@ -14,7 +14,7 @@ The paper tunes both numbers for every pair of CIFAR-100 (TTM: GAMMA 0.1 to 0.4,
 flat predictions the divergence curves like 1 / C, so fewer classes want a smaller BETA: the 0.1 and
 100 of resnet32x4 -> resnet8x4 did not train on 10 classes. The defaults are those of
 resnet110 -> resnet20 for TTM, of resnet32x4 -> resnet8x4 for WTTM. DIVERGENCE puts another
-divergence of t and q in KL's place; see `helpers/divergence.py`.
+divergence of t and q in KL's place; see `helpers/losses/divergence.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.divergence import Divergence, read_divergence
-from mdistiller.distillers.helpers.numerics import divergence, scale_logits
-from mdistiller.distillers.helpers.settings import require_positive
+from mdistiller.distillers.helpers.losses.divergence import Divergence, read_divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 
 def ttm_loss(

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
-from mdistiller.distillers.helpers.decoupled import labelled_mean
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.numerics import IGNORE_INDEX, cross_entropy, scale_logits
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.shapes import probe
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean
+from mdistiller.distillers.helpers.losses.numerics import IGNORE_INDEX, scale_logits
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_one_of
 
 
 def label_weights(target: Tensor, classes: int) -> Tensor:
@@ -117,14 +117,11 @@ class USKD(Distiller):
     """
 
     soft_labels = True
+    uses_hard_label_loss = True
     uses_teacher = False
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
+        self, student: nn.Module, teacher: nn.Module | None, cfg: Any, image_size: Size = None
     ):
         super().__init__(student, None)
         node = cfg.USKD
@@ -144,7 +141,7 @@ class USKD(Distiller):
             self.metrics = {name: term.detach() for name, term in terms.items()}
             weighted = [weight * terms[name] for name, weight in self.weights.items()]
             losses = {
-                "loss_ce": self.ce_loss_weight * cross_entropy(student.logits, target),
+                "loss_ce": self.ce_loss_weight * self.hard_label_loss(student.logits, target),
                 "loss_kd": torch.stack(weighted).sum(),
             }
         return student.logits, losses

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.connectors import pool_to
-from mdistiller.distillers.helpers.numerics import full_precision
-from mdistiller.distillers.helpers.settings import probe_size, require_positive
-from mdistiller.distillers.helpers.shapes import get_feat_shapes, require_maps
-from mdistiller.distillers.helpers.stages import pair_stages
+from mdistiller.distillers.helpers.features.connectors import pool_to
+from mdistiller.distillers.helpers.features.shapes import Size, get_feat_shapes, require_maps
+from mdistiller.distillers.helpers.features.stages import pair_stages
+from mdistiller.distillers.helpers.losses.numerics import full_precision
+from mdistiller.distillers.helpers.training.settings import probe_size, require_positive
 from mdistiller.registry import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -72,15 +72,10 @@ class VID(Distiller):
     """Variational information: student stages predict teacher stages with a learned variance."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.VID.LOSS.CE_WEIGHT
         self.feat_loss_weight = cfg.VID.LOSS.FEAT_WEIGHT

@@ -9,7 +9,7 @@ P and Q those of the classes other than y at temperature T:
     D      = 1 - exp(-SHARPEN dist)
 
 W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA
-(`helpers/sinkhorn.py`). COST chooses dist:
+(`helpers/losses/sinkhorn.py`). COST chooses dist:
 
     cka        1 - linear CKA of the teacher's logits for the classes' training images
     cka_feats  the same of its pooled features
@@ -45,14 +45,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.heads import linear_head
-from mdistiller.distillers.helpers.moments import make_projector, wkd_feature_loss
-from mdistiller.distillers.helpers.numerics import scale_logits, unit
-from mdistiller.distillers.helpers.settings import require_one_of, require_positive
-from mdistiller.distillers.helpers.shapes import probe
-from mdistiller.distillers.helpers.sinkhorn import transport_cost
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact, class_similarity, missing_fact
+from mdistiller.distillers.helpers.features.heads import linear_head
+from mdistiller.distillers.helpers.features.shapes import Size, probe
+from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.moments import make_projector, wkd_feature_loss
+from mdistiller.distillers.helpers.losses.numerics import scale_logits, unit
+from mdistiller.distillers.helpers.losses.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.training.teacher_facts import (
+    TeacherFact,
+    class_similarity,
+    missing_fact,
+)
 from mdistiller.registry import UserError
 
 OUTPUTS = {"cka": "logits", "cka_feats": "pooled_feat"}
@@ -142,13 +146,7 @@ class WKD(Distiller):
     own_state = ("class_cost",)
     missing = False
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        cfg: Any,
-        image_size: tuple[int, int] | None = None,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):
         super().__init__(student, teacher)
         node, weights = cfg.WKD, cfg.WKD.LOSS
         self.ce_loss_weight = weights.CE_WEIGHT
@@ -198,7 +196,7 @@ class WKD(Distiller):
         }
         self.missing = True
 
-    def _init_features(self, node: Any, image_size: tuple[int, int] | None) -> None:
+    def _init_features(self, node: Any, image_size: Size) -> None:
         assert self.teacher is not None
         self.grid, self.ratio = int(require_positive("WKD.GRID", node.GRID)), node.RATIO
         self.layer = node.HINT_LAYER

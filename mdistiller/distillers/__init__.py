@@ -11,21 +11,25 @@ from types import ModuleType
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Vanilla
 from mdistiller.distillers._compose import get_distiller, part_names
-from mdistiller.distillers.helpers.connectors import ConvReg, pool_to
-from mdistiller.distillers.helpers.gather import gather_batch
-from mdistiller.distillers.helpers.heads import classify, linear_head
-from mdistiller.distillers.helpers.init_stage import INIT, InitPlan, stage_modules
-from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision, scale_logits
-from mdistiller.distillers.helpers.output import Losses, Output
-from mdistiller.distillers.helpers.settings import (
+from mdistiller.distillers.helpers.features.connectors import ConvReg, pool_to
+from mdistiller.distillers.helpers.features.heads import classify, linear_head
+from mdistiller.distillers.helpers.features.output import Losses, Output
+from mdistiller.distillers.helpers.features.shapes import preserve_state, probe
+from mdistiller.distillers.helpers.features.stages import match_size, paired_stages
+from mdistiller.distillers.helpers.losses.numerics import (
+    cross_entropy,
+    full_precision,
+    scale_logits,
+)
+from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.init_stage import INIT, InitPlan, stage_modules
+from mdistiller.distillers.helpers.training.settings import (
     require_one_of,
     require_positive,
     resolve_setting,
     warmup_factor,
 )
-from mdistiller.distillers.helpers.shapes import preserve_state, probe
-from mdistiller.distillers.helpers.stages import match_size, paired_stages
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
 
 __all__ = [
     "DISTILLERS",

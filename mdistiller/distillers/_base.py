@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdistiller.distillers.helpers.arguments import StepArguments, missing_arguments, view_names
-from mdistiller.distillers.helpers.checks import logits_and_features, loss_of, require_call
-from mdistiller.distillers.helpers.numerics import cross_entropy, full_precision
-from mdistiller.distillers.helpers.output import Losses, Output
-from mdistiller.distillers.helpers.split import Split
-from mdistiller.distillers.helpers.standardize import lskd_settings, standardize
-from mdistiller.distillers.helpers.teacher_facts import TeacherFact
-from mdistiller.distillers.helpers.trainable import Trainable
+from mdistiller.distillers.helpers.features.output import Losses, Output
+from mdistiller.distillers.helpers.features.shapes import Size
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy, full_precision
+from mdistiller.distillers.helpers.losses.split import Split
+from mdistiller.distillers.helpers.losses.standardize import lskd_settings, standardize
+from mdistiller.distillers.helpers.training.arguments import (
+    StepArguments,
+    missing_arguments,
+    view_names,
+)
+from mdistiller.distillers.helpers.training.checks import logits_and_features, loss_of, require_call
+from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
+from mdistiller.distillers.helpers.training.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
@@ -49,6 +54,9 @@ class Distiller(Trainable):
         needs_teacher_classifier: False if the loss depends on neither the teacher's logits nor its
             classifier: the teacher may have other classes, and its checkpoint may lack the
             classifier. A class that overrides a training step does not inherit False.
+        needs_labels: False if the loss reads neither labels nor logits: the method can train on
+            data without classes, where :meth:`forward_train` adds no cross-entropy. A class that
+            overrides a training step does not inherit False.
         two_views: True for methods that train on two independently augmented views of an image:
             the loader gives pairs (weak, strong), passed to :meth:`forward_train` as `image_weak`
             and `image_strong`. Set automatically if `forward_train` has two arguments that begin
@@ -60,12 +68,18 @@ class Distiller(Trainable):
         teacher_facts: tensors to compute once from the frozen teacher and the training images, by
             name; a constructor may set them. See :meth:`take_fact`.
         ce_loss_weight: weight of the cross-entropy that :meth:`forward_train` adds.
-        label_smoothing: label smoothing of that cross-entropy, in [0, 1).
+        label_smoothing: label smoothing of that cross-entropy, in [0, 1); SOLVER.LABEL_SMOOTHING
+            above 0 replaces it.
+        ce_class_weights: weights of the classes in that cross-entropy, [C]; None: all 1. The engine
+            sets them by DISTILLER.CLASS_WEIGHTS.
+        uses_hard_label_loss: whether training reads the last two, by calling
+            :meth:`hard_label_loss`. A class that overrides `forward_train` does not inherit True.
         split: set by a trainer that needs `loss_tckd` and `loss_nckd` instead of `loss_kd`;
             requires :meth:`distill_split`.
         distills: False if the main stage is cross-entropy alone; the teacher does not run.
         frozen: a faster equivalent of a teacher in eval mode, run in its place if set; not a
             submodule, so not in the state dict.
+        fixed_norms: modules that stay in eval mode while training (SOLVER.FREEZE).
         watches_teacher: True if the method has registered hooks on the teacher; the engine sets it.
     """
 
@@ -75,6 +89,7 @@ class Distiller(Trainable):
     takes_standardized_logits = False
     teacher_logits_only = False
     needs_teacher_classifier = True
+    needs_labels = True
     two_views = False
     soft_labels = False
     relates_images = False
@@ -82,10 +97,13 @@ class Distiller(Trainable):
     teacher_facts: Mapping[str, TeacherFact] = {}
     ce_loss_weight: float = 1.0
     label_smoothing: float = 0.0
+    ce_class_weights: Tensor | None
+    uses_hard_label_loss = True
     split: Split | None = None
     distills: bool = True
     frozen: Any = None
     watches_teacher: bool = False
+    fixed_norms: Sequence[nn.Module] = ()
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any = None):
         """Register the two networks.
@@ -96,6 +114,7 @@ class Distiller(Trainable):
         super().__init__()
         self.student = student
         self.teacher = teacher
+        self.register_buffer("ce_class_weights", None, persistent=False)
         self.metrics: Losses = {}
         """Diagnostics of the last training forward: detached scalars, never part of the loss."""
         self._lskd = lskd_settings(cfg) if self.takes_standardized_logits else None
@@ -104,12 +123,15 @@ class Distiller(Trainable):
         super().__init_subclass__(**kwargs)
         if view_names(cls.forward_train):
             cls.two_views = True
+        if {"forward_train", "forward"} & vars(cls).keys():
+            cls.uses_hard_label_loss = vars(cls).get("uses_hard_label_loss", False)
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
             if "distill_split" not in vars(cls):
                 cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
         if vars(cls).keys() & _STEPS:
             cls.needs_teacher_classifier = vars(cls).get("needs_teacher_classifier", True)
+            cls.needs_labels = vars(cls).get("needs_labels", True)
 
     @classmethod
     def can_do_without_teacher(cls) -> bool:
@@ -124,7 +146,7 @@ class Distiller(Trainable):
         teacher: nn.Module | None,
         cfg: Any,
         num_data: int,
-        image_size: tuple[int, int] | None = None,
+        image_size: Size = None,
         targets: Tensor | None = None,
     ) -> Distiller:
         """Construct the method; its constructor gets those of the last three that it names.
@@ -173,6 +195,8 @@ class Distiller(Trainable):
                 child.eval()
             for module in self.init_stages()[self.init_stage].init_modules():
                 module.train()
+        for norm in self.fixed_norms:
+            norm.eval()
         return self
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
@@ -211,10 +235,11 @@ class Distiller(Trainable):
         if self.distills:
             teacher = self.run_teacher(image) if cached is None else Output(cached, {})
         with torch.autocast(image.device.type, enabled=False):
-            losses = {
-                "loss_ce": self.ce_loss_weight
-                * cross_entropy(student.logits, target, self.label_smoothing)
-            }
+            losses: Losses = {}
+            if student.logits.shape[1]:  # without labels there are no classes
+                losses["loss_ce"] = self.ce_loss_weight * self.hard_label_loss(
+                    student.logits, target
+                )
             if teacher is None:
                 losses["loss_kd"] = student.logits.new_zeros(())
                 return student.logits, losses
@@ -228,8 +253,12 @@ class Distiller(Trainable):
                 losses["loss_tckd"], losses["loss_nckd"] = terms
         return logits, losses
 
+    def hard_label_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Mean cross-entropy, a scalar, with the run's label smoothing and class weights."""
+        return cross_entropy(logits, target, self.label_smoothing, self.ce_class_weights)
+
     def standardize(self, logits: Tensor) -> Tensor:
-        """Logits [N, C, ...] as the distillation loss reads them (`helpers/standardize.py`)."""
+        """Logits [N, C, ...] as the distillation loss reads them (LSKD)."""
         return logits if self._lskd is None else standardize(logits, **self._lskd)
 
     def standardized(self, output: Output) -> Output:
@@ -298,6 +327,7 @@ class Vanilla(Distiller):
 
     uses_teacher = False
     soft_labels = True
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module):
         super().__init__(student, None)
@@ -312,4 +342,4 @@ class Vanilla(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         student = self.run_student(image)
         with torch.autocast(image.device.type, enabled=False):
-            return student.logits, {"loss_ce": cross_entropy(student.logits, target)}
+            return student.logits, {"loss_ce": self.hard_label_loss(student.logits, target)}

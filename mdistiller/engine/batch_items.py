@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers import Distiller
-from mdistiller.distillers.helpers.negatives import Negatives
+from mdistiller.distillers.helpers.training.negatives import Negatives
 from mdistiller.registry import UserError, is_builtin
 
 

@@ -98,6 +98,7 @@ def default_config() -> Config:
     cfg = Config({**ENGINE_CONFIG, "DATASET": DATASET_CONFIG}).clone()
     for role in ("TEACHER", "STUDENT"):
         cfg.DISTILLER[f"{role}_ARGS"] = Config(new_allowed=True)
+    cfg.SOLVER.OPTIMIZER_ARGS = Config(new_allowed=True)
     add_registered_nodes(cfg)
     return cfg
 

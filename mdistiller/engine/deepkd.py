@@ -7,8 +7,8 @@ class (TCG) and of the other classes (NCG). With m_x = MOMENTUM + DELTA_x, a ste
     V_x = m_x V_x + g_x  for x in TOG, TCG, NCG,    w = w - lr (V_TOG + V_TCG + V_NCG)
 
 The method, KD or DKD, gives its loss as two terms; TOPK leaves the classes that the teacher ranks
-low out of the second (`distillers/helpers/split.py`). Paper and code differ; SOLVER.DEEPKD.FORM
-is one of
+low out of the second (`distillers/helpers/losses/split.py`). Paper and code differ;
+SOLVER.DEEPKD.FORM is one of
 
     coded      V_TOG decays by m_TCG wherever a parameter has all three gradients, so that DELTA_TOG
                has no effect; weight decay enters V_TCG alone; KD's NCKD has the batch's mean of
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers.helpers.settings import require_one_of
-from mdistiller.distillers.helpers.split import Split
+from mdistiller.distillers.helpers.losses.split import Split
+from mdistiller.distillers.helpers.training.settings import require_one_of
 from mdistiller.engine.dot import DOTTrainer, KeptGradients
 from mdistiller.engine.trainer import trainer_dict
 from mdistiller.registry import UserError

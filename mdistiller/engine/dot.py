@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from mdistiller.engine.distributed import average_gradients, unwrap
 from mdistiller.engine.optim import decay_groups
+from mdistiller.engine.param_groups import student_groups
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 
@@ -181,9 +182,11 @@ class DOTTrainer(BaseTrainer):
 
     def checked_groups(self, solver: Any) -> list[dict[str, Any]]:
         """The parameter groups, after refusing settings that separate gradients do not support."""
-        if solver.TYPE != "SGD":
-            raise UserError(f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD")
-        groups = self.model.param_groups()
+        if solver.TYPE.upper() != "SGD" or solver.get("OPTIMIZER_ARGS"):
+            raise UserError(
+                f"SOLVER.TRAINER {solver.TRAINER} needs SOLVER.TYPE SGD, without OPTIMIZER_ARGS"
+            )
+        groups = student_groups(self.model.param_groups(), solver, self.model)
         if solver.SKIP_NONFINITE and any(p.is_cuda for group in groups for p in group["params"]):
             raise UserError(
                 f"SOLVER.TRAINER {solver.TRAINER} cannot skip steps on a GPU; set "

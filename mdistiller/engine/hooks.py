@@ -27,7 +27,8 @@ class Trainer(Protocol):
         model: the distiller, never wrapped; `distiller` may be wrapped for several processes.
         epoch: the last finished epoch, of `epochs`; `step`: micro-batches of the one under way.
         progress: of the epoch under way: its meters and what it has taken.
-        best_acc: percent, in `best_epoch`.
+        best_acc: percent, in `best_epoch`, which LOG.SELECT_BY (`select_by`) decides by
+            `best_score`; the largest is the best.
         history: one record per epoch.
         stage: name of a method's initialisation stage, "" in the main one.
         position: where in an epoch to continue, or what to save of it.
@@ -50,6 +51,7 @@ class Trainer(Protocol):
     stage: str
     best_acc: float
     best_epoch: int
+    best_score: float
     history: list[dict[str, Any]]
     init_state: dict[str, Any] | None
     position: dict[str, Any] | None
@@ -60,6 +62,8 @@ class Trainer(Protocol):
     @property
     def fresh(self) -> bool: ...
     @property
+    def select_by(self) -> str: ...
+    @property
     def global_step(self) -> int: ...
     @property
     def begins_step(self) -> bool: ...
@@ -68,7 +72,9 @@ class Trainer(Protocol):
     def call(self, moment: str, *args: Any) -> None: ...
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None: ...
     def evaluate(self) -> dict[str, float]: ...
-    def progress_line(self, record: Record) -> str: ...
+    def columns(self, record: Record) -> dict[str, str]: ...
+    def best(self) -> dict[str, float]: ...
+    def epochs_left(self, epoch: int) -> int: ...
     def state(self) -> dict[str, Any]: ...
     def save(self) -> None: ...
     def seed_epoch(self, epoch: int) -> None: ...
@@ -158,6 +164,9 @@ class Hook:
     def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
         """What the run's summary holds beside the trainer's own entries."""
         return {}
+
+    def after_summary(self, trainer: Trainer, summary: Mapping[str, Any]) -> None:
+        """Once, with the whole summary, after it was written."""
 
     def abandon(self, trainer: Trainer) -> None:
         """Instead of `after_train` where an exception ends the training."""

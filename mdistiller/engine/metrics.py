@@ -73,6 +73,60 @@ def count_cells(cells: Tensor, logits: Tensor, target: Tensor) -> None:
     cells.index_add_(0, cell, torch.ones_like(cell, dtype=cells.dtype))
 
 
+MOST_CLASSES = 5000
+"""Confusions among more are not counted: 100 MB."""
+
+
+def class_scores(confusion: Tensor) -> Tensor:
+    """Precision, recall and F1 of each class in percent, [3, C]; NaN for a class without images.
+
+    Precision is 0 for a class that no image was assigned to.
+
+    Args:
+        confusion: images by true class (row) and predicted class (column), [C, C].
+    """
+    right, images, said = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    parts = torch.stack([right / said, right / images, 2 * right / (said + images)])
+    scores = 100 * parts.nan_to_num(posinf=0.0)
+    return scores.masked_fill(images == 0, math.nan)
+
+
+def macro_scores(confusion: Tensor) -> Tensor:
+    """Means of :func:`class_scores` over the classes that have images, [3].
+
+    The mean recall is the balanced accuracy.
+    """
+    return class_scores(confusion).nanmean(dim=1)
+
+
+SELECT_BY = {
+    "top1": "test_acc",
+    "balanced_accuracy": "test_balanced_acc",
+    "macro_f1": "test_macro_f1",
+    "loss": "test_loss",
+}
+"""Values of LOG.SELECT_BY, and the number of an epoch's record that each goes by."""
+
+
+def score_of(record: Mapping[str, float], by: str, prefix: str = "") -> float:
+    """The number of an epoch that LOG.SELECT_BY names; the best is the largest.
+
+    Args:
+        prefix: of the record's keys: "ema_" for the moving average.
+
+    Raises:
+        UserError: the evaluation did not give it.
+    """
+    key = prefix + SELECT_BY[by]
+    if key not in record:
+        raise UserError(
+            f"LOG.SELECT_BY {by}: the evaluation has no {key} (there are more than {MOST_CLASSES} "
+            "classes, or a trainer's own evaluation leaves it out); set it to top1"
+        )
+    value = -record[key] if by == "loss" else record[key]
+    return -math.inf if math.isnan(value) else value
+
+
 @dataclass
 class _Step:
     """One step's scalars, still on the device."""

@@ -1,28 +1,26 @@
-"""Optimizers and learning-rate schedules from a config."""
+"""Optimizers from a config.
+
+An optimizer is a function (groups, solver) -> torch.optim.Optimizer, registered for SOLVER.TYPE;
+other names are those of timm.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
 
-from mdistiller.registry import Registry
+from mdistiller.registry import Registry, UserError, first_line, suggest
 
 OPTIMIZERS = Registry("optimizer (SOLVER.TYPE)")
+Groups = list[dict[str, Any]]
 
 
 @OPTIMIZERS.register("SGD")
-def sgd(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+def sgd(groups: Groups, solver: Any) -> Optimizer:
     """SGD with momentum; weight decay on everything, as the published recipes have it."""
     return SGD(
         groups,
@@ -31,43 +29,109 @@ def sgd(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
         weight_decay=solver.WEIGHT_DECAY,
         nesterov=solver.NESTEROV,
         **_maskable(groups, solver),
+        **arguments(solver),
     )
 
 
 @OPTIMIZERS.register("Adam")
-def adam(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
-    decay = solver.WEIGHT_DECAY
-    return Adam(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver))
+def adam(groups: Groups, solver: Any) -> Optimizer:
+    decay, more = solver.WEIGHT_DECAY, arguments(solver)
+    return Adam(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver), **more)
 
 
 @OPTIMIZERS.register("AdamW")
-def adamw(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
-    decay = solver.WEIGHT_DECAY
-    return AdamW(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver))
+def adamw(groups: Groups, solver: Any) -> Optimizer:
+    decay, more = solver.WEIGHT_DECAY, arguments(solver)
+    return AdamW(groups, lr=solver.LR, weight_decay=decay, **_maskable(groups, solver), **more)
 
 
-def _maskable(groups: list[dict[str, Any]], solver: Any) -> dict[str, Any]:
+def arguments(solver: Any) -> dict[str, Any]:
+    """SOLVER.OPTIMIZER_ARGS, keyword arguments of the optimizer's class."""
+    return dict(solver.get("OPTIMIZER_ARGS", {}))
+
+
+def _maskable(groups: Groups, solver: Any) -> dict[str, Any]:
     """The option that lets a GPU decide by itself to leave a step out (see `non_finite.py`)."""
-    on_gpu = any(param.is_cuda for group in groups for param in group["params"])
-    return {"fused": True} if solver.SKIP_NONFINITE and on_gpu else {}
+    return {"fused": True} if solver.SKIP_NONFINITE and _on_gpu(groups) else {}
 
 
-def build_optimizer(groups: list[dict[str, Any]], solver: Any) -> Optimizer:
+def _on_gpu(groups: Groups) -> bool:
+    return any(param.is_cuda for group in groups for param in group["params"])
+
+
+def optimizer_maker(name: str) -> Callable[[Groups, Any], Optimizer]:
+    """The function for a SOLVER.TYPE: a registered one, in any case of letters, else timm's.
+
+    Raises:
+        UserError: neither has the name.
+    """
+    registered = {known.casefold(): known for known in OPTIMIZERS}
+    if name not in OPTIMIZERS and name.casefold() in registered:
+        name = registered[name.casefold()]
+    if name in OPTIMIZERS:
+        maker: Callable[[Groups, Any], Optimizer] = OPTIMIZERS[name]
+        return maker
+    known = ", ".join(OPTIMIZERS)
+    try:
+        from timm.optim import get_optimizer_info, list_optimizers
+    except ImportError:
+        raise UserError(
+            f"unknown optimizer (SOLVER.TYPE) {name!r}{suggest(name, OPTIMIZERS)} (known: {known}; "
+            "those of timm after pip install mdistiller[timm])"
+        ) from None
+    names: list[str] = list(map(str, list_optimizers()))
+    plain = name.lower().removeprefix("lookahead_")
+    if plain not in names:
+        near = suggest(name, [*OPTIMIZERS, *names])
+        raise UserError(
+            f"unknown optimizer (SOLVER.TYPE) {name!r}{near} (known: {known}, and those of "
+            f"timm.optim.list_optimizers(), such as {', '.join(names[:3])})"
+        )
+    if get_optimizer_info(plain).second_order:
+        raise UserError(f"SOLVER.TYPE {name} needs second derivatives, which no trainer computes")
+    return functools.partial(_of_timm, name)
+
+
+def _of_timm(name: str, groups: Groups, solver: Any) -> Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    given = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY, "momentum": solver.MOMENTUM}
+    optimizer: Optimizer = create_optimizer_v2(groups, name, **given, **arguments(solver))
+    return optimizer
+
+
+def build_optimizer(groups: Groups, solver: Any) -> Optimizer:
     """The optimizer of `cfg.SOLVER` over parameter groups.
 
     Args:
         groups: as torch takes them; groups may set their own `lr` and `weight_decay`.
         solver: the SOLVER node.
+
+    Raises:
+        UserError: the name is unknown, its arguments do not fit, or there is nothing to train.
     """
     seen: set[int] = set()
     for group in groups:  # a parameter in two places would be stepped twice
         params = {id(p): p for p in group["params"] if id(p) not in seen}
         seen |= set(params)
         group["params"] = list(params.values())
-    return OPTIMIZERS[solver.TYPE](decay_groups(groups, solver), solver)
+    if not seen:
+        raise UserError("no parameters are left to train: see SOLVER.FREEZE")
+    make, groups = optimizer_maker(solver.TYPE), decay_groups(groups, solver)
+    try:
+        optimizer = make(groups, solver)
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        more = arguments(solver)
+        given = f" with OPTIMIZER_ARGS {more}" if more else ""
+        raise UserError(f"SOLVER.TYPE {solver.TYPE}{given}: {first_line(error)}") from error
+    if solver.SKIP_NONFINITE and _on_gpu(groups) and not optimizer.defaults.get("fused"):
+        raise UserError(
+            f"SOLVER.TYPE {solver.TYPE} cannot skip steps on a GPU: set SOLVER.SKIP_NONFINITE 0"
+        )
+    return optimizer
 
 
-def decay_groups(groups: list[dict[str, Any]], solver: Any) -> list[dict[str, Any]]:
+def decay_groups(groups: Groups, solver: Any) -> Groups:
     """The groups, with biases and the parameters of norms apart where SOLVER.NORM_DECAY is False.
 
     Those (all with less than two dimensions, as is usual for transformers) then have no decay.
@@ -81,52 +145,6 @@ def decay_groups(groups: list[dict[str, Any]], solver: Any) -> list[dict[str, An
         split += [{**group, "params": wide}] if wide else []
         split += [{**group, "params": narrow, "weight_decay": 0.0}] if narrow else []
     return split
-
-
-_STEP_KEYS = (
-    *("LR", "SCHEDULE", "LR_DECAY_STAGES", "LR_DECAY_RATE", "PATIENCE", "WARMUP_EPOCHS", "MIN_LR"),
-    *("WEIGHT_DECAY", "NORM_DECAY", "MOMENTUM", "NESTEROV", "SKIP_NONFINITE"),
-)
-
-
-def build_scheduler(optimizer: Optimizer, solver: Any) -> LRScheduler:
-    """The schedule of `cfg.SOLVER`, to be stepped once after every epoch.
-
-    A stage s of LR_DECAY_STAGES is the last epoch (counted from 1) at the old rate. WARMUP_EPOCHS
-    epochs rise linearly to LR and are part of EPOCHS; the stages are not shifted by them. "plateau"
-    multiplies by LR_DECAY_RATE after more than PATIENCE epochs without a lower training loss.
-    """
-    warmup = solver.WARMUP_EPOCHS
-    main: LRScheduler
-    if solver.SCHEDULE == "multistep":
-        stages = [stage - warmup for stage in solver.LR_DECAY_STAGES]
-        main = MultiStepLR(optimizer, stages, gamma=solver.LR_DECAY_RATE)
-    elif solver.SCHEDULE == "cosine":
-        epochs = max(solver.EPOCHS - warmup, 1)
-        main = CosineAnnealingLR(optimizer, epochs, eta_min=solver.MIN_LR)
-    elif solver.SCHEDULE == "plateau":
-        factor, patience = solver.LR_DECAY_RATE, solver.PATIENCE
-        return ReduceLROnPlateau(optimizer, "min", factor, patience, min_lr=solver.MIN_LR)
-    else:
-        main = ConstantLR(optimizer, factor=1.0)
-    if not warmup:
-        return main
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return SequentialLR(optimizer, [rise, main], milestones=[warmup])
-
-
-def step_settings(solver: Any) -> dict[str, Any]:
-    """What of `cfg.SOLVER` decides about steps and rates."""
-    keys = [*_STEP_KEYS, *(["EPOCHS"] if solver.SCHEDULE == "cosine" else [])]
-    return {"DELTA": solver.DOT.DELTA, **{key: solver[key] for key in keys}}
-
-
-def step_scheduler(scheduler: LRScheduler, train_loss: float) -> None:
-    """Move a schedule on by one epoch, whose mean training loss was `train_loss`."""
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(train_loss)
-    else:
-        scheduler.step()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.engine.optim import (
-    build_optimizer,
-    build_scheduler,
-    step_scheduler,
-    step_settings,
-)
+from mdistiller.engine.optim import build_optimizer
+from mdistiller.engine.param_groups import require_scaled, student_groups
+from mdistiller.engine.schedules import build_scheduler, by_step, step_scheduler, step_settings
+from mdistiller.registry import is_builtin
 
 
 class Optimization:
@@ -43,22 +41,41 @@ class Optimization:
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
         """The optimizer over the distiller's parameter groups."""
-        return build_optimizer(self.model.param_groups(), cfg.SOLVER)
+        groups = student_groups(self.model.param_groups(), cfg.SOLVER, self.model)
+        return build_optimizer(groups, cfg.SOLVER)
 
     def init_scheduler(self, cfg: Any) -> LRScheduler:
-        """The schedule of the learning rate, which :meth:`end_epoch` moves on."""
-        return build_scheduler(self.optimizer, cfg.SOLVER)
+        """The schedule of the learning rate, moved on by :meth:`end_epoch` or, with
+        SOLVER.SCHEDULE_BY step, by :meth:`optimize`."""
+        return build_scheduler(self.optimizer, self.solver_cfg, self.schedule_steps)
+
+    @property
+    def solver_cfg(self) -> Any:
+        """The SOLVER node whose steps and rates hold."""
+        return self.cfg.SOLVER
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the schedule in an epoch: 1, or those of the optimizer."""
+        return -(-len(self.train_loader) // self.accumulate) if by_step(self.solver_cfg) else 1
+
+    def check_rates(self) -> None:
+        """Refuse rates by name or layer in a trainer that groups the parameters itself."""
+        if not is_builtin(type(self).init_optimizer):
+            require_scaled(self.optimizer.param_groups, self.cfg.SOLVER)
 
     def end_epoch(self, train_loss: float) -> None:
         """Move the schedule on by an epoch, whose mean training loss was `train_loss`."""
-        step_scheduler(self.scheduler, train_loss)
+        if not by_step(self.solver_cfg):
+            step_scheduler(self.scheduler, train_loss)
 
     def step_settings(self) -> dict[str, Any]:
         """What of the config decides about steps and rates.
 
         A run that is resumed with other values goes on by them, its schedule begun anew.
         """
-        return step_settings(self.cfg.SOLVER)
+        settings = step_settings(self.solver_cfg)
+        return settings | ({"STEPS": self.schedule_steps} if by_step(self.solver_cfg) else {})
 
     def restart_schedule(self, losses: Sequence[float]) -> None:
         """Begin the schedule anew, and bring it to where it is after epochs with these losses."""
@@ -69,6 +86,10 @@ class Optimization:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for loss in losses:
                 self.end_epoch(loss)
+            if by_step(self.solver_cfg):
+                done = -(-self.step // self.accumulate)  # of an epoch that is continued
+                for _ in range(len(losses) * self.schedule_steps + done):
+                    self.scheduler.step()
 
     def optimize(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; the last one of a step moves the weights."""
@@ -78,6 +99,8 @@ class Optimization:
         if self.ends_step and self.guard.allows(self, self.gradients()):
             self.update()
             self.call("after_update")
+        if self.ends_step and by_step(self.solver_cfg):
+            self.scheduler.step()
 
     @property
     def begins_step(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdistiller.distillers import Distiller
+from mdistiller.engine.param_groups import without_frozen
 from mdistiller.registry import UserError
 
 STRIDE = 10**6
@@ -58,7 +59,7 @@ def stage_solver(model: Distiller, name: str, solver: Any) -> Any:
     node = solver.clone()
     node.defrost()
     node.EPOCHS, node.LR = plan.epochs, plan.lr or node.LR
-    node.SCHEDULE, node.WARMUP_EPOCHS = "multistep", 0
+    node.SCHEDULE, node.WARMUP_EPOCHS, node.SCHEDULE_BY = "multistep", 0, "epoch"
     node.LR_DECAY_STAGES, node.LR_DECAY_RATE = list(plan.decay_stages), plan.decay_rate
     return node
 
@@ -70,7 +71,7 @@ def running(model: Distiller, stage: str) -> Iterator[list[dict[str, Any]]]:
     Its forward is the stage's, and no other parameters have gradients: they stay as they are to
     the bit. Afterwards the model is as before, without gradients.
     """
-    groups = model.init_stages()[stage].init_param_groups()
+    groups = without_frozen(model.init_stages()[stage].init_param_groups(), model.student)
     trained = {id(param) for group in groups for param in group["params"]}
     before = [(param, param.requires_grad) for param in model.parameters()]
     try:

@@ -11,6 +11,8 @@ from typing import Any
 from mdistiller.registry import Registry
 
 TASKS = Registry("task")
+NETWORKS = ("DISTILLER.TEACHER", "DISTILLER.STUDENT")
+"""Config keys of the networks in classification."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Task:
         subject: config keys that must agree for scores to be comparable.
         paths: those of `subject` that are paths.
         without_effect: config keys that leave the trained weights as they are.
+        networks: config keys of teacher and student.
     """
 
     section: str
@@ -38,6 +41,7 @@ class Task:
     subject: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = ()
+    networks: tuple[str, str] = NETWORKS
 
 
 def task_of(cfg: Any) -> Task | None:

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from mdistiller.distillers.helpers.checks import logits_of, metrics_of, step_of
+from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
+from mdistiller.engine.callbacks.console import BEST
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
@@ -40,11 +41,13 @@ from mdistiller.engine.distributed import (
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.metrics import Meters, NonFiniteLossError
-from mdistiller.engine.optim import autocast, build_optimizer, build_scheduler, step_settings
+from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
+from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optimization import Optimization
+from mdistiller.engine.param_groups import student_groups
+from mdistiller.engine.schedules import by_step
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
-from mdistiller.engine.utils import correct_counts, validate
+from mdistiller.engine.utils import correct_counts, evaluate
 from mdistiller.engine.utils import progress as progress_bar
 from mdistiller.registry import Registry, UserError
 from mdistiller.runtime import rank, world_size
@@ -63,15 +66,18 @@ class BaseTrainer(Optimization):
 
     Attributes that hooks and subclasses read: `cfg`, `distiller` (perhaps wrapped for several
     processes), `model` (never wrapped), `optimizer`, `scheduler`, `log_path`, `epoch` (the last
-    finished one), `global_step`, `best_acc` (percent), `best_epoch`, `history` (one record per
-    epoch), `hooks`, `stage` ("" but in a method's initialisation stage).
+    finished one), `global_step`, `best_acc` (percent), `best_epoch`, `best_score` (by
+    LOG.SELECT_BY), `history` (one record per epoch), `hooks`, `stage` ("" but in a method's
+    initialisation stage).
 
     A trainer that overrides `train_epoch` can be saved, and stopped by signals, only after epochs.
 
-    Override `measure`, `train_numbers`, `evaluate` and `progress_line` for another task's metrics.
+    Override `measure`, `train_numbers`, `evaluate` and `columns` for another task's metrics.
 
     Class attributes:
-        selects: the key of the evaluation by which the best epoch is chosen, in percent.
+        selects: the key of the evaluation that `best_acc` is of, in percent; the best epoch is
+            chosen by it unless LOG.SELECT_BY says otherwise.
+        selected_on: the images of that evaluation in words; "": those of the run's `val_loader`.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -82,7 +88,8 @@ class BaseTrainer(Optimization):
     """
 
     stage = ""
-    selects: ClassVar[str] = "test_acc"
+    selects: str = "test_acc"
+    selected_on: str = ""
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -102,16 +109,18 @@ class BaseTrainer(Optimization):
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.log_path = Path(cfg.LOG.PREFIX) / experiment_name
+        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.optimizer = self.init_optimizer(cfg)
+        self.check_rates()
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
-        self.accumulate = cfg.SOLVER.ACCUMULATE
         self.processes = world_size()
         self.epoch = 0
         self.step = 0
         self.best_acc = -1.0
         self.best_epoch = 0
+        self.best_score = -math.inf
         self.history: list[dict[str, float]] = []
         self.init_state: dict[str, Any] | None = None  # of a run that stopped in such a stage
         self.progress: Any = None  # of the epoch under way
@@ -135,6 +144,7 @@ class BaseTrainer(Optimization):
         solver = cfg.SOLVER
         wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
         wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
+        wanted += ["SCHEDULE_BY"] if by_step(solver) else []
         if cls.own_steps and wanted:
             raise UserError(
                 f"SOLVER.{wanted[-1]} has no effect on SOLVER.TRAINER {solver.TRAINER}, which "
@@ -147,6 +157,11 @@ class BaseTrainer(Optimization):
                 f"DISTILLER.TEACHER_CACHE {cfg.DISTILLER.TEACHER_CACHE}: SOLVER.TRAINER "
                 f"{solver.TRAINER} makes its {part} itself; set it to none, or "
                 f"{cls.__name__}.{flag} = False if that only adds to what it inherits"
+            )
+        if cls.selects != "test_acc" and cfg.LOG.get("SELECT_BY", "top1") != "top1":
+            raise UserError(
+                f"LOG.SELECT_BY {cfg.LOG.SELECT_BY} has no effect on SOLVER.TRAINER "
+                f"{solver.TRAINER}, which selects by {cls.selects}: set it to top1"
             )
         if solver.ACCUMULATE > 1 and train_loader is not None:
             batches = len(train_loader)
@@ -253,6 +268,12 @@ class BaseTrainer(Optimization):
                 getattr(hook, moment)(self, *args)
 
     @property
+    def select_by(self) -> str:
+        """LOG.SELECT_BY: what the best epoch is chosen by."""
+        by: str = self.cfg.LOG.get("SELECT_BY", "top1")
+        return by
+
+    @property
     def epochs(self) -> int:
         """Epochs of the stage."""
         epochs: int = self.cfg.SOLVER.EPOCHS
@@ -299,18 +320,30 @@ class BaseTrainer(Optimization):
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the student on `val_loader`; the result includes the key :attr:`selects`."""
-        top1, top5, loss = validate(self.val_loader, self.distiller)
-        return {"test_acc": top1, "test_acc_top5": top5, "test_loss": loss}
+        numbers = evaluate(self.val_loader, self.distiller)
+        return {f"test_{name}": value for name, value in numbers.items()}
 
-    def progress_line(self, record: dict[str, Any]) -> str:
-        """The part of an epoch's printed line between learning rate and speed."""
-        hits = f"teacher hits {record['teacher_hits']:.0f} %  " if "teacher_hits" in record else ""
-        averaged = f"ema acc {record['ema_test_acc']:.2f}  " if "ema_test_acc" in record else ""
-        return (
-            f"train loss {record['train_loss']:.4f} acc {record['train_acc']:.2f}  "
-            f"test loss {record['test_loss']:.4f} acc {record['test_acc']:.2f} "
-            f"(best {self.best_acc:.2f})  {averaged}{hits}"
-        )
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """What an epoch's printed line has behind the loss, by title."""
+        score, by = "eval %", self.select_by
+        cells = {"train %": f"{record['train_acc']:.2f}", score: f"{record['test_acc']:.2f}"}
+        if by != "top1":
+            score = "eval loss" if by == "loss" else by.removesuffix("_accuracy")
+            cells[score] = f"{record[SELECT_BY[by]]:.{4 if by == 'loss' else 2}f}"
+        cells[score] = self.marked(cells[score])
+        if "ema_test_acc" in record:
+            cells["ema %"] = f"{record['ema_test_acc']:.2f}"
+        if "teacher_hits" in record:
+            cells["cached %"] = f"{record['teacher_hits']:.0f}"
+        return cells
+
+    def marked(self, score: str) -> str:
+        """A score as printed, with a mark if the epoch is the best so far."""
+        return score + (BEST if self.best_epoch == self.epoch else " ")
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of the run after this one."""
+        return self.epochs - epoch
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
@@ -328,11 +361,22 @@ class BaseTrainer(Optimization):
         """Append an epoch's record to `history` and write it to every log; override to add your
         own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
-        accuracy = float(log_dict.get(self.selects, -1.0))
-        if accuracy >= self.best_acc:  # ties: the later one, as the files have it
-            self.best_acc, self.best_epoch = accuracy, epoch
+        score = self.score(log_dict)
+        if score >= self.best_score:  # ties: the later one, as the files have it
+            self.best_score, self.best_epoch = score, epoch
+            self.best_acc = float(log_dict.get(self.selects, -1.0))
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         self.call("write", epoch, {"lr": lr, **log_dict})
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """What the best epoch has most of."""
+        if self.select_by != "top1":
+            return score_of(record, self.select_by)
+        return float(record.get(self.selects, -1.0))
+
+    def best(self) -> dict[str, float]:
+        """The best epoch's number, by its name in logs and summary."""
+        return {"best_acc": self.best_acc}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""
@@ -367,18 +411,26 @@ class InitTrainer(BaseTrainer):
         return stage_hooks(writes=is_main_process())
 
     def init_optimizer(self, cfg: Any) -> Optimizer:
-        return build_optimizer(self.plan.groups, self.plan.solver)
+        groups = student_groups(self.plan.groups, self.plan.solver, self.model)
+        return build_optimizer(groups, self.plan.solver)
 
-    def init_scheduler(self, cfg: Any) -> LRScheduler:
-        return build_scheduler(self.optimizer, self.plan.solver)
-
-    def step_settings(self) -> dict[str, Any]:
-        return step_settings(self.plan.solver)
+    @property
+    def solver_cfg(self) -> Any:
+        return self.plan.solver
 
     @property
     def epochs(self) -> int:
         epochs: int = self.plan.solver.EPOCHS
         return epochs
+
+    def columns(self, record: dict[str, Any]) -> dict[str, str]:
+        """Nothing: the student is not evaluated."""
+        return {}
+
+    def epochs_left(self, epoch: int) -> int:
+        """Epochs of this stage, of later ones and of the main training."""
+        later = list(self.model.init_stages().values())[self.plan.number :]
+        return self.epochs - epoch + sum(part.init.epochs for part in later) + self.main.epochs
 
     def initialize(self) -> None:
         """Does nothing: stages have no stages before them."""

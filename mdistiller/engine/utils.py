@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,12 +16,19 @@ from tqdm import tqdm
 
 from mdistiller.engine.checkpoints.write import load_checkpoint, save_checkpoint
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks, unwrap
-from mdistiller.engine.metrics import AverageMeter, correct_counts, count_cells
+from mdistiller.engine.metrics import (
+    MOST_CLASSES,
+    AverageMeter,
+    correct_counts,
+    count_cells,
+    macro_scores,
+)
 
 __all__ = [
     "AverageMeter",
     "accuracy",
     "adjust_learning_rate",
+    "evaluate",
     "load_checkpoint",
     "log_msg",
     "progress",
@@ -69,6 +78,23 @@ def validate(
     return 100.0 * top1 / samples, 100.0 * top5 / samples, loss / samples
 
 
+def evaluate(val_loader: Any, distiller: nn.Module) -> dict[str, float]:
+    """`acc`, `acc_top5` and `loss` of :func:`validate`, with `balanced_acc` and `macro_f1`.
+
+    The latter two, in percent, are left out for more than MOST_CLASSES classes, and for a loader
+    whose data set does not name its classes.
+    """
+    classes = len(getattr(getattr(val_loader, "dataset", None), "classes", ()))
+    cells = None
+    if 0 < classes <= MOST_CLASSES:
+        cells = torch.zeros(classes, classes, device=next(distiller.parameters()).device)
+    top1, top5, loss = validate(val_loader, distiller, cells)
+    numbers = {"acc": top1, "acc_top5": top5, "loss": loss}
+    if cells is not None:
+        _, numbers["balanced_acc"], numbers["macro_f1"] = macro_scores(cells).tolist()
+    return numbers
+
+
 def progress(items: Iterable[Any], title: str, total: int | None = None, done: int = 0) -> tqdm:
     """A progress bar over `items`: on a terminal, in the main process, redrawn by time.
 
@@ -87,6 +113,8 @@ def progress(items: Iterable[Any], title: str, total: int | None = None, done: i
     )
 
 
+WIDTH = 100
+"""Columns of what a run prints, at most."""
 _COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
 
 
@@ -101,5 +129,16 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: Optimizer) -> float:
 
 def log_msg(msg: str, mode: str = "INFO") -> str:
     """`msg` behind its [MODE], coloured on a terminal."""
-    text = f"[{mode}] {msg}"
-    return f"\033[{_COLOURS.get(mode, 36)}m{text}\033[0m" if sys.stdout.isatty() else text
+    return coloured(f"[{mode}] {msg}", mode)
+
+
+def width() -> int:
+    """Columns for what a run prints: :data:`WIDTH`, or those of a narrower terminal."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    return max(40, min(WIDTH, columns))
+
+
+def coloured(text: str, mode: str) -> str:
+    """`text` in the colour of a mode on a terminal, unless NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
+    return text if plain else f"\033[{_COLOURS.get(mode, 36)}m{text}\033[0m"

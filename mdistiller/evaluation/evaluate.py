@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers import Output
-from mdistiller.distillers.helpers.stages import pair_by_height
+from mdistiller.distillers.helpers.features.stages import pair_by_height
 from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (
@@ -49,9 +49,12 @@ class Evaluation:
             "model": source.name,
             "weights": str(source.weights),
             "note": source.note,
-            "parameters": sum(p.numel() for p in self.subject.net.parameters()),
+            "parameters": sum(p.numel() for p in self.subject.net.parameters()) or None,
             "images": quality.images,
-            **{key: getattr(quality, key) for key in ("top1", "top5", "nll", "ece")},
+            **{key: getattr(quality, key) for key in ("top1", "top5")},
+            "balanced_accuracy": quality.macro["recall"],
+            **{f"macro_{name}": value for name, value in quality.macro.items()},
+            **{key: getattr(quality, key) for key in ("nll", "ece")},
         }
         if self.comparison is not None:
             extra = {key: getattr(self.comparison, key) for key in ("agreement", "gap")}
@@ -60,8 +63,9 @@ class Evaluation:
             facts["collapse"] = asdict(self.collapse)
         if self.cka:
             facts["cka"] = self.cka
-        lists = {"class_accuracy": quality.class_accuracy, "confusion": quality.confusion}
-        return {**facts, **lists}
+        lists = {f"class_{name}": values for name, values in quality.class_scores.items()}
+        lists["class_accuracy"] = quality.class_accuracy
+        return {**facts, **lists, "confusion": quality.confusion}
 
 
 class _Sums:

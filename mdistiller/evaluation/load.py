@@ -20,6 +20,7 @@ from mdistiller.engine.run.folder import checkpoint_file, recorded_config, refus
 from mdistiller.engine.run.record import data_facts, read_record, recorded_settings
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.evaluation.predict import Predictor
+from mdistiller.files.onnx import open_onnx
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, first_line
@@ -93,6 +94,11 @@ def _from_run(
     if not data:  # a run of an earlier version
         refuse_commands(folder, cfg, overrides)
         data = data_facts(load_test_loader(cfg, torch.device("cpu")))
+    if not data["num_classes"]:
+        raise UserError(
+            f"{folder} was trained without labels, so its student has no classes to predict; "
+            "judge its features by: mdistiller eval RUN --probe knn --labelled FOLDER"
+        )
     how = recorded_preprocessing(data, folder) or eval_preprocessing(cfg)
     size = tuple(data["image_size"])
     facts: Any = SimpleNamespace(**{**data, "image_size": size, "preprocessing": how})
@@ -137,23 +143,12 @@ def _from_onnx(path: Path, device: str) -> Predictor:
     """An ONNX model in onnxruntime, with torch's number of CPU threads."""
     _on_cpu(path, device)
     try:
-        import onnxruntime
+        run, texts = open_onnx(path)
     except ImportError as error:
         raise _missing(path, "onnxruntime", error) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
     except Exception as error:
         raise _damaged(path, error) from error
-
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
-
-    stated = _read_facts(path, session.get_modelmeta().custom_metadata_map)
-    return _of_file(path, logits, stated, torch.device("cpu"))
+    return _of_file(path, run, _read_facts(path, texts), torch.device("cpu"))
 
 
 def _from_program(path: Path, device: str) -> Predictor:
@@ -217,6 +212,7 @@ def _of_file(
         how or Preprocessing(),
         device,
         network=net,
+        model=stated["model"],
     )
 
 

@@ -74,6 +74,7 @@ class Predictor:
         upright: rotate images by their EXIF orientation (DATASET.EXIF).
         scale_16_bit: scale grey images of 16 bits to 8 (DATASET.SCALE_16_BIT).
         network: the module in eval mode, float32, for normalised images; None for ONNX and pt2.
+        model: of an exported file, the network's name in its zoo.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Predictor:
     upright: bool = True
     scale_16_bit: bool = False
     network: nn.Module | None = None
+    model: str = ""
 
     def predict(self, images: Any, topk: int = 5) -> Any:
         """The predictions for an image, for several, or for all images below a folder.
@@ -143,12 +145,12 @@ class Predictor:
         Raises:
             UserError: it cannot be read.
         """
-        from mdistiller.dataset.files.images import resize, resize_to_square
+        from mdistiller.dataset.files.images import resize, resize_to_size
 
         pixels = read_pixels(image, self.upright, self.scale_16_bit)
         height, width = self.image_size
         if self.preprocessing.resize in RESIZE:
-            return resize_to_square(pixels, height, self.preprocessing)
+            return resize_to_size(pixels, (height, width), self.preprocessing)
         return resize(pixels, height, width, self.preprocessing.interpolation)
 
     def _try_to_prepare(self, image: Image) -> Tensor | UserError:

@@ -6,6 +6,7 @@ device has it.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdistiller.distillers.helpers.numerics import divergence
-from mdistiller.engine.utils import correct_counts, count_cells
+from mdistiller.distillers.helpers.losses.numerics import divergence
+from mdistiller.engine.metrics import class_scores, correct_counts, count_cells
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error."""
@@ -49,13 +50,24 @@ class Quality:
     def images(self) -> int:
         return sum(map(sum, self.confusion))
 
+    @functools.cached_property
+    def class_scores(self) -> dict[str, list[float]]:
+        """`precision`, `recall` and `f1` by class, in percent; NaN for a class without images."""
+        scores = class_scores(torch.tensor(self.confusion, dtype=torch.float64))
+        return dict(zip(("precision", "recall", "f1"), scores.tolist(), strict=True))
+
     @property
     def class_accuracy(self) -> list[float]:
-        """In percent, by class; NaN for a class without images."""
-        return [
-            100.0 * row[k] / sum(row) if sum(row) else float("nan")
-            for k, row in enumerate(self.confusion)
-        ]
+        """The same as the recall by class."""
+        return self.class_scores["recall"]
+
+    @property
+    def macro(self) -> dict[str, float]:
+        """Means of the three over the classes that have images; that of the recall is the balanced
+        accuracy. NaN if the network gives NaN for an image."""
+        means = torch.tensor(list(self.class_scores.values()), dtype=torch.float64).nanmean(dim=1)
+        values = [math.nan] * 3 if math.isnan(self.nll) else means.tolist()
+        return dict(zip(self.class_scores, values, strict=True))
 
 
 class QualitySums:

@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mdistiller.dataset import DataSpec, TestData, data_spec, eval_preprocessing, load_test_loader
+from mdistiller.dataset import (
+    DataSpec,
+    TestData,
+    data_spec,
+    eval_preprocessing,
+    lacks_test,
+    load_test_loader,
+)
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
@@ -21,6 +28,7 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
+from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -76,7 +84,9 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
     for choice in checkpoints:
         note = ""
         if choice == "best" and summary:
-            note = f"epoch {summary['best_epoch']}, selected on the {summary['selected_on']}"
+            by = summary.get("selected_by", "top1")
+            by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
+            note = f"epoch {summary['best_epoch']}, selected {by}on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
         sources.append(Source(label, cfg, path, note, run=folder))
@@ -142,6 +152,8 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
+    if name and Path(path).suffix in SUFFIXES:
+        raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
         node.defrost()
@@ -149,6 +161,12 @@ def file_source(
         node.freeze()
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
+        return Source(path, node, Path(path), role=role)
+    if Path(path).suffix in SUFFIXES:
+        node = cfg.clone()
+        node.defrost()
+        node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
+        node.freeze()
         return Source(path, node, Path(path), role=role)
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
@@ -165,7 +183,8 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
     runs = [source for source in sources if source.run is not None]
     first, facts = runs[0], _data_facts(runs[0].cfg)
     for other in runs[1:]:
-        differ = [key for key, value in _data_facts(other.cfg).items() if value != facts[key]]
+        theirs = _data_facts(other.cfg)
+        differ = [key for key, value in theirs.items() if value != facts.get(key, value)]
         if differ:
             key = f"DATASET.{differ[0]}"
             raise UserError(
@@ -180,7 +199,8 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
 
 
 def _data_facts(cfg: Config) -> dict[str, Any]:
-    keys = ("TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS")
+    keys = ["TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS"]
+    keys += ["VAL_SPLIT", "VAL_SEED"] if lacks_test(cfg) else []
     facts = {key: cfg.DATASET[key] for key in keys}
     return facts | {"ROOT": str(Path(facts["ROOT"]).resolve()) if facts["ROOT"] else ""}
 
@@ -197,7 +217,7 @@ def load_all(
         The test set of the first network, or of the first run's, and the networks.
     """
     facts = data_spec(cfg)
-    preprocessing = [_own_preprocessing(source, facts) for source in sources]
+    preprocessing = [own_preprocessing_of(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
     views = {one: eval_preprocessing(cfg, one) for one in set(preprocessing)}
@@ -214,7 +234,7 @@ def load_all(
         if i == first and runs and view.resize == "keep":
             views = dict.fromkeys(views, view)
         elif i == first and runs:
-            cfg = _sized(cfg, tests[view].image_size[0])
+            cfg = _sized(cfg, tests[view].image_size)
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
@@ -230,20 +250,22 @@ def load_all(
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
-    preprocessing = _own_preprocessing(source, facts) if facts.files else None
+    preprocessing = own_preprocessing_of(source, facts) if facts.files else None
     if preprocessing is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size[0])
+    sized = _sized(cfg, test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)
     return replace(load(source, other, device), loader=other.loader)
 
 
-def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
+def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None
+    if _is_exported(source):
+        return stated_preprocessing(Path(source.weights))[1]
     stated = None if source.weights == PRETRAINED else recorded_facts(source.weights)
     try:
         entry = get_model_entry(source.name, facts.zoo)
@@ -252,19 +274,27 @@ def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
     return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
 
 
-def _sized(cfg: Config, side: int) -> Config:
+def _sized(cfg: Config, size: tuple[int, int]) -> Config:
     """The config with DATASET.IMAGE_SIZE."""
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = side
+    sized.DATASET.IMAGE_SIZE = list(size)
     sized.freeze()
     return sized
 
 
 def load(source: Source, test: TestData, device: torch.device) -> Subject:
     """Build a network for the data and load its weights."""
-    net = build_network(source.cfg, source.role, test, source.weights)
+    net: nn.Module
+    if _is_exported(source):
+        net = ExportedNetwork(Path(source.weights), test)
+    else:
+        net = build_network(source.cfg, source.role, test, source.weights)
     return Subject(source, net.to(device).eval().requires_grad_(False))
+
+
+def _is_exported(source: Source) -> bool:
+    return Path(source.weights).suffix in SUFFIXES
 
 
 def side_by_side(

@@ -11,8 +11,10 @@ import yaml
 
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
+from mdistiller.engine.metrics import score_of
 from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
+from mdistiller.export.quantize import Int8
 from mdistiller.export.student import Student
 from mdistiller.export.usage import interface, snippet
 from mdistiller.files.atomic import replacing
@@ -22,7 +24,7 @@ from mdistiller.models import count_cost
 _TEST_SET = "test set"
 _EMA = "ema_"  # prefix of measurements of the moving average
 _LOCAL = ("LOG", "DEVICE")  # parts of a config that only concern the machine it ran on
-_PATHS = ("ROOT", "TEACHER_CKPT", "TEACHER_CFG")
+_PATHS = ("ROOT", "STUDENT_CKPT", "TEACHER_CKPT", "TEACHER_CFG")
 
 
 class Latency(NamedTuple):
@@ -57,11 +59,13 @@ def model_card(
     files: Sequence[Exported],
     latencies: Sequence[Latency] = (),
     machine: str = "",
+    int8: Int8 | None = None,
 ) -> str:
     """The text of README.md.
 
     Args:
         machine: what the latencies were measured on.
+        int8: the ONNX file in 8 bits beside the original.
     """
     parts = [
         header(student),
@@ -71,6 +75,7 @@ def model_card(
         "## Input and output\n\n" + interface(student, files),
         "## Files\n\n" + file_table(files),
         *(f"### {file.path.name}\n\n```python\n{snippet(student, file)}```" for file in files),
+        *([f"## In 8 bits\n\n{int8.text()}"] if int8 else []),
         "## Cost\n\n" + cost(student, latencies, machine),
         "## How it was made\n\n" + making(student, files),
     ]
@@ -142,8 +147,10 @@ def accuracies(student: Student) -> list[Measured]:
         values = {row["epoch"]: row[key] for row in run.epochs if key in row}
         if not values:
             continue
+        by = student.cfg.LOG.get("SELECT_BY", "top1")
+        score = {row["epoch"]: score_of(row, by, prefix) for row in run.epochs if key in row}
         # of equal ones the later, as the files have it
-        last, best = max(values), max(values, key=lambda epoch: (values[epoch], epoch))
+        last, best = max(values), max(values, key=lambda epoch: (score[epoch], epoch))
         epochs = {f"{prefix}best": best, f"{prefix}latest": last}
         chosen = run.choice.removeprefix("epoch_")
         if chosen.isdigit() and not prefix:

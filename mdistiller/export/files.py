@@ -10,19 +10,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mdistiller.export.onnx_model import DYNAMO, read_onnx, write_onnx
+from mdistiller.export.runtimes import (
+    read_executorch,
+    read_litert,
+    write_executorch,
+    write_litert,
+)
 from mdistiller.export.student import Deployed, Student
 from mdistiller.registry import Registry, UserError
 from mdistiller.weights import load_network
 
 #: Images, as the file wants them, to logits.
 Runner = Callable[[Tensor], Tensor]
-#: Whether this torch makes ONNX of a program of torch.export; before 2.9 it traces the network.
-_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Exported:
         raw: whether it takes images in [0, 1]; else they have to be normalised.
         difference: the largest of any logit from the network's.
         run: images to logits.
+        single: whether it takes one image at a time.
     """
 
     format: str
@@ -42,6 +48,7 @@ class Exported:
     raw: bool
     difference: float
     run: Runner
+    single: bool = False
 
 
 class Format(NamedTuple):
@@ -53,6 +60,8 @@ class Format(NamedTuple):
         write: (student, network as deployed) -> contents.
         read: (file, student) -> what runs it.
         standalone: whether it runs without this library, and so can hold the normalisation.
+        extra: of this package, which installs `packages`.
+        single: whether it takes one image at a time.
     """
 
     file: str
@@ -60,6 +69,8 @@ class Format(NamedTuple):
     write: Callable[[Student, Deployed], bytes]
     read: Callable[[Path, Student], Runner]
     standalone: bool = True
+    extra: str = "export"
+    single: bool = False
 
 
 FORMATS: Registry = Registry("export format (--formats)")
@@ -73,7 +84,7 @@ def check_packages(name: str) -> None:
         except ImportError as error:
             raise UserError(
                 f"--formats {name} needs the package {package}, which cannot be imported "
-                f"({error}): pip install mdistiller[export]"
+                f"({error}): pip install mdistiller[{FORMATS[name].extra}]"
             ) from error
 
 
@@ -105,73 +116,20 @@ def read_torch(path: Path, student: Student) -> Runner:
     return torch.export.load(path).module()
 
 
-def write_onnx(student: Student, deployed: Deployed) -> bytes:
-    """An ONNX model with input "image" and output "logits", for any batch size."""
-    proto = _onnx_of_program(deployed) if _DYNAMO else _onnx_by_tracing(deployed)
-    for key, value in student.metadata(deployed.normalizes).items():
-        proto.metadata_props.add(key=key, value=value)
-    contents: bytes = proto.SerializeToString()
-    return contents
-
-
-def read_onnx(path: Path, student: Student) -> Runner:
-    """The model in onnxruntime, with torch's number of CPU threads."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        path.read_bytes(), options, providers=["CPUExecutionProvider"]
-    )
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
-
-    return run
-
-
-def _onnx_of_program(deployed: Deployed) -> Any:
-    names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
-    made = torch.onnx.export(deployed.program, dynamo=True, verbose=False, **names)
-    assert made is not None
-    proto = made.model_proto
-    graph = proto.graph
-    traced = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = dim.dim_param.replace(traced, "batch")
-    return proto
-
-
-def _onnx_by_tracing(deployed: Deployed) -> Any:
-    import onnx
-
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        deployed,
-        deployed.example,
-        buffer,  # type: ignore[arg-type]
-        dynamo=False,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-    )
-    return onnx.load_from_string(buffer.getvalue())
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings of the exporters; every file is verified afterwards."""
-    logger = logging.getLogger("torch")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("", "torch", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 FORMATS.update(
@@ -180,9 +138,25 @@ FORMATS.update(
     ),
     onnx=Format(
         "student.onnx",
-        ("onnx", "onnxruntime", *(["onnxscript"] if _DYNAMO else [])),
+        ("onnx", "onnxruntime", *(["onnxscript"] if DYNAMO else [])),
         write_onnx,
         read_onnx,
     ),
     torch=Format("student.pt2", (), write_torch, read_torch),
+    litert=Format(
+        "student.tflite",
+        ("litert_torch", "ai_edge_litert"),
+        write_litert,
+        read_litert,
+        extra="litert",
+        single=True,
+    ),
+    executorch=Format(
+        "student.pte",
+        ("executorch",),
+        write_executorch,
+        read_executorch,
+        extra="executorch",
+        single=True,
+    ),
 )

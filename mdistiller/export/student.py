@@ -110,6 +110,8 @@ class Deployed(nn.Module):
         net: is copied.
         image_size: (height, width).
         mean, std: normalise images in [0, 1] first; empty: they come normalised.
+        opset: of ONNX; None: the exporter's usual one.
+        dynamic_batch: make ONNX for any batch size; else for one image.
     """
 
     mean: Tensor
@@ -121,8 +123,11 @@ class Deployed(nn.Module):
         image_size: tuple[int, int],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
+        opset: int | None = None,
+        dynamic_batch: bool = True,
     ):
         super().__init__()
+        self.opset, self.dynamic_batch = opset, dynamic_batch
         self.example = (torch.zeros(_TRACED_BATCH, 3, *image_size),)
         self.net = _traceable(net)
         self.normalizes = bool(mean)

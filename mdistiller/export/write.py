@@ -25,12 +25,18 @@ def export_student(
     formats: Sequence[str] = ("safetensors", "onnx", "torch"),
     normalization: bool = True,
     force: bool = False,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    also: Sequence[str] = (),
 ) -> list[Exported]:
     """Write a student to `out` in several formats, each verified.
 
     Args:
         normalization: part of the exported network, where the format can hold it.
         force: replace files that are there.
+        opset: of ONNX; None: the exporter's usual one.
+        dynamic_batch: make ONNX for any batch size; else for one image.
+        also: names of further files that will be written there.
 
     Raises:
         UserError: a package is missing, a file is there, or a file does not agree with the
@@ -43,7 +49,7 @@ def export_student(
             "the normalisation of the training images is not known: give DATASET.MEAN and "
             "DATASET.STD, or leave it out of the files by --without-normalization"
         )
-    names = [*(FORMATS[name].file for name in formats), "README.md"]
+    names = [*(FORMATS[name].file for name in formats), *also, "README.md"]
     there = [name for name in names if (out / name).exists()]
     if there and not force:
         raise UserError(f"{out} holds {', '.join(there)} already; replace them by --force")
@@ -51,8 +57,8 @@ def export_student(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror}") from error
-    statistics = (student.mean, student.std) if normalization else ()
-    deployed = Deployed(student.net, student.image_size, *statistics)
+    mean, std = (student.mean, student.std) if normalization else ((), ())
+    deployed = Deployed(student.net, student.image_size, mean, std, opset, dynamic_batch)
     return [_export_file(student, deployed, name, out) for name in formats]
 
 
@@ -62,13 +68,14 @@ def _export_file(student: Student, deployed: Deployed, name: str, out: Path) -> 
     raw = deployed.normalizes and kind.standalone
     path = out / kind.file
     with replacing(path) as temporary:
-        with _trying(f"{student.name} cannot be exported as {name}"):
+        with trying(f"{student.name} cannot be exported as {name}"):
             contents = kind.write(student, deployed)
         temporary.write_bytes(contents)
-        with _trying(f"{path.name} cannot be run, and is not written"):
+        with trying(f"{path.name} cannot be run, and is not written"):
             run = kind.read(temporary, student)
             difference = verify(run, student, raw, path.name)
-    return Exported(name, path, raw, difference, run)
+    single = kind.single or (name == "onnx" and not deployed.dynamic_batch)
+    return Exported(name, path, raw, difference, run, single)
 
 
 def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
@@ -111,7 +118,7 @@ def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
 
 
 @contextlib.contextmanager
-def _trying(failure: str) -> Iterator[None]:
+def trying(failure: str) -> Iterator[None]:
     """Quietly and without gradient; what goes wrong, in any way, is said in one line."""
     try:
         with quiet(), torch.no_grad():

@@ -17,12 +17,8 @@ def write_failure(path: Path, error: Exception) -> str:
     return f"cannot write {path}: {reason}{kept}"
 
 
-def _nothing(temporary: Path) -> None:
-    """Do nothing between writing a file and renaming it."""
-
-
 @contextlib.contextmanager
-def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator[Path]:
+def replacing(path: Path, before: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """Context with a temporary file that replaces `path` at its end, in one rename.
 
     On an exception it is removed, and `path` stays unchanged.
@@ -30,14 +26,13 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
     Args:
         before: called with the written and flushed file, before the rename.
     """
-    temporary = path.with_name(
-        f".{path.stem}.tmp{path.suffix}"
-    )  # one process writes; a stray one is reused
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # a stray one is reused
     try:
         yield temporary
         with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
-        before(temporary)
+        if before is not None:
+            before(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(write_failure(path, error)) from error
@@ -45,6 +40,16 @@ def replacing(path: Path, before: Callable[[Path], None] = _nothing) -> Iterator
         with contextlib.suppress(OSError):
             temporary.unlink()
     _sync_folder(path.parent)
+
+
+def write_cache(path: Path, text: str) -> None:
+    """Write a file that can be computed again, in one rename, if possible: several processes may
+    write the same one at once."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Safe extraction of untrusted archives.
 
 Nothing is written outside the new folder; only plain files and folders are created; sizes are
-bounded while writing, whatever the archive's headers state.
+bounded, whatever the archive's headers state. tarfile's filter="data" alone would admit links,
+names given twice, and headers of any size, which are read into memory.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 
-_CHUNK = 1 << 16
 _HEADER = 4 << 20  # bytes of a tar header, more than any honest one
 _SLACK = 64 << 20  # bytes to which a small archive may grow whatever its ratio
+_TOO_LARGE = "unpacks to more than it may (a bomb?)"
+_Member = tuple[str, int, Callable[[], Any] | None]
+"""Name, bytes when unpacked, and what opens it; None for a folder."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,11 @@ def unpacked(archive: Path, beside: Path, what: str, limits: Limits = Limits()) 
             zlib.error,
             lzma.LZMAError,
         ) as error:
-            reason = (
-                getattr(error, "strerror", None) or str(error) or type(error).__name__
-            ).strip()
+            reason = getattr(error, "strerror", None) or first_line(error)
+            if not isinstance(error, _BadError):
+                reason = f"cannot be read or written ({reason})"
             raise UserError(
-                f"{what} is not unpacked: {archive} {_worded(error, reason.splitlines()[0])}; "
+                f"{what} is not unpacked: {archive} {reason}; "
                 "remove it and get it from a place you trust"
             ) from error
         yield folder
@@ -106,24 +110,19 @@ def move_in(source: Path, target: Path) -> None:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
 
 
-def _worded(error: Exception, reason: str) -> str:
-    return reason if isinstance(error, _BadError) else f"cannot be read or written ({reason})"
-
-
 def _unpack(archive: Path, folder: Path, limits: Limits) -> None:
     room = min(limits.bytes, max(_SLACK, int(limits.ratio * archive.stat().st_size)))
-    budget = _Budget(room, limits.files)
     with archive.open("rb") as file:
         head = file.read(6)
         file.seek(0)
         if head[:2] == b"PK":
             with zipfile.ZipFile(file) as bundle:
-                _unpack_zip(bundle, folder, budget)
+                _extract(_zip_members(bundle), folder, room, limits.files)
             return
         with _decompressed(file, head) as stream:
             source: Any = _Bounded(stream, room + limits.files * 2048)
             with tarfile.open(fileobj=source, mode="r:") as tar:
-                _unpack_tar(tar, folder, budget)
+                _extract(_tar_members(tar), folder, room, limits.files)
 
 
 def _decompressed(file: IO[bytes], head: bytes) -> Any:
@@ -145,65 +144,53 @@ class _Bounded:
 
     def seek(self, position: int, whence: int = 0) -> int:
         if whence == 0 and position > self._limit:
-            raise _BadError("unpacks to more than it may (a bomb?)")
+            raise _BadError(_TOO_LARGE)
         return self._file.seek(position, whence)
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > _HEADER:
             raise _BadError("has a header of absurd size")
         if self.tell() > self._limit:
-            raise _BadError("unpacks to more than it may (a bomb?)")
+            raise _BadError(_TOO_LARGE)
         return self._file.read(size)
 
 
-@dataclass
-class _Budget:
-    """The remaining bytes and files that may be unpacked."""
-
-    bytes: int
-    files: int
-
-    def take(self, size: int) -> None:
-        self.bytes -= size
-        self.files -= 1
-        if self.bytes < 0:
-            raise _BadError("unpacks to more than it may (a bomb?)")
-        if self.files < 0:
-            raise _BadError("holds too many files (a bomb?)")
-
-
-def _unpack_zip(bundle: zipfile.ZipFile, folder: Path, budget: _Budget) -> None:
+def _zip_members(bundle: zipfile.ZipFile) -> Iterator[_Member]:
     for info in bundle.infolist():
         kind = info.external_attr >> 28  # of a file mode of Unix: 8 plain, 4 folder, 0 not said
         if kind not in (0, 4, 8):
             raise _BadError(f"holds a link or device ({info.filename!r})")
-        if info.flag_bits & 1:
-            raise _BadError("is encrypted")
-        budget.take(info.file_size)
-        place = _place(folder, info.filename)
-        if info.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
-        else:
-            with bundle.open(info) as source:
-                _write(source, place, info.file_size, info.filename)
+        yield info.filename, info.file_size, None if info.is_dir() else partial(bundle.open, info)
 
 
-def _unpack_tar(tar: tarfile.TarFile, folder: Path, budget: _Budget) -> None:
-    safe = getattr(tarfile, "data_filter", None)  # not in the first releases of Python 3.10
+def _tar_members(tar: tarfile.TarFile) -> Iterator[_Member]:
     for member in tar:
         plain = member.isreg() and not member.issparse()
         if not (plain or member.isdir()):
             raise _BadError(f"holds a link or device ({member.name!r})")
-        budget.take(member.size)
-        place = _place(folder, member.name)
-        if safe is not None:
-            safe(member, str(folder))
-        if member.isdir():
+        yield member.name, member.size, partial(tar.extractfile, member) if plain else None
+
+
+def _extract(members: Iterable[_Member], folder: Path, room: int, files: int) -> None:
+    """Write the members, at most `room` bytes and `files` of them.
+
+    zipfile and tarfile read no more of a member than the size that its header states.
+    """
+    for name, size, opener in members:
+        room, files = room - size, files - 1
+        if room < 0:
+            raise _BadError(_TOO_LARGE)
+        if files < 0:
+            raise _BadError("holds too many files (a bomb?)")
+        place = _place(folder, name)
+        if opener is None:
             place.mkdir(parents=True, exist_ok=True)
-        else:
-            source = tar.extractfile(member)
-            assert source is not None
-            _write(source, place, member.size, member.name)
+            continue
+        if place == folder or place.exists():
+            raise _BadError(f"holds {name!r} twice")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with opener() as source, place.open("xb") as file:
+            shutil.copyfileobj(source, file)
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -213,18 +200,3 @@ def _place(folder: Path, name: str) -> Path:
     if path.is_absolute() or ".." in path.parts or strange or len(name) > 1000:
         raise _BadError(f"holds a path that leads outside ({name[:80]!r})")
     return folder.joinpath(*path.parts)
-
-
-def _write(source: IO[bytes], place: Path, size: int, name: str) -> None:
-    if place == place.parent or place.exists():
-        raise _BadError(f"holds {name!r} twice")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    left = size
-    with place.open("xb") as file:
-        while chunk := source.read(min(_CHUNK, left + 1)):
-            left -= len(chunk)
-            if left < 0:
-                raise _BadError(f"holds more of {name!r} than its header says")
-            file.write(chunk)
-    if left:
-        raise _BadError("is cut off")

@@ -175,6 +175,18 @@ class StagedNet(nn.Module):
         """Width of every entry of `feats`, the stem's first."""
         return [self.stem_channels, *(stage.channels for stage in self.stages)]
 
+    def parameter_depths(self) -> dict[str, int]:
+        """The layer of each parameter by its name in the state dict: 0 for the stem, then by stage,
+        last what follows them. Empty if the stages do not name their modules.
+        """
+        place = {path: k for k, stage in enumerate(self.stages, 1) for path in stage.paths}
+        depths: dict[str, int] = {}
+        for name in [name for name, _ in self.named_parameters()] if place else []:
+            inside = (k for path, k in place.items() if name.startswith(f"{path}."))
+            behind = len(self.stages) + 1 if any(depths.values()) else 0
+            depths[name] = next(inside, behind)
+        return depths
+
     def get_bn_before_relu(self) -> list[nn.Module]:
         """The batch norms right before the stages' last ReLUs, stem excluded.
 

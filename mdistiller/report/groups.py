@@ -24,13 +24,14 @@ _PLACES = (
     *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
     *("DATASET.WORKER_TIMEOUT", "SOLVER.RANK_TIMEOUT", "SOLVER.FIND_UNUSED_PARAMETERS"),
 )
-_PATHS = ("DATASET.ROOT", "DISTILLER.TEACHER_CKPT")
+_WEIGHTS = ("DISTILLER.STUDENT_CKPT", "DISTILLER.TEACHER_CKPT", "DISTILLER.TEACHER_CFG")
+_PATHS = ("DATASET.ROOT", *_WEIGHTS)
 # The network and the images that accuracies belong to.
 _SUBJECT = (
     *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT"),
     *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
 )
-_SEED = re.compile(r",?(EXPERIMENT\.SEED|\bseed):\d+")
+_SEED = re.compile(r"[,-]?(EXPERIMENT\.SEED|\bseed)[:=]\d+")
 
 
 @dataclass
@@ -106,8 +107,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that makes a group; a key newer than the run has its default.
 
-    A file is the same however it is spelled. A teacher in a folder with the run's own seed is the
-    teacher of that seed: runs that have one each are a group.
+    A file is the same however it is spelled. A teacher or start in a folder with the run's own seed
+    is that of the seed: runs that have one each are a group.
     """
     sections = {key.partition(".")[0] for key in config}
     defaults = {k: v for k, v in _defaults().items() if k.partition(".")[0] in sections}
@@ -116,9 +117,10 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
         if whole.get(key):
             whole[key] = str(Path(whole[key]).resolve())
     seed = config.get("EXPERIMENT.SEED", 0)
-    if whole.get("DISTILLER.TEACHER_CKPT"):
-        own_seed = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
-        whole["DISTILLER.TEACHER_CKPT"] = own_seed.sub(r"seed\1*", whole["DISTILLER.TEACHER_CKPT"])
+    own_seed = re.compile(rf"seed([:=_-]?){seed}(?!\d)")
+    for key in _WEIGHTS:
+        if whole.get(key):
+            whole[key] = own_seed.sub(r"seed\1*", whole[key])
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 
@@ -129,7 +131,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    names = [_SEED.sub("", run.folder.name).strip(",") or run.folder.name for run in runs]
+    names = [_SEED.sub("", run.folder.name).strip(",-") or run.folder.name for run in runs]
     alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False))
     return "".join(signs[0] for signs in alike).rstrip(" ,-_:=") or names[0]
 
@@ -178,11 +180,8 @@ def comparable(first: Group, second: Group) -> bool:
     """Whether a difference in accuracy means anything: one student, data set and split."""
     ours, theirs = _whole(first.config), _whole(second.config)
     subject = {*_SUBJECT, *(key for task in TASKS.values() for key in task.subject)}
-    return all(ours.get(key) == theirs.get(key) for key in subject | {*_network(ours, theirs)})
-
-
-def _network(*configs: Mapping[str, Any]) -> Iterator[str]:
-    return (k for config in configs for k in config if k.startswith("DISTILLER.STUDENT_ARGS."))
+    network = {k for k in {**ours, **theirs} if k.startswith("DISTILLER.STUDENT_ARGS.")}
+    return all(ours.get(key) == theirs.get(key) for key in subject | network)
 
 
 def otherwise(first: Group, second: Group) -> list[tuple[str, Any, Any]]:

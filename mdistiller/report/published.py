@@ -10,14 +10,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.config.files import read_yaml
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.run.record import WITHOUT_EFFECT
 from mdistiller.runtime import config_root, results_root
 
-ALONE = ("NONE", "USKD")
-"""Methods without a teacher."""
+
+def _alone(method: str) -> bool:
+    """Whether a method has no teacher."""
+    return method in DISTILLERS and not DISTILLERS[method].uses_teacher
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def published_for(config: Mapping[str, Any]) -> list[Published]:
     wanted = (
         config.get("DATASET.TYPE"),
         method,
-        "" if method in ALONE else config.get("DISTILLER.TEACHER"),
+        "" if _alone(method) else config.get("DISTILLER.TEACHER"),
         config.get("DISTILLER.STUDENT"),
     )
     standardised = _standardised(config)
@@ -163,7 +166,7 @@ def _configs(dataset: str, method: str) -> dict[tuple[str, str], list[Path]]:
         if not typed.search(file.read_text(encoding="utf-8")):  # spares parsing most files
             continue
         named = read_yaml(file).get("DISTILLER", {})  # a sweep has none
-        teacher = "" if method in ALONE else named.get("TEACHER", "")
+        teacher = "" if _alone(method) else named.get("TEACHER", "")
         if named.get("TYPE", "NONE") == method and named.get("STUDENT"):
             files.setdefault((teacher, named["STUDENT"]), []).append(file)
     return files

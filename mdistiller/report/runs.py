@@ -12,7 +12,8 @@ from typing import Any
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.record import experiment_name, read_record
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.record import read_record
 from mdistiller.registry import UserError
 
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
@@ -105,7 +106,7 @@ def _without_folder(folder: Path, folders: Set[str], files: Sequence[str]) -> It
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key by which seed:10 comes after seed:9."""
+    """Sort key by which seed=10 comes after seed=9."""
     words = "".join(c if c.isdigit() else f" {c} " for c in name).split()
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
 

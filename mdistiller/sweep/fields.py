@@ -13,7 +13,12 @@ from mdistiller.engine.config.values import as_read, coerce, flatten, literal, l
 from mdistiller.registry import UserError, suggest
 
 # In a run's summary; with held-out images the first two are measured on those.
-METRICS = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
+ACCURACIES = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
+"""Metrics that every table shows."""
+METRICS = (
+    *ACCURACIES,
+    *("last_balanced_acc", "best_balanced_acc", "last_macro_f1", "best_macro_f1"),
+)
 DEFAULTS: dict[str, Any] = {
     "SWEEP": "",
     "CONFIG": "",
@@ -28,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "LOSS_FALLS": False,
     "TOGETHER": "auto",
 }
-_VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}}
+_VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}, "TEACHER": ""}
 # Config keys that a sweep sets for each run, and where they come from.
 _SET_BY_SWEEP = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
 

@@ -52,6 +52,4 @@ def _teacher(cfg: Config) -> dict[str, str]:
     return {}
 
 
-@lru_cache
-def _hash(file: Path) -> str:
-    return file_hash(file)
+_hash = lru_cache(file_hash)

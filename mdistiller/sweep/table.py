@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mdistiller.files.tables import csv_table, markdown_table
-from mdistiller.sweep.fields import METRICS
+from mdistiller.sweep.fields import ACCURACIES, METRICS
 
 if TYPE_CHECKING:
     from mdistiller.sweep.plan import Plan
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 LABELS = dict(
     zip(
         METRICS,
-        ("last top-1 %", "best top-1 %", "last, on the test set", "best, on the test set"),
+        (
+            *("last top-1 %", "best top-1 %", "last, on the test set", "best, on the test set"),
+            *("last balanced %", "best balanced %", "last macro F1 %", "best macro F1 %"),
+        ),
         strict=True,
     )
 )
@@ -97,8 +100,8 @@ def all_well(plan: Plan, table: Sequence[Row]) -> bool:
 
 
 def metrics(plan: Plan, table: Sequence[Row]) -> list[str]:
-    """The metrics that any run has, the plan's first."""
-    others = [m for m in METRICS if m != plan.metric and any(row.values(m) for row in table)]
+    """The plan's metric, and the accuracies that any run has."""
+    others = [m for m in ACCURACIES if m != plan.metric and any(row.values(m) for row in table)]
     return [plan.metric, *others]
 
 

@@ -23,7 +23,8 @@ from optuna.trial import TrialState
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.run.record import experiment_name, one_line
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.record import one_line
 from mdistiller.engine.run.teacher import being_trained
 from mdistiller.engine.run.train import data_key, in_lock_step, train_or_continue
 from mdistiller.engine.user_code.forks import active
@@ -35,6 +36,7 @@ from mdistiller.sweep.study import Attempt, Study
 from mdistiller.sweep.trial_state import HEARTBEAT
 
 MOST = 16  # runs that train in lock-step unless TOGETHER says more
+_POLL = 2.0  # seconds between two looks at trials that others run
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
@@ -136,7 +138,9 @@ def _companions(study: Study, trial: Trial, workers: int) -> list[Attempt]:
     same = [other for other in same if not other.configs[0].SOLVER.CUDA_GRAPHS]
     share = -(-(len(same) + 1) // max(1, workers // len(kinds)))
     limit = min(share, MOST if limit == "auto" else int(limit)) - 1
-    free = (other for other in same if not being_trained(other.configs[0]))
+    free = (
+        other for other in same if not _waits(study, other) and not being_trained(other.configs[0])
+    )
     attempts = (study.take(other) for other in free)
     return list(itertools.islice(filter(None, attempts), limit))
 
@@ -148,20 +152,34 @@ def _kind(trial: Trial) -> str:
         return data_key(cfg)
 
 
+def _waits(study: Study, trial: Trial) -> bool:
+    """Whether the teacher of a trial is that of a trial (TEACHER) that is still to end."""
+    teacher = study.plan.teachers.get(trial.configs[0].DISTILLER.TEACHER_CFG)
+    return teacher is not None and study.status()[teacher.name].state in ("open", "running")
+
+
 def _next(study: Study) -> Attempt | None:
-    """An attempt at an open trial, if there is one; trials whose teacher is being trained last."""
-    later = []
-    for trial in study.open_trials():
-        teacher = being_trained(trial.configs[0])
-        if teacher:
-            later.append((trial, teacher))
-        elif attempt := study.take(trial):
-            return attempt
-    for trial, teacher in later:
-        if attempt := study.take(trial):
-            print(f"{trial.name}: waits until the teacher in {teacher} is trained", flush=True)
-            return attempt
-    return None
+    """An attempt at an open trial, if there is one; trials whose teacher is being trained last.
+
+    If all others wait for trials of other processes to end, this does as well.
+    """
+    while True:
+        later, blocked = [], False
+        for trial in study.open_trials():
+            teacher = being_trained(trial.configs[0])
+            if _waits(study, trial):
+                blocked = True
+            elif teacher:
+                later.append((trial, teacher))
+            elif attempt := study.take(trial):
+                return attempt
+        for trial, teacher in later:
+            if attempt := study.take(trial):
+                print(f"{trial.name}: waits until the teacher in {teacher} is trained", flush=True)
+                return attempt
+        if not blocked:
+            return None
+        time.sleep(_POLL)
 
 
 def _run_trial(study: Study, attempt: Attempt) -> None:
@@ -222,7 +240,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
 
 
 class _Report(Hook):
-    """Reports each epoch's accuracy to the study; ends a run that is pruned or taken over.
+    """Reports each epoch's value of the study's metric; ends a run that is pruned or taken over.
 
     Args:
         first: epochs of the runs before this one.
@@ -230,9 +248,12 @@ class _Report(Hook):
 
     def __init__(self, attempt: Attempt, first: int):
         self.attempt, self.first = attempt, first
+        metric = attempt.study.plan.metric  # last_NAME, best_NAME or test_acc_WHICH
+        self.key = f"test_{metric.split('_', 1)[1]}" if metric[:5] != "test_" else "test_acc"
 
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        if "test_acc" in record and self.attempt.report(self.first + epoch, record["test_acc"]):
+        value = record.get(self.key)
+        if value is not None and self.attempt.report(self.first + epoch, value):
             raise optuna.TrialPruned
 
 

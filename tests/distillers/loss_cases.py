@@ -19,11 +19,11 @@ from mdistiller.distillers.CC import cc_loss
 from mdistiller.distillers.CRD import crd_loss
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.FitNet import fitnet_loss
-from mdistiller.distillers.helpers.connectors import ConvReg
-from mdistiller.distillers.helpers.divergence import read_divergence
-from mdistiller.distillers.helpers.memory_bank import Bank
-from mdistiller.distillers.helpers.moments import wkd_feature_loss
-from mdistiller.distillers.helpers.negatives import Negatives
+from mdistiller.distillers.helpers.features.connectors import ConvReg
+from mdistiller.distillers.helpers.losses.divergence import read_divergence
+from mdistiller.distillers.helpers.losses.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.training.memory_bank import Bank
+from mdistiller.distillers.helpers.training.negatives import Negatives
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LDRLD import ldrld_terms

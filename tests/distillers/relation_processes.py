@@ -10,6 +10,7 @@ from torch import nn
 
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers import distiller_dict
+from mdistiller.distillers.helpers.losses.split import Split
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
@@ -21,6 +22,7 @@ METHODS = {
     "CC neighbour": ("CC", ["CC.LOSS.FEAT_WEIGHT", 1.0]),
     "CC kernel": ("CC", ["CC.FORM", "kernel", "CC.LOSS.FEAT_WEIGHT", 100.0]),
     "NST": ("NST", []),
+    "RADIO": ("RADIO", []),
     "AT": ("AT", []),
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
     "SEMCKD": ("SEMCKD", []),
@@ -35,6 +37,7 @@ METHODS = {
     "RLD": ("RLD", []),
     "CRLD": ("CRLD", ["CRLD.TAU_W", 0.3]),
     "CORRECTEDKD revision": ("CORRECTEDKD", ["CORRECTEDKD.MODE", "revision"]),
+    "MLKD split": ("MLKD", []),
     "MLKD per item": ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
 }
 GLOBAL_BATCH = 9
@@ -53,7 +56,7 @@ class Net(nn.Module):
         first = self.first(image).tanh()
         second = self.second(first).tanh()
         pooled = second.mean((2, 3))
-        features = {"feats": [image, first, second], "pooled_feat": pooled}
+        features = {"feats": [image, first, second], "pooled_feat": pooled, "final_map": second}
         return self.head(pooled), features
 
 
@@ -66,6 +69,8 @@ def step(name):
     cfg.SOLVER.BATCH_SIZE = EXPECTED.get(name, GLOBAL_BATCH) // world_size()
     size = (8, 8)
     distiller = distiller_dict[method].build(Net(3), Net(5), cfg, 0, size).double().train()
+    if name.endswith("split"):
+        distiller.split = Split(batch_weight=True)
     parallel = wrap(distiller)
     for module in distiller.modules():
         if isinstance(module, nn.BatchNorm2d):  # its statistics are each process's own
@@ -80,7 +85,7 @@ def step(name):
     gradients = [parameter.grad for parameter in distiller.get_learnable_parameters()]
     target = torch.zeros(stop - start).long()
     parallel(image=image, target=target, epoch=1)  # DDP complains here of what was left unused
-    loss = sum_over_ranks(losses["loss_kd"].detach() * weight / world_size())
+    loss = sum_over_ranks(sum(losses.values()).detach() * weight / world_size())
     return {"loss": loss.item(), "gradients": gradients, "share": stop - start}
 
 

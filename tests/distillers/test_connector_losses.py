@@ -9,7 +9,7 @@ from support import golden_values
 from torch import nn
 
 from mdistiller.distillers.FitNet import fitnet_loss
-from mdistiller.distillers.helpers.connectors import ConvReg
+from mdistiller.distillers.helpers.features.connectors import ConvReg
 from mdistiller.distillers.OFD import margin_from_norm, ofd_loss
 from mdistiller.distillers.ReviewKD import ABF, hcl_loss, review
 from mdistiller.distillers.VID import make_regressor, vid_loss

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers.helpers.connectors import ConvReg
-from mdistiller.distillers.helpers.settings import resolve_setting
-from mdistiller.distillers.helpers.shapes import get_feat_shapes, probe
+from mdistiller.distillers.helpers.features.connectors import ConvReg
+from mdistiller.distillers.helpers.features.shapes import get_feat_shapes, probe
+from mdistiller.distillers.helpers.training.settings import resolve_setting
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError

@@ -8,10 +8,10 @@ from support import golden_values, run_script
 
 from mdistiller.distillers import Output
 from mdistiller.distillers.CRD import CRD, Embed, crd_loss
-from mdistiller.distillers.helpers import memory_bank
-from mdistiller.distillers.helpers.memory_bank import Bank
-from mdistiller.distillers.helpers.negatives import Negatives, random_below
-from mdistiller.distillers.helpers.numerics import unit
+from mdistiller.distillers.helpers.losses.numerics import unit
+from mdistiller.distillers.helpers.training import memory_bank
+from mdistiller.distillers.helpers.training.memory_bank import Bank
+from mdistiller.distillers.helpers.training.negatives import Negatives, random_below
 from mdistiller.engine.cfg import default_config
 from mdistiller.registry import UserError
 
@@ -251,7 +251,7 @@ def test_only_classes_with_too_few_others_repeat(form):
 
 def test_rows_are_drawn_in_blocks_where_the_set_is_large(monkeypatch):
     monkeypatch.setattr(Negatives, "_distinct", Negatives._by_keys)
-    monkeypatch.setattr("mdistiller.distillers.helpers.negatives.DRAW_BLOCK", 70)
+    monkeypatch.setattr("mdistiller.distillers.helpers.training.negatives.DRAW_BLOCK", 70)
     drawn = Negatives(torch.arange(30) % 3, 30, 5).draw(torch.arange(7))
     assert drawn.shape == (7, 5)
     assert (drawn % 3 != torch.arange(7)[:, None] % 3).all()

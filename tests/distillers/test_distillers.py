@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller
-from mdistiller.distillers.helpers.numerics import cross_entropy
-from mdistiller.distillers.helpers.settings import warmup_factor
+from mdistiller.distillers.helpers.losses.numerics import cross_entropy
+from mdistiller.distillers.helpers.training.settings import warmup_factor
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry

@@ -8,8 +8,8 @@ from test_distillers import batch, networks
 
 from mdistiller.distillers import get_distiller
 from mdistiller.distillers.DKD import dkd_terms
-from mdistiller.distillers.helpers.divergence import ab_divergence, read_divergence
-from mdistiller.distillers.helpers.numerics import divergence
+from mdistiller.distillers.helpers.losses.divergence import ab_divergence, read_divergence
+from mdistiller.distillers.helpers.losses.numerics import divergence
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.TTM import ttm_loss
 from mdistiller.engine.cfg import default_config

@@ -10,7 +10,7 @@ from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._base import Output
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
-from mdistiller.distillers.helpers.numerics import mean_square_error
+from mdistiller.distillers.helpers.losses.numerics import mean_square_error
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LOGITS import logits_loss
 from mdistiller.distillers.NST import nst_loss

@@ -28,12 +28,12 @@ from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.distillers.FT import ft_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
-from mdistiller.distillers.helpers import sinkhorn
-from mdistiller.distillers.helpers.divergence import read_divergence
-from mdistiller.distillers.helpers.moments import wkd_feature_loss
-from mdistiller.distillers.helpers.numerics import full_precision, unit
-from mdistiller.distillers.helpers.standardize import standardize
-from mdistiller.distillers.helpers.teacher_facts import class_similarity
+from mdistiller.distillers.helpers.losses import sinkhorn
+from mdistiller.distillers.helpers.losses.divergence import read_divergence
+from mdistiller.distillers.helpers.losses.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
+from mdistiller.distillers.helpers.losses.standardize import standardize
+from mdistiller.distillers.helpers.training.teacher_facts import class_similarity
 from mdistiller.distillers.KD import kd_loss, kd_rows
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LDRLD import ldrld_terms
@@ -45,6 +45,7 @@ from mdistiller.distillers.NST import nst_loss
 from mdistiller.distillers.OFA import ofa_loss
 from mdistiller.distillers.OFD import ofd_loss
 from mdistiller.distillers.PKT import pkt_loss
+from mdistiller.distillers.PSKD import pskd_loss
 from mdistiller.distillers.ReviewKD import ABF, hcl_loss, review
 from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.RLD import rld_loss
@@ -52,6 +53,7 @@ from mdistiller.distillers.SDD import complementary, region_nkd, sdd_loss
 from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss
 from mdistiller.distillers.SimKD import simkd_loss
 from mdistiller.distillers.SP import sp_loss
+from mdistiller.distillers.TFKD import tfkd_loss
 from mdistiller.distillers.TTM import ttm_loss
 from mdistiller.distillers.USKD import uskd_terms
 from mdistiller.distillers.VID import vid_loss
@@ -120,6 +122,10 @@ BY_SAMPLE = {  # means over samples
     "NKD T=3": labelled(nkd_loss, 3.0, 3.5),
     "USKD": lambda s, t: sum(uskd_terms(s, t, torch.full((len(s),), 3))),
     "USKD prob": lambda s, t: sum(uskd_terms(s, t, torch.full((len(s),), 3), "prob")),
+    "TFKD": lambda s, t: tfkd_loss(s, torch.full((len(s),), 3), 0.99, 20.0),
+    "PSKD": lambda s, t: pskd_loss(
+        s, t.float().clamp(-1e30, 1e30).softmax(dim=1), torch.full((len(s),), 3)
+    ),
     "TTM": lambda s, t: ttm_loss(s, t, 0.1),
     "WTTM": lambda s, t: ttm_loss(s, t, 0.1, weighted=True),
     "DGKD": labelled(dgkd_loss, 1.0, 8.0, 6.0, 4.0, "log"),

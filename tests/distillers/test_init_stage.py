@@ -8,7 +8,7 @@ from test_distillers import batch
 from torch import nn
 
 from mdistiller.distillers import DISTILLERS, Distiller, get_distiller
-from mdistiller.distillers.helpers.init_stage import InitPlan, stage_modules
+from mdistiller.distillers.helpers.training.init_stage import InitPlan, stage_modules
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry

@@ -10,7 +10,7 @@ from torch import nn
 
 from mdistiller.distillers.CATKD import binarize, catkd_loss
 from mdistiller.distillers.DKD import dkd_rows
-from mdistiller.distillers.helpers.heads import classify
+from mdistiller.distillers.helpers.features.heads import classify
 from mdistiller.distillers.KD import kd_rows
 from mdistiller.distillers.SDD import cells, complementary, region_logits, region_nkd, sdd_loss
 from mdistiller.distillers.SemCKD import Attention, layer_errors, semckd_loss

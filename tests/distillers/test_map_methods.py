@@ -9,7 +9,7 @@ from test_distillers import batch
 
 from mdistiller.distillers import get_distiller
 from mdistiller.distillers.CATKD import catkd_loss
-from mdistiller.distillers.helpers.heads import linear_head
+from mdistiller.distillers.helpers.features.heads import linear_head
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.SDD import region_logits
 from mdistiller.engine.cfg import default_config, load_config

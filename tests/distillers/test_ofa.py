@@ -8,7 +8,7 @@ from modern_golden import check_golden
 from support import golden_values
 
 from mdistiller.distillers import distiller_dict
-from mdistiller.distillers.helpers.branches import ConvBranch, TokenBranch
+from mdistiller.distillers.helpers.features.branches import ConvBranch, TokenBranch
 from mdistiller.distillers.OFA import ofa_loss, resolve_eps, resolve_stages
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry

@@ -14,7 +14,7 @@ from mdistiller.distillers.CRLD import crld_terms
 from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
-from mdistiller.distillers.helpers.standardize import standardize
+from mdistiller.distillers.helpers.losses.standardize import standardize
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.distillers.NormKD import normkd_loss
 from mdistiller.distillers.RLD import rld_loss, rld_terms

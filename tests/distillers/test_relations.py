@@ -5,7 +5,7 @@ import relation_processes
 import torch
 from support import run_script
 
-from mdistiller.distillers.helpers.gather import gather_batch
+from mdistiller.distillers.helpers.training.gather import gather_batch
 
 
 @pytest.fixture(scope="module")

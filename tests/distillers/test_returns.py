@@ -7,7 +7,7 @@ import torch
 
 from mdistiller.distillers import Distiller, Output, Vanilla
 from mdistiller.distillers._compose import Composed
-from mdistiller.distillers.helpers.checks import logits_of, loss_of, metrics_of, step_of
+from mdistiller.distillers.helpers.training.checks import logits_of, loss_of, metrics_of, step_of
 from mdistiller.registry import UserError
 
 LOGITS, LOSS = torch.zeros(2, 3), torch.zeros((), requires_grad=True)

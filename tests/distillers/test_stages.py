@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdistiller.distillers._base import Output
-from mdistiller.distillers.helpers.stages import match_size, pair_by_height, paired_stages
+from mdistiller.distillers.helpers.features.stages import match_size, pair_by_height, paired_stages
 from mdistiller.registry import UserError
 
 

@@ -12,7 +12,7 @@ from test_distillers import batch, networks
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import DISTILLERS, Distiller, get_distiller
 from mdistiller.distillers.DKD import dkd_loss
-from mdistiller.distillers.helpers.standardize import standardize
+from mdistiller.distillers.helpers.losses.standardize import standardize
 from mdistiller.distillers.KD import kd_loss
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError

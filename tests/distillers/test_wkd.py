@@ -12,10 +12,10 @@ from support import REPO, golden_values
 from test_distillers import batch, networks
 
 from mdistiller.distillers import get_distiller
-from mdistiller.distillers.helpers import moments, sinkhorn
-from mdistiller.distillers.helpers.moments import wkd_feature_loss
-from mdistiller.distillers.helpers.sinkhorn import transport_cost
-from mdistiller.distillers.helpers.teacher_facts import class_similarity
+from mdistiller.distillers.helpers.losses import moments, sinkhorn
+from mdistiller.distillers.helpers.losses.moments import wkd_feature_loss
+from mdistiller.distillers.helpers.losses.sinkhorn import transport_cost
+from mdistiller.distillers.helpers.training.teacher_facts import class_similarity
 from mdistiller.distillers.WKD import class_costs, cosine_decay, wkd_logit_terms
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.registry import UserError

@@ -12,7 +12,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import DISTILLERS, get_distiller
 from mdistiller.distillers.DKD import dkd_terms
-from mdistiller.distillers.helpers.split import Split, split_terms
+from mdistiller.distillers.helpers.losses.split import Split, split_terms
 from mdistiller.distillers.KD import KD, kd_loss
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import default_config, load_config
@@ -85,6 +85,67 @@ def test_dkds_terms_keep_their_weights_and_its_warm_up():
     assert set(losses) == set(want)
     for name, value in want.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+def split_views(method, settings, **split):
+    """The losses of a method of two views, whole and split; student and teacher logits by view."""
+    cfg = default_config()
+    cfg.merge_from_list(settings)
+    distiller = get_distiller(method).build(*networks(), cfg, 50).double().train()
+    distiller.student.eval()  # the same logits at every forward
+    given = batch()
+    views = given["image"] = given["image"].double(), given["image"].flip(3).double()
+    whole = distiller(**given)[1]
+    distiller.split = Split(**split)
+    logits = [[net(x)[0].detach() for x in views] for net in (distiller.student, distiller.teacher)]
+    return whole, distiller(**given)[1], logits, given["target"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("CRLD", ["CRLD.TAU_W", 0.235, "CRLD.TAU_S", 0.0]),
+        ("CRLD", ["CRLD.TAU_W", 0.0, "LSKD.ENABLE", True]),
+        ("MLKD", []),
+        ("MLKD", ["MLKD.MASK", "per_item", "LSKD.ENABLE", True]),
+    ],
+)
+def test_the_split_of_two_views_adds_up_to_the_whole(method, settings):
+    whole, parts, *_ = split_views(method, settings)
+    assert set(parts) == {"loss_ce", "loss_tckd", "loss_nckd"}
+    torch.testing.assert_close(parts["loss_ce"], whole["loss_ce"])
+    torch.testing.assert_close(parts["loss_tckd"] + parts["loss_nckd"], whole["loss_kd"])
+    assert 0 < parts["loss_tckd"] < whole["loss_kd"]
+
+
+def test_crlds_split_by_the_formula():
+    settings = ["CRLD.TAU_W", 0.235, "CRLD.TAU_S", 0.0, "CRLD.T", 2.0]
+    _, parts, (student, teacher), target = split_views("CRLD", settings, topk=4)
+    want = {"loss_tckd": 0.0, "loss_nckd": 0.0}
+    for v in (0, 1):
+        for z in (0, 1):
+            threshold, weight = (0.235, 2.0) if v == z else (0.0, 0.5)
+            mask = teacher[0 if v == z else 1].softmax(1).amax(1) >= threshold
+            tckd, nckd, own = textbook.split(student[z], teacher[v], target, 2.0, 4)
+            want["loss_tckd"] += weight * (mask * tckd).mean()
+            want["loss_nckd"] += weight * (mask * (1 - own) * nckd).mean()
+    assert {False, True} == set((teacher[0].softmax(1).amax(1) >= 0.235).tolist())
+    for name, value in want.items():
+        torch.testing.assert_close(parts[name], value, msg=name)
+
+
+def test_mlkds_split_by_the_formula():
+    settings = ["MLKD.TEMPS", [4.0, 2.0], "MLKD.MASK", "per_item"]
+    whole, parts, (student, teacher), target = split_views("MLKD", settings)
+    highest = teacher[0].softmax(1).amax(1)
+    mask, tckd = highest <= highest.median(), 0.0
+    for t in (4.0, 2.0):
+        weak, strong = (
+            textbook.split(z, v, target, t)[0] for z, v in zip(student, teacher, strict=True)
+        )
+        tckd += 0.9 * ((mask * weak).mean() + strong.mean())
+    torch.testing.assert_close(parts["loss_tckd"], tckd)
+    torch.testing.assert_close(parts["loss_nckd"], whole["loss_kd"] - tckd)
 
 
 MOMENTA, DECAY = (0.975, 0.825, 0.95), 0.01
@@ -249,4 +310,14 @@ def test_a_class_that_changes_the_loss_cannot_be_split_unless_it_splits_that():
         False,
     ]
     ours = {name: cls for name, cls in DISTILLERS.items() if is_builtin(cls)}  # no other test's
-    assert {name for name, cls in ours.items() if cls.can_split()} == {"KD", "DKD"}
+    assert {name for name, cls in ours.items() if cls.can_split()} == {
+        *("KD", "DKD", "MLKD", "CRLD")
+    }
+
+
+@pytest.mark.parametrize("method", ["MLKD", "CRLD"])
+def test_methods_of_two_views_train(tmp_path, method):
+    confident = "  MOMENTUM: 0.9\nCRLD: {TAU_W: 0.0, TAU_S: 0.0}"
+    (row,) = train(config(tmp_path, ", TOPK: 4", method=method, epochs=1, solver=confident))
+    assert row["train_loss_tckd"] > 0
+    assert row["train_loss_nckd"] > 0

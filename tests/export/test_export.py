@@ -269,8 +269,9 @@ def test_of_equal_accuracies_the_card_names_the_epoch_whose_weights_the_files_ha
     tmp_path, monkeypatch
 ):
     for module, values in (("trainer", [20.0, 30.0, 30.0]), ("callbacks.ema", [40.0, 40.0, 10.0])):
-        scripted = iter([(value, 50.0, 1.0) for value in values])
-        target = f"mdistiller.engine.{module}.validate"
+        rest = {"acc_top5": 50.0, "loss": 1.0}
+        scripted = iter([{"acc": value, **rest} for value in values])
+        target = f"mdistiller.engine.{module}.evaluate"
         monkeypatch.setattr(target, lambda *_, scripted=scripted: next(scripted))
     run = train(tmp_path, epochs=3, text="SOLVER:\n  EMA: 0.5\n")
     best = load_checkpoint(run / "student_best")["model"]

@@ -166,12 +166,12 @@ BAD = {
     "TRIALS: 2\nSPACE: {SOLVER.LR: {LOW: 010, HIGH: 11}}": "s.yaml, line 4: SOLVER.LR: YAML reads",
     "GRID: {DISTILLER.TYPE: [KDD]}": "KDD: unknown distiller (DISTILLER.TYPE) 'KDD'; did you mean",
     "GRID: {DISTILLER.TYPE: [KD]}": "KD: no weights for the teacher ResNet50",
-    "OVERRIDES: {SOLVER: {TYPE: Adan}}": "unknown optimizer (SOLVER.TYPE) 'Adan'; did you mean",
+    "OVERRIDES: {SOLVER: {TYPE: Adamm}}": "unknown optimizer (SOLVER.TYPE) 'Adamm'; did you mean",
     "OVERRIDES: {EXPERIMENT.SEED: 3}": "EXPERIMENT.SEED: in a sweep that comes from SEEDS",
     "VARIANTS: [{CONFIG: toy.yaml}]": "VARIANTS: each needs a NAME",
     "VARIANTS: [{NAME: a, GIRD: 1}]": "variant a: unknown sweep key GIRD; did you mean 'GRID'?",
     "VARIANTS: [{NAME: a, CONFIG: b.yaml}]": "a: config file 'b.yaml' not found",
-    "VARIANTS: [{NAME: a/b}, {NAME: a_b}]": "toy/a_b,seed:0",
+    "VARIANTS: [{NAME: a/b}, {NAME: a_b}]": "toy/a_b-seed=0",
     "SEEDS: none": "SEEDS must be their number or a list of whole numbers, got 'none'",
     "SEEDS: [1, 1]": "SEEDS [1, 1] has one twice",
     "SEEDS: 0": "SEEDS must be their number",
@@ -387,7 +387,7 @@ def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(
         "VARIANTS: [{NAME: held, OVERRIDES: {LOGGED.CLOSED: True}}, {NAME: free}]\nSEEDS: 2\n"
         "TOGETHER: off\n"
     )
-    held = [sweep.out / "toy" / f"held,seed:{seed}" for seed in range(2)]
+    held = [sweep.out / "toy" / f"held-seed={seed}" for seed in range(2)]
     forked = multiprocessing.get_context("fork")
     monkeypatch.setattr(work.multiprocessing, "get_context", lambda method: forked)
     other = fork(command.main, words(path, "--jobs", 2), sweep.folder / "printed")
@@ -397,7 +397,7 @@ def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(
     out = capsys.readouterr().out
     assert "Not finished: 2 running." in out
     assert "| free " in out
-    once = {f"{cell},seed:{seed}": 1 for cell in ("held", "free") for seed in range(2)}
+    once = {f"{cell}-seed={seed}": 1 for cell in ("held", "free") for seed in range(2)}
     assert started(sweep.folder) == once  # nothing twice, nothing left out
     workers = {int(line.split()[0]) for line in (sweep.folder / "log").read_text().splitlines()}
     assert len(workers) == 3
@@ -409,7 +409,7 @@ def test_two_sweeps_share_a_study_and_one_resumes_what_the_other_left(
     assert command.main([*words(path), "--jobs", "1"]) == 0
     assert "[4/4]" in capsys.readouterr().out
     assert started(sweep.folder) == {**once, **{run.name: 2 for run in held}}
-    whole = rows(sweep.out / "toy" / "free,seed:0")  # the same run, uninterrupted
+    whole = rows(sweep.out / "toy" / "free-seed=0")  # the same run, uninterrupted
     assert [r["train_loss"] for r in rows(held[0])] == [r["train_loss"] for r in whole]
     for run in held:
         assert [row["epoch"] for row in rows(run)] == [1, 2]
@@ -448,17 +448,17 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on(sweep, capsys):
     assert command.main([*words(path), "--jobs", "1"]) == 1
     out = capsys.readouterr().out
     assert "- bad,seed:0 failed: RuntimeError: this method fails, on purpose" in out
-    assert "Traceback" in (sweep.out / "toy" / "bad,seed:0.log").read_text()
+    assert "Traceback" in (sweep.out / "toy" / "bad-seed=0.log").read_text()
     with (sweep.out / "table.csv").open() as handle:
         bad, good = csv.DictReader(handle)
-    summary = json.loads((sweep.out / "toy" / "good,seed:0" / "summary.json").read_text())
+    summary = json.loads((sweep.out / "toy" / "good-seed=0" / "summary.json").read_text())
     assert float(good["last_acc_mean"]) == summary["last_acc"]
     assert (bad["last_acc_mean"], bad["failed"], good["failed"]) == ("", "1", "0")
     assert command.main(words(path)) == 1  # what is done and what failed stays so
-    assert started(sweep.folder) == {"good,seed:0": 1}
+    assert started(sweep.folder) == {"good-seed=0": 1}
     mended = [*words(path), "--retry", "LOGGED.FAIL", "False"]
     assert command.main(mended) == 0
-    assert started(sweep.folder) == {"good,seed:0": 1, "bad,seed:0": 1}
+    assert started(sweep.folder) == {"good-seed=0": 1, "bad-seed=0": 1}
     assert command.main([*words(path), "--table", "LOGGED.FAIL", "False"]) == 0
     capsys.readouterr()
     assert command.main([*mended, "SOLVER.EPOCHS", "3"]) == 2
@@ -482,8 +482,9 @@ def test_runs_of_a_seed_train_in_lock_step_to_the_same_numbers(sweep, capsys, tm
     assert "lock-step" not in capsys.readouterr().out
     for group in groups:
         for name in group:
-            run = sweep.out / "toy" / name
-            for row, alone in zip(together[name], rows(run), strict=True):
+            folder = name.replace(",seed:", "-seed=")
+            run = sweep.out / "toy" / folder
+            for row, alone in zip(together[folder], rows(run), strict=True):
                 for key in ("lr", "train_loss", "train_acc", "test_loss"):
                     assert row[key] == alone[key], (name, key)
 
@@ -494,6 +495,18 @@ def test_a_limit_of_runs_in_lock_step(sweep, capsys):
     assert [line.count("seed") for line in lines] == [2, 2]  # and two runs alone
     assert command.main([*words(sweep("TOGETHER: 0\n"))]) == 2
     assert "TOGETHER 0 must be auto, off, or how many runs" in capsys.readouterr().err
+
+
+def test_runs_of_earlier_versions_stay_in_their_folders(sweep):
+    """These had commas and colons in their names, as the study has. A failed one left its log."""
+    path = sweep("GRID: {SOLVER.LR: [1, 2]}\nSEEDS: 2\n")
+    old = sweep.out / "toy" / "LR=1,seed:0"
+    old.mkdir(parents=True)
+    (old.parent / "LR=2,seed:0.log").touch()
+    plan = read_plan(path, out=sweep.out)
+    folders = [trial.configs[0].EXPERIMENT.NAME for trial in plan.trials]
+    assert folders == ["LR=1,seed:0", "LR=1-seed=1", "LR=2,seed:0", "LR=2-seed=1"]
+    assert names(plan)[1] == "LR=1,seed:1"
 
 
 def test_workers_divide_the_runs_that_could_train_together(sweep, monkeypatch):
@@ -604,6 +617,58 @@ def test_a_teacher_is_trained_by_one_while_others_wait(sweep, request):
     assert "training the teacher" not in printed.read_text()
     assert len(rows(folder)) == cfg.SOLVER.EPOCHS
     assert teacher.being_trained(cfg) is None
+
+
+CHAIN = (
+    "SEEDS: [3]\nVARIANTS:\n  - NAME: first\n  - NAME: second\n    TEACHER: first\n"
+    "    OVERRIDES: &kd {DISTILLER: {TYPE: KD}}\n"
+    "  - NAME: third\n    TEACHER: second\n    OVERRIDES: *kd\n"
+)
+
+
+def test_a_rows_student_is_the_next_rows_teacher_seed_by_seed(sweep, capsys):
+    """Each run once, whoever needs it first, and never in lock-step with its own teacher."""
+    path = sweep(CHAIN, epochs=1)
+    assert command.main([*words(path), "--dry-run"]) == 0
+    assert "second,seed:3  DISTILLER.TYPE KD TEACHER first\n" in capsys.readouterr().out
+    assert not sweep.out.exists()
+    assert command.main([*words(path), "--jobs", "1"]) == 0
+    assert "lock-step" not in capsys.readouterr().out
+    runs = {run.name: run for run in (sweep.out / "toy").glob("*/")}
+    assert len(runs) == 3
+    for name, above in (("second-seed=3", "first-seed=3"), ("third-seed=3", "second-seed=3")):
+        record = json.loads((runs[name] / "run.json").read_text())
+        assert record["teacher"] == f"../{above}/student_latest"
+        mine = torch.load(runs[name] / "latest", weights_only=True)["model"]
+        theirs = torch.load(runs[above] / "student_latest", weights_only=True)["model"]
+        assert torch.equal(mine["teacher.fc.weight"], theirs["fc.weight"])
+    assert started(sweep.folder) == {"first-seed=3": 1}
+    assert command.main(words(path)) == 0  # all is there
+
+
+def test_a_trial_waits_for_its_teachers_trial_in_another_process(sweep, monkeypatch):
+    plan = read_plan(sweep(CHAIN), out=sweep.out)
+    plan.write_teachers()
+    study = Study(plan, f"sqlite:///{sweep.out / 's.db'}")
+    first = work._next(study)
+    ends = [lambda: first.finish([{"last_acc": 50.0}])]
+    monkeypatch.setattr(work.time, "sleep", lambda seconds: ends.pop()())
+    assert [first.trial.name, work._next(study).trial.name] == ["first,seed:3", "second,seed:3"]
+    assert not ends
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("TEACHER: first", "TEACHER: frist", "TEACHER 'frist' must be a row above it; did you"),
+        ("TEACHER: first", "TEACHER: third", r"TEACHER 'third' must be a row above it (first)"),
+        ("TYPE: KD", "TYPE: NONE", "second: TEACHER has no effect on DISTILLER.TYPE NONE"),
+        ("NAME: first", "NAME: first\n    OVERRIDES: {DATASET: {VAL_SPLIT: 9}}", "other DATASET"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_one_line(sweep, capsys, old, new, says):
+    assert command.main([*words(sweep(CHAIN.replace(old, new, 1))), "--dry-run"]) == 2
+    assert says in capsys.readouterr().err
 
 
 # The table

@@ -14,6 +14,7 @@ from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.probe import Probed
 
 
 def check_places(paths: Iterable[Path]) -> None:
@@ -36,8 +37,41 @@ def markdown(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
     return "\n\n".join(table for table in tables if table)
 
 
+def probed_markdown(probed: Sequence[Probed], kinds: Sequence[str]) -> str:
+    """A table of the probes' accuracies."""
+    names = {"knn": "k-NN top-1 %", "linear": "linear top-1 %"}
+    rows = [
+        [
+            one.source.name,
+            one.source.label,
+            *(f"{one.accuracies[kind]:.2f}" for kind in kinds),
+            "{:,} + {:,}".format(*one.images),
+            one.source.note or "-",
+        ]
+        for one in probed
+    ]
+    head = ["network", "weights", *(names[kind] for kind in kinds)]
+    return markdown_table([*head, "labelled images (train + test)", "note"], rows)
+
+
+def probed_json(probed: Sequence[Probed], labelled: str) -> str:
+    """The same as JSON."""
+    networks = [
+        {
+            "label": one.source.label,
+            "model": one.source.name,
+            "weights": str(one.source.weights),
+            "images": list(one.images),
+            **one.accuracies,
+        }
+        for one in probed
+    ]
+    return json.dumps({"labelled": labelled, "networks": networks}, indent=1) + "\n"
+
+
 def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
-    head = ["network", "weights", "top-1 %", "top-5 %", "loss = NLL", "ECE %"]
+    head = ["network", "weights", "top-1 %", "top-5 %", "balanced %", "macro F1 %", "loss = NLL"]
+    head.append("ECE %")
     rows = []
     for one in found:
         quality = one.quality
@@ -45,10 +79,30 @@ def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
             (acc, k) for k, acc in enumerate(quality.class_accuracy) if not math.isnan(acc)
         ]
         ends = [f"{classes[k]}: {acc:.1f}" for acc, k in (min(accuracies), max(accuracies))]
-        numbers = [f"{quality.top1:.2f}", f"{quality.top5:.2f}", f"{quality.nll:.4f}"]
-        numbers.append(f"{quality.ece:.2f}")
-        rows.append([*_names(one), *numbers, *ends, one.subject.source.note or "-"])
+        macro = quality.macro
+        numbers = [quality.top1, quality.top5, macro["recall"], macro["f1"]]
+        texts = [*(f"{x:.2f}" for x in numbers), f"{quality.nll:.4f}", f"{quality.ece:.2f}"]
+        rows.append([*_names(one), *texts, *ends, one.subject.source.note or "-"])
     return markdown_table([*head, "lowest class %", "highest class %", "note"], rows)
+
+
+def per_class(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
+    """A table a network, the class of the lowest F1 first; classes without images are left out."""
+    head = ["class", "images", "precision %", "recall %", "F1 %", "most often mistaken for"]
+    tables = []
+    for one in found:
+        quality, rows = one.quality, []
+        scores = list(zip(*quality.class_scores.values(), strict=True))
+        for k, row in enumerate(quality.confusion):
+            wrong = {j: count for j, count in enumerate(row) if count and j != k}
+            most = max(wrong, key=wrong.__getitem__) if wrong else None
+            mistaken = "-" if most is None else f"{classes[most]} ({wrong[most]})"
+            numbers = [f"{value:.2f}" for value in scores[k]]
+            rows.append((scores[k][2], [classes[k], str(sum(row)), *numbers, mistaken]))
+        rows = [row for row in rows if not math.isnan(row[0])]
+        rows.sort(key=lambda row: row[0])
+        tables.append(f"{_names(one)[1]}\n\n{markdown_table(head, [cells for _, cells in rows])}")
+    return "\n\n".join(tables)
 
 
 def _comparison(found: Sequence[Evaluation]) -> str:

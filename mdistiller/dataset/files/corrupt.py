@@ -13,12 +13,14 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.files.atomic import write_cache
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank, local_rank_zero_first
 
@@ -39,7 +41,7 @@ def drop_corrupt(files: FileSet, threads: int) -> FileSet:
     keep[torch.tensor(bad)] = False
     rest = files.select(keep.nonzero().squeeze(1))
     require_classes(files.targets, rest.targets, files.classes, str(files.folder))
-    return rest
+    return replace(rest, left_out=(*rest.left_out, f"{len(bad)} unreadable"))
 
 
 def find_corrupt(files: FileSet, threads: int) -> list[int]:
@@ -51,7 +53,7 @@ def find_corrupt(files: FileSet, threads: int) -> list[int]:
             bad = _read_cache(path, len(files))
             if bad is None:
                 bad = _scan(files, threads)
-                _write_cache(path, bad)
+                write_cache(path, json.dumps(bad))
             _cache[digest] = bad
             report_skipped([str(files.path(i)) for i in bad], len(files))
     return _cache[digest]
@@ -113,11 +115,3 @@ def _read_cache(path: Path, num: int) -> list[int] | None:
         if isinstance(bad, list) and all(type(i) is int and 0 <= i < num for i in bad):
             return bad
     return None
-
-
-def _write_cache(path: Path, bad: list[int]) -> None:
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(bad))
-        temporary.replace(path)

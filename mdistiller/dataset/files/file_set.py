@@ -28,6 +28,7 @@ class FileSet:
         upright: rotate images by their EXIF orientation.
         scale_16_bit: scale grey images of 16 bits to 8.
         jpeg_scaling: DATASET.JPEG_SCALING, see :class:`EncodedImage`.
+        left_out: what the split leaves out of the folder, and why.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class FileSet:
     upright: bool = True
     scale_16_bit: bool = False
     jpeg_scaling: str = "none"
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(

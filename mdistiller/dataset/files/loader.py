@@ -251,10 +251,6 @@ class WorkerTrainLoader(_WorkerLoader, TrainLoader):
             ImageBatchBuilder(self._reader(), transform), num_workers, device, timeout
         )
 
-    def _order(self, generator: torch.Generator) -> Tensor:
-        """Order of the epoch, [N]; only this process's part is used."""
-        return torch.randperm(self.num_data, generator=generator)
-
     def _draw(self, generator: torch.Generator) -> Epoch:
         order = self._order(generator)
         parameters = self.augment.draw(self.num_data, generator)
@@ -262,8 +258,9 @@ class WorkerTrainLoader(_WorkerLoader, TrainLoader):
 
     def _request(self, step: int, drawn: Epoch) -> Any:
         """The request for the batch of a step."""
-        index = drawn.order[slice(*self.batch_sampler.local_batch(step))]
-        return BatchRequest(index, drawn.parameters[index])
+        part = slice(*self.batch_sampler.local_batch(step))
+        index = drawn.order[part]
+        return BatchRequest(index, drawn.parameters[part if self.balanced else index])
 
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         requests = (self._request(step, drawn) for step in range(start, len(self.batch_sampler)))

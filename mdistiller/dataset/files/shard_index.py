@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdistiller.dataset.files.shard_reader import INDEX, as_tensor, read_shard
+from mdistiller.files.atomic import write_cache
 from mdistiller.registry import UserError
 
 
@@ -56,7 +57,8 @@ def index_shards(
             bar = tqdm(counted, "counting shards", len(missing), leave=False, disable=None)
             for k, classes in zip(missing, bar, strict=True):
                 index[names[k]] = [stamps[k], classes]
-        _write_index(path, index)
+        # Where it cannot be written, every run counts the shards.
+        write_cache(path, json.dumps({"shards": index}))
     return [index[name][1] for name in names]
 
 
@@ -106,12 +108,3 @@ def _index_file(first: Path | None, url: str) -> Path:
         return first.parent / INDEX
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
     return Path.home() / ".cache" / "mdistiller" / f"{digest}-{INDEX}"
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    """Write the index where possible; without it every run counts the shards."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"shards": index}))
-        temporary.replace(path)

@@ -47,6 +47,12 @@ class ShardSet:
     scale_16_bit: bool = False
     jpeg_scaling: str = "none"
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What is left out of the shards, and why."""
+        count = sum(map(len, self.skipped.values()))
+        return (f"{count} unreadable",) if count else ()
+
     def __len__(self) -> int:
         return len(self.targets)
 

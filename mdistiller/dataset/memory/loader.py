@@ -17,7 +17,7 @@ from mdistiller import runtime
 from mdistiller.dataset.data_source import ImageSet
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.mixup import BatchAugment
-from mdistiller.dataset.sampler import DistributedBatchSampler, rank_slice
+from mdistiller.dataset.sampler import DistributedBatchSampler, balanced_order, rank_slice
 from mdistiller.registry import UserError
 
 
@@ -42,7 +42,10 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Epoch:
-    """All that is drawn for an epoch, on the device: order [N], parameters [N, P], views [N]."""
+    """All that is drawn for an epoch, on the device: order [N], parameters [N, P], views [N].
+
+    Parameters are of the images; with a balanced order, which repeats images, of its positions.
+    """
 
     order: Tensor
     parameters: Tensor
@@ -66,6 +69,7 @@ class TrainLoader:
         device: where the images are kept and the batches made.
         seed: with the epoch, decides order and views. Must be the same in all processes.
         drop_last: leave out the images that do not fill a batch.
+        balanced: classes are equally frequent, see :func:`balanced_order`.
         mix: what is done to whole batches; where it mixes images, target is float32 [B, C].
         rank, world_size: of the process; as torch.distributed says by default.
 
@@ -94,6 +98,7 @@ class TrainLoader:
         *,
         seed: int = 0,
         drop_last: bool = False,
+        balanced: bool = False,
         mix: BatchAugment | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -107,7 +112,8 @@ class TrainLoader:
         )
         self.batch_size, self.num_data, self.seed = batch_size, len(dataset), seed
         self.augment, self.mix = augment, mix
-        self.num_views = augment.num_views if mix is None else None
+        self.balanced, self._classes = balanced, dataset.targets.cpu()
+        self.num_views = None if mix is not None or balanced else augment.num_views
         self.normalize = Normalize(mean, std, device)
         self._place_images(dataset, device)
         self.epoch = 0
@@ -142,11 +148,17 @@ class TrainLoader:
         self._drawn = self._draw(generator)
 
     def _draw(self, generator: torch.Generator) -> Epoch:
-        order = torch.randperm(self.num_data, generator=generator)
+        order = self._order(generator)
         parameters = self.augment.draw(self.num_data, generator)
         views = self.augment.views(parameters)
         device = self._store.device
         return Epoch(order.to(device), parameters.to(device), views.to(device))
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Order of the epoch, [N], of all processes."""
+        if self.balanced:
+            return balanced_order(self._classes, generator)
+        return torch.randperm(self.num_data, generator=generator)
 
     @property
     def views(self) -> Tensor:
@@ -196,7 +208,12 @@ class TrainLoader:
     def _batches(self, drawn: Epoch, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part in self.batch_sampler.local_slices[start:]:
             index = drawn.order[part]
-            images = self.images(index, drawn.parameters)
+            if self.balanced:
+                each = torch.arange(len(index), device=index.device)
+                pixels = self.augment.apply(self._store[index], drawn.parameters[part], each)
+                images = self.normalize(pixels)
+            else:
+                images = self.images(index, drawn.parameters)
             yield images, self.dataset.targets[index], index
 
 

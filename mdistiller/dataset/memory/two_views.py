@@ -51,9 +51,9 @@ class TwoViewLoader(TrainLoader):
     def _draw(self, generator: torch.Generator) -> _TwoViewEpoch:
         drawn, device = super()._draw(generator), self._store.device
         strong = self.strong.draw(self.num_data, generator)
-        order = drawn.order.cpu()
+        rows = torch.arange(self.num_data) if self.balanced else drawn.order.cpu()
         groups = [
-            self.strong.group(strong[self._block_index(order, block)]).to(device)
+            self.strong.group(strong[self._block_index(rows, block)]).to(device)
             for block in self._blocks
         ]
         return _TwoViewEpoch(drawn.order, drawn.parameters, drawn.views, strong.to(device), groups)
@@ -70,7 +70,12 @@ class TwoViewLoader(TrainLoader):
             if not rest:
                 continue
             index = self._block_index(drawn.order, block)
-            views = self.strong.apply(self._store, drawn.strong, index, groups)
+            store, parameters = self._store, drawn.strong
+            if self.balanced:
+                each = torch.arange(self.num_data, device=index.device)
+                store, parameters = store[index], parameters[self._block_index(each, block)]
+                index = each[: len(index)]
+            views = self.strong.apply(store, parameters, index, groups)
             views = views[len(views) - len(self._block_index(drawn.order, rest)) :]
             for weak, target, batch in islice(weak_batches, len(rest)):
                 strong, views = views[: len(batch)], views[len(batch) :]

@@ -97,7 +97,8 @@ class CocoDetectionSet:
             self._drop_corrupt(threads)
         else:
             self._require_images()
-        self._say()
+        if local_rank() == 0:
+            print(self.describe(), file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -144,18 +145,18 @@ class CocoDetectionSet:
                     "DATASET.SKIP_CORRUPT True"
                 )
 
-    def _say(self) -> None:
-        """Print a line about the set and what was left out of it, once per machine."""
+    def describe(self) -> str:
+        """Images, objects, classes, the smallest class, and what was left out, in one line."""
         left = [f"{number} {what}" for what, number in self.annotations.counts.items() if number]
         objects = int(np.diff(self.annotations.starts)[self.positions].sum())
-        if local_rank() == 0:
-            print(
-                f"{self.annotations.path.name}: {len(self)} images, {objects} objects, "
-                f"{len(self.category_ids)} classes"
-                f"{'; left out or mended: ' if left else ''}{', '.join(left)}",
-                file=sys.stderr,
-                flush=True,
-            )
+        counts = np.bincount(self.labels, minlength=self.num_classes)
+        fewest = min(self.category_ids, key=lambda label: counts[label])
+        return (
+            f"{self.annotations.path.name}: {len(self)} images, {objects} objects, "
+            f"{len(self.category_ids)} classes (fewest: {counts[fewest]} of "
+            f"{self.class_names[fewest]}){'; left out or mended: ' if left else ''}"
+            f"{', '.join(left)}"
+        )
 
     def path(self, index: int) -> Path:
         """File of the image at a position."""

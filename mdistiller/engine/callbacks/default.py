@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.engine.callbacks.console import EpochTable
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.logs import (
     MetricsFile,
@@ -13,6 +14,7 @@ from mdistiller.engine.callbacks.logs import (
     numbers_of,
     plain,
 )
+from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -49,21 +51,24 @@ class Evaluate(Hook):
 
 
 class Log(Hook):
-    """Passes each epoch's record to `trainer.log` and prints a line."""
+    """Passes each epoch's record to `trainer.log` and prints its line.
+
+    Of an initialisation stage the accuracy is left out: the classifier is not trained, or did not
+    run.
+    """
+
+    def __init__(self) -> None:
+        self.table = EpochTable()
+
+    def before_train(self, trainer: Trainer) -> None:
+        self.table.begin(trainer)
 
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        record = plain(record)
+        left_out = ("train_acc", "train_top5") if trainer.stage else ()
+        record = plain({key: value for key, value in record.items() if key not in left_out})
         numbers = dict(record)
         trainer.log(numbers.pop("lr"), epoch, numbers)
-        if is_main_process():
-            print(
-                log_msg(
-                    f"epoch {epoch}/{trainer.cfg.SOLVER.EPOCHS}  lr {record['lr']:.3g}  "
-                    f"{trainer.progress_line(record)}{record['images_per_second']:.0f} images/s",
-                    "TRAIN",
-                ),
-                flush=True,
-            )
+        self.table.show(trainer, epoch, record)
 
 
 class Checkpoint(Hook):
@@ -128,29 +133,16 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
+    common: list[Hook] = [Evaluate()]
+    common += [Probe()] if cfg.LOG.PROBE else []
+    common += [AverageStudent()] if cfg.SOLVER.EMA else []
+    common.append(Log())
     if not writes:
         return common
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]
     if cfg.LOG.WANDB:
         writers.append(Wandb())
     return [*common, *writers, Checkpoint(cfg)]
-
-
-class LogStage(Hook):
-    """Prints a line for each epoch of an initialisation stage, and logs it."""
-
-    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
-        # Accuracy says nothing here: the classifier is not trained, or did not run.
-        numbers = {key: record[key] for key in record if key not in ("train_acc", "train_top5")}
-        trainer.log(numbers.pop("lr"), epoch, plain(numbers))
-        if is_main_process():
-            line = (
-                f"{trainer.stage} epoch {epoch}/{trainer.epochs}  "
-                f"lr {record['lr']:.3g}  train loss {record['train_loss']:.4f}  "
-                f"{record['images_per_second']:.0f} images/s"
-            )
-            print(log_msg(line, "TRAIN"), flush=True)
 
 
 class CheckpointStage(Hook):
@@ -166,4 +158,4 @@ class CheckpointStage(Hook):
 
 def stage_hooks(writes: bool = True) -> list[Hook]:
     """The hooks of an initialisation stage; only one of its processes `writes` files."""
-    return [LogStage(), *([TensorBoard(), CheckpointStage()] if writes else [])]
+    return [Log(), *([TensorBoard(), CheckpointStage()] if writes else [])]

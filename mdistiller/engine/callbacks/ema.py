@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from mdistiller.distillers import Distiller, Vanilla
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.distributed import broadcast_buffers
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.utils import validate
+from mdistiller.engine.metrics import score_of
+from mdistiller.engine.utils import evaluate
 from mdistiller.registry import UserError
 
 
@@ -39,6 +41,12 @@ def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
             count.copy_(value)
 
 
+def summary_numbers(numbers: Mapping[str, float], which: str, prefix: str = "") -> dict[str, float]:
+    """Accuracies on the test set under their names in a summary; `which` epoch: "last", "best"."""
+    names = [name for name in ("acc", "balanced_acc", "macro_f1") if name in numbers]
+    return {f"{prefix}test_{name}_{which}": numbers[name] for name in names}
+
+
 class AverageStudent(Hook):
     """Keeps an exponential moving average of the student and evaluates it each epoch.
 
@@ -56,7 +64,7 @@ class AverageStudent(Hook):
     def __init__(self) -> None:
         self.average: nn.Module | None = None
         self.updates = 0
-        self.best_acc, self.best_epoch = -1.0, 0
+        self.best_acc, self.best_epoch, self.best_score = -1.0, 0, -math.inf
 
     def before_train(self, trainer: Trainer) -> None:
         if type(trainer.model).forward_test is not Distiller.forward_test:
@@ -81,10 +89,11 @@ class AverageStudent(Hook):
         assert self.average is not None
         student = self.average
         broadcast_buffers(student)
-        top1, top5, loss = validate(trainer.val_loader, Vanilla(student))
-        record.update(ema_test_acc=top1, ema_test_acc_top5=top5, ema_test_loss=loss)
-        if top1 >= self.best_acc:
-            self.best_acc, self.best_epoch = top1, epoch
+        numbers = evaluate(trainer.val_loader, Vanilla(student))
+        record.update({f"ema_test_{name}": value for name, value in numbers.items()})
+        score = score_of(record, trainer.select_by, "ema_")
+        if score >= self.best_score:
+            self.best_score, self.best_acc, self.best_epoch = score, numbers["acc"], epoch
 
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         assert self.average is not None
@@ -93,13 +102,13 @@ class AverageStudent(Hook):
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
         assert self.average is not None
-        names = ("updates", "best_acc", "best_epoch")
+        names = ("updates", "best_acc", "best_epoch", "best_score")
         facts = {name: getattr(self, name) for name in names}
         return {"ema": {"model": self.average.state_dict(), **facts}}
 
     def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         if "ema" in state:  # not in checkpoints of the original: those start an average
-            facts = dict(state["ema"])
+            facts = {"best_score": state["ema"]["best_acc"], **state["ema"]}
             self._begin(trainer).load_state_dict(facts.pop("model"))
             vars(self).update(facts)
 
@@ -113,10 +122,10 @@ class AverageStudent(Hook):
         }
         if data.test is not None:
             student = self.average
-            summary["ema_test_acc_last"] = validate(data.test, Vanilla(student))[0]
+            summary |= summary_numbers(evaluate(data.test, Vanilla(student)), "last", "ema_")
             last_state = {key: value.clone() for key, value in student.state_dict().items()}
             best = load_checkpoint(trainer.log_path / "student_ema_best")
             student.load_state_dict(best["model"])
-            summary["ema_test_acc_best"] = validate(data.test, Vanilla(student))[0]
+            summary |= summary_numbers(evaluate(data.test, Vanilla(student)), "best", "ema_")
             student.load_state_dict(last_state)
         return summary

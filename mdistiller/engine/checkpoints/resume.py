@@ -180,6 +180,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         **schedule_state(trainer),
         "best_acc": trainer.best_acc,
         "best_epoch": trainer.best_epoch,
+        "best_score": trainer.best_score,
         "history": trainer.history,
         "log_sizes": {
             name: size for hook in trainer.hooks for name, size in hook.sizes(trainer).items()
@@ -244,6 +245,7 @@ def restore(trainer: Trainer) -> None:
     trainer.epoch = int(state["epoch"])
     trainer.best_acc = float(state.get("best_acc", -1.0))
     trainer.best_epoch = int(state.get("best_epoch", 0))
+    trainer.best_score = float(state.get("best_score", trainer.best_acc))
     trainer.history = state.get("history", [])
     trainer.init_state = state.get("init")
     restore_position(trainer, state.get("position"))

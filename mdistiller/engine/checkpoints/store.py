@@ -26,7 +26,8 @@ from mdistiller.engine.checkpoints.write import (
 )
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
-from mdistiller.manifest import MANIFEST, Entry, read_manifest, sha256
+from mdistiller.files.hashes import file_hash
+from mdistiller.files.manifest import MANIFEST, Entry, read_manifest
 from mdistiller.registry import UserError
 
 LATEST, PREVIOUS = "latest", "previous"
@@ -97,7 +98,7 @@ class Store:
 
         def record(temporary: Path) -> None:
             digest = written[0].digest()
-            if sha256(temporary) != digest:
+            if file_hash(temporary) != digest:
                 raise OSError(None, "what is read back differs from what was written")
             status = temporary.stat()
             entry = {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -143,7 +144,7 @@ class Store:
         facts = {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
         alike = [entry for entry in entries if facts.items() <= entry.items()]
         if len(alike) != 1:  # the folder was copied
-            digest = sha256(path)
+            digest = file_hash(path)
             alike = [entry for entry in entries if entry["sha256"] == digest]
         return (alike or entries)[0]
 

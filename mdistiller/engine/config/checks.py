@@ -6,7 +6,7 @@ from yacs.config import CfgNode
 
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.registry import UserError
+from mdistiller.registry import Registry, UserError
 
 AT_LEAST = {
     "SOLVER.BATCH_SIZE": 1,
@@ -20,22 +20,28 @@ AT_LEAST = {
     "SOLVER.EMA": 0,
     "SOLVER.MIN_LR": 0,
     "SOLVER.SKIP_NONFINITE": 0,
+    "SOLVER.LABEL_SMOOTHING": 0,
     "DATASET.TEST.BATCH_SIZE": 1,
     "DATASET.VAL_SPLIT": 0,
     "LOG.TENSORBOARD_FREQ": 1,
     "LOG.SAVE_CHECKPOINT_FREQ": 1,
     "LOG.KEEP_CHECKPOINTS": 0,
     "LOG.SAVE_EVERY_MINUTES": 0,
+    "LOG.MISTAKES": 0,
     "EXPERIMENT.SEED": 0,
     "LSKD.EPS": 0,
 }
 POSITIVE = ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+SCHEDULES = Registry("schedule (SOLVER.SCHEDULE)")
+"""Filled by `engine/schedules.py`, which imports torch, and by users."""
+_BUILT_IN_SCHEDULES = ("multistep", "cosine", "plateau", "constant")
 ONE_OF = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "DISTILLER.TEACHER_DTYPE": ("auto", "fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": ("none", "memory", "disk"),
-    "SOLVER.SCHEDULE": ("multistep", "cosine", "plateau", "constant"),
+    "LOG.SELECT_BY": ("top1", "balanced_accuracy", "macro_f1", "loss"),
+    "SOLVER.SCHEDULE_BY": ("epoch", "step"),
     "SOLVER.COMPILE": (True, False, *COMPILE_MODES),
 }
 
@@ -49,7 +55,8 @@ def check_values(cfg: CfgNode) -> None:
     for name in POSITIVE:
         if values.get(name, 1.0) <= 0:
             raise UserError(f"{name} must be positive, got {values[name]}")
-    for name, allowed in ONE_OF.items():
+    schedules = tuple(dict.fromkeys((*_BUILT_IN_SCHEDULES, *SCHEDULES)))
+    for name, allowed in {**ONE_OF, "SOLVER.SCHEDULE": schedules}.items():
         if values.get(name, allowed[0]) not in allowed:
             choices = ", ".join(map(str, allowed))
             raise UserError(f"{name} must be one of {choices}, got {shown(values[name])}")
@@ -64,10 +71,18 @@ def _check_solver(solver: CfgNode) -> None:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {solver.EMA}")
+    if solver.get("LABEL_SMOOTHING", 0.0) >= 1:
+        raise UserError(f"SOLVER.LABEL_SMOOTHING must be below 1, got {solver.LABEL_SMOOTHING}")
+    if not 0 < solver.get("LAYER_DECAY", 1.0) <= 1:
+        raise UserError(
+            f"SOLVER.LAYER_DECAY must be above 0 and at most 1, got {solver.LAYER_DECAY}"
+        )
     if solver.SCHEDULE != "plateau":
         return
     if solver.get("WARMUP_EPOCHS"):
         raise UserError("SOLVER.SCHEDULE plateau has no warm-up: set SOLVER.WARMUP_EPOCHS 0")
+    if solver.get("SCHEDULE_BY") == "step":
+        raise UserError("SOLVER.SCHEDULE plateau needs SOLVER.SCHEDULE_BY epoch")
     if not 0 < solver.LR_DECAY_RATE < 1:
         raise UserError(
             "SOLVER.SCHEDULE plateau needs a SOLVER.LR_DECAY_RATE between 0 and 1, got "

@@ -12,6 +12,11 @@ from mdistiller.registry import UserError, suggest
 from mdistiller.runtime import config_root
 
 _MOST_FILES = 100  # that one config is built of
+TAG = "EXPERIMENT.TAG"
+AUTO = "auto"
+"""EXPERIMENT.NAME of a run whose folder is named by method, networks and data."""
+Layers = list[tuple[Path, dict[str, Any]]]
+"""The files of a config, those that it builds on first, and what each sets itself."""
 
 
 def find_config(name: str | Path) -> Path:
@@ -39,15 +44,24 @@ def require_run(folder: Path) -> None:
         )
 
 
-def read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """The nested mapping of a YAML file, over that of its `_BASE_` file or files.
 
     Numbers and truth values in it are still :class:`Written`; `coerce` makes values of them.
     """
-    return _read_yaml(path, chain, count(1))
+    return _read_yaml(path, (), count(1), [])
 
 
-def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dict[str, Any]:
+def read_layers(path: Path) -> Layers:
+    """The files of a config, and what each sets itself."""
+    layers: Layers = []
+    _read_yaml(path, (), count(1), layers)
+    return layers
+
+
+def _read_yaml(
+    path: Path, chain: tuple[Path, ...], reads: Iterator[int], layers: Layers
+) -> dict[str, Any]:
     path = find_config(path)
     resolved = path.resolve()
     if resolved in chain:
@@ -71,7 +85,8 @@ def _read_yaml(path: Path, chain: tuple[Path, ...], reads: Iterator[int]) -> dic
     for base in bases:
         sibling = path.parent / base
         file = sibling if is_file(sibling) else Path(base)  # "configs/..." works from anywhere
-        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads))
+        merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads, layers))
+    layers.append((resolved, dict(table)))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
     return overlay(merged, {**table, "IMPORTS": imports} if imports else table)
 

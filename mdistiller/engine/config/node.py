@@ -9,11 +9,19 @@ from typing import Any
 from yacs.config import CfgNode
 
 from mdistiller.engine.config.checks import check_values
-from mdistiller.engine.config.files import read_yaml, resolve_fork, resolve_imports
+from mdistiller.engine.config.files import (
+    AUTO,
+    TAG,
+    read_layers,
+    read_yaml,
+    resolve_fork,
+    resolve_imports,
+)
 from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import DEEPEST, as_read, coerce, flatten, is_plain, literal
-from mdistiller.engine.tasks import task_of
+from mdistiller.engine.tasks import NETWORKS, task_of
 from mdistiller.registry import UserError, suggest
+from mdistiller.runtime import config_root
 
 
 class ConfigNode(CfgNode):
@@ -94,7 +102,28 @@ def fill(
     elif path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides)
+    if isinstance(path, (str, Path)) and path and _misnamed(cfg, Path(path), overrides):
+        cfg["EXPERIMENT"]["NAME"] = AUTO
     check_values(cfg)
+
+
+def _misnamed(cfg: ConfigNode, path: Path, overrides: Sequence[str]) -> bool:
+    """Whether the only name is the TAG of one of the library's configs, on which another file or
+    the command line builds with another method or other networks."""
+    given = set(overrides[0::2])
+    if cfg["EXPERIMENT"]["NAME"] or TAG in given:
+        return False
+    task = task_of(cfg)
+    naming = {"DISTILLER.TYPE", *(task.networks if task else NETWORKS)}
+    owner, changed = None, False
+    for file, table in read_layers(path):
+        keys = set(flatten(table))
+        if TAG in keys:
+            owner, changed = file, False
+        elif naming & keys:
+            changed = True
+    ours = owner is not None and owner.is_relative_to(config_root().resolve())
+    return ours and (changed or bool(naming & given))
 
 
 def merge(

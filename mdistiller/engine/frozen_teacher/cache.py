@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.distillers import Distiller
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.cacheable import KEY, check_method, check_views, refusal
 from mdistiller.engine.frozen_teacher.fingerprint import (

@@ -38,6 +38,8 @@ def check_views(cfg: Any, loader: Any) -> None:
         raise refusal(cfg, "its images are made elsewhere, not by DATASET.LOADER memory")
     if loader.mix is not None:
         raise refusal(cfg, "DATASET.ERASING, MIXUP and CUTMIX make views without number")
+    if loader.balanced:
+        raise refusal(cfg, "DATASET.SAMPLER balanced shows an image several times an epoch")
     if not loader.num_views:
         raise refusal(
             cfg,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import Distiller
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.frozen_teacher.folding import (
     foldable,
     folded_weights,

@@ -114,7 +114,11 @@ def _fuse(module: fx.GraphModule) -> list[_Packed]:
     """Replace convolution and ReLU, and convolution, sum and ReLU, by one operation each."""
     packed: list[_Packed] = []
     order = {node: place for place, node in enumerate(module.graph.nodes)}
-    changes = [place for node, place in order.items() if _is_mutable(node)]
+    changes = [
+        place
+        for node, place in order.items()
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    ]
     for relu in list(module.graph.nodes):
         if relu.target not in _RELU or not _only_reader(relu, relu.args[0]):
             continue
@@ -186,10 +190,6 @@ def _summands(node: Any) -> tuple[Any, Any]:
 
 def _only_reader(node: fx.Node, source: Any) -> bool:
     return isinstance(source, fx.Node) and list(source.users) == [node]
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _value(node: Any) -> Any:

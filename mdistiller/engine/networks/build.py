@@ -25,7 +25,9 @@ from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distil
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
-from mdistiller.engine.networks.class_order import MOST_CLASSES, doubts, match_classes
+from mdistiller.engine.metrics import MOST_CLASSES
+from mdistiller.engine.networks.class_balance import set_hard_label_loss
+from mdistiller.engine.networks.class_order import doubts, match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
@@ -36,16 +38,18 @@ from mdistiller.engine.networks.released import (
     states_nothing,
     taken_line,
 )
-from mdistiller.engine.optim import OPTIMIZERS
+from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.optim import build_optimizer, optimizer_maker
+from mdistiller.engine.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.models.normalize import renormalize_input
+from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import local_rank_zero_first, project_root, rank
-from mdistiller.weights import load_network, recorded_facts, split_key
+from mdistiller.runtime import local_rank_zero_first, rank
+from mdistiller.weights import load_network, recorded_facts
 
 
 def build_distiller(
@@ -69,11 +73,14 @@ def build_distiller(
         any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
         teacher = build_network(cfg, "TEACHER", data, weights, any_head)
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher).to(device)
+    distiller = build_method(cfg, data, student, teacher)
+    set_hard_label_loss(distiller, cfg, data)
+    distiller.to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
     if cfg.SOLVER.CHANNELS_LAST:
         use_channels_last(distiller)
     freeze_teacher(distiller)
+    distiller.fixed_norms = freeze(distiller.student, cfg.SOLVER.FREEZE)
     prepare_teacher(distiller, cfg, data.image_size)
     supply_facts(distiller, cfg, data, device)
     return distiller
@@ -88,9 +95,15 @@ def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | 
 
 
 def check_pair(cfg: Any, data: Data) -> None:
-    """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
-    random = (build_network(cfg, role, data, weights="") for role in ("STUDENT", "TEACHER"))
-    build_method(cfg, data, *random)
+    """Refuse a pair of networks that the method cannot use, and an optimizer that cannot be, before
+    a teacher is trained for them."""
+    student = build_network(cfg, "STUDENT", data, None if cfg.DISTILLER.STUDENT_CKPT else "")
+    teacher = build_network(cfg, "TEACHER", data, weights="")
+    distiller = build_method(cfg, data, student, teacher)
+    freeze(distiller.student, cfg.SOLVER.FREEZE)
+    if groups_here(cfg):
+        groups = student_groups(distiller.param_groups(), cfg.SOLVER, distiller)
+        build_optimizer(groups, cfg.SOLVER)
 
 
 def build_network(
@@ -104,13 +117,22 @@ def build_network(
 
     Args:
         weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
-            random ones. By default what the role's ARGS say: random ones, or with `pretrained`
-            released ones under a classifier for the data.
+            random ones. By default what fits of DISTILLER.STUDENT_CKPT for a student; else what the
+            role's ARGS say: random ones, or with `pretrained` released ones under a classifier for
+            the data.
         any_head: the classifier will not be used: weights may be for other classes, or have none.
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    backbone = settings.get("num_classes") == 0
+    if backbone and data.num_classes and not any_head:
+        raise UserError(
+            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
+            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+        )
     wanted = settings.pop("pretrained", False)
+    start = student_start(cfg) if role == "STUDENT" and weights is None else None
+    weights = start or weights
     if weights == PRETRAINED:
         wanted = wanted or True
         if not any_head:
@@ -120,14 +142,20 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
+    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
+    size = (side, side) if side else data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+        net = make_network(entry, data.num_classes, size, settings, key)
+    if side:
+        resize_input(net, size)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
-    check_input(net, name, data)
+    check_input(net, name, data, backbone)
     given, stated = (data.mean, data.std), None
-    if weights not in (None, "", PRETRAINED):
+    if start is not None:
+        stated = load_start(cfg, net, start, name, data)
+    elif weights not in (None, "", PRETRAINED):
         stated = load_network(
             net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
         )
@@ -142,10 +170,14 @@ def build_network(
     return net
 
 
+def groups_here(cfg: Any) -> bool:
+    """Whether the trainer leaves the optimizer to the library."""
+    return is_builtin(check_trainer(cfg.SOLVER.TRAINER).init_optimizer)
+
+
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
-    OPTIMIZERS[cfg.SOLVER.TYPE]
     check_trainer(cfg.SOLVER.TRAINER)
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
@@ -155,8 +187,11 @@ def check_names(cfg: Any) -> None:
 
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
-    """Refuse a method or model name that does not exist, and a switch the method does not have."""
+    """Refuse names that do not exist, and a switch that the method does not have."""
+    if groups_here(cfg):
+        optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
+    student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)
     reads_it = not is_builtin(method) and "EXPERIMENT" in sections_read(method)
     wanted = cfg.LSKD.ENABLE or (cfg.EXPERIMENT.LOGIT_STAND and not reads_it)
@@ -175,9 +210,33 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
         model_entry(cfg, "TEACHER", data)
 
 
+def student_start(cfg: Any) -> Path | None:
+    """The file that the student starts from, if any.
+
+    Raises:
+        UserError: it does not exist, or STUDENT_ARGS ask for released weights as well.
+    """
+    if not cfg.DISTILLER.STUDENT_CKPT:
+        return None
+    if cfg.DISTILLER.STUDENT_ARGS.get("pretrained"):
+        raise UserError(
+            "DISTILLER.STUDENT_CKPT and STUDENT_ARGS {pretrained: True} both say what the student "
+            "starts from: leave one of them out"
+        )
+    return find_file(cfg, "STUDENT_CKPT")
+
+
 def check_labels(cfg: Any) -> None:
-    """Refuse MIXUP and CUTMIX for a method that needs one class for each image."""
+    """Refuse data without labels, and MIXUP and CUTMIX, for a method that needs the labels."""
     name = cfg.DISTILLER.TYPE
+    if get_distiller(name).needs_labels and not data_spec(cfg).labels:
+        guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
+        others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
+            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
+            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+        )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
         raise UserError(
@@ -217,12 +276,7 @@ def find_teacher(cfg: Any, data: Data | TestData) -> Path | Literal["pretrained"
             weights are for other classes.
     """
     if cfg.DISTILLER.TEACHER_CKPT:
-        path = Path(cfg.DISTILLER.TEACHER_CKPT)
-        places = (path, project_root() / path)
-        file = next((p for p in places if split_key(p)[0].is_file()), None)
-        if file is None:
-            raise UserError(f"DISTILLER.TEACHER_CKPT: {path} does not exist")
-        return file
+        return find_file(cfg, "TEACHER_CKPT")
     entry = model_entry(cfg, "TEACHER", data)
     trained_here = bool(cfg.DISTILLER.TEACHER_CFG)
     classes = getattr(data, "num_classes", None)  # a source that is not read yet knows none
@@ -270,11 +324,12 @@ def teacher_test_loader(
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    if how.image_size not in (0, used.image_size) and rank() == 0:
+    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
+    if how.image_size not in (0, seen) and rank() == 0:
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these)"
+            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
+            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print(log_msg(message), flush=True)
     return load_test_loader(sized, device, how).loader
@@ -286,7 +341,7 @@ def measure_teacher(
     loader: EvalLoader | None = None,
     name: str = "the teacher",
 ) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set, printed.
+    """The teacher's top-1 accuracy in percent on the test set.
 
     Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
     is printed for a teacher near chance, whose file is usually of another data set, and for one
@@ -310,6 +365,7 @@ def measure_teacher(
             )
         return None
     test = loader or (data.val if data.test is None else data.test)
+    assert test is not None
     device, classes = next(distiller.teacher.parameters()).device, data.num_classes
     confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
     top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)
@@ -317,7 +373,6 @@ def measure_teacher(
     if close is not None:  # its processes
         close()
     if rank() == 0:
-        print(log_msg(f"teacher accuracy: {top1:.2f} %"), flush=True)
         for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
             print(log_msg(f"WARNING: {name} {warning}"), flush=True)
     return top1

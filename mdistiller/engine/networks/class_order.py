@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import are_numbers, first_difference, natural_key
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 from mdistiller.weights import FEATURES_ONLY, split_key
 
-MOST_CLASSES = 5000
-"""Confusions among more are not counted: 100 MB."""
 _ENOUGH = 10  # images of a class from which on they tell what it is taken for
 
 

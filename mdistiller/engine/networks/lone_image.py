@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset.sampler import DistributedBatchSampler
-from mdistiller.distillers.helpers.shapes import preserve_state
+from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError, first_line

@@ -20,19 +20,10 @@ def use_channels_last(distiller: Distiller) -> None:
     convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
     for net in (distiller.student, distiller.teacher):
         if isinstance(net, nn.Module):
-            net.register_forward_pre_hook(_lay_out)
+            net.register_forward_pre_hook(channels_last_input)
 
 
-def undo_channels_last(distiller: Distiller) -> None:
-    """Undo :func:`use_channels_last`."""
-    convert_conv2d_weight_memory_format(distiller, torch.contiguous_format)  # type: ignore[arg-type]
-    for net in (distiller.student, distiller.teacher):
-        if isinstance(net, nn.Module):
-            hooks = net._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _lay_out]:
-                del hooks[key]
-
-
-def _lay_out(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def channels_last_input(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The hook of :func:`use_channels_last`."""
     image, *rest = inputs
     return (image.contiguous(memory_format=torch.channels_last), *rest)

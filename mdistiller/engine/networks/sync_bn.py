@@ -1,13 +1,8 @@
 """Synchronised batch norm over all processes (SOLVER.SYNC_BN), on GPUs and CPUs.
 
-torch's SyncBatchNorm has kernels for GPUs only. This one computes the same on other devices: with
-n_r values per channel in process r, their mean m_r and squared deviations s_r, n the sum of n_r,
-
-    mean = sum n_r m_r / n,    var = sum (s_r + n_r (m_r - mean)^2) / n
-
-so that no large sums cancel. In the backward pass the two means over the batch are those of all
-processes; gradients of weight and bias stay each process's own, for DistributedDataParallel to
-average.
+torch's SyncBatchNorm has kernels for GPUs only. On other devices, this one sums each channel's
+values over the processes, then their squared deviations from the mean; the rest is autograd's.
+Gradients of weight and bias stay each process's own, for DistributedDataParallel to average.
 """
 
 from __future__ import annotations
@@ -15,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mdistiller.distillers import Distiller
+from mdistiller.engine.distributed import sum_over_ranks
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
@@ -70,10 +65,19 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        over, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+        values = wide.new_full((1,), x.numel() // x.shape[1])
+        sums = _SumOverRanks.apply(torch.cat([wide.sum(over), values]))
+        mean, count = sums[:-1] / sums[-1], sums[-1]
+        centred = wide - mean.view(shape)
+        var = _SumOverRanks.apply(centred.square().sum(over)) / count
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
         if self.track_running_stats and self.running_mean is not None:
             self._track(mean, var * (count / (count - 1).clamp(min=1)))
-        return y
+        return y.to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
@@ -103,47 +107,13 @@ class GpuBatchNormAct(_Act, nn.SyncBatchNorm):
     """timm's BatchNormAct2d, synchronised on GPUs."""
 
 
-class _Normalize(torch.autograd.Function):
-    """(x - mean) / std * weight + bias over all processes; x is [N, C, ...], perhaps without rows.
-
-    Also returns mean, variance and number of values, without gradient.
-    """
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce a tensor forward, and its gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        over = [0, *range(2, x.dim())]
-        count = wide.new_full((1,), x.numel() // x.shape[1])
-        own_mean = wide.sum(over) / count.clamp(min=1)
-        squares = (wide - _per_channel(own_mean, x)).square().sum(over)
-        mine = torch.cat([count, own_mean, squares])
-        all_of = [torch.empty_like(mine) for _ in range(world_size())]
-        dist.all_gather(all_of, mine)
-        counts, means, deviations = torch.stack(all_of).split([1, len(own_mean), len(own_mean)], 1)
-        total = counts.sum()
-        mean = (counts * means).sum(0) / total
-        var = (deviations + counts * (means - mean).square()).sum(0) / total
-        inverse = (var + eps).rsqrt()
-        normal = (wide - _per_channel(mean, x)) * _per_channel(inverse, x)
-        ctx.save_for_backward(normal, weight, inverse, total)
-        ctx.mark_non_differentiable(mean, var, total)
-        y = normal if weight is None else normal * _per_channel(weight, x)
-        return (y if bias is None else y + _per_channel(bias, x)).to(x.dtype), mean, var, total
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_ranks(values.clone())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        normal, weight, inverse, total = ctx.saved_tensors
-        grad = grads[0].to(normal.dtype)
-        over = [0, *range(2, grad.dim())]
-        local_sums = torch.stack([grad.sum(over), (grad * normal).sum(over)])
-        sums = local_sums.clone()
-        dist.all_reduce(sums)
-        scale = inverse if weight is None else inverse * weight
-        to_x = grad - _per_channel(sums[0] / total, grad)
-        to_x = (to_x - normal * _per_channel(sums[1] / total, grad)) * _per_channel(scale, grad)
-        to_weight, to_bias = (None, None) if weight is None else (local_sums[1], local_sums[0])
-        return to_x.to(grads[0].dtype), to_weight, to_bias, None
-
-
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(1, -1, *[1] * (like.dim() - 2))
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_over_ranks(grads[0].clone())

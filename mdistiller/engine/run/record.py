@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,46 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mdistiller import __version__
-from mdistiller.engine.cfg import CFG, Config, dump_cfg, method_nodes, own_sections
+from mdistiller.engine.cfg import CFG, dump_cfg, method_nodes, own_sections
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.config.values import flatten
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.tasks import TASKS
 from mdistiller.files.atomic import replacing
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
     from mdistiller.dataset import Data, TestData
-
-_LONGEST = 200  # bytes of a folder name; file systems allow 255
-# Keys that say where files go, not what is trained: they stay out of a run folder's name.
-_PLACES = (
-    *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG"),
-    *("LOG.PREFIX", "IMPORTS", "FORK", "DISTILLER.TEACHER_CACHE_DIR"),
-)
-
-
-def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
-    """`PROJECT/NAME` of a run folder: NAME, else TAG, followed by the overrides.
-
-    A NAME among the overrides is the whole name. Long names end in a hash.
-    """
-    given = dict(zip(overrides[0::2], overrides[1::2], strict=True))
-    items = [f"{key}:{value}" for key, value in given.items() if key not in _PLACES]
-    name = cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG
-    if "EXPERIMENT.NAME" not in given:
-        name += ",".join(items)
-    name = name.replace("/", "_").replace(os.sep, "_")
-    raw = name.encode()
-    if len(raw) > _LONGEST:
-        digest = hashlib.sha256(raw).hexdigest()[:10]
-        name = f"{raw[: _LONGEST - 11].decode(errors='ignore')}-{digest}"
-    parts = [*Path(cfg.EXPERIMENT.PROJECT).parts, name]
-    if name in ("", ".") or any(part in ("..", "/") for part in parts):
-        raise UserError(f"EXPERIMENT.PROJECT and NAME make no folder name: {'/'.join(parts)!r}")
-    return "/".join(parts)
 
 
 class RunRecord(Hook):
@@ -109,6 +80,8 @@ class RunRecord(Hook):
 
 def one_line(error: BaseException | None) -> str:
     """An error in one line: a UserError's text, any other with its type."""
+    if isinstance(error, KeyboardInterrupt):  # a signal; further lines tell how to go on
+        return f"KeyboardInterrupt: {first_line(error)}"
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
@@ -249,9 +222,8 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 def side_settings(folder: Path, cfg: Any) -> list[str]:
     """The settings without influence on weights that differ from a run's recorded config."""
     recorded = recorded_settings(folder)
-    sections = [f"{name}." for name in ("LOG", "EXPERIMENT")]
-    names = (*sections, *keys_without_effect(), "DEVICE")
-    keys = [key for key in flatten(cfg) if key.startswith(names)]
+    names = ("LOG.", "EXPERIMENT.", *keys_without_effect(), "DEVICE")
+    keys = [key for key in flatten(cfg) if key.startswith(names) and key != "EXPERIMENT.NAME"]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
         f"{key} was {before}, is now {now}"
@@ -284,15 +256,15 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
         before, now = _get(recorded, key), _get(cfg, key)
         if before is None:  # a key newer than the run, which therefore ran with its default
             before = _get(CFG, key)
-        if key == "DATASET.ROOT":
+        if key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
             before, now = (str(Path(value or "").resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
 
 
-_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND")
-_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS")
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY")
+_ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS", "SOLVER.OPTIMIZER_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 WITHOUT_EFFECT = (
     "DATASET.NUM_WORKERS",

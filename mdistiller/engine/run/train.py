@@ -9,15 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from mdistiller.dataset import load_data
+from mdistiller.dataset import data_spec, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
-from mdistiller.engine.cfg import Config, show_cfg
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.checkpoints.write import file_entries
 from mdistiller.engine.distributed import barrier, process_group, wrap
@@ -35,11 +36,12 @@ from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.overview import describe_data, describe_network, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
     data_facts,
-    experiment_name,
     recorded_settings,
     recorded_teacher_acc,
     side_settings,
@@ -53,7 +55,9 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
+from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -73,6 +77,7 @@ class Prepared(NamedTuple):
         facts: of the data, for `run.json`.
         teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
         teacher: its weights, a file or PRETRAINED, for `run.json`.
+        about: lines for the :func:`overview`, by title.
     """
 
     trainer: BaseTrainer
@@ -80,6 +85,7 @@ class Prepared(NamedTuple):
     facts: Mapping[str, Any]
     teacher_acc: float | None
     teacher: str | Path | None = None
+    about: Mapping[str, str] = MappingProxyType({})
 
 
 Prepare = Callable[[Config, str, torch.device, float | None], Prepared]
@@ -216,10 +222,8 @@ def _train_with(
         keep_full_decoding(recorded_settings(folder), cfg)
     changes = check_folder(folder, cfg, resume, allow_changes)
     teacher_acc = recorded_teacher_acc(folder) if resume and not changes else None
-    if teacher_acc is not None and rank() == 0:
-        print(log_msg(f"teacher: {teacher_acc:.2f} %, as measured when the run began"), flush=True)
     prepared = (prepare or prepare_classifier)(cfg, name, device, teacher_acc)
-    trainer, data, facts, teacher_acc, teacher = prepared
+    trainer, data, facts, teacher_acc, teacher, about = prepared
     record = RunRecord(facts, teacher_acc, teacher)
     if rank() == 0:
         trainer.hooks[:0] = [*hooks, record]
@@ -231,6 +235,7 @@ def _train_with(
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
                 print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+            print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
     return summary
@@ -249,6 +254,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
+    if not data_spec(cfg).labels:
+        trainer_class = require_base(cfg, trainer_class)
     key = data_key(cfg), items.two_views
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
@@ -261,9 +268,8 @@ def prepare_classifier(
     distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
     share_teacher(distiller, cfg, device)
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
-    if rank() == 0:
-        show_cfg(cfg)
-    if method.uses_teacher and teacher_acc is None:
+    measured = teacher_acc is None
+    if method.uses_teacher and measured and data.num_classes:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
@@ -273,13 +279,24 @@ def prepare_classifier(
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    # without labels a loss may not reach all layers
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt)
+    about = {"data": describe_data(cfg, data)}
+    if method.uses_teacher:
+        assert distiller.teacher is not None
+        accuracy = "" if teacher_acc is None else f"accuracy {teacher_acc:.2f} %"
+        accuracy += "" if measured else " (measured when the run began)"
+        about["teacher"] = describe_network(
+            cfg.DISTILLER.TEACHER, distiller.teacher, accuracy, teacher_ckpt
+        )
+    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
+    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt, about)
 
 
 def _train_in(
@@ -300,6 +317,7 @@ def _train_in(
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
+    trainer.call("after_summary", summary)
     return summary
 
 
@@ -352,14 +370,15 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
             "--allow-changes"
         )
-    if cfg.SOLVER.SCHEDULE != "cosine":  # there, epochs may be added
+    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
     if changes and not allow_changes:
         raise UserError(
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    begun = [text for text in changes if text.startswith("EXPERIMENT.SEED ") or ".INIT." in text]
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
             f"--resume: {folder} has begun with what cannot be changed any more "

@@ -98,6 +98,14 @@ class TimmNet(ExternalNet):
             return state
         return adapted
 
+    def parameter_depths(self) -> dict[str, int]:
+        """Layers as timm's own layer decay counts them: a block each."""
+        from timm.models import group_parameters
+
+        matcher = getattr(self.net, "group_matcher", None)
+        depths = group_parameters(self.net, matcher(coarse=False), reverse=True) if matcher else {}
+        return dict(depths)
+
     def _stem_map(self, stem: Tensor, grid: Sequence[int]) -> Tensor:
         """The first layer's output in the form of a map, of the first stage's size if of tokens."""
         if stem.ndim == 3:

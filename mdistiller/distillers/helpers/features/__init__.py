@@ -1,0 +1,1 @@
+"""Shapes, stages and maps of networks, and modules between them."""

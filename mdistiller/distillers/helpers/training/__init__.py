@@ -1,0 +1,1 @@
+"""Settings, gathering over processes, memory banks, and what a method trains."""
