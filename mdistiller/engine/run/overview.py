@@ -58,6 +58,7 @@ def describe_data(cfg: Config, data: Data) -> str:
     text = f"{cfg.DATASET.TYPE}: {data.num_data:,} images of {size}"
     if not data.num_classes:
         return f"{text}, without labels; the best epoch is chosen on the {data.val_name}"
+    assert data.val is not None
     text += f", {data.num_classes:,} classes"
     images = getattr(data.train, "dataset", None)
     targets = getattr(images, "targets", None)
