@@ -131,6 +131,12 @@ def log_msg(msg: str, mode: str = "INFO") -> str:
     return coloured(f"[{mode}] {msg}", mode)
 
 
+def print_log(msg: str, mode: str = "INFO") -> None:
+    """Print :func:`log_msg` in the main process, at once."""
+    if is_main_process():
+        print(log_msg(msg, mode), flush=True)
+
+
 def coloured(text: str, mode: str) -> str:
     """`text` in the colour of a mode on a terminal, unless NO_COLOR is set."""
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()

@@ -58,7 +58,7 @@ from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn
 from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.user_code.forks import active, check_trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -229,7 +229,7 @@ def _train_with(
         if rank() == 0:  # another run may have been in there meanwhile
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
-                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+                print_log(f"continuing with other settings: {'; '.join(changes)}")
             print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
@@ -308,7 +308,7 @@ def _train_in(
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        print(log_msg(describe(summary, folder)), flush=True)
+        print_log(describe(summary, folder))
     return summary
 
 
