@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,13 @@ from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
+from mdistiller.preprocessing import (
+    NOTHING_STATED,
+    ImageSize,
+    Preprocessing,
+    Statistics,
+    read_image_size,
+)
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, rank, resolve_device
 
@@ -37,12 +43,17 @@ TEST_SET = "test set"
 class Data:
     """The loaders of a run and their properties.
 
+    Without labels (DATASET.LABELS False, or a source that has none) `num_classes` is 0, `classes`
+    is empty, and the targets in batches have no meaning.
+
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
         val: images that the best epoch is selected on: the held-out training images, or the test
-            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
+            such images.
         test: the test set where images are held out, else None.
-        val_name: what `val` is: the test set, or held-out training images.
+        val_name: what the best epoch is selected on, in words: the test set, held-out training
+            images, or without either the training images.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
@@ -55,7 +66,7 @@ class Data:
     """
 
     train: TrainLoader
-    val: EvalLoader
+    val: EvalLoader | None
     test: EvalLoader | None
     num_data: int
     num_classes: int
@@ -76,7 +87,7 @@ class Data:
                 close()
 
 
-def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
+def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""
     data = load_data(cfg)
     return data.train, data.val, data.num_data, data.num_classes
@@ -95,17 +106,18 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     """
     node = _node(cfg)
     pipeline = _pipeline(node, "train", _device(cfg, device))
+    labelled = _is_labelled(node, pipeline.source)
     balanced = _is_balanced(node, pipeline.source)
     train = pipeline.read("train")
     splits, held = [renumber_classes(train, node["CLASSES"])], None
-    if not _lacks_test(node, pipeline.source):
+    if pipeline.source.labels and not _lacks_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
     train = splits[0]
     if node["CLASSES"]:
         report_empty_classes(train, pipeline.root)
-    if len(train.classes) < 2:
+    if labelled and len(train.classes) < 2:
         raise UserError(
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
@@ -114,9 +126,13 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     if node["VAL_SPLIT"]:
         train, held = _hold_out(train, node)
     evaluated = [*([held] if held is not None else []), *splits[1:]]
-    val, *rest = (pipeline.eval_loader(images, size, statistics) for images in evaluated)
-    if held is evaluated[-1]:
+    loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
+    if labelled and held is evaluated[-1]:
         _report_no_test(pipeline.root, len(held))
+    classes = train.classes if labelled else []
+    val_name = TEST_SET if loaders else "training images"
+    if held is not None:
+        val_name = f"{len(held)} held-out training images"
     train_loader = pipeline.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
@@ -130,11 +146,11 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     )
     return Data(
         train=train_loader,
-        val=val,
-        test=rest[0] if rest else None,
+        val=loaders[0] if loaders else None,
+        test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
-        num_classes=len(train.classes),
-        classes=train.classes,
+        num_classes=len(classes),
+        classes=classes,
         zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
@@ -143,8 +159,12 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         plain=lambda indices=None: pipeline.eval_loader(
             train if indices is None else train.select(indices), size, statistics
         ),
-        val_name=TEST_SET if held is None else f"{len(held)} held-out training images",
+        val_name=val_name,
     )
+
+
+def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    return bool(node["LABELS"] and source.labels)
 
 
 def lacks_test(cfg: Any) -> bool:
@@ -182,8 +202,9 @@ def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
 def _full_preprocessing(
     pipeline: InMemoryPipeline, size: Size, statistics: Statistics
 ) -> Preprocessing:
-    """The whole preprocessing for evaluation; image_size is 0 if images are not square."""
-    how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
+    """The whole preprocessing for evaluation."""
+    how = pipeline.preprocessing
+    side: ImageSize = size[0] if size[0] == size[1] else how.image_size
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
@@ -215,9 +236,14 @@ class TestData(NamedTuple):
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
+    cfg: Any,
+    device: torch.device | None = None,
+    network: Preprocessing | None = None,
+    split: Split = "test",
 ) -> TestData:
     """The test set alone, for evaluation; without one, the images of DATASET.VAL_SPLIT.
+
+    Or the training images, without augmentation.
 
     Training images are read only to compute the mean and std of an image folder for which neither
     DATASET.MEAN and STD nor `network` give them.
@@ -227,8 +253,9 @@ def load_test_loader(
             see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    held_out = _lacks_test(node, _source(node))
-    split: Split = "train" if held_out else "test"
+    source = _source(node)
+    held_out = split == "test" and source.labels and _lacks_test(node, source)
+    split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
     if statistics is None and network is not None and network.mean:
@@ -258,16 +285,18 @@ class DataSpec(NamedTuple):
     Attributes:
         zoo: as of :class:`Data`.
         statistics: mean and std of each channel; None if they must be computed.
-        side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
+        side: DATASET.IMAGE_SIZE; 0: images keep their size.
         keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
+        labels: whether training uses labels.
     """
 
     zoo: str
     statistics: Statistics | None
-    side: int
+    side: ImageSize
     keeps_shape: bool
     files: bool
+    labels: bool
 
 
 def data_spec(cfg: Any) -> DataSpec:
@@ -280,6 +309,7 @@ def data_spec(cfg: Any) -> DataSpec:
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
         isinstance(source, (FileSource, Shards)),
+        _is_labelled(node, source),
     )
 
 
@@ -298,8 +328,12 @@ def _node(cfg: Any) -> dict[str, Any]:
         *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
         *("MIXUP", "CUTMIX", "ERASING"),
     ):
-        if node[key] < 0:
+        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    try:
+        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
+    except ValueError as error:
+        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
     if node["ERASING"] > 1:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])

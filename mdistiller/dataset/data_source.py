@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import ImageSize, Preprocessing
 from mdistiller.registry import Registry, UserError
 
 DATASETS = Registry("data set")
@@ -27,8 +27,9 @@ DATASET_CONFIG: dict[str, Any] = {
     "ROOT": "",  # empty: the data set's default folder under data/
     "VAL_SPLIT": 0,  # training images held out for model selection; the test set is then used once
     "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
+    "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
-    "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
+    "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
     "RESIZE": "auto",  # crop, stretch or pad to that size; auto: crop, unless all are square
     "CROP_PCT": 0.0,  # IMAGE_SIZE divided by the side before the centre crop; 0: 7/8 where cropped
     "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
@@ -134,7 +135,7 @@ class Options:
     """Config values for reading image files; sets without files ignore them.
 
     Attributes:
-        image_size: side in pixels to resize to, 0 to keep the size of the files.
+        image_size: side in pixels to resize to, or (height, width); 0: the size of the files.
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
@@ -145,7 +146,7 @@ class Options:
         jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
-    image_size: int = 0
+    image_size: ImageSize = 0
     workers: int = 2
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)
@@ -181,6 +182,8 @@ class DataSource:
         augment: meaning of `DATASET.AUGMENT: default` (a name in `augment.AUGMENTS`).
         keep_shape: crop images to a square, never stretch them.
         zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
+        labels: False for images without classes: `load` gives them all target 0, and there is no
+            split "test".
     """
 
     root: str | None = "data"
@@ -189,6 +192,7 @@ class DataSource:
     augment: str = "crop_flip"
     keep_shape: bool = False
     zoo: str = "cifar"
+    labels: bool = True
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
         """Read one split.

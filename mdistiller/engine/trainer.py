@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,6 +76,7 @@ class BaseTrainer(Optimization):
     Class attributes:
         selects: the key of the evaluation that `best_acc` is of, in percent; the best epoch is
             chosen by it unless LOG.SELECT_BY says otherwise.
+        selected_on: the images of that evaluation in words; "": those of the run's `val_loader`.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -86,7 +87,8 @@ class BaseTrainer(Optimization):
     """
 
     stage = ""
-    selects: ClassVar[str] = "test_acc"
+    selects: str = "test_acc"
+    selected_on: str = ""
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -355,13 +357,22 @@ class BaseTrainer(Optimization):
         """Append an epoch's record to `history` and write it to every log; override to add your
         own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
-        accuracy = score = float(log_dict.get(self.selects, -1.0))
-        if self.select_by != "top1":
-            score = score_of(log_dict, self.select_by)
+        score = self.score(log_dict)
         if score >= self.best_score:  # ties: the later one, as the files have it
-            self.best_score, self.best_acc, self.best_epoch = score, accuracy, epoch
+            self.best_score, self.best_epoch = score, epoch
+            self.best_acc = float(log_dict.get(self.selects, -1.0))
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         self.call("write", epoch, {"lr": lr, **log_dict})
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """What the best epoch has most of."""
+        if self.select_by != "top1":
+            return score_of(record, self.select_by)
+        return float(record.get(self.selects, -1.0))
+
+    def best(self) -> dict[str, float]:
+        """The best epoch's number, by its name in logs and summary."""
+        return {"best_acc": self.best_acc}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""

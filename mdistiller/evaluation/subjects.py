@@ -217,7 +217,7 @@ def load_all(
         The test set of the first network, or of the first run's, and the networks.
     """
     facts = data_spec(cfg)
-    preprocessing = [_own_preprocessing(source, facts) for source in sources]
+    preprocessing = [own_preprocessing_of(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
     views = {one: eval_preprocessing(cfg, one) for one in set(preprocessing)}
@@ -234,7 +234,7 @@ def load_all(
         if i == first and runs and view.resize == "keep":
             views = dict.fromkeys(views, view)
         elif i == first and runs:
-            cfg = _sized(cfg, tests[view].image_size[0])
+            cfg = _sized(cfg, tests[view].image_size)
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
@@ -250,17 +250,17 @@ def load_all(
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
-    preprocessing = _own_preprocessing(source, facts) if facts.files else None
+    preprocessing = own_preprocessing_of(source, facts) if facts.files else None
     if preprocessing is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size[0])
+    sized = _sized(cfg, test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)
     return replace(load(source, other, device), loader=other.loader)
 
 
-def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
+def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None
@@ -274,11 +274,11 @@ def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
     return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
 
 
-def _sized(cfg: Config, side: int) -> Config:
+def _sized(cfg: Config, size: tuple[int, int]) -> Config:
     """The config with DATASET.IMAGE_SIZE."""
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = side
+    sized.DATASET.IMAGE_SIZE = list(size)
     sized.freeze()
     return sized
 

@@ -142,6 +142,32 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     return Loaded(cfg.DATASET.TYPE, test, device, subjects, teachers, recorded)
 
 
+def labelled_networks(args: argparse.Namespace) -> tuple[list[Source], Config, torch.device]:
+    """Networks to probe, the runs' own teachers among them, and the config of labelled data."""
+    find_paths(args)
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    check_early(args.cfg, overrides, args.imports)
+    from mdistiller.cli.support.teachers import taught_by
+    from mdistiller.dataset import DATASETS
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.probe import labelled_config
+    from mdistiller.evaluation.subjects import run_teachers
+    from mdistiller.runtime import resolve_device
+
+    given = load_config(args.cfg, overrides, args.imports)
+    sources = _sources(args, args.ckpt, given, ["latest", "best"])
+    teacher = _teacher(args, given, sources)
+    cfg = labelled_config(given, args.labelled)
+    sources += [teacher] if teacher is not None else []
+    if teacher is None and args.teacher != "none":
+        sources += [
+            one
+            for one, _ in run_teachers(taught_by(args.teacher, sources), DATASETS[cfg.DATASET.TYPE])
+        ]
+    return sources, cfg, resolve_device(cfg.DEVICE)
+
+
 def _decides(key: str) -> bool:
     """Whether a key of the config may decide what accuracy a teacher has."""
     harmless = ("DATASET.LOADER", "DATASET.NUM_WORKERS", "DATASET.WORKER_TIMEOUT", "DATASET.TEST.")

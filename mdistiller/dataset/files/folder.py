@@ -16,6 +16,7 @@ from torch import Tensor
 from mdistiller.dataset.data_source import DataSource, ImageSet, Options, Split
 from mdistiller.dataset.files.corrupt import drop_corrupt
 from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.preprocessing import height_width
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
@@ -90,19 +91,29 @@ def list_class_folders(
     names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        images = []
-        for place, _, files in os.walk(folder / name):
-            for file in files:
-                path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
-                if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
-                    images.append(os.path.relpath(path, folder))
-                elif skipped is not None and file[0] != ".":
-                    skipped[suffix or "no suffix"] += 1
+        images = list_images(folder, name, skipped)
         if not images:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
-        names += sorted(images, key=lambda path: path.split(os.sep))
+        names += images
         targets += [target] * len(images)
     return FileSet.of(folder, names, targets, classes)
+
+
+def list_images(folder: Path, name: str = "", skipped: Counter[str] | None = None) -> list[str]:
+    """Paths below `folder` of all images in ``folder/name``, at any depth, sorted.
+
+    Args:
+        skipped: counts the other files by suffix, except hidden ones.
+    """
+    images = []
+    for place, _, files in os.walk(folder / name):
+        for file in files:
+            path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
+            if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
+                images.append(os.path.relpath(path, folder))
+            elif skipped is not None and file[0] != ".":
+                skipped[suffix or "no suffix"] += 1
+    return sorted(images, key=lambda path: path.split(os.sep))
 
 
 _printed: set[str] = set()  # a process lists a folder several times
@@ -131,8 +142,8 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     Raises:
         UserError: a file is broken, sizes differ, or the images do not fit in memory.
     """
-    side, how = options.image_size, options.preprocessing
-    height, width = (side, side) if side else files.image(0).shape[1:]
+    size, how = height_width(options.image_size), options.preprocessing
+    height, width = size if any(size) else files.image(0).shape[1:]
     gigabytes = decoded_gigabytes(files, height, width)
     if gigabytes > options.max_memory_gb:
         raise UserError(
@@ -144,7 +155,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = files.encoded(i).square(side, how) if side else files.image(i)
+            image = files.encoded(i).resized(size, how) if any(size) else files.image(i)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 

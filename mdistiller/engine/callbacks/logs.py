@@ -91,7 +91,8 @@ class WorkLog(AppendedFile):
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
 
     def after_train(self, trainer: Trainer) -> None:
-        self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
+        lines = (f"{name}\t{value:.2f}" for name, value in trainer.best().items())
+        self.append(trainer, "\n".join(lines))
 
 
 class MetricsFile(AppendedFile):
@@ -206,7 +207,7 @@ class Wandb(Hook):
             values = numbers_of(record)
             named = {"current lr" if key == "lr" else key: value for key, value in values.items()}
             self.run.log(named, step=epoch)
-            self.run.summary["best_acc"] = trainer.best_acc
+            self.run.summary.update(trainer.best())
         except Exception as error:
             self._give_up(error)
 

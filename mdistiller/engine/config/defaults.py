@@ -24,6 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
+        "TEACHER_SIZE": 0,  # pixels square that the teacher's images are resized to; 0: the data's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
         "TEACHER_NORM": "auto",
@@ -90,6 +91,8 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
+        "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
+        "PROBE_FREQ": 10,  # epochs between these
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind

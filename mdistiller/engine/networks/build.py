@@ -39,13 +39,13 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
-from mdistiller.engine.optim import optimizer_maker
-from mdistiller.engine.param_groups import freeze
+from mdistiller.engine.optim import build_optimizer, optimizer_maker
+from mdistiller.engine.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import print_log, validate
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.models.normalize import renormalize_input
+from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import local_rank_zero_first
@@ -95,9 +95,15 @@ def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | 
 
 
 def check_pair(cfg: Any, data: Data) -> None:
-    """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
+    """Refuse a pair of networks that the method cannot use, and an optimizer that cannot be, before
+    a teacher is trained for them."""
     student = build_network(cfg, "STUDENT", data, None if cfg.DISTILLER.STUDENT_CKPT else "")
-    build_method(cfg, data, student, build_network(cfg, "TEACHER", data, weights=""))
+    teacher = build_network(cfg, "TEACHER", data, weights="")
+    distiller = build_method(cfg, data, student, teacher)
+    freeze(distiller.student, cfg.SOLVER.FREEZE)
+    if groups_here(cfg):
+        groups = student_groups(distiller.param_groups(), cfg.SOLVER, distiller)
+        build_optimizer(groups, cfg.SOLVER)
 
 
 def build_network(
@@ -118,6 +124,12 @@ def build_network(
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    backbone = settings.get("num_classes") == 0
+    if backbone and data.num_classes and not any_head:
+        raise UserError(
+            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
+            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+        )
     wanted = settings.pop("pretrained", False)
     start = student_start(cfg) if role == "STUDENT" and weights is None else None
     weights = start or weights
@@ -130,12 +142,16 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
+    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
+    size = (side, side) if side else data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+        net = make_network(entry, data.num_classes, size, settings, key)
+    if side:
+        resize_input(net, size)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
-    check_input(net, name, data)
+    check_input(net, name, data, backbone)
     given, stated = (data.mean, data.std), None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
@@ -154,6 +170,11 @@ def build_network(
     return net
 
 
+def groups_here(cfg: Any) -> bool:
+    """Whether the trainer leaves the optimizer to the library."""
+    return is_builtin(check_trainer(cfg.SOLVER.TRAINER).init_optimizer)
+
+
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -167,7 +188,8 @@ def check_names(cfg: Any) -> None:
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse names that do not exist, and a switch that the method does not have."""
-    optimizer_maker(cfg.SOLVER.TYPE)
+    if groups_here(cfg):
+        optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
     student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -205,8 +227,16 @@ def student_start(cfg: Any) -> Path | None:
 
 
 def check_labels(cfg: Any) -> None:
-    """Refuse MIXUP and CUTMIX for a method that needs one class for each image."""
+    """Refuse data without labels, and MIXUP and CUTMIX, for a method that needs the labels."""
     name = cfg.DISTILLER.TYPE
+    if get_distiller(name).needs_labels and not data_spec(cfg).labels:
+        guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
+        others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
+            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
+            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+        )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
         raise UserError(
@@ -294,11 +324,12 @@ def teacher_test_loader(
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    if how.image_size not in (0, used.image_size):
+    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
+    if how.image_size not in (0, seen):
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these)"
+            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
+            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print_log(message)
     return load_test_loader(sized, device, how).loader
@@ -329,6 +360,7 @@ def measure_teacher(
         )
         return None
     test = loader or (data.val if data.test is None else data.test)
+    assert test is not None
     device, classes = next(distiller.teacher.parameters()).device, data.num_classes
     confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
     top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)

@@ -54,7 +54,11 @@ def describe_data(cfg: Config, data: Data) -> str:
     """Images, classes, the smallest class, and what is left out."""
     height, width = data.image_size
     name = cfg.DATASET.TYPE
-    text = f"{name}: {data.num_data:,} images of {height} x {width}, {data.num_classes:,} classes"
+    text = f"{name}: {data.num_data:,} images of {height} x {width}"
+    if not data.num_classes:
+        return f"{text}, without labels; the best epoch is chosen on the {data.val_name}"
+    assert data.val is not None
+    text += f", {data.num_classes:,} classes"
     images = getattr(data.train, "dataset", None)
     targets = getattr(images, "targets", None)
     if isinstance(targets, torch.Tensor) and not targets.is_floating_point() and len(targets):

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from mdistiller.dataset import load_data
+from mdistiller.dataset import data_spec, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
@@ -57,6 +57,7 @@ from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
@@ -249,6 +250,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
+    if not data_spec(cfg).labels:
+        trainer_class = require_base(cfg, trainer_class)
     key = data_key(cfg), items.two_views
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
@@ -262,7 +265,7 @@ def prepare_classifier(
     share_teacher(distiller, cfg, device)
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
     measured = teacher_acc is None
-    if method.uses_teacher and measured:
+    if method.uses_teacher and measured and data.num_classes:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
@@ -272,7 +275,8 @@ def prepare_classifier(
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    # without labels a loss may not reach all layers
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
