@@ -40,7 +40,7 @@ from mdistiller.engine.networks.released import (
 )
 from mdistiller.engine.networks.start import find_file, load_start
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
-from mdistiller.engine.param_groups import freeze, student_groups
+from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import print_log, validate

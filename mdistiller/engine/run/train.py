@@ -34,6 +34,7 @@ from mdistiller.engine.networks.build import (
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.optim.schedules import depends_on_epochs
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
 from mdistiller.engine.run.naming import experiment_name
@@ -55,7 +56,6 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
