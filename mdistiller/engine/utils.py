@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def progress(items: Iterable[Any], title: str, total: int | None = None, done: i
 
 
 WIDTH = 100
-"""Columns of what a run prints."""
+"""Columns of what a run prints, at most."""
 _COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
 
 
@@ -135,6 +136,12 @@ def print_log(msg: str, mode: str = "INFO") -> None:
     """Print :func:`log_msg` in the main process, at once."""
     if is_main_process():
         print(log_msg(msg, mode), flush=True)
+
+
+def width() -> int:
+    """Columns for what a run prints: :data:`WIDTH`, or those of a narrower terminal."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    return max(40, min(WIDTH, columns))
 
 
 def coloured(text: str, mode: str) -> str:

@@ -129,12 +129,13 @@ def _companions(study: Study, trial: Trial, workers: int) -> list[Attempt]:
     If there are more workers than kinds of data, each takes its part of them.
     """
     limit = study.plan.together
-    if limit == "off" or study.plan.space:
+    if limit == "off" or study.plan.space or trial.configs[0].SOLVER.CUDA_GRAPHS:
         return []
     open_trials = study.open_trials()
     kind = _kind(trial)
     kinds = {kind, *map(_kind, open_trials)}
     same = [other for other in open_trials if _kind(other) == kind]
+    same = [other for other in same if not other.configs[0].SOLVER.CUDA_GRAPHS]
     share = -(-(len(same) + 1) // max(1, workers // len(kinds)))
     limit = min(share, MOST if limit == "auto" else int(limit)) - 1
     free = (

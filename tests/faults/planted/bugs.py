@@ -338,8 +338,8 @@ BUGS = (
     Bug(
         "all trials of a sweep have the same seed",
         "sweep/plan.py",
-        "EXPERIMENT.NAME = seed, str(self.out), name",
-        "EXPERIMENT.NAME = 0, str(self.out), name",
+        "= seed, str(self.out), name",
+        "= 0, str(self.out), name",
         "sweep/test_sweep.py::test_a_grid_is_variants_times_axes_times_seeds",
     ),
     Bug(
