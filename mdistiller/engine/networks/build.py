@@ -52,15 +52,15 @@ from mdistiller.engine.networks.released import (
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.start import find_file, load_start
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
-from mdistiller.engine.param_groups import freeze, student_groups
+from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
-from mdistiller.engine.utils import log_msg, validate
+from mdistiller.engine.utils import print_log, validate
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import local_rank_zero_first, rank
+from mdistiller.runtime import local_rank_zero_first
 from mdistiller.weights import load_network, recorded_facts
 
 
@@ -206,10 +206,10 @@ def build_network(
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
     renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
-    if weights and how and states_nothing(entry, weights, stated) and rank() == 0:
+    if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
-        print(log_msg(taken_line(name, role, how, weights)), flush=True)
+        print_log(taken_line(name, role, how, weights))
     return net
 
 
@@ -388,13 +388,13 @@ def teacher_test_loader(
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
     seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
-    if how.image_size not in (0, seen) and rank() == 0:
+    if how.image_size not in (0, seen):
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
             f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
             f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
-        print(log_msg(message), flush=True)
+        print_log(message)
     return load_test_loader(sized, device, how).loader
 
 
@@ -420,15 +420,10 @@ def measure_teacher(
     teacher = net or distiller.teacher
     assert teacher is not None
     if getattr(teacher, "untrained_head", False):
-        if rank() == 0:
-            print(
-                log_msg(
-                    f"the teacher's weights have no classifier for {data.num_classes} classes; "
-                    f"{type(distiller).__name__} reads its features alone, so its accuracy is not "
-                    "measured"
-                ),
-                flush=True,
-            )
+        print_log(
+            f"the teacher's weights have no classifier for {data.num_classes} classes; "
+            f"{type(distiller).__name__} reads its features alone, so its accuracy is not measured"
+        )
         return None
     test = loader or (data.val if data.test is None else data.test)
     assert test is not None
@@ -438,7 +433,6 @@ def measure_teacher(
     close = getattr(loader, "close", None)
     if close is not None:  # its processes
         close()
-    if rank() == 0:
-        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
-            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
+    for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
+        print_log(f"WARNING: {name} {warning}")
     return top1
