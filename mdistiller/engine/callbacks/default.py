@@ -134,7 +134,7 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
     common: list[Hook] = [Evaluate()]
-    common += [Probe()] if cfg.LOG.PROBE else []
+    common += [Probe()] if cfg.LOG.get("PROBE") else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
     common.append(Log())
     if not writes:
