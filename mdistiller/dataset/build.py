@@ -26,7 +26,13 @@ from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import NOTHING_STATED, Preprocessing, Statistics
+from mdistiller.preprocessing import (
+    NOTHING_STATED,
+    ImageSize,
+    Preprocessing,
+    Statistics,
+    read_image_size,
+)
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, rank, resolve_device
 
@@ -196,8 +202,9 @@ def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
 def _full_preprocessing(
     pipeline: InMemoryPipeline, size: Size, statistics: Statistics
 ) -> Preprocessing:
-    """The whole preprocessing for evaluation; image_size is 0 if images are not square."""
-    how, side = pipeline.preprocessing, size[0] if size[0] == size[1] else 0
+    """The whole preprocessing for evaluation."""
+    how = pipeline.preprocessing
+    side: ImageSize = size[0] if size[0] == size[1] else how.image_size
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
@@ -278,7 +285,7 @@ class DataSpec(NamedTuple):
     Attributes:
         zoo: as of :class:`Data`.
         statistics: mean and std of each channel; None if they must be computed.
-        side: DATASET.IMAGE_SIZE in pixels; 0: images keep their size.
+        side: DATASET.IMAGE_SIZE; 0: images keep their size.
         keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
         labels: whether training uses labels.
@@ -286,7 +293,7 @@ class DataSpec(NamedTuple):
 
     zoo: str
     statistics: Statistics | None
-    side: int
+    side: ImageSize
     keeps_shape: bool
     files: bool
     labels: bool
@@ -321,8 +328,12 @@ def _node(cfg: Any) -> dict[str, Any]:
         *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
         *("MIXUP", "CUTMIX", "ERASING"),
     ):
-        if node[key] < 0:
+        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    try:
+        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
+    except ValueError as error:
+        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
     if node["ERASING"] > 1:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import ImageSize, Preprocessing
 from mdistiller.registry import Registry, UserError
 
 DATASETS = Registry("data set")
@@ -29,7 +29,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
     "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
-    "IMAGE_SIZE": 0,  # image folders: resize to this many pixels square; 0: as they are
+    "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
     "RESIZE": "auto",  # crop, stretch or pad to that size; auto: crop, unless all are square
     "CROP_PCT": 0.0,  # IMAGE_SIZE divided by the side before the centre crop; 0: 7/8 where cropped
     "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
@@ -135,7 +135,7 @@ class Options:
     """Config values for reading image files; sets without files ignore them.
 
     Attributes:
-        image_size: side in pixels to resize to, 0 to keep the size of the files.
+        image_size: side in pixels to resize to, or (height, width); 0: the size of the files.
         workers: decoding threads.
         max_memory_gb: largest size of a decoded split, in 1e9 bytes.
         shards: `DATASET.SHARDS`.
@@ -146,7 +146,7 @@ class Options:
         jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
-    image_size: int = 0
+    image_size: ImageSize = 0
     workers: int = 2
     max_memory_gb: float = 16.0
     shards: Mapping[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.sources.shards import Shards
-from mdistiller.preprocessing import Preprocessing, Statistics
+from mdistiller.preprocessing import Preprocessing, Statistics, height_width
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -110,9 +110,8 @@ class FilePipeline(InMemoryPipeline):
         return super().read(split)
 
     def size(self, *splits: Any) -> Size:
-        side = self.preprocessing.image_size
-        if side:
-            return side, side
+        if self.preprocessing.image_size:
+            return height_width(self.preprocessing.image_size)
         height, width = splits[0].image(0).shape[1:]
         return height, width
 
@@ -208,9 +207,9 @@ def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemo
     if kind == "workers" or reason:
         return workers
     if kind == "auto" and isinstance(memory.source, FileSource):
-        side = memory.options.image_size
+        size = memory.options.image_size
         files = memory.source.readable_files(memory.root, split, memory.options)
-        height, width = (side, side) if side else files.image(0).shape[1:]
+        height, width = height_width(size) if size else files.image(0).shape[1:]
         if decoded_gigabytes(files, height, width) > memory.options.max_memory_gb:
             return workers
     return memory

@@ -37,11 +37,11 @@ ITERATIONS: dict[str, Any] = {
 """Keys of SOLVER that classification does not have, or that differ here."""
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
-    *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
-    "LABEL_SMOOTHING",
+    *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
     *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
-_CLASSIFIERS = ("SELECT_BY", "PROBE", "PROBE_FREQ")  # of LOG
+_CLASSIFIERS = ("SELECT_BY", "MISTAKES", "PROBE", "PROBE_FREQ")  # of LOG
 
 DETECTION: dict[str, Any] = {
     "STUDENT": NETWORK,

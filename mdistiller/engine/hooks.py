@@ -165,6 +165,9 @@ class Hook:
         """What the run's summary holds beside the trainer's own entries."""
         return {}
 
+    def after_summary(self, trainer: Trainer, summary: Mapping[str, Any]) -> None:
+        """Once, with the whole summary, after it was written."""
+
     def abandon(self, trainer: Trainer) -> None:
         """Instead of `after_train` where an exception ends the training."""
 

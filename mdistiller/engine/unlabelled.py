@@ -49,6 +49,7 @@ class UnlabelledTrainer(BaseTrainer):
             "SOLVER.EMA": cfg.SOLVER.EMA,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
+            "LOG.MISTAKES": cfg.LOG.MISTAKES,
             "DATASET.SAMPLER": cfg.DATASET.SAMPLER == "balanced",
         }
         for key, wanted in keys.items():

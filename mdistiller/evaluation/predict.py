@@ -145,12 +145,12 @@ class Predictor:
         Raises:
             UserError: it cannot be read.
         """
-        from mdistiller.dataset.files.images import resize, resize_to_square
+        from mdistiller.dataset.files.images import resize, resize_to_size
 
         pixels = read_pixels(image, self.upright, self.scale_16_bit)
         height, width = self.image_size
         if self.preprocessing.resize in RESIZE:
-            return resize_to_square(pixels, height, self.preprocessing)
+            return resize_to_size(pixels, (height, width), self.preprocessing)
         return resize(pixels, height, width, self.preprocessing.interpolation)
 
     def _try_to_prepare(self, image: Image) -> Tensor | UserError:

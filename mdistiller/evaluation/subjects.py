@@ -234,7 +234,7 @@ def load_all(
         if i == first and runs and view.resize == "keep":
             views = dict.fromkeys(views, view)
         elif i == first and runs:
-            cfg = _sized(cfg, tests[view].image_size[0])
+            cfg = _sized(cfg, tests[view].image_size)
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
@@ -253,7 +253,7 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     preprocessing = own_preprocessing_of(source, facts) if facts.files else None
     if preprocessing is None or test.preprocessing.resize == "keep":
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size[0])
+    sized = _sized(cfg, test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)
@@ -274,11 +274,11 @@ def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | Non
     return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
 
 
-def _sized(cfg: Config, side: int) -> Config:
+def _sized(cfg: Config, size: tuple[int, int]) -> Config:
     """The config with DATASET.IMAGE_SIZE."""
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = side
+    sized.DATASET.IMAGE_SIZE = list(size)
     sized.freeze()
     return sized
 

@@ -35,7 +35,7 @@ from mdistiller.engine.run.record import data_facts
 from mdistiller.engine.utils import log_msg
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
-from mdistiller.preprocessing import Preprocessing, Statistics
+from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, height_width
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network, recorded_facts
 
@@ -74,7 +74,7 @@ def from_checkpoint(
     name: str,
     checkpoint: str,
     num_classes: int | None = None,
-    side: int = 32,
+    side: ImageSize = 32,
     dataset: bool = True,
 ) -> Student:
     """The student in a file.
@@ -89,7 +89,7 @@ def from_checkpoint(
     """
     if num_classes is None:
         data = data_facts(load_test_loader(cfg, torch.device("cpu"), _own(cfg, name, checkpoint)))
-    elif min(num_classes, side) < 1:
+    elif min(num_classes, *height_width(side)) < 1:
         raise UserError("--num-classes and --image-size must be at least 1")
     else:
         source = data_spec(cfg)
@@ -97,7 +97,7 @@ def from_checkpoint(
         mean, std = given or ((), ())
         data = {
             "zoo": source.zoo,
-            "image_size": (side, side),
+            "image_size": height_width(side),
             "mean": mean,
             "std": std,
             "num_classes": num_classes,
@@ -108,8 +108,8 @@ def from_checkpoint(
     return _load(cfg, name, path, data, named, None)
 
 
-def recorded_side(cfg: Config, name: str, checkpoint: str) -> int:
-    """The side in pixels of a network's images that its file records; 0 if it does not."""
+def recorded_side(cfg: Config, name: str, checkpoint: str) -> ImageSize:
+    """The size of a network's images that its file records; 0 if it does not."""
     preprocessing = _own(cfg, name, checkpoint)
     return preprocessing.image_size if preprocessing is not None and preprocessing.recorded else 0
 

@@ -97,12 +97,12 @@ def prepare(path):
 """
 _RESIZE = "    image = image.resize({size}, Image.Resampling.{kind})"
 _CUT = """
-    left, top = ({start} for n in image.size)
+    left, top = ({start} for n, m in zip(image.size, ({width}, {height})))
     image = image.crop((left, top, left + {width}, top + {height}))"""
 _SIZES = {
-    "stretch": "({side}, {side})",
-    "crop": "tuple(max(1, {side} * n // min(image.size)) for n in image.size)",
-    "pad": "tuple(max(1, {side} * n // max(image.size)) for n in image.size)",
+    "stretch": "({wide}, {tall})",
+    "crop": "(max({wide}, {tall} * w // h), max({tall}, {wide} * h // w))",
+    "pad": "(max(1, min({wide}, {tall} * w // h)), max(1, min({tall}, {wide} * h // w)))",
 }
 """Width and height before the middle is cut out, as `resized_shape` of the data's images."""
 
@@ -155,14 +155,18 @@ def _fitting(student: Student) -> str:
     how = _known_fitting(student)
     if how is None:
         return "Images of other sizes: as in training; how is not recorded."
-    side, kind = how.resized_side(height), how.interpolation or "bilinear"
-    if how.resize == "stretch" and side == height:
+    (tall, wide), kind = how.resized_sides((height, width)), how.interpolation or "bilinear"
+    if how.resize == "stretch" and (tall, wide) == (height, width):
         return f"Images of other sizes are resized to {width}x{height} ({kind}, antialiased)."
-    first = {
-        "crop": f"the shorter side is resized to {side} pixels",
-        "stretch": f"both sides are resized to {side} pixels",
-        "pad": f"the longer side is resized to {side} pixels",
-    }[how.resize]
+    sides = {
+        "crop": "the shorter side is",
+        "stretch": "both sides are",
+        "pad": "the longer side is",
+    }
+    first = f"{sides[how.resize]} resized to {tall} pixels"
+    if tall != wide:
+        shapes = {"crop": "until they cover", "stretch": "to", "pad": "until they fit into"}
+        first = f"they are resized {shapes[how.resize]} {wide}x{tall} pixels"
     last = "padded" if how.resize == "pad" else "cut out"
     middle = f"the middle {width}x{height} {last}"
     return f"Images of other sizes: {first} ({kind}, antialiased), and {middle}."
@@ -192,13 +196,16 @@ def _fitting_code(how: Preprocessing | None, height: int, width: int) -> str:
     if how is None:
         note = "    # how images were resized in training is not recorded\n"
         return note + _RESIZE.format(size=(width, height), kind="BILINEAR")
-    side, kind = how.resized_side(height), (how.interpolation or "bilinear").upper()
-    if how.resize == "stretch" and side == height:
+    tall, wide = how.resized_sides((height, width))
+    kind = (how.interpolation or "bilinear").upper()
+    if how.resize == "stretch" and (tall, wide) == (height, width):
         return _RESIZE.format(size=(width, height), kind=kind)
-    start = f"round((n - {width}) / 2)"
-    if how.resize == "pad" or side < width:  # Pillow makes black what is outside
-        start += f" if n > {width} else -(({width} - n) // 2)"
-    resize = _RESIZE.format(size=_SIZES[how.resize].format(side=side), kind=kind)
+    start = "round((n - m) / 2)"
+    if how.resize == "pad" or wide < width:  # Pillow makes black what is outside
+        start += " if n > m else -((m - n) // 2)"
+    resize = _RESIZE.format(size=_SIZES[how.resize].format(tall=tall, wide=wide), kind=kind)
+    if how.resize != "stretch":
+        resize = f"    w, h = image.size\n{resize}"
     return resize + _CUT.format(start=start, width=width, height=height)
 
 

@@ -1,11 +1,18 @@
 """Train, evaluate, export and predict on folders of images of unusual kinds."""
 
 import json
+import re
 import shutil
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 from support import image_folder
 
+import mdistiller
 from mdistiller.cli import eval as eval_command
+from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
 
 
@@ -33,3 +40,61 @@ def test_without_test_images_the_held_out_ones_serve_for_both(tmp_path, capsys):
     assert json.loads((run / "e").read_text())["split"] == "6 held-out training images"
     assert eval_command.main([str(run), "DATASET.VAL_SPLIT", "0"]) == 2
     assert "or set DATASET.VAL_SPLIT" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder whose images have several shapes, wide and tall."""
+    root = image_folder(tmp_path_factory.mktemp("photographs"), size=48)
+    for i, path in enumerate(sorted(root.rglob("*.png"))):
+        shape = ((60, 44), (44, 60), (90, 30))[i % 3]
+        Image.open(path).resize(shape, Image.Resampling.BILINEAR).save(path)
+    return root
+
+
+@pytest.mark.parametrize("resize", ["crop", "pad"])
+def test_images_need_not_be_square(tmp_path, capsys, photographs, resize):
+    words = ["DATASET.IMAGE_SIZE", "[24, 40]", "DATASET.RESIZE", resize]
+    run = train(tmp_path, photographs, *words)
+    state = torch.load(run / "student_latest", weights_only=True)
+    assert state["data"]["preprocessing"]["image_size"] == (24, 40)
+    accuracy = json.loads((run / "summary.json").read_text())["last_acc"]
+    capsys.readouterr()
+    for loader in ("memory", "workers"):  # and as its files record it, not as the config says
+        more = ["DATASET.LOADER", loader, "DATASET.NUM_WORKERS", "0"]
+        words = ["-m", "resnet8", "-c", run / "student_latest", "-d", "imagefolder"]
+        words += ["DATASET.ROOT", photographs, *more]
+        assert eval_command.main(list(map(str, words))) == 0
+        assert f"top-1 {accuracy:.2f}" in capsys.readouterr().out
+    assert export_command.main([str(run), "--formats", "safetensors", "--no-latency"]) == 0
+    card = (run / "export" / "README.md").read_text()
+    assert "float32 `[N, 3, 24, 40]`" in card
+    code = re.search(r"def prepare.*?\n\n", card, re.S)[0]
+    names = {"np": np, "Image": Image}
+    exec("from PIL import ImageOps\n" + code, names)
+    predictor = mdistiller.load(next((run / "export").glob("*.safetensors")))
+    for path in sorted(photographs.rglob("0.png")):
+        pixels = predictor.prepare(path)
+        assert pixels.shape == (3, 24, 40)
+        mean, std = (torch.tensor(v)[:, None, None] for v in predictor.normalization)
+        difference = torch.from_numpy(names["prepare"](path)) - (pixels / 255 - mean) / std
+        assert (difference * std * 255).abs().max() <= 2  # a level of Pillow's
+
+
+def test_training_crops_are_of_the_shape_of_the_images():
+    """The random crop keeps the picture's proportions as much as that to a square does."""
+    from mdistiller.dataset.files.resized_crop import ResizedCropFlip
+
+    crop = ResizedCropFlip((24, 48))._crop
+    torch.manual_seed(0)
+    places = [crop.make_params([torch.empty(3, 200, 400)]) for _ in range(50)]
+    stretches = [place["width"] / place["height"] / 2 for place in places]
+    assert 0.7 < min(stretches) < 0.9
+    assert 1.1 < max(stretches) < 1.4
+
+
+@pytest.mark.parametrize("size", ["[24]", "[24, 0]", "big", "-1"])
+def test_a_size_that_cannot_be_meant_is_refused(tmp_path, capsys, size):
+    words = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(tmp_path)]
+    assert train_command.main([*words, "DATASET.IMAGE_SIZE", size]) == 2
+    assert "must be a side in pixels or [height, width]" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from torch import Tensor
 from mdistiller.dataset.data_source import DataSource, ImageSet, Options, Split
 from mdistiller.dataset.files.corrupt import drop_corrupt
 from mdistiller.dataset.files.file_set import FileSet
+from mdistiller.preprocessing import height_width
 from mdistiller.registry import UserError
 from mdistiller.runtime import local_rank
 
@@ -141,8 +142,8 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
     Raises:
         UserError: a file is broken, sizes differ, or the images do not fit in memory.
     """
-    side, how = options.image_size, options.preprocessing
-    height, width = (side, side) if side else files.image(0).shape[1:]
+    size, how = height_width(options.image_size), options.preprocessing
+    height, width = size if any(size) else files.image(0).shape[1:]
     gigabytes = decoded_gigabytes(files, height, width)
     if gigabytes > options.max_memory_gb:
         raise UserError(
@@ -154,7 +155,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = files.encoded(i).square(side, how) if side else files.image(i)
+            image = files.encoded(i).resized(size, how) if any(size) else files.image(i)
             check_size(image, height, width, files.path(i), files.path(0))
             images[i] = image
 

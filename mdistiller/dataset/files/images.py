@@ -25,6 +25,8 @@ except ImportError:
     decode_jpeg = None
 
 
+Size = tuple[int, int]  # height, width
+
 MAX_PIXELS = 80_000_000
 """Limit for one image, 240 MB in memory: the header of a small file can claim far more."""
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -176,28 +178,29 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> T
     return resized
 
 
-def resized_shape(height: int, width: int, side: int, how: Preprocessing) -> tuple[int, int]:
-    """Height and width of an image before the centre crop or the padding to `side`."""
-    scaled = how.resized_side(side)
+def resized_shape(height: int, width: int, size: Size, how: Preprocessing) -> Size:
+    """Height and width of an image before the centre crop or the padding to `size`."""
+    tall, wide = how.resized_sides(size)
     if how.resize == "stretch":
-        return scaled, scaled
-    if (height <= width) == (how.resize == "crop"):  # the height is the side that decides
-        return scaled, max(1, int(scaled * width / height))
-    return max(1, int(scaled * height / width)), scaled
+        return tall, wide
+    by_width, by_height = wide * height // width, tall * width // height  # of the other side
+    if how.resize == "crop":
+        return max(tall, by_width), max(wide, by_height)
+    return max(1, min(tall, by_width)), max(1, min(wide, by_height))
 
 
-def resize_to_square(image: Tensor, side: int, how: Preprocessing) -> Tensor:
-    """A uint8 image [3, H, W] resized to `side` x `side`; the centre crop, or padded with black.
+def resize_to_size(image: Tensor, size: Size, how: Preprocessing) -> Tensor:
+    """A uint8 image [C, H, W] resized to `size`: its centre crop, or padded with black.
 
-    For `crop` this is torchvision's ``Resize`` and ``CenterCrop``.
+    For `crop` to a square this is torchvision's ``Resize`` and ``CenterCrop``.
     """
-    height, width = resized_shape(image.shape[1], image.shape[2], side, how)
-    return crop_or_pad(resize(image, height, width, how.interpolation), side)
+    height, width = resized_shape(image.shape[1], image.shape[2], size, how)
+    return crop_or_pad(resize(image, height, width, how.interpolation), size)
 
 
-def crop_or_pad(image: Tensor, side: int) -> Tensor:
-    """The centre of an image [3, H, W], with black where it is smaller: [3, side, side]."""
-    if image.shape[1:] == (side, side):
+def crop_or_pad(image: Tensor, size: Size) -> Tensor:
+    """The centre of an image [C, H, W], with black where it is smaller: [C, *size]."""
+    if image.shape[1:] == size:
         return image
-    cropped: Tensor = transforms.center_crop(image, [side, side])
+    cropped: Tensor = transforms.center_crop(image, list(size))
     return cropped

@@ -14,7 +14,7 @@ from mdistiller.dataset.data_source import DataSource
 from mdistiller.dataset.files.folder import FileSource
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.memory.augment import Identity
-from mdistiller.preprocessing import INTERPOLATION, RESIZE, Preprocessing
+from mdistiller.preprocessing import INTERPOLATION, RESIZE, Preprocessing, height_width
 from mdistiller.registry import UserError
 
 DEFAULT_SIDE = 224  # of images cropped to a square, without DATASET.IMAGE_SIZE
@@ -87,7 +87,8 @@ def _applies(network: Preprocessing, shapes: ImageShapes) -> bool:
     """Whether a network's preprocessing applies to images of these shapes."""
     if not network.resize:  # nothing to do for images of its size
         return not (shapes.square and shapes.same and shapes.shortest == network.image_size)
-    return network.recorded or not (shapes.square and shapes.shortest < network.image_size)
+    shortest = min(height_width(network.image_size))
+    return network.recorded or not (shapes.square and shapes.shortest < shortest)
 
 
 def _fill_unset(*layers: Preprocessing) -> Preprocessing:

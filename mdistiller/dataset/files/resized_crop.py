@@ -19,10 +19,11 @@ CROP_MARGIN = 1
 
 @AUGMENTS.register("resized_crop_flip")
 class ResizedCropFlip(Identity):
-    """A random crop of the image resized to a square, then a horizontal flip, p = .5.
+    """A random crop of the image resized to its size, then a horizontal flip, p = .5.
 
     torchvision's ``RandomResizedCrop`` with its defaults (8 to 100 % of the area, aspect ratio 3/4
-    to 4/3) and ``RandomHorizontalFlip``. Evaluation uses the centre crop.
+    to 4/3, times that of the wanted shape) and ``RandomHorizontalFlip``. Evaluation uses the centre
+    crop.
     """
 
     num_views = None
@@ -34,7 +35,9 @@ class ResizedCropFlip(Identity):
     def _crop(self) -> Any:
         from torchvision.transforms import v2  # a slow import that images in memory do not need
 
-        return v2.RandomResizedCrop((self.height, self.width), antialias=True)
+        stretch = self.width / self.height  # of the shape that crops have
+        ratio = (3 / 4 * stretch, 4 / 3 * stretch)
+        return v2.RandomResizedCrop((self.height, self.width), ratio=ratio, antialias=True)
 
     @cached_property
     def _flip(self) -> Any:

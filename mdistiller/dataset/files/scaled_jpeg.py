@@ -26,7 +26,7 @@ from mdistiller.dataset.files.images import (
     decode,
     jpeg_size,
     read_bytes,
-    resize_to_square,
+    resize_to_size,
     resized_shape,
 )
 from mdistiller.preprocessing import Preprocessing
@@ -62,15 +62,15 @@ class EncodedImage:
         """The whole image: uint8, [3, H, W]."""
         return decode(self.data, self.name, self.upright, self.scale_16_bit)
 
-    def square(self, side: int, how: Preprocessing) -> Tensor:
-        """The image as :func:`resize_to_square` makes it; scaled only with "all"."""
-        size = self.large_size(side, side, WHOLE_MARGIN) if self.scaling == "all" else None
-        if size is not None:
-            shape = resized_shape(*size, side, how)
-            image = self.region((0, 0, *size), *shape, how.interpolation, WHOLE_MARGIN)
+    def resized(self, size: tuple[int, int], how: Preprocessing) -> Tensor:
+        """The image as :func:`resize_to_size` makes it; scaled only with "all"."""
+        whole = self.large_size(*size, WHOLE_MARGIN) if self.scaling == "all" else None
+        if whole is not None:
+            shape = resized_shape(*whole, size, how)
+            image = self.region((0, 0, *whole), *shape, how.interpolation, WHOLE_MARGIN)
             if image is not None:
-                return crop_or_pad(image, side)
-        return resize_to_square(self.pixels(), side, how)
+                return crop_or_pad(image, size)
+        return resize_to_size(self.pixels(), size, how)
 
     def large_size(self, height: int, width: int, margin: int) -> tuple[int, int] | None:
         """(H, W) of a large JPEG with at least 2 `margin` times the needed size; else None."""

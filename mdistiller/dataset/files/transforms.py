@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdistiller.dataset.files.folder import check_size
-from mdistiller.dataset.files.images import resize_to_square
+from mdistiller.dataset.files.images import resize_to_size
 from mdistiller.dataset.files.resized_crop import ResizedCropFlip
 from mdistiller.dataset.files.scaled_jpeg import EncodedImage
 from mdistiller.dataset.memory.augment import Identity
@@ -41,12 +41,12 @@ class EvalTransform:
     def __call__(self, image: Picture, name: str) -> Tensor:
         if isinstance(image, EncodedImage):
             if self.preprocessing.resize != "keep":
-                return image.square(self.size[0], self.preprocessing)
+                return image.resized(self.size, self.preprocessing)
             image = image.pixels()
         if self.preprocessing.resize == "keep":
             check_size(image, *self.size, name, self.first)
             return image
-        return resize_to_square(image, self.size[0], self.preprocessing)
+        return resize_to_size(image, self.size, self.preprocessing)
 
 
 @dataclass

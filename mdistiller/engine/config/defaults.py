@@ -68,6 +68,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below
         "SYNC_BN": False,  # several processes: batch norm by the statistics of all
         "COMPILE": False,  # torch.compile; True, or its mode
+        "CUDA_GRAPHS": False,  # CUDA: record a step once an epoch and replay it
         "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
@@ -93,6 +94,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "WANDB": False,
         "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
         "PROBE_FREQ": 10,  # epochs between these
+        "MISTAKES": 0,  # worst mistakes of the last epoch that are drawn in TensorBoard; 0: none
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind

@@ -11,10 +11,13 @@ from typing import Any
 from yacs.config import CfgNode
 
 from mdistiller.engine.config.safe_yaml import Written, shown
+from mdistiller.preprocessing import read_image_size
 from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
+IMAGE_SIZES = ("DATASET.IMAGE_SIZE",)
+"""Keys whose values are a number of pixels, or two."""
 WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
 """Keys whose values are a list of weights, or a word."""
 LISTS_OR_TEXT = ("DATASET.CLASSES",)
@@ -50,6 +53,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
     value = as_read(value, default, name)
     if name in NORMS:
         return check_norm(literal(value, name), name)
+    if name in IMAGE_SIZES:
+        return _image_size(literal(value, name), name)
     if name in WEIGHTS:
         return _weights_or_word(literal(value, name), name)
     if name in LISTS_OR_TEXT:
@@ -132,6 +137,18 @@ def read_statistics(value: Any) -> list[list[float]] | None:
     return None
 
 
+def _image_size(value: Any, name: str) -> int | list[int]:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        size = read_image_size(value)
+    except ValueError:
+        raise UserError(
+            f"{name} must be a side in pixels or [height, width], got {shown(value)}"
+        ) from None
+    return size if isinstance(size, int) else list(size)
+
+
 def _weights_or_word(value: Any, name: str) -> list[float] | str:
     if value in ("none", "inverse"):
         return str(value)
@@ -173,7 +190,7 @@ def _describe(default: Any) -> str:
         return "a whole number"
     if isinstance(default, float):
         return "a finite number"
-    return f"a list like {list(default) or [1, 2]}"
+    return f"a list like {list(default)}" if default else "a list"
 
 
 def literal(value: Any, name: str = "") -> Any:

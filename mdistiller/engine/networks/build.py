@@ -39,8 +39,8 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
-from mdistiller.engine.optim import optimizer_maker
-from mdistiller.engine.param_groups import freeze
+from mdistiller.engine.optim import build_optimizer, optimizer_maker
+from mdistiller.engine.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
@@ -95,9 +95,15 @@ def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | 
 
 
 def check_pair(cfg: Any, data: Data) -> None:
-    """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
+    """Refuse a pair of networks that the method cannot use, and an optimizer that cannot be, before
+    a teacher is trained for them."""
     student = build_network(cfg, "STUDENT", data, None if cfg.DISTILLER.STUDENT_CKPT else "")
-    build_method(cfg, data, student, build_network(cfg, "TEACHER", data, weights=""))
+    teacher = build_network(cfg, "TEACHER", data, weights="")
+    distiller = build_method(cfg, data, student, teacher)
+    freeze(distiller.student, cfg.SOLVER.FREEZE)
+    if groups_here(cfg):
+        groups = student_groups(distiller.param_groups(), cfg.SOLVER, distiller)
+        build_optimizer(groups, cfg.SOLVER)
 
 
 def build_network(
@@ -164,6 +170,11 @@ def build_network(
     return net
 
 
+def groups_here(cfg: Any) -> bool:
+    """Whether the trainer leaves the optimizer to the library."""
+    return is_builtin(check_trainer(cfg.SOLVER.TRAINER).init_optimizer)
+
+
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -177,7 +188,8 @@ def check_names(cfg: Any) -> None:
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse names that do not exist, and a switch that the method does not have."""
-    optimizer_maker(cfg.SOLVER.TYPE)
+    if groups_here(cfg):
+        optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
     student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)

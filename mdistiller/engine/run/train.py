@@ -149,6 +149,10 @@ def train_together(
     """
     names = [experiment_name(cfg, overrides) for cfg in configs]
     for name, cfg in zip(names, configs, strict=True):
+        if cfg.SOLVER.CUDA_GRAPHS:
+            raise UserError(
+                f"{name}: SOLVER.CUDA_GRAPHS does not work in lock-step: train it alone"
+            )
         if names.count(name) > 1:
             raise UserError(f"two configs have the run folder {name}: set EXPERIMENT.NAME in one")
         if data_key(cfg) != data_key(configs[0]):
@@ -313,6 +317,7 @@ def _train_in(
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
+    trainer.call("after_summary", summary)
     return summary
 
 

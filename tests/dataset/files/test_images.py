@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from worker_support import imagenet, photo
 
 from mdistiller.dataset.files import images as _images
-from mdistiller.dataset.files.images import decode, resize_to_square
+from mdistiller.dataset.files.images import decode, resize_to_size
 from mdistiller.dataset.files.transforms import seeded
 from mdistiller.preprocessing import Preprocessing
 
@@ -53,7 +53,7 @@ def test_validation_images_are_those_of_the_reference(folder):
 def test_the_usual_sizes_of_evaluation(size, short):
     image = torch.zeros(3, *size, dtype=torch.uint8)
     image[:, size[0] // 2 - 3 : size[0] // 2 + 3] = 200  # a line across the middle
-    cut = resize_to_square(image, 224, Preprocessing(resize="crop"))
+    cut = resize_to_size(image, (224, 224), Preprocessing(resize="crop"))
     assert cut.shape == (3, 224, 224)
     rows = (cut[0, :, 0] > 100).nonzero().squeeze(1).float()
     assert rows.mean() == pytest.approx(111.5, abs=1)

@@ -55,8 +55,8 @@ def test_whole_images_are_the_same_in_all_orientations(how, scales):
     """A part that is off by one pixel of the decoded image differs by several levels."""
     for orientation in range(1, 9):
         image = encoded(orientation)
-        want = in_full(image).square(32, Preprocessing(resize=how)).int()
-        difference = (image.square(32, Preprocessing(resize=how)).int() - want).abs().float()
+        want = in_full(image).resized((32, 32), Preprocessing(resize=how)).int()
+        difference = (image.resized((32, 32), Preprocessing(resize=how)).int() - want).abs().float()
         assert difference.mean() < 0.7, orientation
         assert difference.max() <= 5, orientation
     assert set(scales) == {4}  # 309 / 8 pixels would be less than twice 32 (37 before the crop)
@@ -95,7 +95,7 @@ def test_the_decoded_part_is_large_enough(scales):
 )
 def test_other_images_are_decoded_in_full(image, scales):
     how = Preprocessing(resize="stretch")
-    assert torch.equal(image.square(32, how), in_full(image).square(32, how))
+    assert torch.equal(image.resized((32, 32), how), in_full(image).resized((32, 32), how))
     assert not scales
 
 
@@ -109,9 +109,9 @@ def test_a_broken_file_is_named_and_damaged_exif_is_none(scales):
     image = encoded()
     cut = EncodedImage(image.data[: len(image.data) // 2], "cut.jpg", True, scaling="all")
     with pytest.raises(UserError, match=r"cut\.jpg cannot be read as an image") as error:
-        cut.square(32, Preprocessing(resize="crop"))
+        cut.resized((32, 32), Preprocessing(resize="crop"))
     one_line(error)
-    grey = encoded(mode="L").square(32, Preprocessing(resize="crop"))
+    grey = encoded(mode="L").resized((32, 32), Preprocessing(resize="crop"))
     assert torch.equal(grey[0], grey[2])
 
 
