@@ -96,7 +96,7 @@ class UnlabelledTrainer(BaseTrainer):
         return float(record.get(KEY, -1.0)) if self.selects == KEY else -float(record[self.selects])
 
     def best(self) -> dict[str, float]:
-        return super().best() if self.selects == KEY else {"best_loss": self.best_acc}
+        return {"best_knn" if self.selects == KEY else "best_loss": self.best_acc}
 
 
 class ReportUntrained(Hook):
