@@ -50,6 +50,7 @@ class UnlabelledTrainer(BaseTrainer):
             "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
+            "LOG.MISTAKES": cfg.LOG.MISTAKES,
             "DATASET.SAMPLER": cfg.DATASET.SAMPLER == "balanced",
         }
         for key, wanted in keys.items():
@@ -96,7 +97,7 @@ class UnlabelledTrainer(BaseTrainer):
         return float(record.get(KEY, -1.0)) if self.selects == KEY else -float(record[self.selects])
 
     def best(self) -> dict[str, float]:
-        return super().best() if self.selects == KEY else {"best_loss": self.best_acc}
+        return {"best_knn" if self.selects == KEY else "best_loss": self.best_acc}
 
 
 class ReportUntrained(Hook):

@@ -738,6 +738,16 @@ def test_a_loss_that_did_not_fall_in_one_run_is_no_success(sweep):
     assert table.all_well(read_plan(sweep("SEEDS: 2\n"), out=sweep.out), rows)
 
 
+def test_runs_without_labels_have_no_accuracy(sweep):
+    plan = read_plan(sweep("METRIC: best_knn\nLOSS_FALLS: True\n"), out=sweep.out)
+    curve = {"first": {"train_loss": 2.0}, "last": {"train_loss": 1.0}}
+    run = {"best_loss": 1.0, "best_knn": 80.0, "selected_on": "training images", **curve}
+    rows = table.rows(plan, {names(plan)[0]: Status("done", [run], {})})
+    text = unpadded(table.markdown(plan, rows))
+    assert "| 80.00 | training images | 2 → 1 | - | yes | 1 | 0 |" in text
+    assert next(csv.DictReader(table.csv_text(plan, rows).splitlines()))["train_acc_last"] == ""
+
+
 def test_held_out_images_add_the_test_columns(sweep):
     plan = read_plan(sweep("OVERRIDES: {DATASET.VAL_SPLIT: 40}\nMETRIC: test_acc_best\n"))
     run = {**result(80, 82), "test_acc_last": 70.0, "test_acc_best": 71.0, "selected_on": "40 held"}

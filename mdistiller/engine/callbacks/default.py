@@ -136,7 +136,7 @@ def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
     common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.get("QAT_EPOCHS") else []
     common.append(Evaluate())
-    common += [Probe()] if cfg.LOG.PROBE else []
+    common += [Probe()] if cfg.LOG.get("PROBE") else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
     common += [EvaluatePeers()] if get_distiller(cfg.DISTILLER.TYPE).trains_peers else []
     common.append(Log())

@@ -383,7 +383,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ", "LOG.PROBE ")
     begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
