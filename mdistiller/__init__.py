@@ -18,7 +18,7 @@ _API = {
     "Hook": "engine.hooks",
     "HOOKS": "engine.hooks",
     "OPTIMIZERS": "engine.optim",
-    "SCHEDULES": "engine.schedules",
+    "SCHEDULES": "engine.optim.schedules",
     "AUGMENTS": "dataset",
     "DATASETS": "dataset",
     "BaseTrainer": "engine.trainer",

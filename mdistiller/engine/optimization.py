@@ -12,8 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.param_groups import require_scaled, student_groups
-from mdistiller.engine.schedules import build_scheduler, by_step, step_scheduler, step_settings
+from mdistiller.engine.optim.param_groups import require_scaled, student_groups
+from mdistiller.engine.optim.schedules import (
+    build_scheduler,
+    by_step,
+    step_scheduler,
+    step_settings,
+)
 from mdistiller.registry import is_builtin
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import Data, TestData, are_numbers
 from mdistiller.engine.networks.class_order import match_classes, stated_classes
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, rank
 from mdistiller.weights import (
@@ -184,7 +184,7 @@ def _report(
     parts += [f"new: {', '.join(fresh)}"] if fresh else []
     parts += [f"not used: {_listed(unused)}"] if unused else []
     warning = "WARNING: " if new else ""
-    print(log_msg(f"{warning}student {name} starts from {path}: {'; '.join(parts)}"), flush=True)
+    print_log(f"{warning}student {name} starts from {path}: {'; '.join(parts)}")
 
 
 def _listed(items: list[str]) -> str:

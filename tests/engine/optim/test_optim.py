@@ -11,7 +11,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.schedules import build_scheduler
+from mdistiller.engine.optim.schedules import build_scheduler
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
 

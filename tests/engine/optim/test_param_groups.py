@@ -9,8 +9,8 @@ from mdistiller.cli import train as train_command
 from mdistiller.distillers import KD, Vanilla
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.param_groups import freeze, parameter_names, student_groups
-from mdistiller.engine.schedules import build_scheduler
+from mdistiller.engine.optim.param_groups import freeze, parameter_names, student_groups
+from mdistiller.engine.optim.schedules import build_scheduler
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.models import cifar_model_dict, get_model_entry
 from mdistiller.registry import UserError
