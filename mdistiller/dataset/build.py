@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 
 from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
+    CHANNELS,
     DATASET_CONFIG,
     DATASETS,
     DataSource,
@@ -238,7 +239,8 @@ def load_test_loader(
     split: Split = "train" if held_out else "test"
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
-    if statistics is None and network is not None and network.mean:
+    channels = node["CHANNELS"]
+    if statistics is None and network is not None and len(network.mean) == channels:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
@@ -315,7 +317,25 @@ def _node(cfg: Any) -> dict[str, Any]:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])
     check_keys(node)
+    _check_channels(node)
     return node
+
+
+def _check_channels(node: Mapping[str, Any]) -> None:
+    if node["CHANNELS"] not in CHANNELS:
+        raise UserError(f"DATASET.CHANNELS must be 1, 3 or 4, got {node['CHANNELS']!r}")
+    if node["CHANNELS"] == 3:
+        return
+    for key, wanted in (("RANDAUGMENT", node["RANDAUGMENT"]), ("TYPE", _is_shards(node))):
+        if wanted:
+            raise UserError(
+                f"DATASET.{key} {node[key]} needs images in colour: set DATASET.CHANNELS 3, not "
+                f"{node['CHANNELS']}"
+            )
+
+
+def _is_shards(node: Mapping[str, Any]) -> bool:
+    return isinstance(_source(node), Shards)
 
 
 def _check_randaugment(value: Sequence[Any]) -> None:
@@ -349,6 +369,7 @@ def _pipeline(
         node["EXIF"],
         node["SCALE_16_BIT"],
         node["JPEG_SCALING"],
+        node["CHANNELS"],
     )
     return choose_pipeline(node, split, source, root, options, augment, device)
 
@@ -363,7 +384,7 @@ def _root(node: dict[str, Any], source: DataSource) -> Path:
     return project_root() / source.root
 
 
-def _source(node: dict[str, Any]) -> DataSource:
+def _source(node: Mapping[str, Any]) -> DataSource:
     entry = DATASETS[node["TYPE"]]
     source: DataSource = entry() if isinstance(entry, type) else entry
     return source
@@ -375,12 +396,13 @@ def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     """Mean and std from the config, else of the data set; None if they must be computed."""
-    mean, std = tuple(node["MEAN"]), tuple(node["STD"])
+    mean, std, channels = tuple(node["MEAN"]), tuple(node["STD"]), node["CHANNELS"]
     if not mean and not std:
-        return (source.mean, source.std) if source.mean else None
-    if len(mean) != 3 or len(std) != 3 or max(*mean, *std) > 1 or min(std) <= 0:
+        return (source.mean, source.std) if len(source.mean) == channels else None
+    if len(mean) != channels or len(std) != channels or max(*mean, *std) > 1 or min(std) <= 0:
+        number = {1: "one value", 3: "three values", 4: "four values"}[channels]
         raise UserError(
-            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values up "
+            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have {number} up "
             "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
         )
     return mean, std

@@ -98,3 +98,24 @@ def test_a_size_that_cannot_be_meant_is_refused(tmp_path, capsys, size):
     words = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(tmp_path)]
     assert train_command.main([*words, "DATASET.IMAGE_SIZE", size]) == 2
     assert "must be a side in pixels or [height, width]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_grey_and_four_channel_images_stay_so(tmp_path, photographs, capsys, channels, mode):
+    words = ["DATASET.IMAGE_SIZE", "32", "DATASET.CHANNELS", str(channels)]
+    run = train(tmp_path, photographs, *words)
+    weight = torch.load(run / "student_latest", weights_only=True)["model"]["conv1.weight"]
+    assert weight.shape[1] == channels
+    accuracy = json.loads((run / "summary.json").read_text())["last_acc"]
+    capsys.readouterr()
+    more = ["DATASET.LOADER", "workers", "DATASET.NUM_WORKERS", "0"]
+    assert eval_command.main([str(run), "--checkpoint", "latest", *more]) == 0
+    assert f"top-1 {accuracy:.2f}" in capsys.readouterr().out
+    assert export_command.main([str(run), "--formats", "safetensors", "--no-latency"]) == 0
+    path = sorted(photographs.rglob("0.png"))[0]
+    predictors = run, next((run / "export").glob("*.safetensors"))
+    ours, file = (mdistiller.load(one).predict(path) for one in predictors)
+    assert [name for name, _ in ours.top] == [name for name, _ in file.top]
+    pixels = mdistiller.load(run).prepare(Image.open(path).convert(mode))
+    assert torch.equal(pixels, mdistiller.load(run).prepare(path))
+    assert pixels.shape == (channels, 32, 32)

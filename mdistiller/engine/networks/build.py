@@ -36,6 +36,7 @@ from mdistiller.engine.networks.released import (
     own_preprocessing,
     require_classes,
     states_nothing,
+    statistics_of,
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
@@ -131,7 +132,8 @@ def build_network(
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, data.image_size, settings, key)
+        channels = len(data.mean)
+        net = make_network(entry, data.num_classes, data.image_size, settings, key, channels)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -146,7 +148,7 @@ def build_network(
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
-    renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
+    renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated) and rank() == 0:
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)

@@ -9,18 +9,29 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data, TestData
-from mdistiller.models import ModelEntry, as_staged
+from mdistiller.models import ModelEntry, as_staged, with_channels
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError, first_line
 
 
 def make_network(
-    entry: ModelEntry, num_classes: int, image_size: tuple[int, int], settings: Any, key: str
+    entry: ModelEntry,
+    num_classes: int,
+    image_size: tuple[int, int],
+    settings: Any,
+    key: str,
+    channels: int = 3,
 ) -> nn.Module:
     """Call an entry's constructor.
 
     Args:
         image_size: (height, width), for constructors that ask.
         settings: further keyword arguments; `key` is what the config calls them.
+        channels: of the images. A network for 3 has its first convolution changed for others
+            (:func:`mdistiller.models.with_channels`), unless its arguments say in_chans.
+
+    Raises:
+        UserError: the network needs other arguments, or does not fit the images.
     """
     facts = constructor_facts(entry, num_classes, image_size)
     clash = sorted(facts.keys() & settings.keys())
@@ -41,7 +52,15 @@ def make_network(
             f"the constructor of network {name} returns a {type(net).__name__}, not a module "
             "(docs/own_backbone.md)"
         )
-    return as_staged(net, name, image_size)
+    takes, staged = input_channels(net), as_staged(net, name, image_size)
+    if takes == 3 and channels != 3:
+        return with_channels(staged, channels, name)
+    if channels != takes:
+        raise UserError(
+            f"network {name} takes images of {takes} channels, and the data have {channels}: set "
+            f"DATASET.CHANNELS {takes}, or change {key}"
+        )
+    return staged
 
 
 def required_arguments(entry: ModelEntry) -> set[str]:
@@ -77,7 +96,7 @@ def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
     was_training = net.training
     net.eval()
     try:
-        logits = net(torch.zeros(1, 3, *data.image_size))[0]
+        logits = net(torch.zeros(1, len(data.mean), *data.image_size))[0]
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:
