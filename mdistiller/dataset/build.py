@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ class Data:
         val: images that the best epoch is selected on: the held-out training images, or the test
             set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
         test: the test set where images are held out, else None.
+        train_size: of the images in `train`, if that is another.
         val_name: what `val` is: the test set, or held-out training images.
         num_data: number of images in `train`.
         num_classes: number of classes.
@@ -74,6 +76,7 @@ class Data:
     preprocessing: Preprocessing = NOTHING_STATED
     plain: Callable[..., EvalLoader] | None = None
     val_name: str = TEST_SET
+    train_size: tuple[int, int] | None = None
 
     def close(self) -> None:
         """End the worker processes, if any."""
@@ -89,19 +92,26 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
     return data.train, data.val, data.num_data, data.num_classes
 
 
-def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
+def load_data(
+    cfg: Any,
+    device: torch.device | None = None,
+    two_views: bool = False,
+    train_size: Size | None = None,
+) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
     Args:
         cfg: config; uses DATASET, SOLVER.BATCH_SIZE (per process), EXPERIMENT.SEED and DEVICE.
         device: overrides DEVICE.
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
+        train_size: make training images of this size, if that is larger than the evaluation's and
+            they are files, whose pixels are worth it.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
     """
     node = _node(cfg)
-    pipeline = _pipeline(node, "train", _device(cfg, device))
+    pipeline = feed = _pipeline(node, "train", _device(cfg, device))
     balanced = _is_balanced(node, pipeline.source)
     train = pipeline.read("train")
     splits, held = [renumber_classes(train, node["CLASSES"])], None
@@ -118,21 +128,26 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         )
     size = pipeline.size(*splits)
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    feed_size = size
+    if train_size and math.prod(train_size) > math.prod(size) and _has_files(pipeline.source):
+        feed = _pipeline({**node, "IMAGE_SIZE": train_size}, "train", _device(cfg, device))
+        feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
-        train, held = _hold_out(train, node)
+        train = _hold_out(train, node)[0]
+        held = _hold_out(splits[0], node)[1]
     evaluated = [*([held] if held is not None else []), *splits[1:]]
     val, *rest = (pipeline.eval_loader(images, size, statistics) for images in evaluated)
     if held is evaluated[-1]:
         _report_no_test(pipeline.root, len(held))
-    train_loader = pipeline.train_loader(
+    train_loader = feed.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
-        size,
+        feed_size,
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
         balanced=balanced,
-        mix=_mix(node, size, len(train.classes)),
+        mix=_mix(node, feed_size, len(train.classes)),
         two_views=two_views,
     )
     return Data(
@@ -147,11 +162,16 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda indices=None: pipeline.eval_loader(
-            train if indices is None else train.select(indices), size, statistics
+        plain=lambda indices=None: feed.eval_loader(
+            train if indices is None else train.select(indices), feed_size, statistics
         ),
+        train_size=feed_size,
         val_name=TEST_SET if held is None else f"{len(held)} held-out training images",
     )
+
+
+def _has_files(source: DataSource) -> bool:
+    return isinstance(source, (FileSource, Shards))
 
 
 def lacks_test(cfg: Any) -> bool:
@@ -288,7 +308,7 @@ def data_spec(cfg: Any) -> DataSpec:
         _statistics(node, source),
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
-        isinstance(source, (FileSource, Shards)),
+        _has_files(source),
     )
 
 

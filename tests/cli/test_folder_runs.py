@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import image_folder
+from support import image_folder, saved_teacher
 
 import mdistiller
 from mdistiller.cli import eval as eval_command
@@ -119,3 +119,36 @@ def test_grey_and_four_channel_images_stay_so(tmp_path, photographs, capsys, cha
     pixels = mdistiller.load(run).prepare(Image.open(path).convert(mode))
     assert torch.equal(pixels, mdistiller.load(run).prepare(path))
     assert pixels.shape == (channels, 32, 32)
+
+
+@pytest.mark.parametrize(("size", "fed"), [("48", (48, 48)), ("[16, 20]", (32, 32))])
+def test_the_teacher_may_see_images_of_another_size(tmp_path, photographs, capsys, size, fed):
+    """The training crop is made at the larger size; the other network sees it resized."""
+    seen = {"student": set(), "teacher": set()}
+
+    class Spy(mdistiller.Hook):
+        def before_train(self, trainer):
+            for role, shapes in seen.items():
+                conv = getattr(trainer.model, role).conv1
+                conv.register_forward_pre_hook(
+                    lambda _, x, shapes=shapes: shapes.add(tuple(x[0].shape[2:]))
+                )
+            assert next(iter(trainer.train_loader))[0].shape[2:] == fed
+
+    teacher = ["TEACHER", "resnet8", "TEACHER_CKPT", saved_teacher(tmp_path, num_classes=3)]
+    teacher += ["TEACHER_IMAGE_SIZE", size, "TEACHER_FOLD", "False"]
+    settings = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", photographs]
+    settings += ["DATASET.IMAGE_SIZE", "32", "DISTILLER.TYPE", "KD+AT", "LOG.PREFIX", tmp_path]
+    settings += [f"DISTILLER.{x}" if i % 2 == 0 else x for i, x in enumerate(teacher)]
+    settings += ["DISTILLER.STUDENT", "resnet8", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "8"]
+    run = mdistiller.train({}, list(map(str, [*settings, "DEVICE", "cpu"])), hooks=[Spy()])
+    sides = json.loads(size)
+    assert seen["student"] == {(32, 32)}
+    assert seen["teacher"] == {tuple(sides) if isinstance(sides, list) else (sides, sides)}
+    state = torch.load(run.folder / "student_latest", weights_only=True)
+    assert state["data"]["image_size"] == [32, 32]
+    capsys.readouterr()
+    assert eval_command.main([str(run.folder), "--checkpoint", "latest"]) == 0  # as it was measured
+    out = capsys.readouterr().out
+    for key in ("teacher_acc", "last_acc"):
+        assert f"top-1 {run.summary[key]:.2f}" in out

@@ -32,6 +32,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHER_IMAGE_SIZE": 0,  # side or [height, width] of its images; 0: the student's
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
         "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk

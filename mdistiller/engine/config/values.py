@@ -16,7 +16,7 @@ from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
-IMAGE_SIZES = ("DATASET.IMAGE_SIZE",)
+IMAGE_SIZES = ("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_IMAGE_SIZE")
 """Keys whose values are a number of pixels, or two."""
 WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
 """Keys whose values are a list of weights, or a word."""

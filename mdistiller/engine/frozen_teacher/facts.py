@@ -143,6 +143,7 @@ def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
         "weights": teacher_digest(teacher),
         "images": image_set_digest(data.train.dataset),
         "preprocessing": f"{data.mean} {data.std} {data.image_size} {data.preprocessing}",
+        **({"size": str(size)} if (size := getattr(teacher, "_input_size", None)) else {}),
         "output": fact.output,
         "per_class": fact.per_class,
         "recipe": fact.recipe,

@@ -90,5 +90,11 @@ def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
         f"{form}, {dtype}, {place}, AMP {solver.AMP}, COMPILE {solver.COMPILE}, "
         f"CHANNELS_LAST {solver.CHANNELS_LAST}, products {torch.get_float32_matmul_precision()}, "
         f"TF32 {torch.backends.cudnn.allow_tf32}, torch {torch.__version__}, "
-        f"mdistiller {__version__}"
+        f"mdistiller {__version__}{_of_size(distiller.teacher)}"
     )
+
+
+def _of_size(teacher: Any) -> str:
+    """The size to which a teacher resizes its images, if it does."""
+    size = getattr(teacher, "_input_size", None)
+    return f", images {size}" if size else ""

@@ -40,6 +40,7 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.networks.teacher_size import resize_input, teacher_image_size
 from mdistiller.engine.optim import optimizer_maker
 from mdistiller.engine.param_groups import freeze
 from mdistiller.engine.trainer import seed_everything
@@ -132,8 +133,14 @@ def build_network(
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        channels = len(data.mean)
-        net = make_network(entry, data.num_classes, data.image_size, settings, key, channels)
+        channels, size = len(data.mean), data.image_size
+        own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+        size = own_size or size
+        net = make_network(entry, data.num_classes, size, settings, key, channels)
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # of training images, which are made for the teacher
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -278,25 +285,26 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
 def teacher_test_loader(
     cfg: Any, data: Data, device: torch.device, weights: str | Path
 ) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the data's image size.
+    """The test set with the teacher's own interpolation and crop, at the size it sees in training.
 
     None if the data's own test loader gives the same, or images are not resized.
     """
-    used = data.preprocessing
-    if not data_spec(cfg).files or used.resize == "keep":
+    used, own_size = data.preprocessing, teacher_image_size(cfg)
+    if not data_spec(cfg).files or (used.resize == "keep" and not own_size):
         return None
     entry = model_entry(cfg, "TEACHER", data)
     stated = None if weights == PRETRAINED else recorded_facts(weights)
     how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None:
+    if how is None and not own_size:
         return None
+    size = own_size or used.image_size
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = used.image_size
+    sized.DATASET.IMAGE_SIZE = size
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    if how.image_size not in (0, used.image_size) and rank() == 0:
+    if how is not None and not own_size and how.image_size not in (0, size) and rank() == 0:
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
             f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
