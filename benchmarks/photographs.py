@@ -72,4 +72,5 @@ def _loader(root: Path, batch: int, device: str, use: str, scaling: str) -> Iter
     words += ["DATASET.MEAN", "[0.5, 0.5, 0.5]", "DATASET.STD", "[0.2, 0.2, 0.2]"]
     words += ["SOLVER.BATCH_SIZE", str(batch), "DATASET.NUM_WORKERS", "0"]
     data = load_data(load_config("", words))
+    assert data.val is not None
     return data.train if use == "train" else data.val

@@ -62,6 +62,7 @@ def untrained_distiller(cfg: Config, data: Data, device: torch.device) -> Distil
         return build_distiller(cfg, data, device)
     torch.manual_seed(0)
     teacher = build_network(cfg, "TEACHER", data, weights="")
+    assert data.val is not None
     images = next(iter(data.val))[0].to(device)
     teacher.to(device)
     with torch.no_grad():

@@ -23,7 +23,7 @@ DATA = "toy"  # what the configs of write_config train on; tests of the engine t
 
 def unpadded(text):
     """Markdown tables with one space around each cell."""
-    return re.sub(" +[|]", " |", text)
+    return re.sub("[|] +", "| ", re.sub(" +[|]", " |", text))
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""The Python API, by the code of docs/python.md."""
+"""The Python API, by the code of docs/python.md and of its notebook.
+
+`python tests/test_python_api.py` writes the notebook from the page.
+"""
 
 import json
 import re
@@ -14,6 +17,21 @@ from mdistiller import api
 from mdistiller.distillers import DISTILLERS
 from mdistiller.registry import UserError
 
+PAGE, NOTEBOOK = REPO / "docs" / "python.md", REPO / "docs" / "python.ipynb"
+
+
+def notebook():
+    """The page as a notebook: its blocks are the code cells, the text between them the others."""
+    cells = []
+    for k, text in enumerate(re.split(r"```python\n(.*?)```\n", PAGE.read_text(), flags=re.DOTALL)):
+        lines = text.strip().splitlines(keepends=True)
+        cell = {"cell_type": "markdown", "id": f"cell-{k}", "metadata": {}, "source": lines}
+        code = {"cell_type": "code", "execution_count": None, "outputs": []}
+        cells += [cell | (code if k % 2 else {})] if lines else []
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    facts = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+
 
 def test_the_import_loads_neither_torch_nor_the_package():
     code = (
@@ -26,8 +44,9 @@ def test_the_import_loads_neither_torch_nor_the_package():
         _ = mdistiller.fit
 
 
-def test_the_pages_code_runs(tmp_path, monkeypatch, capsys):
+def test_the_notebook_is_the_page_and_its_cells_run(tmp_path, monkeypatch, capsys):
     """With one epoch on few digits, under an untrained teacher."""
+    assert NOTEBOOK.read_text() == notebook(), "run: python tests/test_python_api.py"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPO / "configs")
     small = {"DATASET.TYPE": "toy", "SOLVER.EPOCHS": 1, "DEVICE": "cpu"}
@@ -38,10 +57,10 @@ def test_the_pages_code_runs(tmp_path, monkeypatch, capsys):
         return train(cfg, {**overrides, **small}, imports=[TOY], **more)
 
     monkeypatch.setattr(api, "train", train_small)
-    page = (REPO / "docs" / "python.md").read_text()
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
     DISTILLERS.pop("LOGIT_MSE")
     run = names["run"]
     assert run.folder == Path("output/digits/python")
@@ -70,3 +89,7 @@ def test_a_hook_that_a_config_names_wrongly_is_one_line(monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             mdistiller.train({"HOOKS": [name]})
+
+
+if __name__ == "__main__":
+    NOTEBOOK.write_text(notebook())

@@ -3,6 +3,7 @@
 tests     pytest -m gpu, where pytest and scikit-learn are installed
 sync      training steps that would raise if they waited for the GPU, and a profile of them
 together  students that train in lock-step under one teacher, against one after the other
+recorded  steps recorded as a CUDA graph (SOLVER.CUDA_GRAPHS), against the usual ones
 steps     a training step of KD, DKD and CRD in fp32, TF32 and bf16, batch 64 and 512
 compiled  the same with SOLVER.COMPILE, as far as the time reaches
 
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.gpu import packages
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARES = {"tests": 70, "sync": 50, "together": 70, "steps": 190, "compiled": 140}
+SHARES = {"tests": 70, "sync": 50, "together": 70, "recorded": 80, "steps": 190, "compiled": 140}
 """What each part may take, in relation; what one leaves is for those behind it."""
 
 PART = ["-m", "benchmarks.gpu.parts"]

@@ -32,6 +32,7 @@ TITLES = {
     "tests": "Tests",
     "sync": "Does a step wait for the GPU?",
     "together": "Students in lock-step",
+    "recorded": "Steps recorded as a CUDA graph",
     "steps": "Training steps",
     "compiled": "Training steps, compiled",
 }
@@ -77,6 +78,25 @@ def _together(rows: list[Row]) -> str:
     return _table([*titles, "difference of losses"], table)
 
 
+def _recorded(rows: list[Row]) -> str:
+    table = [
+        [
+            row["pair"],
+            row["method"],
+            str(row["batch"]),
+            row["precision"],
+            f"{row['usual_ms']:.2f}",
+            f"{row['wall_ms']:.2f}",
+            f"{row['speed_up']:.1f}x",
+            f"{row['images_per_second']:.0f}",
+            f"{row['difference']:.1e}",
+        ]
+        for row in rows
+    ]
+    titles = ["pair", "method", "batch", "precision", "usual, ms", "recorded, ms", "speed"]
+    return _table([*titles, "images/s", "difference of weights"], table)
+
+
 def _steps(rows: list[Row]) -> str:
     table = [
         [
@@ -101,6 +121,7 @@ TABLES = {
     "tests": _tests,
     "sync": _sync,
     "together": _together,
+    "recorded": _recorded,
     "steps": _steps,
     "compiled": _steps,
 }

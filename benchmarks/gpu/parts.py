@@ -103,6 +103,17 @@ def together(check: Check) -> None:
     lock_step(check)
 
 
+def recorded(check: Check) -> None:
+    """Steps that are recorded as a CUDA graph, against the usual ones."""
+    from benchmarks.gpu.stand_in import CalledAgain
+    from benchmarks.gpu.timing import recorded_cases, time_recorded
+    from mdistiller.engine import captured
+
+    if check.device == "cpu":
+        captured.CudaGraph = CalledAgain  # type: ignore[assignment, misc]
+    check.each(recorded_cases(check), lambda case: time_recorded(case, check))
+
+
 def steps(check: Check) -> None:
     """Steps as PyTorch runs them."""
     from benchmarks.gpu.timing import cases, time_step
@@ -120,7 +131,7 @@ def compiled(check: Check) -> None:
     check.each(cases(check, compiled=True), lambda case: time_step(case, check))
 
 
-PARTS = {part.__name__: part for part in (tests, sync, together, steps, compiled)}
+PARTS = {part.__name__: part for part in (tests, sync, together, recorded, steps, compiled)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -108,6 +108,41 @@ def time_step(case: Row, check: Check) -> Row:
     return row
 
 
+def recorded_cases(check: Check) -> list[Row]:
+    """The steps to record, of networks that are small for a GPU."""
+    few = (list(QUICK_PAIRS)[:1], ("fp32",), ("KD",))
+    chosen = itertools.product(
+        *few if check.quick else (list(PAIRS)[:2], ("fp32", "bf16"), METHODS)
+    )
+    keys = ("pair", "precision", "method")
+    return [{**dict(zip(keys, values, strict=True)), "batch": 64} for values in chosen]
+
+
+def time_recorded(case: Row, check: Check) -> Row:
+    """Milliseconds of a step as usual and recorded (SOLVER.CUDA_GRAPHS), and whether they agree."""
+    amp = case["precision"] == "bf16"
+    words = ["SOLVER.AMP", "bf16" if amp else "none", "SOLVER.CHANNELS_LAST", str(amp)]
+    loops, weights = {}, []
+    for form, graphs in (("usual", "False"), ("recorded", "True")):
+        args = settings(case, [*words, "SOLVER.CUDA_GRAPHS", graphs], check)
+        args.steps = 6 if check.quick else 100
+        torch.manual_seed(0)
+        loops[form] = make_loops(args, *prepare(args, check.device))["ours"]
+        loops[form].run()
+        student = loops[form].trainer.model.student
+        weights.append(torch.cat([param.detach().flatten() for param in student.parameters()]))
+    rounds = 1 if check.quick else 3
+    times = race({name: loop.run for name, loop in loops.items()}, check.device, rounds)
+    taken = {name: per_step(row, args.steps)["wall_ms"] for name, row in times.items()}
+    return {
+        "usual_ms": taken["usual"],
+        "wall_ms": taken["recorded"],
+        "speed_up": taken["usual"] / taken["recorded"],
+        "images_per_second": 1e3 * case["batch"] / taken["recorded"],
+        "difference": float((weights[0] - weights[1]).norm() / weights[0].norm()),
+    }
+
+
 def check_compiled(distiller: Any) -> None:
     """Refuse the figures of a network that ran uncompiled because its compilation failed."""
     frozen = distiller.frozen

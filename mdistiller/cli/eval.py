@@ -1,6 +1,7 @@
 """eval: how good networks are on a data set, alone and beside their teacher.
 
 eval -m MODEL -c FILE -d DATASET            a checkpoint
+eval RUN --probe knn,linear --labelled DIR  frozen features (docs/foundation.md)
 eval student_int8.onnx -d DATASET           an exported file
 eval output/digits/*                        the students of run folders, on their own data, beside
                                             their own teacher (or --teacher RUN|NAME|none)
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from mdistiller.cli.support import tables
 from mdistiller.cli.support.command import guarded
-from mdistiller.cli.support.networks import add_networks, load_networks
+from mdistiller.cli.support.networks import add_networks, labelled_networks, load_networks
 from mdistiller.cli.support.teachers import check_teachers, distinct
+from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.probe import Probed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +35,18 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--per-class", action="store_true", help="print precision, recall and F1 of each class"
+    )
+    parser.add_argument(
+        "--probe",
+        default="",
+        metavar="KINDS",
+        help="judge features by labelled images instead: knn, linear, or knn,linear",
+    )
+    parser.add_argument(
+        "--labelled",
+        default="",
+        metavar="FOLDER|NAME",
+        help="those images: a folder with train/CLASS and val/CLASS, or a data set",
     )
     for name, what in (
         ("json", "all that is found"),
@@ -98,7 +113,27 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     return evaluations
 
 
+def probe(args: argparse.Namespace) -> list[Probed]:
+    """Judge the features of networks and of the runs' own teachers, and print a table."""
+    if not (args.probe and args.labelled):
+        raise UserError("--probe and --labelled belong together: give both")
+    if args.csv or args.confusion or args.features:
+        raise UserError("--probe prints a table and writes --json; leave out --csv, --confusion")
+    outputs = [args.json] if args.json else []
+    tables.check_places(outputs)
+    sources, cfg, device = labelled_networks(args)
+    from mdistiller.evaluation.probe import probe_all
+
+    kinds = [kind.strip() for kind in args.probe.split(",")]
+    probed = probe_all(sources, cfg, device, kinds)
+    print(tables.probed_markdown(probed, kinds))
+    if args.json:
+        args.json.write_text(tables.probed_json(probed, args.labelled))
+    return probed
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: evaluate(args))
+    judge = probe if args.probe or args.labelled else evaluate
+    return guarded(lambda: judge(args))

@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         help="they take normalised images",
     )
     parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="instead: backbone.pth, the weights without classifier under the names of timm or "
+        "torchvision",
+    )
+    parser.add_argument(
         "--opset", type=int, metavar="N", help="of the ONNX file (default: torch's usual one)"
     )
     parser.add_argument(
@@ -166,10 +172,19 @@ def export(args: argparse.Namespace) -> None:
     """Write the files, then the card that describes them."""
     check_int8(args)
     student = find_student(args)
-    from mdistiller.export import export_student, model_card, write_card
+    from mdistiller.export import export_backbone, export_student, model_card, write_card
     from mdistiller.export.quantize import INT8_FILE, quantize_student
 
     out = Path(args.out or Path(args.opts[0]) / "export")
+    if args.backbone:
+        path, usage = export_backbone(student, out, args.force)
+        print(f"{path}: load it by {usage}")
+        print(f"images are normalised by mean {list(student.mean)} and std {list(student.std)}")
+        return
+    if not student.num_classes:
+        raise UserError(
+            f"{student.name} was trained without labels and has no logits: give --backbone"
+        )
     files = export_student(
         student,
         out,

@@ -32,6 +32,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--title", default="Comparison of runs")
     parser.add_argument("--md", type=Path, metavar="FILE", help="Markdown (default: printed)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row a group, unrounded")
+    parser.add_argument(
+        "--latex",
+        type=Path,
+        metavar="FILE",
+        help="table of accuracies and differences (booktabs); - prints it",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="one page with the curves")
     return parser
 
@@ -53,6 +59,7 @@ def report(args: argparse.Namespace) -> None:
             raise UserError(f"{path} is not a folder; give run folders, or folders above them")
     from mdistiller.report.build import build_report
     from mdistiller.report.document import markdown
+    from mdistiller.report.latex import latex
     from mdistiller.report.page import page
 
     if args.reach is not None and not 0 < args.reach <= 100:
@@ -64,10 +71,14 @@ def report(args: argparse.Namespace) -> None:
         args.md: lambda: markdown(report),
         args.csv: lambda: csv_table(report.numbers),
         args.html: lambda: page(report),
+        args.latex: lambda: latex(report.numbers, args.metric, report.unit),
     }
     files = {file: text for file, text in texts.items() if file is not None}
     for file, text in files.items():
-        write(file, text())
+        if file == Path("-"):
+            print(text(), end="")
+        else:
+            write(file, text())
     if not files:
         print(markdown(report), end="")
 

@@ -66,6 +66,7 @@ def sweep(args: argparse.Namespace) -> bool:
     if args.table and not args.storage and not file.is_file():
         raise UserError(f"no study {file} yet")
     plan.out.mkdir(parents=True, exist_ok=True)
+    plan.write_teachers()
     url = args.storage or f"sqlite:///{file.resolve()}"
     study = Study(plan, url, create=not args.table)
     study.check_settings()

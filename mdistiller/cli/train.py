@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from mdistiller.cli.support.command import add_overrides, guarded
@@ -14,16 +15,30 @@ from mdistiller.registry import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes `--resume` without a value although KEY VALUE pairs may follow it."""
+    """Takes `--resume` without a value although KEY VALUE pairs may follow it, and configs without
+    `--cfg` before these."""
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
-            if words and words[-1] == "--resume=yes" and word in ("auto", "yes"):
+            if words and words[-1] == "--resume=yes" and (word in WORDS or _is_folder(word)):
                 words[-1] = f"--resume={word}"
             else:
                 words.append("--resume=yes" if word == "--resume" else word)
-        return super().parse_intermixed_args(words, namespace)
+        found = super().parse_intermixed_args(words, namespace)
+        while found.opts and found.opts[0].endswith(YAML):
+            found.cfg = [*(found.cfg or []), found.opts.pop(0)]
+        return found
+
+
+YAML = (".yaml", ".yml")
+WORDS = ("yes", "auto")
+"""Values of --resume that name no folder."""
+
+
+def _is_folder(word: str) -> bool:
+    """Whether a word names a folder, and no config key."""
+    return not word.endswith(YAML) and ("/" in word or Path(word).is_dir())
 
 
 def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser:
@@ -31,16 +46,17 @@ def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser
     parser = _Parser(prog=prog, description=about)
     parser.add_argument(
         "--cfg",
+        "--config",
         action="append",
         metavar="FILE",
-        help="YAML config (default: all defaults); several train in lock-step: they share batches, "
-        "and the passes of one teacher",
+        help="YAML config (default: all defaults; --cfg may be left out); several train in "
+        "lock-step: they share batches, and the passes of one teacher",
     )
     parser.add_argument(
         "--resume",
-        choices=("yes", "auto"),
-        help="continue this config's run from its last checkpoint (--resume alone, or yes); auto: "
-        "if it has one, else start it",
+        metavar="RUN",
+        help="continue a run folder from its last checkpoint, by the config in it; without RUN the "
+        "run of this config; auto: if it has a checkpoint, else start it",
     )
     parser.add_argument(
         "--allow-changes",
@@ -67,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         from mdistiller.engine.cfg import load_config, method_nodes
         from mdistiller.engine.run.train import train
 
+        if len(files) > 1 and args.resume not in (None, *WORDS):
+            raise UserError("--resume RUN continues one run, by its own config: leave --cfg out")
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
             if len(files) > 1:
                 raise UserError(
@@ -87,13 +105,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., Any]) -> None:
     """Train by a config, or print it, as the arguments say."""
-    cfg = load(file, args.opts, args.imports)
+    if args.resume in (None, *WORDS):
+        cfg, overrides = load(file, args.opts, args.imports), args.opts
+    elif file:
+        raise UserError("--resume RUN continues a run by its own config: leave --cfg out")
+    else:
+        from mdistiller.engine.run.folder import config_to_resume
+
+        cfg, overrides = config_to_resume(Path(args.resume), args.opts, args.imports, load), ()
     if args.print_config:
         from mdistiller.engine.cfg import show_cfg
 
         show_cfg(cfg)
     else:
-        train(cfg, args.opts, **_how(args))
+        train(cfg, overrides, **_how(args))
 
 
 def _how(args: Any) -> dict[str, Any]:

@@ -45,13 +45,18 @@ TEST_SET = "test set"
 class Data:
     """The loaders of a run and their properties.
 
+    Without labels (DATASET.LABELS False, or a source that has none) `num_classes` is 0, `classes`
+    is empty, and the targets in batches have no meaning.
+
     Attributes:
         train: shuffled and augmented; items (image, target, index), index in 0 .. num_data - 1.
         val: images that the best epoch is selected on: the held-out training images, or the test
-            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target).
+            set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
+            such images.
         test: the test set where images are held out, else None.
         train_size: of the images in `train`, if that is another.
-        val_name: what `val` is: the test set, or held-out training images.
+        val_name: what the best epoch is selected on, in words: the test set, held-out training
+            images, or without either the training images.
         num_data: number of images in `train`.
         num_classes: number of classes.
         classes: their names, by target.
@@ -64,7 +69,7 @@ class Data:
     """
 
     train: TrainLoader
-    val: EvalLoader
+    val: EvalLoader | None
     test: EvalLoader | None
     num_data: int
     num_classes: int
@@ -86,7 +91,7 @@ class Data:
                 close()
 
 
-def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader, int, int]:
+def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     """The original's entry point: (train_loader, val_loader, num_data, num_classes)."""
     data = load_data(cfg)
     return data.train, data.val, data.num_data, data.num_classes
@@ -112,17 +117,18 @@ def load_data(
     """
     node = _node(cfg)
     pipeline = feed = _pipeline(node, "train", _device(cfg, device))
+    labelled = _is_labelled(node, pipeline.source)
     balanced = _is_balanced(node, pipeline.source)
     train = pipeline.read("train")
     splits, held = [renumber_classes(train, node["CLASSES"])], None
-    if not _lacks_test(node, pipeline.source):
+    if pipeline.source.labels and not _lacks_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
     train = splits[0]
     if node["CLASSES"]:
         report_empty_classes(train, pipeline.root)
-    if len(train.classes) < 2:
+    if labelled and len(train.classes) < 2:
         raise UserError(
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
@@ -136,9 +142,13 @@ def load_data(
         train = _hold_out(train, node)[0]
         held = _hold_out(splits[0], node)[1]
     evaluated = [*([held] if held is not None else []), *splits[1:]]
-    val, *rest = (pipeline.eval_loader(images, size, statistics) for images in evaluated)
-    if held is evaluated[-1]:
+    loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
+    if labelled and held is evaluated[-1]:
         _report_no_test(pipeline.root, len(held))
+    classes = train.classes if labelled else []
+    val_name = TEST_SET if loaders else "training images"
+    if held is not None:
+        val_name = f"{len(held)} held-out training images"
     train_loader = feed.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
@@ -152,11 +162,11 @@ def load_data(
     )
     return Data(
         train=train_loader,
-        val=val,
-        test=rest[0] if rest else None,
+        val=loaders[0] if loaders else None,
+        test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
-        num_classes=len(train.classes),
-        classes=train.classes,
+        num_classes=len(classes),
+        classes=classes,
         zoo=node["ZOO"] or pipeline.source.zoo,
         image_size=size,
         mean=statistics[0],
@@ -166,12 +176,16 @@ def load_data(
             train if indices is None else train.select(indices), feed_size, statistics
         ),
         train_size=feed_size,
-        val_name=TEST_SET if held is None else f"{len(held)} held-out training images",
+        val_name=val_name,
     )
 
 
 def _has_files(source: DataSource) -> bool:
     return isinstance(source, (FileSource, Shards))
+
+
+def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    return bool(node["LABELS"] and source.labels)
 
 
 def lacks_test(cfg: Any) -> bool:
@@ -203,6 +217,8 @@ def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
             "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
             "inverse weighs classes instead), or use an image folder"
         )
+    if node["SAMPLER"] == "balanced" and not _is_labelled(node, source):
+        raise UserError("DATASET.SAMPLER balanced needs images with classes: set it to default")
     return node["SAMPLER"] == "balanced"
 
 
@@ -243,9 +259,14 @@ class TestData(NamedTuple):
 
 
 def load_test_loader(
-    cfg: Any, device: torch.device | None = None, network: Preprocessing | None = None
+    cfg: Any,
+    device: torch.device | None = None,
+    network: Preprocessing | None = None,
+    split: Split = "test",
 ) -> TestData:
     """The test set alone, for evaluation; without one, the images of DATASET.VAL_SPLIT.
+
+    Or the training images, without augmentation.
 
     Training images are read only to compute the mean and std of an image folder for which neither
     DATASET.MEAN and STD nor `network` give them.
@@ -255,8 +276,9 @@ def load_test_loader(
             see :func:`choose_preprocessing`.
     """
     node = _node(cfg)
-    held_out = _lacks_test(node, _source(node))
-    split: Split = "train" if held_out else "test"
+    source = _source(node)
+    held_out = split == "test" and source.labels and _lacks_test(node, source)
+    split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
     channels = node["CHANNELS"]
@@ -290,6 +312,7 @@ class DataSpec(NamedTuple):
         side: DATASET.IMAGE_SIZE; 0: images keep their size.
         keeps_shape: whether evaluation takes the centre crop of images of any shape.
         files: whether images are files, of any size.
+        labels: whether training uses labels.
     """
 
     zoo: str
@@ -297,6 +320,7 @@ class DataSpec(NamedTuple):
     side: ImageSize
     keeps_shape: bool
     files: bool
+    labels: bool
 
 
 def data_spec(cfg: Any) -> DataSpec:
@@ -309,6 +333,7 @@ def data_spec(cfg: Any) -> DataSpec:
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
         _has_files(source),
+        _is_labelled(node, source),
     )
 
 

@@ -27,6 +27,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "ROOT": "",  # empty: the data set's default folder under data/
     "VAL_SPLIT": 0,  # training images held out for model selection; the test set is then used once
     "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
+    "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
     "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
     "CHANNELS": 3,  # of the images: 1 grey, 3 RGB, 4 RGBA
@@ -187,6 +188,8 @@ class DataSource:
         augment: meaning of `DATASET.AUGMENT: default` (a name in `augment.AUGMENTS`).
         keep_shape: crop images to a square, never stretch them.
         zoo: matching model zoo, "cifar", "tiny_imagenet" or "imagenet".
+        labels: False for images without classes: `load` gives them all target 0, and there is no
+            split "test".
     """
 
     root: str | None = "data"
@@ -195,6 +198,7 @@ class DataSource:
     augment: str = "crop_flip"
     keep_shape: bool = False
     zoo: str = "cifar"
+    labels: bool = True
 
     def load(self, root: Path, split: Split, options: Options) -> ImageSet:
         """Read one split.

@@ -37,8 +37,8 @@ ITERATIONS: dict[str, Any] = {
 """Keys of SOLVER that classification does not have, or that differ here."""
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
-    *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT", "COMPILE", "CHANNELS_LAST"),
-    "LABEL_SMOOTHING",
+    *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
     *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
 
@@ -56,7 +56,7 @@ def default_config() -> Config:
     """A fresh config that holds every default."""
     solver = {key: value for key, value in ENGINE_CONFIG["SOLVER"].items() if key not in _LEFT_OUT}
     experiment = {k: v for k, v in ENGINE_CONFIG["EXPERIMENT"].items() if k != "LOGIT_STAND"}
-    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k != "SELECT_BY"}
+    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k not in ("SELECT_BY", "MISTAKES")}
     shared = ("NUM_WORKERS", "WORKER_TIMEOUT", "SKIP_CORRUPT")
     return Config(
         {

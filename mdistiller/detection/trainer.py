@@ -142,7 +142,7 @@ class DetectionTrainer(BaseTrainer):
     The learning rate changes after every iteration. `best_acc` is the box AP in percent.
     """
 
-    selects: ClassVar[str] = f"test_{SCORE}"
+    selects: str = f"test_{SCORE}"
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 

@@ -76,6 +76,7 @@ class AT(Distiller):
     """Attention transfer: where the student's maps are strong, the teacher's are."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

@@ -96,6 +96,7 @@ class CC(Distiller):
     """Correlation congruence: relations between samples are as the teacher's."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):

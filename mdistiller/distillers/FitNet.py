@@ -61,6 +61,7 @@ class FitNet(Distiller):
     """
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):

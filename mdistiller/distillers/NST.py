@@ -54,6 +54,7 @@ class NST(Distiller):
     """Neuron selectivity transfer: the student's channels are distributed as the teacher's."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

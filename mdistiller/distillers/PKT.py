@@ -77,6 +77,7 @@ class PKT(Distiller):
     """Probabilistic knowledge transfer: samples have the same probable neighbours."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

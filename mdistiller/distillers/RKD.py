@@ -119,6 +119,7 @@ class RKD(Distiller):
     """Relational knowledge: distances and angles between samples, up to a common scale."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any):

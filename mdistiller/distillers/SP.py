@@ -42,6 +42,7 @@ class SP(Distiller):
     """Similarity preserving: samples that are alike for the teacher are so for the student."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
     relates_images = True
 

@@ -72,6 +72,7 @@ class VID(Distiller):
     """Variational information: student stages predict teacher stages with a learned variance."""
 
     needs_teacher_classifier = False
+    needs_labels = False
     soft_labels = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, image_size: Size = None):

@@ -54,6 +54,9 @@ class Distiller(Trainable):
         needs_teacher_classifier: False if the loss depends on neither the teacher's logits nor its
             classifier: the teacher may have other classes, and its checkpoint may lack the
             classifier. A class that overrides a training step does not inherit False.
+        needs_labels: False if the loss reads neither labels nor logits: the method can train on
+            data without classes, where :meth:`forward_train` adds no cross-entropy. A class that
+            overrides a training step does not inherit False.
         two_views: True for methods that train on two independently augmented views of an image:
             the loader gives pairs (weak, strong), passed to :meth:`forward_train` as `image_weak`
             and `image_strong`. Set automatically if `forward_train` has two arguments that begin
@@ -86,6 +89,7 @@ class Distiller(Trainable):
     takes_standardized_logits = False
     teacher_logits_only = False
     needs_teacher_classifier = True
+    needs_labels = True
     two_views = False
     soft_labels = False
     relates_images = False
@@ -127,6 +131,7 @@ class Distiller(Trainable):
                 cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
         if vars(cls).keys() & _STEPS:
             cls.needs_teacher_classifier = vars(cls).get("needs_teacher_classifier", True)
+            cls.needs_labels = vars(cls).get("needs_labels", True)
 
     @classmethod
     def can_do_without_teacher(cls) -> bool:
@@ -230,7 +235,11 @@ class Distiller(Trainable):
         if self.distills:
             teacher = self.run_teacher(image) if cached is None else Output(cached, {})
         with torch.autocast(image.device.type, enabled=False):
-            losses = {"loss_ce": self.ce_loss_weight * self.hard_label_loss(student.logits, target)}
+            losses: Losses = {}
+            if student.logits.shape[1]:  # without labels there are no classes
+                losses["loss_ce"] = self.ce_loss_weight * self.hard_label_loss(
+                    student.logits, target
+                )
             if teacher is None:
                 losses["loss_kd"] = student.logits.new_zeros(())
                 return student.logits, losses

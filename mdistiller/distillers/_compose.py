@@ -39,6 +39,7 @@ def get_distiller(name: str) -> type[Distiller]:
         "takes_standardized_logits": any(c.takes_standardized_logits for c in methods.values()),
         "soft_labels": all(c.soft_labels for c in methods.values()),
         "needs_teacher_classifier": any(c.needs_teacher_classifier for c in methods.values()),
+        "needs_labels": any(c.needs_labels for c in methods.values()),
         "teacher_logits_only": all(c.can_do_without_teacher() for c in methods.values()),
     }
     return type("Composed", (Composed,), facts)

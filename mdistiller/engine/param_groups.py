@@ -2,7 +2,8 @@
 
 Names are those of the student's state dict. A pattern has the wildcards of file names (`*`, `?`,
 `[abc]`; a `*` also covers dots), and a module's name stands for all below it: `layer1` is
-`layer1.*`.
+`layer1.*`. Of several patterns that match the last counts; in FREEZE one with a `!` in front makes
+an exception: ["*", "!fc"].
 """
 
 from __future__ import annotations
@@ -29,31 +30,41 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
+def is_frozen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether patterns of SOLVER.FREEZE cover a parameter or buffer."""
+    last = [pattern for pattern in patterns if matches(name, pattern.removeprefix("!"))][-1:]
+    return bool(last) and not last[0].startswith("!")
+
+
 def freeze(student: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """Turn off the gradients of the parameters that a pattern covers.
 
     Returns:
-        The norms to keep in eval mode: those whose running statistics a pattern covers, or whose
-        parameters are all frozen.
+        The norms to keep in eval mode: those whose parameters are all frozen, or, of norms without
+        parameters, whose running statistics a pattern covers.
 
     Raises:
         UserError: a pattern covers nothing, or nothing is left to train.
     """
+    patterns = [str(pattern) for pattern in patterns]
     names = parameter_names(student)
     for pattern in patterns:
-        _require_match("SOLVER.FREEZE", pattern, names)
+        _require_match("SOLVER.FREEZE", pattern.removeprefix("!"), names)
     for name, param in names.items():
-        if any(matches(name, pattern) for pattern in patterns):
+        if is_frozen(name, patterns):
             param.requires_grad_(False)
     if patterns and not any(param.requires_grad for param in names.values()):
-        raise UserError(f"SOLVER.FREEZE {list(patterns)} leaves no parameter of the student")
+        raise UserError(
+            f"SOLVER.FREEZE {patterns} leaves no parameter of the student to train; a ! in front "
+            'of a pattern makes an exception: ["*", "!fc"]'
+        )
     buffers = {id(b): name for name, b in student.state_dict(keep_vars=True).items()}
 
     def is_fixed(norm: nn.Module) -> bool:
         own = list(norm.parameters(recurse=False))
-        name = buffers.get(id(norm.running_mean), "")
-        covered = any(matches(name, pattern) for pattern in patterns)
-        return covered or (bool(own) and not any(param.requires_grad for param in own))
+        if own:
+            return not any(param.requires_grad for param in own)
+        return is_frozen(buffers.get(id(norm.running_mean), ""), patterns)
 
     norms = [m for m in student.modules() if getattr(m, "running_mean", None) is not None]
     return [norm for norm in norms if patterns and is_fixed(norm)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from mdistiller.engine.callbacks.default import complete_record, default_hooks, 
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
 from mdistiller.engine.callbacks.preemption import PreemptionHandler, defer_signals
+from mdistiller.engine.captured import check_settings, step_function
 from mdistiller.engine.checkpoints.resume import (
     begin_epoch,
     capture,
@@ -40,7 +41,7 @@ from mdistiller.engine.distributed import (
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.metrics import Meters, NonFiniteLossError, score_of
+from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.param_groups import student_groups
@@ -76,6 +77,7 @@ class BaseTrainer(Optimization):
     Class attributes:
         selects: the key of the evaluation that `best_acc` is of, in percent; the best epoch is
             chosen by it unless LOG.SELECT_BY says otherwise.
+        selected_on: the images of that evaluation in words; "": those of the run's `val_loader`.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -86,7 +88,8 @@ class BaseTrainer(Optimization):
     """
 
     stage = ""
-    selects: ClassVar[str] = "test_acc"
+    selects: str = "test_acc"
+    selected_on: str = ""
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -137,6 +140,7 @@ class BaseTrainer(Optimization):
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         """Refuse settings that this trainer, or so short an epoch, cannot follow."""
+        check_settings(cfg, plain=cls in (BaseTrainer, InitTrainer))
         solver = cfg.SOLVER
         wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
         wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
@@ -201,10 +205,10 @@ class BaseTrainer(Optimization):
     def train_epoch(self, epoch: int) -> None:
         """One pass over the training data, then the hooks: evaluate, log, save."""
         meters, batches = self.start_epoch(epoch)
-        first = self.step + 1
+        first, take_step = self.step + 1, step_function(self)  # `train_iter`, or replays of it
         try:
             for self.step, data in enumerate(batches, start=first):
-                message = self.train_iter(data, epoch, meters)
+                message = take_step(data, epoch, meters)
                 if not batches.disable:  # on a terminal
                     batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
                 if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
@@ -321,10 +325,12 @@ class BaseTrainer(Optimization):
 
     def columns(self, record: dict[str, Any]) -> dict[str, str]:
         """What an epoch's printed line has behind the loss, by title."""
-        cells = {
-            "train %": f"{record['train_acc']:.2f}",
-            "eval %": self.marked(f"{record['test_acc']:.2f}"),
-        }
+        score, by = "eval %", self.select_by
+        cells = {"train %": f"{record['train_acc']:.2f}", score: f"{record['test_acc']:.2f}"}
+        if by != "top1":
+            score = "eval loss" if by == "loss" else by.removesuffix("_accuracy")
+            cells[score] = f"{record[SELECT_BY[by]]:.{4 if by == 'loss' else 2}f}"
+        cells[score] = self.marked(cells[score])
         if "ema_test_acc" in record:
             cells["ema %"] = f"{record['ema_test_acc']:.2f}"
         if "teacher_hits" in record:
@@ -355,13 +361,22 @@ class BaseTrainer(Optimization):
         """Append an epoch's record to `history` and write it to every log; override to add your
         own."""
         log_dict = plain(log_dict)  # a user's trainer may give tensors
-        accuracy = score = float(log_dict.get(self.selects, -1.0))
-        if self.select_by != "top1":
-            score = score_of(log_dict, self.select_by)
+        score = self.score(log_dict)
         if score >= self.best_score:  # ties: the later one, as the files have it
-            self.best_score, self.best_acc, self.best_epoch = score, accuracy, epoch
+            self.best_score, self.best_epoch = score, epoch
+            self.best_acc = float(log_dict.get(self.selects, -1.0))
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         self.call("write", epoch, {"lr": lr, **log_dict})
+
+    def score(self, record: Mapping[str, Any]) -> float:
+        """What the best epoch has most of."""
+        if self.select_by != "top1":
+            return score_of(record, self.select_by)
+        return float(record.get(self.selects, -1.0))
+
+    def best(self) -> dict[str, float]:
+        """The best epoch's number, by its name in logs and summary."""
+        return {"best_acc": self.best_acc}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def progress(items: Iterable[Any], title: str, total: int | None = None, done: i
 
 
 WIDTH = 100
-"""Columns of what a run prints."""
+"""Columns of what a run prints, at most."""
 _COLOURS = {"TRAIN": 31, "EVAL": 32, "INFO": 36}
 
 
@@ -129,6 +130,12 @@ def adjust_learning_rate(epoch: int, cfg: Any, optimizer: Optimizer) -> float:
 def log_msg(msg: str, mode: str = "INFO") -> str:
     """`msg` behind its [MODE], coloured on a terminal."""
     return coloured(f"[{mode}] {msg}", mode)
+
+
+def width() -> int:
+    """Columns for what a run prints: :data:`WIDTH`, or those of a narrower terminal."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    return max(40, min(WIDTH, columns))
 
 
 def coloured(text: str, mode: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,16 @@ def save(figure: Figure, path: Path) -> None:
     path.write_text(svg, encoding="utf-8")
 
 
+def colours(count: int) -> list[str]:
+    """As many different colours: COLOURS, or for more hues around the circle, dark and light."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    tones = (
+        colorsys.hls_to_rgb(i / count, (0.34, 0.6)[i % 2], (0.9, 0.65)[i % 2]) for i in range(count)
+    )
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in tone) for tone in tones]
+
+
 def scatter(
     panels: Sequence[tuple[str, np.ndarray]],
     targets: Tensor,
@@ -82,10 +94,11 @@ def scatter(
     """
     figure = new_figure(4.6 * len(panels) + 1.2, 4.8)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    palette = colours(len(chosen))
     for ax, (title, points) in zip(axes, panels, strict=True):
         for i, k in enumerate(chosen):
             of_class = points[(targets == k).numpy()]
-            style = {"c": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            style = {"color": palette[i], "marker": MARKERS[i % len(MARKERS)]}
             ax.scatter(*of_class.T, s=14, alpha=0.75, linewidths=0, label=classes[k], **style)
         ax.set_title(title, fontsize=10)
         ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
@@ -183,9 +196,11 @@ def attention(
 ) -> Figure:
     """A row an image: the image, then the maps of each network's stages, each on its own scale.
 
+    Wrong predictions are marked by a cross, and in colour.
+
     Args:
         images: [N, 3, H, W] in [0, 1].
-        rows: what to call the images.
+        rows: the true classes of the images.
         networks: title, maps [N, h, w] of each stage, and predictions of each.
     """
     columns = 1 + sum(len(maps) for _, maps, _ in networks)
@@ -196,7 +211,7 @@ def attention(
     axes = parts[0].subplots(len(images), 1, squeeze=False)
     for ax, image, name in zip(axes[:, 0], images, rows, strict=True):
         ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-        ax.set_ylabel(name, rotation=90, fontsize=9)
+        ax.set_ylabel(_two_lines(name), fontsize=9)
     axes[0, 0].set_title("image", fontsize=9)
     lines = max(title.count("\n") for title, _, _ in networks)
     parts[0].suptitle("\n" * lines + " ", fontsize=10)  # rows are as high as in the other parts
@@ -207,12 +222,22 @@ def attention(
             axes[0, j].set_title(f"stage {j + 1}", fontsize=9)
             for ax, values in zip(axes[:, j], stage, strict=True):
                 ax.imshow(values.numpy(), cmap="cividis", interpolation="nearest")
-        for ax, name in zip(axes[:, 0], predicted, strict=True):
-            ax.set_ylabel(f"says {name}", fontsize=8)
+        for ax, name, truth in zip(axes[:, 0], predicted, rows, strict=True):
+            if name == truth:
+                ax.set_ylabel(_two_lines(f"says {name}"), fontsize=8)
+                continue
+            wrong: Any = {"color": COLOURS[1], "fontweight": "bold"}
+            ax.set_ylabel(_two_lines(f"\N{BALLOT X} says {name}"), fontsize=8, **wrong)
+            ax.spines[:].set(color=COLOURS[1], linewidth=2)
     for part in parts:
         for ax in part.axes:
             ax.set(xticks=[], yticks=[])
     return figure
+
+
+def _two_lines(name: str) -> str:
+    """A label that is no longer than a row is high."""
+    return textwrap.fill(name, 16, max_lines=2, placeholder=" \N{HORIZONTAL ELLIPSIS}")
 
 
 def grid(images: Sequence[Tensor], captions: Sequence[str], title: str, columns: int = 6) -> Figure:

@@ -94,6 +94,11 @@ def _from_run(
     if not data:  # a run of an earlier version
         refuse_commands(folder, cfg, overrides)
         data = data_facts(load_test_loader(cfg, torch.device("cpu")))
+    if not data["num_classes"]:
+        raise UserError(
+            f"{folder} was trained without labels, so its student has no classes to predict; "
+            "judge its features by: mdistiller eval RUN --probe knn --labelled FOLDER"
+        )
     how = recorded_preprocessing(data, folder) or eval_preprocessing(cfg)
     size = tuple(data["image_size"])
     facts: Any = SimpleNamespace(**{**data, "image_size": size, "preprocessing": how})

@@ -218,7 +218,7 @@ def load_all(
         The test set of the first network, or of the first run's, and the networks.
     """
     facts = data_spec(cfg)
-    preprocessing = [_own_preprocessing(source, facts) for source in sources]
+    preprocessing = [own_preprocessing_of(source, facts) for source in sources]
     runs = [i for i, source in enumerate(sources) if source.run is not None]
     first = runs[0] if runs else 0
     views = {one: eval_preprocessing(cfg, one) for one in set(preprocessing)}
@@ -251,7 +251,7 @@ def load_all(
 def load_beside(source: Source, cfg: Config, test: TestData, device: torch.device) -> Subject:
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
-    preprocessing = _own_preprocessing(source, facts) if facts.files else None
+    preprocessing = own_preprocessing_of(source, facts) if facts.files else None
     own_size = teacher_image_size(source.cfg) if source.role == "TEACHER" and facts.files else None
     if not own_size and (preprocessing is None or test.preprocessing.resize == "keep"):
         return load(source, test, device)
@@ -262,7 +262,7 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     return replace(load(source, other, device), loader=other.loader)
 
 
-def _own_preprocessing(source: Source, facts: DataSpec) -> Preprocessing | None:
+def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | None:
     """How a network has its images prepared; None where that cannot matter."""
     if not facts.files:
         return None

@@ -10,15 +10,23 @@ from typing import Any
 from tabulate import tabulate
 
 
-def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def markdown_table(
+    head: Iterable[object], rows: Iterable[Iterable[object]], right: Sequence[bool] = ()
+) -> str:
     """A Markdown table with the cells as they are; "" without rows.
 
     Bars in a cell are escaped, line breaks become spaces.
+
+    Args:
+        right: of each column, whether it is aligned on the right; by default none is.
     """
     cells = [
         [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *rows)
     ]
-    return tabulate(cells[1:], cells[0], "github", disable_numparse=True) if cells[1:] else ""
+    if not cells[1:]:
+        return ""
+    sides = ["right" if one else "left" for one in right] or None
+    return tabulate(cells[1:], cells[0], "github", disable_numparse=True, colalign=sides)
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Input normalisation of a network that was trained on differently normalised images."""
+"""Input normalisation and size of a network that was trained on other images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.preprocessing import Statistics
@@ -29,6 +30,24 @@ def renormalize_input(net: nn.Module, given: Statistics, wanted: Statistics) -> 
     for name, values in (("input_factor", factor), ("input_offset", offset)):
         net.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
     net.register_forward_pre_hook(_renormalize)
+
+
+def resize_input(net: nn.Module, size: tuple[int, int]) -> None:
+    """Make `net` resize its images to `size` (height, width) before each forward, bicubically."""
+    net._input_size = size  # type: ignore[assignment]
+    net.register_forward_pre_hook(_resize)
+
+
+def _resize(net: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *rest = inputs
+    if tuple(image.shape[2:]) == net._input_size:
+        return inputs
+    return (F.interpolate(image, net._input_size, mode="bicubic", antialias=True), *rest)
+
+
+def input_size(net: nn.Module) -> tuple[int, int] | None:
+    """The size set by :func:`resize_input`; None if it was not called."""
+    return getattr(net, "_input_size", None)
 
 
 def input_norm(net: nn.Module) -> list[list[float]] | None:

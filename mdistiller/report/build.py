@@ -15,8 +15,9 @@ from mdistiller.report.evaluations import (
     evaluated,
     predictions,
 )
-from mdistiller.report.groups import Group, comparable, find_baselines, group
-from mdistiller.report.numbers import difference
+from mdistiller.report.groups import Group, comparable, find_baselines, group, measure
+from mdistiller.report.headline import means, sentence, teachers_of
+from mdistiller.report.numbers import verdict
 from mdistiller.report.published import published_for
 from mdistiller.report.runs import FAILED, FINISHED, read_runs
 
@@ -47,6 +48,8 @@ def build_report(
     bases = find_baselines(groups, baseline)
     images = tables.chosen_by(groups)
     groups.sort(key=lambda g: _rank(g, bases, which, images))
+    taught_by = teachers_of(groups, bases)
+    students = [g for g in groups if g not in taught_by]
     each: list[Group | None] = [*bases] or [None]
     compared = [
         section
@@ -54,7 +57,8 @@ def build_report(
         for section in _compare(_beside(groups, base, bases), base, which, reach, len(bases) > 1)
     ]
     sections = [
-        tables.accuracy(groups),
+        _means(students, bases, which),
+        tables.accuracy(groups, taught_by),
         *compared,
         tables.published(groups),
         listings.ablations(groups, which, images),
@@ -65,8 +69,28 @@ def build_report(
         listings.runs(groups),
         listings.provenance(groups),
     ]
-    kept = [s for s in sections if s.notes or s.tables or s.charts]
-    return Report(title, _lead(groups, bases), kept, _numbers(groups, bases, which, reach))
+    kept = [s for s in sections if s.notes or s.tables or s.charts or s.means]
+    results = (sentence(_beside(students, b, bases), b, which, images) for b in each)
+    lead = [*(text for text in results if text), *_lead(groups, bases)]
+    numbers = _numbers(groups, bases, which, reach, taught_by)
+    return Report(title, lead, kept, numbers, measure(groups))
+
+
+def _means(students: Sequence[Group], bases: Sequence[Group], which: str) -> Section:
+    """The charts of means, one for each baseline."""
+    section = Section("Means")
+    each: list[Group | None] = [*bases] or [None]
+    for base in each:
+        chart = means(_beside(students, base, bases), base, which, curves.MOST)
+        chart.title += f", {base.name}" if base and len(bases) > 1 else ""
+        if len(chart.points) > 1:
+            section.means.append(chart)
+    if section.means:
+        section.notes.append(
+            "Dots are means over seeds, bars their 95 % confidence intervals"
+            + (", the dashed line is the baseline." if bases else ".")
+        )
+    return section
 
 
 def _compare(
@@ -113,19 +137,26 @@ def _lead(groups: Sequence[Group], bases: Sequence[Group]) -> list[str]:
 
 
 def _numbers(
-    groups: Sequence[Group], bases: Sequence[Group], which: str, reach: float | None
+    groups: Sequence[Group],
+    bases: Sequence[Group],
+    which: str,
+    reach: float | None,
+    teachers: Sequence[Group],
 ) -> list[dict[str, Any]]:
     rows = []
     for g in groups:
         base = next((base for base in bases if comparable(g, base)), None)
         reference = base or (bases[0] if len(bases) == 1 else None)
-        rows.append(
-            _row(g, base, which, curves.goal(_beside(groups, reference, bases), reference, reach))
-        )
+        wanted = curves.goal(_beside(groups, reference, bases), reference, reach)
+        role = "teacher" if g in teachers else "baseline" if g is base else "student"
+        found = tables.gaps(groups, base, which).get(g.name) if base else None
+        rows.append({"role": role, **_row(g, base, found, which, wanted)})
     return rows
 
 
-def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict[str, Any]:
+def _row(
+    g: Group, base: Group | None, found: Any, which: str, wanted: float | None
+) -> dict[str, Any]:
     states = Counter(run.state for run in g.runs)
     row: dict[str, Any] = {
         "group": g.name,
@@ -139,13 +170,14 @@ def _row(g: Group, base: Group | None, which: str, wanted: float | None) -> dict
         row[f"{kind}_ci95"] = estimate.half if estimate else None
         row[f"{kind}_seeds"] = estimate.n if estimate else 0
     row["selected_on"] = "; ".join(g.facts("selected_on"))
-    gap = None
-    if base is not None and g is not base:
-        gap = difference(*(each.by_seed(lambda run: run.number(which)) for each in (g, base)))
+    gap, holm = found or (None, None)
     row |= {
+        "baseline": base.name if base else None,
         f"{which}_difference": gap.mean if gap else None,
         "difference_ci95": gap.half if gap else None,
         "p": gap.p if gap else None,
+        "p_holm": holm,
+        "verdict": verdict(gap, holm) if gap else None,
         "pairs": gap.n if gap else None,
     }
     hits = [hit for run in g.finished if wanted and (hit := curves.reached(run, wanted))]

@@ -18,10 +18,9 @@ FEW = 5
 """Epochs that are too few for a chart of their own."""
 SHARE = 0.95
 _LEARNING = (
-    ("test_acc", "Accuracy after each epoch", "top-1 %"),
+    ("test_acc", "Accuracy on {images}", "top-1 %"),
     ("train_acc", "Accuracy in training", "top-1 %"),
-    ("test_loss", "Cross-entropy after each epoch", "nats"),
-    ("train_loss", "Training loss, all terms", "loss"),
+    ("test_loss", "Cross-entropy on {images}", "nats"),
 )
 
 
@@ -29,21 +28,44 @@ def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
     """Accuracy and loss by epoch, of the groups that compare with the baseline if there is one."""
     drawn, notes = _drawn(groups, base)
     curves = (*_LEARNING, *(curve for task in TASKS.values() for curve in task.curves))
-    charts = [_chart(drawn, *words) for words in curves]
+    images = _images(drawn)
+    charts = [_chart(drawn, key, title.format(images=images), unit) for key, title, unit in curves]
     longest = max((len(line.mean) for line in charts[0].lines), default=0)
     if longest >= 2 * FEW:
-        half = _chart(drawn, "test_acc", "Accuracy in the second half", "top-1 %", longest // 2)
+        title = f"Accuracy on {images}, second half"
+        half = _chart(drawn, "test_acc", title, "top-1 %", longest // 2)
         charts.insert(1, half)
     return _section("Learning curves", drawn, charts, notes)
 
 
+def _images(groups: Sequence[Group]) -> str:
+    """What epochs are evaluated on."""
+    splits = {bool(g.config.get("DATASET.VAL_SPLIT")) for g in groups}
+    if len(splits) > 1:
+        return "the test set or held-out images"
+    return "held-out images" if True in splits else "the test set"
+
+
 def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
-    """Each term of the training loss by epoch, of the same groups as the learning curves."""
+    """The training loss by epoch, its terms apart: a chart for each group of the same groups."""
     drawn, notes = _drawn(groups, base)
-    rows = (row for g in drawn for run in g.runs for row in run.epochs)
+    charts = [Chart(g.name, "loss", _terms(g)) for g in drawn[:MOST]]
+    section = _section("Training loss", drawn, charts, notes)
+    if len(section.charts) > 1:
+        section.notes.insert(0, "Each group has its own axis: methods' losses do not compare.")
+    return section
+
+
+def _terms(g: Group) -> list[Line]:
+    rows = (row for run in g.runs for row in run.epochs)
     keys = [key for key in dict.fromkeys(k for row in rows for k in row) if "train_loss_" in key]
-    charts = [_chart(drawn, key, key.removeprefix("train_"), "loss") for key in keys]
-    return _section("Loss terms", drawn, charts, notes)
+    if len(keys) != 1:
+        keys.insert(0, "train_loss")
+    lines = [(key, _line(g, key, style)) for style, key in enumerate(keys)]
+    for key, line in lines:
+        if line is not None:
+            line.name = key.removeprefix("train_") if "loss_" in key else "all terms"
+    return [line for _, line in lines if line is not None]
 
 
 def _drawn(groups: Sequence[Group], base: Group | None) -> tuple[list[Group], list[str]]:
@@ -69,14 +91,18 @@ def _section(
 
 
 def _chart(groups: Sequence[Group], key: str, title: str, unit: str, start: int = 1) -> Chart:
-    lines = []
-    for style, g in enumerate(groups[:MOST]):
-        epochs = g.curve(key)[start - 1 :]
-        if epochs:
-            name = g.name if g.finished else f"{g.name} (unfinished)"
-            ends = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
-            lines.append(Line(name, [fmean(epoch) for epoch in epochs], *ends, style))
-    return Chart(title, unit, lines, start)
+    lines = [_line(g, key, style, start) for style, g in enumerate(groups[:MOST])]
+    return Chart(title, unit, [line for line in lines if line is not None], start)
+
+
+def _line(g: Group, key: str, style: int, start: int = 1) -> Line | None:
+    """A group's curve; None if it has none."""
+    epochs = g.curve(key)[start - 1 :]
+    if not epochs:
+        return None
+    name = g.name if g.finished else f"{g.name} (unfinished)"
+    ends = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
+    return Line(name, [fmean(epoch) for epoch in epochs], *ends, style)
 
 
 def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> float | None:
@@ -113,6 +139,8 @@ def convergence(groups: Sequence[Group], base: Group | None, reach: float | None
             epochs, seconds = ([float(hit[i]) for hit in hits] for i in (0, 1))
             row = [g.name, f"{len(hits)} of {len(g.finished)}", plus_minus(estimate(epochs))]
             rows.append([*row, f"{fmean(seconds):.1f}" if seconds else NONE])
+    if not rows:
+        return Section("Convergence")
     whose = base.name if base else "the best group"
     why = "" if reach is not None else f", {SHARE:.0%} of what {whose} ends at"
     head = ["group", "runs that reach it", f"epochs to {wanted:.2f} %", "seconds"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from mdistiller.files.tables import markdown_table
+
+_NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?(e[+-]\d+)?( ± [\d.]+)?$")
 
 
 @dataclass
@@ -22,6 +25,14 @@ class Table:
     rows: list[list[str]]
     caption: str = ""
     heat: list[list[float | None]] | None = None
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether its cells are numbers, to be aligned on the right."""
+        return [
+            number > 0 and all(_NUMBER.match(cell) or cell == "-" for cell in column)
+            for number, column in enumerate(zip(*self.rows, strict=True))
+        ]
 
 
 @dataclass
@@ -51,6 +62,26 @@ class Chart:
 
 
 @dataclass
+class Mean:
+    """A group's mean over seeds and half its interval, None for one seed; `style` as of a Line."""
+
+    name: str
+    mean: float
+    half: float | None
+    text: str
+    style: int = 0
+
+
+@dataclass
+class Means:
+    """Means of groups side by side; `reference` is the baseline's."""
+
+    title: str
+    points: list[Mean]
+    reference: float | None = None
+
+
+@dataclass
 class Section:
     """A heading with notes, tables and charts."""
 
@@ -58,29 +89,31 @@ class Section:
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
+    means: list[Means] = field(default_factory=list)
 
 
 @dataclass
 class Report:
-    """A whole report; `numbers` are the unrounded ones, a row a group."""
+    """A whole report; `numbers` are the unrounded ones, a row a group; `unit` is accuracy's."""
 
     title: str
     lead: list[str]
     sections: list[Section]
     numbers: list[dict[str, Any]]
+    unit: str = "top-1"
 
 
 def markdown(report: Report) -> str:
     """The report without its charts. Texts from configs cannot become markup."""
     parts = [f"# {_safe(report.title)}", *map(_safe, report.lead)]
     for section in report.sections:
-        if not (section.notes or section.tables):
+        if not section.tables and (section.charts or section.means or not section.notes):
             continue
         parts.append(f"## {_safe(section.title)}")
         for table in section.tables:
             parts += [f"**{_safe(table.caption)}**"] if table.caption else []
             rows = [map(_safe, row) for row in table.rows]
-            parts += [markdown_table(map(_safe, table.head), rows)] if rows else []
+            parts += [markdown_table(map(_safe, table.head), rows, table.numeric)] if rows else []
         parts += map(_safe, section.notes)
     return "\n\n".join(parts) + "\n"
 

@@ -14,6 +14,7 @@ from mdistiller.report.document import Chart, Line, Section, Table
 from mdistiller.report.groups import Group
 from mdistiller.report.numbers import estimate
 from mdistiller.report.runs import Run
+from mdistiller.report.tables import plus_minus
 
 _EPOCHS = {"latest": "last", "best": "best"}
 _SAME = 0.3  # points: another device rounds some images to the other side
@@ -127,7 +128,15 @@ def predictions(groups: Sequence[Group], which: str) -> Section:
         return section
     columns = [name for name in COLUMNS if name in used]
     shown = [
-        [name, *(_cell(cells.get(c), c) for c in columns), teacher] for name, cells, teacher in rows
+        [
+            name,
+            *(
+                plus_minus(cells.get(c), most=4 if c.endswith(("nll", "kl")) else 2)
+                for c in columns
+            ),
+            teacher,
+        ]
+        for name, cells, teacher in rows
     ]
     note = f"On the test set, {which} epoch, from tools/eval.py: docs/evaluation.md explains them."
     section.title = "Answers"
@@ -152,11 +161,3 @@ def _precision(groups: Sequence[Group], which: str) -> list[Chart]:
             drawn.setdefault(name, []).append(line)
     charts = [Chart(f"Precision, {k}", "%", lines, 0, "recall %") for k, lines in drawn.items()]
     return charts[: 1 + MOST]
-
-
-def _cell(estimate: Any, name: str) -> str:
-    if estimate is None:
-        return "-"
-    places = 4 if name.endswith(("nll", "kl")) else 2
-    half = "" if estimate.half is None else f" ± {estimate.half:.{places}f}"
-    return f"{estimate.mean:.{places}f}{half}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mdistiller.report.document import Chart, Line, Report, Table
+from mdistiller.report.document import Chart, Line, Means, Report, Table
 
 # Of the drawing, in its own units; shown at up to 1.4 times that, so that texts stay readable.
 WIDTH, HEIGHT = 360.0, 232.0
@@ -51,6 +51,27 @@ class Drawing:
     curves: list[Drawn]
 
 
+@dataclass(frozen=True)
+class Whisker:
+    """A mean in a chart of means: where dot and interval are, in percent of the width."""
+
+    name: str
+    text: str
+    style: int
+    dot: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A chart of means in place; `reference` and `ticks` are in percent of the width."""
+
+    rows: list[Whisker]
+    reference: float | None
+    ticks: list[tuple[float, float]]
+
+
 def page(report: Report) -> str:
     """The page's HTML."""
     environment = Environment(
@@ -63,7 +84,7 @@ def page(report: Report) -> str:
     environment.filters |= {"tick": tick, "breakable": breakable}
     template = environment.get_template("page.html")
     return template.render(
-        report=report, draw=draw, shade=shade, width=WIDTH, height=HEIGHT, top=TOP, left=LEFT
+        report=report, draw=draw, place=place, shade=shade, width=WIDTH, height=HEIGHT
     )
 
 
@@ -77,6 +98,22 @@ def draw(chart: Chart) -> Drawing:
     ticks = nice_ticks(min(finite), max(finite))
     y = Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP, tuple(ticks))
     return Drawing(chart, x, y, [_curve(line, x, y) for line in chart.lines])
+
+
+def place(means: Means) -> Strip:
+    """Put a chart's means on one axis."""
+    ends = [(p.mean - (p.half or 0.0), p.mean + (p.half or 0.0)) for p in means.points]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    if means.reference is not None:
+        low, high = min(low, means.reference), max(high, means.reference)
+    ticks = nice_ticks(low, high, 4)
+    axis = Axis(ticks[0], ticks[-1], 10.0, 90.0, tuple(ticks))
+    rows = [
+        Whisker(p.name, p.text, p.style, *(round(axis.place(v), 2) for v in (p.mean, *its)))
+        for p, its in zip(means.points, ends, strict=True)
+    ]
+    reference = None if means.reference is None else round(axis.place(means.reference), 2)
+    return Strip(rows, reference, [(value, round(axis.place(value), 2)) for value in ticks])
 
 
 def _curve(line: Line, x: Axis, y: Axis) -> Drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -42,35 +43,33 @@ def judged(group: Group, which: str, images: str) -> Estimate | None:
     return estimate(list(group.by_seed(functools.partial(Run.held_out, which=which)).values()))
 
 
-def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
-    """An estimate to two places."""
+def plus_minus(estimate: Estimate | None, sign: str = "", most: int = 2) -> str:
+    """An estimate to the second digit of its interval's half width, to `most` places at most."""
     if estimate is None:
         return NONE
-    half = "" if estimate.half is None else f" ± {estimate.half:.2f}"
-    return f"{estimate.mean:{sign}.2f}{half}"
+    if estimate.half is None:
+        return f"{estimate.mean:{sign}.{most}f}"
+    small = estimate.half < 10.0**-most
+    places = most if small else min(most, max(0, 1 - math.floor(math.log10(estimate.half))))
+    return f"{estimate.mean:{sign}.{places}f} ± {estimate.half:.{places}f}"
 
 
 def joined(values: Sequence[Any]) -> str:
     return "; ".join(map(str, values)) or NONE
 
 
-def accuracy(groups: Sequence[Group]) -> Section:
-    """Mean and interval over seeds, last and best."""
+def accuracy(groups: Sequence[Group], teachers: Sequence[Group] = ()) -> Section:
+    """Mean and interval over seeds, last and best; the teachers in a table of their own."""
     split = any(run.held_out("best") is not None for g in groups for run in g.finished)
     unit = f"test {measure(groups)} %"
     head = ["group", "seeds", f"last epoch, {unit}", f"best epoch, {unit}"]
     head += ["best epoch selected on"]
     head += ["last, held-out", "best, held-out"] if split else []
-    rows = []
-    for g in groups:
-        last, best = over_seeds(g, "last"), over_seeds(g, "best")
-        row = [g.name, str(last.n if last else 0), plus_minus(last), plus_minus(best)]
-        by = [f"by {name.replace('_', ' ')}" for name in g.facts("selected_by") if name != "top1"]
-        row.append(joined([*g.facts("selected_on"), *by]))
-        if split:
-            for which in ("last", "best"):
-                row.append(plus_minus(judged(g, which, "held-out")))
-        rows.append(row)
+    students = [g for g in groups if g not in teachers]
+    shown = [Table(head, [_accuracies(g, split) for g in students])]
+    if teachers:
+        shown[0].caption = "Students"
+        shown.append(Table(head, [_accuracies(g, split) for g in teachers], "Teachers"))
     notes = ["Mean ± half the 95 % confidence interval over seeds (t distribution)."]
     if split and chosen_by(groups) == "held-out":
         notes.append("Groups are in the order of their held-out accuracy.")
@@ -88,14 +87,25 @@ def accuracy(groups: Sequence[Group]) -> Section:
     ]
     if repeated:
         notes.append(f"Several runs of one seed count as their mean: {'; '.join(repeated)}.")
-    return Section("Accuracy", notes, [Table(head, rows)])
+    return Section("Accuracy", notes, shown)
+
+
+def _accuracies(g: Group, split: bool) -> list[str]:
+    """The row of a group; with `split`, its accuracies on held-out images as well."""
+    last, best = over_seeds(g, "last"), over_seeds(g, "best")
+    row = [g.name, str(last.n if last else 0), plus_minus(last), plus_minus(best)]
+    by = [f"by {name.replace('_', ' ')}" for name in g.facts("selected_by") if name != "top1"]
+    row.append(joined([*g.facts("selected_on"), *by]))
+    for which in ("last", "best") if split else ():
+        row.append(plus_minus(judged(g, which, "held-out")))
+    return row
 
 
 def _difference(name: str, gap: Difference | None, adjusted: float | None) -> list[str]:
     if gap is None:
-        return [name, "0", NONE, NONE, NONE, "no seed in common"]
+        return [name, "no seed in common", NONE, "0", NONE, NONE]
     ps = (NONE if p is None else f"{p:.3g}" for p in (gap.p, adjusted))
-    return [name, str(gap.n), plus_minus(gap, "+"), *ps, verdict(gap, adjusted)]
+    return [name, verdict(gap, adjusted), plus_minus(gap, "+"), str(gap.n), *ps]
 
 
 def _trained_otherwise(groups: Sequence[Group], base: Group) -> list[str]:
@@ -107,24 +117,34 @@ def _trained_otherwise(groups: Sequence[Group], base: Group) -> list[str]:
     return notes
 
 
-def differences(groups: Sequence[Group], base: Group | None, which: str) -> Section:
-    """Each group against the baseline, seed by seed."""
-    section = Section("Differences to the baseline")
-    if base is None:
-        section.notes.append("No baseline: name one of the groups with --baseline.")
-        return section
+def gaps(
+    groups: Sequence[Group], base: Group, which: str
+) -> dict[str, tuple[Difference | None, float | None]]:
+    """Each comparable group's difference to the baseline, and its p-value by Holm's adjustment."""
 
     def number(run: Run) -> float | None:
         return run.number(which)
 
-    gaps, apart = {}, [g.name for g in groups if not comparable(g, base)]
-    for g in comparable_groups(groups, base):
-        if g is not base:
-            gaps[g.name] = difference(*(each.by_seed(number) for each in (g, base)))
-    ps = {k: gap.p for k, gap in gaps.items() if gap and gap.p is not None and gap.n >= FEWEST}
+    found = {
+        g.name: difference(*(each.by_seed(number) for each in (g, base)))
+        for g in comparable_groups(groups, base)
+        if g is not base
+    }
+    ps = {k: gap.p for k, gap in found.items() if gap and gap.p is not None and gap.n >= FEWEST}
     adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
-    rows = [_difference(name, gap, adjusted.get(name)) for name, gap in gaps.items()]
-    head = ["group", "pairs", f"points above {base.name}", "p", "p, Holm", "verdict"]
+    return {name: (gap, adjusted.get(name)) for name, gap in found.items()}
+
+
+def differences(groups: Sequence[Group], base: Group | None, which: str) -> Section:
+    """Each group against the baseline, seed by seed."""
+    section = Section("Differences to the baseline")
+    if base is None:
+        return section
+    found = gaps(groups, base, which)
+    ps = [adjusted for _, adjusted in found.values() if adjusted is not None]
+    rows = [_difference(name, *gap) for name, gap in found.items()]
+    apart = [g.name for g in groups if not comparable(g, base)]
+    head = ["group", "verdict", f"points above {base.name}", "pairs", "p", "p, Holm"]
     section.tables.append(Table(head, rows))
     unit = measure(groups)
     section.notes.append(
@@ -164,8 +184,7 @@ def published(groups: Sequence[Group]) -> Section:
             )
     title = "Beside published numbers"
     if not rows:
-        note = "For these methods, networks and data sets nothing is in published.csv."
-        return Section(title, [note])
+        return Section(title)
     note = (
         "Published numbers are, unless a paper says otherwise, the best epoch on the test set, "
         "of one or a few runs, seldom with an interval."

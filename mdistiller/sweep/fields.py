@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "LOSS_FALLS": False,
     "TOGETHER": "auto",
 }
-_VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}}
+_VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}, "TEACHER": ""}
 # Config keys that a sweep sets for each run, and where they come from.
 _SET_BY_SWEEP = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
 

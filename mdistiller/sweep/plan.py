@@ -3,7 +3,8 @@
     SWEEP: NAME            name of the study; marks the file as a sweep
     CONFIG: FILE           the config that trials start from: beside this file, or configs/...
     OVERRIDES: {...}       sections as in a config, laid over every trial
-    VARIANTS: [...]        each with NAME, and CONFIG, OVERRIDES, GRID of its own as needed
+    VARIANTS: [...]        each with NAME, and CONFIG, OVERRIDES, GRID of its own as needed;
+                           TEACHER: ROW takes the student of a row above, of the same seed
     GRID: {KEY: [...]}     all combinations of the values; DISTILLER.TYPE: all is every method
     SPACE: {KEY: AXIS}     a search instead of a grid: AXIS is a list of values, or
                            {LOW: a, HIGH: b} with LOG: True or STEP: s if wanted
@@ -27,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.distillers import get_distiller
-from mdistiller.engine.cfg import Config, load_config
+from mdistiller.engine.cfg import Config, dump_cfg, load_config
 from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.networks.build import check_names
 from mdistiller.engine.run.naming import experiment_name, folder_word
 from mdistiller.engine.run.teacher import teacher_config
-from mdistiller.registry import UserError
+from mdistiller.files.atomic import replacing
+from mdistiller.registry import UserError, suggest
 from mdistiller.sweep import fields
 
 
@@ -65,6 +67,14 @@ class Plan:
     space: dict[str, fields.Axis] = field(default_factory=dict)
     prune: int = 0
     together: str | int = "auto"
+    teachers: dict[str, Trial] = field(default_factory=dict)  # by the file of DISTILLER.TEACHER_CFG
+
+    def write_teachers(self) -> None:
+        """Write the configs of the trials that are teachers of others, beside their run folders."""
+        for file, trial in self.teachers.items():
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(Path(file)) as temporary:
+                temporary.write_text(dump_cfg(trial.configs[0]))
 
 
 def read_plan(
@@ -94,7 +104,8 @@ def read_plan(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     name, metric, loss_falls = table["SWEEP"], table["METRIC"], table["LOSS_FALLS"]
-    return Plan(name, out, metric, loss_falls, trials, space, table["PRUNE"], table["TOGETHER"])
+    rest = (table["PRUNE"], table["TOGETHER"], reader.teachers)
+    return Plan(name, out, metric, loss_falls, trials, space, *rest)
 
 
 @dataclass
@@ -106,6 +117,8 @@ class _Reader:
     overrides: list[str]
     imports: list[str]
     out: Path
+    made: dict[str, Trial] = field(default_factory=dict)
+    teachers: dict[str, Trial] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Trial]:
         """The trials of a grid: variants, their axes, seeds."""
@@ -121,12 +134,39 @@ class _Reader:
                 parts = [variant["NAME"], *fields.label(chosen)]
                 cell = ",".join(filter(None, parts)) or self.table["SWEEP"]
                 pairs = [word for pair in chosen.items() for word in pair]
-                cfg = self.load(cell, config, [*fixed, *pairs])
-                changes = [*changed, *pairs]
+                row = variant["TEACHER"]
+                changes = [*changed, *pairs, *(["TEACHER", row] if row else [])]
+                cfg = None if row else self.load(cell, config, [*fixed, *pairs])
                 words = list(filter(None, parts)) or [self.table["SWEEP"]]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
-                    yield Trial(cell, name, changes, (self.placed(cfg, name, words, seed),))
+                    more = self.taught(variant, seed)
+                    own = cfg or self.load(cell, config, [*fixed, *pairs, *more])
+                    run = self.placed(own, name, words, seed)
+                    self.made[name] = Trial(cell, name, changes, (run,))
+                    yield self.made[name]
+
+    def taught(self, variant: dict[str, Any], seed: int) -> list[Any]:
+        """Overrides that make the student of a variant's TEACHER, a row above, its teacher."""
+        row = variant["TEACHER"]
+        if not row:
+            return []
+        trial = self.made.get(f"{row},seed:{seed}")
+        if trial is None:
+            rows = ", ".join(dict.fromkeys(other.cell for other in self.made.values()))
+            raise UserError(
+                f"variant {variant['NAME']}: TEACHER {row!r} must be a row above it"
+                f"{suggest(row, rows.split(', ')) or f' ({rows})'}"
+            )
+        (cfg,) = trial.configs
+        file = str(self.out / f"{experiment_name(cfg)}.yaml")
+        self.teachers[file] = trial
+        roles = [
+            (f"DISTILLER.TEACHER{kind}", cfg.DISTILLER[f"STUDENT{kind}"]) for kind in ("", "_ARGS")
+        ]
+        roles += [("DISTILLER.TEACHER_NORM", cfg.DISTILLER.STUDENT_NORM)]
+        roles += [("DISTILLER.TEACHER_CKPT", ""), ("DISTILLER.TEACHER_CFG", file)]
+        return [word for pair in roles for word in pair]
 
     def points(self) -> Iterator[Trial]:
         """The trials of a search, still without their values."""
@@ -174,8 +214,15 @@ class _Reader:
     def check(self, cfg: Config) -> None:
         """Refuse what would fail later."""
         check_names(cfg)
-        if cfg.DISTILLER.TEACHER_CFG and get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
-            teacher_config(cfg)
+        needs_one = get_distiller(cfg.DISTILLER.TYPE).uses_teacher
+        planned = self.teachers.get(cfg.DISTILLER.TEACHER_CFG)
+        if planned is None:
+            if cfg.DISTILLER.TEACHER_CFG and needs_one:
+                teacher_config(cfg)
+        elif not needs_one:
+            raise UserError(f"TEACHER has no effect on DISTILLER.TYPE {cfg.DISTILLER.TYPE}")
+        elif planned.configs[0].DATASET != cfg.DATASET:
+            raise UserError(f"TEACHER {planned.cell} has other DATASET settings")
         if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:
             raise UserError(
                 f"METRIC {self.table['METRIC']} needs held-out images: set DATASET.VAL_SPLIT, "

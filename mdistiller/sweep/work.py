@@ -36,6 +36,7 @@ from mdistiller.sweep.study import Attempt, Study
 from mdistiller.sweep.trial_state import HEARTBEAT
 
 MOST = 16  # runs that train in lock-step unless TOGETHER says more
+_POLL = 2.0  # seconds between two looks at trials that others run
 CURVE = ("train_loss", "train_acc")  # of an epoch, kept for the table
 
 
@@ -128,15 +129,18 @@ def _companions(study: Study, trial: Trial, workers: int) -> list[Attempt]:
     If there are more workers than kinds of data, each takes its part of them.
     """
     limit = study.plan.together
-    if limit == "off" or study.plan.space:
+    if limit == "off" or study.plan.space or trial.configs[0].SOLVER.CUDA_GRAPHS:
         return []
     open_trials = study.open_trials()
     kind = _kind(trial)
     kinds = {kind, *map(_kind, open_trials)}
     same = [other for other in open_trials if _kind(other) == kind]
+    same = [other for other in same if not other.configs[0].SOLVER.CUDA_GRAPHS]
     share = -(-(len(same) + 1) // max(1, workers // len(kinds)))
     limit = min(share, MOST if limit == "auto" else int(limit)) - 1
-    free = (other for other in same if not being_trained(other.configs[0]))
+    free = (
+        other for other in same if not _waits(study, other) and not being_trained(other.configs[0])
+    )
     attempts = (study.take(other) for other in free)
     return list(itertools.islice(filter(None, attempts), limit))
 
@@ -148,20 +152,34 @@ def _kind(trial: Trial) -> str:
         return data_key(cfg)
 
 
+def _waits(study: Study, trial: Trial) -> bool:
+    """Whether the teacher of a trial is that of a trial (TEACHER) that is still to end."""
+    teacher = study.plan.teachers.get(trial.configs[0].DISTILLER.TEACHER_CFG)
+    return teacher is not None and study.status()[teacher.name].state in ("open", "running")
+
+
 def _next(study: Study) -> Attempt | None:
-    """An attempt at an open trial, if there is one; trials whose teacher is being trained last."""
-    later = []
-    for trial in study.open_trials():
-        teacher = being_trained(trial.configs[0])
-        if teacher:
-            later.append((trial, teacher))
-        elif attempt := study.take(trial):
-            return attempt
-    for trial, teacher in later:
-        if attempt := study.take(trial):
-            print(f"{trial.name}: waits until the teacher in {teacher} is trained", flush=True)
-            return attempt
-    return None
+    """An attempt at an open trial, if there is one; trials whose teacher is being trained last.
+
+    If all others wait for trials of other processes to end, this does as well.
+    """
+    while True:
+        later, blocked = [], False
+        for trial in study.open_trials():
+            teacher = being_trained(trial.configs[0])
+            if _waits(study, trial):
+                blocked = True
+            elif teacher:
+                later.append((trial, teacher))
+            elif attempt := study.take(trial):
+                return attempt
+        for trial, teacher in later:
+            if attempt := study.take(trial):
+                print(f"{trial.name}: waits until the teacher in {teacher} is trained", flush=True)
+                return attempt
+        if not blocked:
+            return None
+        time.sleep(_POLL)
 
 
 def _run_trial(study: Study, attempt: Attempt) -> None:

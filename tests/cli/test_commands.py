@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ BAD = {
     "DATASET.TYPE imagefolder": "DATASET.ROOT",
     "DATASET.TYPE imagefolder DATASET.ROOT nowhere": "nowhere",
     "--resume": "--resume: there is no checkpoint",
+    "--resume output/nowhere": "leave --cfg out",
     "DISTILLER.TYPE KD DISTILLER.TEACHER resnet56": "no weights for the teacher resnet56",
     "DISTILLER.TYPE KD DISTILLER.TEACHER ResNet18 DISTILLER.STUDENT MobileNetV1 "
     "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
@@ -178,6 +180,15 @@ def test_resume_may_stand_behind_the_overrides():
     )
     assert args.resume
     assert args.opts == ["SOLVER.LR", "0.1", "SOLVER.MIN_LR", "-1"]
+    args = train_command.parser().parse_intermixed_args(["--resume", "out/run", "SOLVER.LR", "1"])
+    assert (args.cfg, args.resume, args.opts) == (None, "out/run", ["SOLVER.LR", "1"])
+
+
+def test_a_config_may_be_named_as_other_programs_do():
+    for words in (["--config", "a.yaml"], ["a.yaml"], ["--resume", "./a.yaml"]):
+        args = train_command.parser().parse_intermixed_args([*words, "SOLVER.LR", "0.1"])
+        assert (Path(args.cfg[0]).name, args.opts) == ("a.yaml", ["SOLVER.LR", "0.1"])
+        assert args.resume in (None, "yes")
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path, capsys):

@@ -41,16 +41,27 @@ def evaluated(folder, *words):
     return json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def refused(capsys, *words):
+def refused(capsys, *words, lines=1):
     capsys.readouterr()
     assert eval_command.main([str(word) for word in words]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines, said
+    return said[-1]
 
 
 def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
-    latest, best = evaluated(tmp_path, run)["networks"]
+    """What else a shell's pattern gives is skipped, with a line each."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "run.log").touch()
+    (tmp_path / "begun").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "begun")
+    others = sorted(tmp_path.iterdir())
+    latest, best = evaluated(tmp_path, run, *others)["networks"]
+    why = ["the run has no checkpoint yet", *["it is not a run folder (no config.yaml)"] * 2]
+    skipped = [f"skipped {path}: {text}" for path, text in zip(others, why, strict=True)]
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == skipped
+    assert "none of the 2 paths is a run folder" in refused(capsys, *others[1:], lines=3)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert latest["top1"] == pytest.approx(rows[-1]["test_acc"], abs=1e-4)
     assert latest["nll"] == pytest.approx(rows[-1]["test_loss"], abs=1e-5)
@@ -59,7 +70,7 @@ def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
     assert best["note"] == f"epoch {summary['best_epoch']}, selected on the test set"
     assert (latest["note"], latest["model"], latest["images"]) == ("", "resnet8", 60)
     assert latest["label"] == "toy/run latest"
-    shown = unpadded(capsys.readouterr().out).splitlines()
+    shown = unpadded(printed.out).splitlines()
     line = f"resnet8 on toy (60 images): top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
     assert shown[0] == f"[EVAL] {line}  loss {latest['nll']:.4f}"
     assert any(text.startswith("| resnet8 | toy/run best |") for text in shown)

@@ -136,7 +136,7 @@ def test_the_teacher_may_see_images_of_another_size(tmp_path, photographs, capsy
             assert next(iter(trainer.train_loader))[0].shape[2:] == fed
 
     teacher = ["TEACHER", "resnet8", "TEACHER_CKPT", saved_teacher(tmp_path, num_classes=3)]
-    teacher += ["TEACHER_IMAGE_SIZE", size, "TEACHER_FOLD", "False"]
+    teacher += ["TEACHER_SIZE", size, "TEACHER_FOLD", "False"]
     settings = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", photographs]
     settings += ["DATASET.IMAGE_SIZE", "32", "DISTILLER.TYPE", "KD+AT", "LOG.PREFIX", tmp_path]
     settings += [f"DISTILLER.{x}" if i % 2 == 0 else x for i, x in enumerate(teacher)]

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.gpu import main as gpu_check
 from benchmarks.gpu import packages, parts, sync
+from mdistiller.engine import captured
 from mdistiller.engine.networks import compiling
 
 
@@ -21,7 +22,9 @@ def rows_of(part, folder):
 
 def test_every_part_measures_its_cases(tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", compiling.BACKEND)  # quick ones set it
-    rows = {part: rows_of(part, tmp_path) for part in ("sync", "together", "steps", "compiled")}
+    monkeypatch.setattr(captured, "CudaGraph", captured.CudaGraph)
+    names = ("sync", "together", "recorded", "steps", "compiled")
+    rows = {part: rows_of(part, tmp_path) for part in names}
     assert [row.get("error") for part in rows.values() for row in part if row.get("error")] == []
     assert [(row["method"], row["setting"], row["unread"]) for row in rows["sync"]] == [
         ("KD", "fp32", 6),
@@ -32,6 +35,10 @@ def test_every_part_measures_its_cases(tmp_path, monkeypatch):
     for group in rows["together"]:
         assert group["difference"] == 0
         assert group["ratio"] == group["seconds"]["together"] / group["seconds"]["alone"]
+    assert [(row["method"], row["difference"]) for row in rows["recorded"]] == [
+        ("KD", 0),
+        ("DKD", 0),
+    ]
     assert [row["precision"] for row in rows["steps"]] == ["fp32", "TF32", "bf16"]
     assert rows["steps"][0]["classic_ms"] > 0
     for row in rows["steps"] + rows["compiled"]:
@@ -42,8 +49,8 @@ def test_every_part_measures_its_cases(tmp_path, monkeypatch):
     from benchmarks.gpu.page import page
 
     text = page(report)
-    assert text.count("\n## ") == 4
-    assert text.count("resnet8 -> resnet8") == 3 + 2 + 2 + 1
+    assert text.count("\n## ") == 5
+    assert text.count("resnet8 -> resnet8") == 3 + 2 + 1 + 2 + 1
 
 
 def test_a_network_that_was_not_compiled_gives_no_figures(tmp_path, monkeypatch):

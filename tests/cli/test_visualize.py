@@ -12,6 +12,7 @@ from support import REPO, TOY, image_folder, saved_teacher
 from mdistiller.cli import visualize
 from mdistiller.dataset import load_test_loader
 from mdistiller.engine.cfg import load_config
+from mdistiller.evaluation import draw
 from mdistiller.models import get_model_entry
 
 NOTEBOOKS = sorted((REPO / "tools" / "visualizations").glob("*.ipynb"))
@@ -42,6 +43,18 @@ def shown(axes):
     return np.asarray(axes.images[0].get_array())
 
 
+def test_every_class_has_a_colour_and_a_long_name_two_lines():
+    for count in (3, 10, draw.MOST_CLASSES):
+        assert len(set(draw.colours(count))) == count
+    names = ["fire engine, fire truck or a third long name", "cat"]
+    told = ("net", [torch.rand(2, 4, 4)], [names[1], names[1]])
+    figure = draw.attention(torch.rand(2, 3, 8, 8), names, [told])
+    labels = [axes.yaxis.label for axes in figure.axes]
+    assert max(len(line) for label in labels for line in label.get_text().split("\n")) <= 16
+    assert [label.get_text() for label in labels[2:]] == ["\N{BALLOT X} says cat", "says cat"]
+    assert labels[2].get_color() != labels[3].get_color()
+
+
 def test_correlation_shows_numpys(words):
     figure = visualize.picture(["correlation", *words, "--classes", "7,2,4"])
     left, right = figure.axes[:2]
@@ -70,7 +83,8 @@ def test_attention_shows_each_stage_of_both(words):
         (place,) = np.flatnonzero(near)
         assert targets[place] == 5
         if stage == 0:
-            assert axes.get_ylabel() == f"says {said[place]}"
+            mark = "" if said[place] == 5 else "\N{BALLOT X} "
+            assert axes.get_ylabel() == f"{mark}says {said[place]}"
             digit = shown(picture.axes[row])
             assert digit.min() >= 0
             assert digit.max() <= 1

@@ -22,6 +22,7 @@ METHODS = {
     "CC neighbour": ("CC", ["CC.LOSS.FEAT_WEIGHT", 1.0]),
     "CC kernel": ("CC", ["CC.FORM", "kernel", "CC.LOSS.FEAT_WEIGHT", 100.0]),
     "NST": ("NST", []),
+    "RADIO": ("RADIO", []),
     "AT": ("AT", []),
     "KDSVD": ("KDSVD", ["KDSVD.SIGNS", "canonical"]),
     "SEMCKD": ("SEMCKD", []),
@@ -55,7 +56,7 @@ class Net(nn.Module):
         first = self.first(image).tanh()
         second = self.second(first).tanh()
         pooled = second.mean((2, 3))
-        features = {"feats": [image, first, second], "pooled_feat": pooled}
+        features = {"feats": [image, first, second], "pooled_feat": pooled, "final_map": second}
         return self.head(pooled), features
 
 

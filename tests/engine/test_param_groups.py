@@ -60,6 +60,15 @@ def test_patterns_are_those_of_file_names_and_modules():
     }
     downsample = {"layer2.0.downsample.1", "layer3.0.downsample.1"}
     assert fixed == {"layer1.0.bn1", "layer1.0.bn2", "layer3.0.bn2", *downsample}  # bn1 is trained
+    net = resnet8()
+    norms = freeze(net, ["*", "!fc", "!layer3.*.bn1.bias"])
+    assert [n for n, p in net.named_parameters() if p.requires_grad] == [
+        *("layer3.0.bn1.bias", "fc.weight", "fc.bias"),
+    ]
+    assert {m for n, m in net.named_modules() if "bn" in n or n.endswith("downsample.1")} == {
+        *norms,
+        net.layer3[0].bn1,
+    }
     for patterns, message in (
         (["layr1.*"], "SOLVER.FREEZE: 'layr1.*' matches no parameter.*did you mean 'layer1'"),
         (["stem"], r"its modules: conv1, bn1, layer1, layer2, layer3, fc\)"),

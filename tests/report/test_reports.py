@@ -28,6 +28,7 @@ from mdistiller.report import curves, page
 from mdistiller.report.build import build_report
 from mdistiller.report.document import Chart, Line, markdown
 from mdistiller.report.groups import find_baselines, grids, group, varying_keys
+from mdistiller.report.latex import latex
 from mdistiller.report.numbers import difference, estimate, holm, verdict
 from mdistiller.report.published import Published, _configs, departures, published, published_for
 from mdistiller.report.runs import read_runs
@@ -112,10 +113,10 @@ def test_a_p_that_one_test_would_do_with_is_not_enough_among_many(tmp_path):
             end = 70.0 + (1.0 + noise if number else 0.0)
             make_run(tmp_path / f"{number},seed:{seed}", [end], *method, seed=seed)
     found = rows(build_report([tmp_path], "0"), "Differences to the baseline")
-    p = float(found["1"][2])
+    p = float(found["1"][3])
     assert 0.017 < p < 0.05
-    assert float(found["1"][3]) == pytest.approx(3 * p, rel=0.01)
-    assert found["1"][4] == "not told apart"
+    assert float(found["1"][4]) == pytest.approx(3 * p, rel=0.01)
+    assert found["1"][0] == "not told apart"
 
 
 # Groups
@@ -147,7 +148,7 @@ def test_runs_of_one_seed_count_once(tmp_path):
     for name, end in {"x,seed:0": 70.0, "copy/x,seed:0": 72.0, "x,seed:1": 75.0}.items():
         make_run(tmp_path / name, [end], seed=int(name[-1]))
     report = build_report([tmp_path])
-    assert rows(report, "Accuracy")["x"][:2] == ["2", "73.00 ± 25.41"]  # of 71 and 75
+    assert rows(report, "Accuracy")["x"][:2] == ["2", "73 ± 25"]  # of 71 and 75
     assert "Several runs of one seed count as their mean: x (seed 0)." in markdown(report)
 
 
@@ -244,19 +245,58 @@ def test_one_folder_of_images_is_one_data_set_however_it_is_spelled(tmp_path, mo
 def test_accuracy_differences_teacher_and_cost(two):
     report = build_report([two])
     assert rows(report, "Accuracy") == {
-        "plain": ["3", "71.00 ± 2.48", "72.00 ± 2.48", "test set"],
-        "KD": ["3", "73.00 ± 4.97", "74.00 ± 4.97", "test set"],
+        "plain": ["3", "71.0 ± 2.5", "72.0 ± 2.5", "test set"],
+        "KD": ["3", "73.0 ± 5.0", "74.0 ± 5.0", "test set"],
     }
     assert rows(report, "Differences to the baseline") == {
-        "KD": ["3", "+2.00 ± 2.48", "0.0742", "0.0742", "not told apart"]
+        "KD": ["not told apart", "+2.0 ± 2.5", "3", "0.0742", "0.0742"]
     }
     assert rows(report, "Teacher and student")["KD"] == [
-        *("ResNet50", "80.00", "73.00 ± 4.97", "-7.00 ± 4.97")
+        *("ResNet50", "80.00", "73.0 ± 5.0", "-7.0 ± 5.0")
     ]
     cost = rows(report, "Cost")["KD"]
     assert cost[:3] == ["6.0", "500", "10"]
     best = build_report([two], "KD", "best")
-    assert rows(best, "Differences to the baseline")["plain"][1] == "-2.00 ± 2.48"
+    assert rows(best, "Differences to the baseline")["plain"][1] == "-2.0 ± 2.5"
+
+
+def test_the_result_comes_first_and_teachers_stand_apart(two):
+    make_run(two / "teacher", [80.0], "DISTILLER.STUDENT", "ResNet50", *METHODS["plain"])
+    make_run(two / "plain,seed:3", [1.0], *METHODS["plain"], seed=3, finished=False)
+    report = build_report([two])
+    assert report.lead[0] == (
+        "KD 73.0 ± 5.0 % (top-1 on the test set, last epoch, 3 seeds), +2.0 ± 2.5 points over "
+        "plain (p = 0.074, not told apart)."
+    )
+    (chart,) = report.sections[0].means
+    assert [(point.name, point.text) for point in chart.points] == [
+        *(("KD", "73.0 ± 5.0"), ("plain", "71.0 ± 2.5")),
+    ]
+    strip = page.place(chart)
+    kd, plain = strip.rows
+    assert strip.reference == plain.dot < kd.dot
+    assert kd.high - kd.low == pytest.approx(2 * (plain.high - plain.low), abs=0.1)
+    students, teachers = next(s for s in report.sections if s.title == "Accuracy").tables
+    assert [row[0] for row in students.rows] == ["plain", "KD"]
+    assert [row[0] for row in teachers.rows] == ["teacher"]
+    assert students.numeric == [False, True, True, True, False]
+    assert build_report([two], "KD").lead[0].endswith("no group is above the baseline.")
+    kinds = {s.title for s in report.sections if not (s.tables or s.charts or s.means)}
+    assert kinds == set()
+
+
+def test_a_table_for_a_paper(two):
+    make_run(two / "50% & more", [80.0], "DISTILLER.STUDENT", "ResNet50", *METHODS["plain"])
+    report = build_report([two])
+    text = latex(report.numbers, "last", report.unit)
+    assert text.splitlines()[2:] == [
+        *("\\begin{tabular}{lrrrr}", "\\toprule"),
+        *("Method & Seeds & top-1 (\\%) & Difference & $p$ \\\\", "\\midrule"),
+        *("50\\% \\& more & 1 & $80.00$ & -- & -- \\\\", "\\midrule"),
+        "plain & 3 & $71.0 \\pm 2.5$ & -- & -- \\\\",
+        "KD & 3 & $\\mathbf{73.0 \\pm 5.0}$ & $+2.0 \\pm 2.5$ & $0.074$ \\\\",
+        *("\\bottomrule", "\\end{tabular}"),
+    ]
 
 
 def test_held_out_images_are_kept_apart_from_the_test_set(tmp_path):
@@ -269,6 +309,8 @@ def test_held_out_images_are_kept_apart_from_the_test_set(tmp_path):
         *("55.00 ± 0.00", "60.00 ± 0.00"),
     ]
     assert "is too high a number" not in markdown(report)
+    (section,) = (s for s in report.sections if s.title == "Learning curves")
+    assert section.charts[0].title == "Accuracy on held-out images"
 
 
 def test_one_run_is_enough(tmp_path):
@@ -277,7 +319,7 @@ def test_one_run_is_enough(tmp_path):
     assert rows(report, "Accuracy")["x"][:2] == ["1", "60.00"]
     text = markdown(report)
     assert "One seed has no interval" in text
-    assert "No baseline: name one of the groups with --baseline." in text
+    assert text.splitlines()[2] == "x 60.00 % (top-1 on the test set, last epoch, one seed)."
     assert page.page(report).count("<svg viewBox") >= 4
 
 
@@ -300,11 +342,12 @@ def test_curves_are_means_with_the_lowest_and_the_highest(two):
     )
     long = make_run(two / "long", [float(epoch) for epoch in range(1, 21)], "SOLVER.LR", 0.2)
     half = curves.learning(group(read_runs([two]))).charts[1]
-    assert (half.title, half.start) == ("Accuracy in the second half", 10)
+    assert (half.title, half.start) == ("Accuracy on the test set, second half", 10)
     assert [(line.name, line.mean[0]) for line in half.lines] == [(long.name, 10.0)]
-    (terms,) = (s for s in report.sections if s.title == "Loss terms")
-    assert [chart.title for chart in terms.charts] == ["loss_ce", "loss_kd"]
-    assert terms.charts[1].lines[0].mean == pytest.approx([0.4, 0.2, 0.4 / 3])
+    (terms,) = (s for s in report.sections if s.title == "Training loss")
+    kd = next(chart for chart in terms.charts if chart.title == "KD")
+    assert [line.name for line in kd.lines] == ["all terms", "loss_ce", "loss_kd"]
+    assert kd.lines[2].mean == pytest.approx([0.4, 0.2, 0.4 / 3])
 
 
 def test_curves_go_by_epoch_where_a_line_is_lost(two):
@@ -388,9 +431,8 @@ def test_unfinished_and_damaged_runs_are_listed(two):
     assert states["KD,seed:4"] == "unfinished: after epoch 2 of 10"
     assert states["broken"] == "unfinished: config.yaml is damaged"
     assert states["original"].startswith("unfinished: no config.yaml")
-    assert report.lead[0] == (
-        "10 runs in 4 groups that differ in more than the seed: 6 finished, 4 unfinished."
-    )
+    counts = "10 runs in 4 groups that differ in more than the seed: 6 finished, 4 unfinished."
+    assert counts in report.lead
 
 
 def test_a_run_that_fails_records_why(tmp_path, monkeypatch):
@@ -434,7 +476,8 @@ def test_a_real_sweep_with_a_failure(tmp_path, capsys):
         json.loads((out / "toy" / f"good-seed={s}" / "summary.json").read_text()) for s in (0, 1)
     ]
     mean = (good[0]["last_acc"] + good[1]["last_acc"]) / 2
-    assert rows(report, "Accuracy")["good"][1].startswith(f"{mean:.2f} ± ")
+    (numbers,) = (row for row in report.numbers if row["group"] == "good")
+    assert numbers["last_mean"] == pytest.approx(mean)
     assert rows(report, "Made with")
     (out / "study.db").unlink()  # with a study in another database: the logs tell
     lost = {run.folder.name: run for run in read_runs([out])}
@@ -573,7 +616,7 @@ def test_a_teachers_longer_run_squeezes_no_curve(tmp_path):
     found = build_report([tmp_path], "plain")
     (section,) = [s for s in found.sections if s.title == "Learning curves"]
     half = section.charts[1]
-    assert half.title == "Accuracy in the second half"
+    assert half.title == "Accuracy on the test set, second half"
     assert half.start == 5
     assert {line.name for line in half.lines} == {"plain", "kd"}
     assert section.notes[-1] == "Not drawn, as they do not compare with plain: teacher."

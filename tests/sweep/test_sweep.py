@@ -619,6 +619,58 @@ def test_a_teacher_is_trained_by_one_while_others_wait(sweep, request):
     assert teacher.being_trained(cfg) is None
 
 
+CHAIN = (
+    "SEEDS: [3]\nVARIANTS:\n  - NAME: first\n  - NAME: second\n    TEACHER: first\n"
+    "    OVERRIDES: &kd {DISTILLER: {TYPE: KD}}\n"
+    "  - NAME: third\n    TEACHER: second\n    OVERRIDES: *kd\n"
+)
+
+
+def test_a_rows_student_is_the_next_rows_teacher_seed_by_seed(sweep, capsys):
+    """Each run once, whoever needs it first, and never in lock-step with its own teacher."""
+    path = sweep(CHAIN, epochs=1)
+    assert command.main([*words(path), "--dry-run"]) == 0
+    assert "second,seed:3  DISTILLER.TYPE KD TEACHER first\n" in capsys.readouterr().out
+    assert not sweep.out.exists()
+    assert command.main([*words(path), "--jobs", "1"]) == 0
+    assert "lock-step" not in capsys.readouterr().out
+    runs = {run.name: run for run in (sweep.out / "toy").glob("*/")}
+    assert len(runs) == 3
+    for name, above in (("second-seed=3", "first-seed=3"), ("third-seed=3", "second-seed=3")):
+        record = json.loads((runs[name] / "run.json").read_text())
+        assert record["teacher"] == f"../{above}/student_latest"
+        mine = torch.load(runs[name] / "latest", weights_only=True)["model"]
+        theirs = torch.load(runs[above] / "student_latest", weights_only=True)["model"]
+        assert torch.equal(mine["teacher.fc.weight"], theirs["fc.weight"])
+    assert started(sweep.folder) == {"first-seed=3": 1}
+    assert command.main(words(path)) == 0  # all is there
+
+
+def test_a_trial_waits_for_its_teachers_trial_in_another_process(sweep, monkeypatch):
+    plan = read_plan(sweep(CHAIN), out=sweep.out)
+    plan.write_teachers()
+    study = Study(plan, f"sqlite:///{sweep.out / 's.db'}")
+    first = work._next(study)
+    ends = [lambda: first.finish([{"last_acc": 50.0}])]
+    monkeypatch.setattr(work.time, "sleep", lambda seconds: ends.pop()())
+    assert [first.trial.name, work._next(study).trial.name] == ["first,seed:3", "second,seed:3"]
+    assert not ends
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("TEACHER: first", "TEACHER: frist", "TEACHER 'frist' must be a row above it; did you"),
+        ("TEACHER: first", "TEACHER: third", r"TEACHER 'third' must be a row above it (first)"),
+        ("TYPE: KD", "TYPE: NONE", "second: TEACHER has no effect on DISTILLER.TYPE NONE"),
+        ("NAME: first", "NAME: first\n    OVERRIDES: {DATASET: {VAL_SPLIT: 9}}", "other DATASET"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_one_line(sweep, capsys, old, new, says):
+    assert command.main([*words(sweep(CHAIN.replace(old, new, 1))), "--dry-run"]) == 2
+    assert says in capsys.readouterr().err
+
+
 # The table
 
 

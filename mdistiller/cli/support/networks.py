@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +97,43 @@ def find_paths(args: argparse.Namespace) -> None:
     Raises:
         UserError: one does not exist.
     """
+    given = []
     while args.opts and split_key(args.opts[0])[0].exists():
-        args.ckpt.append(args.opts.pop(0))
+        given.append(args.opts.pop(0))
+    args.ckpt += _networks_among(given, bool(args.model)) if len(given) > 1 else given
     first = args.opts[0] if args.opts else ""
     named = "/" in first or (first and not first.partition(".")[0].isupper())  # config keys are
     for path in [*args.ckpt, *([first] if named else [])]:
         if path != "pretrain" and not split_key(path)[0].exists():
             raise UserError(f"run folder or file {path} does not exist")
+
+
+def _networks_among(paths: Sequence[str], named: bool) -> list[str]:
+    """Of what a shell made of a pattern, the runs with checkpoints and files with weights; a line
+    is printed for each other path.
+
+    Args:
+        named: -m names the networks of files that are not in a run folder.
+
+    Raises:
+        UserError: none is one.
+    """
+    found = []
+    for path in paths:
+        file = split_key(path)[0]
+        run = file if file.is_dir() else file.parent
+        if not (run / "config.yaml").is_file():
+            why = "" if named and file.is_file() else "it is not a run folder (no config.yaml)"
+        else:
+            saved = file.is_file() or (run / "latest").is_file() or any(run.glob("student_*"))
+            why = "" if saved else "the run has no checkpoint yet"
+        if why:
+            print(f"skipped {path}: {why}", file=sys.stderr, flush=True)
+        else:
+            found.append(path)
+    if not found:
+        raise UserError(f"none of the {len(paths)} paths is a run folder or a file of weights")
+    return found
 
 
 def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
@@ -140,6 +171,32 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     if named or any(_decides(key) for key in args.opts[::2]):
         recorded = {}
     return Loaded(cfg.DATASET.TYPE, test, device, subjects, teachers, recorded)
+
+
+def labelled_networks(args: argparse.Namespace) -> tuple[list[Source], Config, torch.device]:
+    """Networks to probe, the runs' own teachers among them, and the config of labelled data."""
+    find_paths(args)
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    check_early(args.cfg, overrides, args.imports)
+    from mdistiller.cli.support.teachers import taught_by
+    from mdistiller.dataset import DATASETS
+    from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.probe import labelled_config
+    from mdistiller.evaluation.subjects import run_teachers
+    from mdistiller.runtime import resolve_device
+
+    given = load_config(args.cfg, overrides, args.imports)
+    sources = _sources(args, args.ckpt, given, ["latest", "best"])
+    teacher = _teacher(args, given, sources)
+    cfg = labelled_config(given, args.labelled)
+    sources += [teacher] if teacher is not None else []
+    if teacher is None and args.teacher != "none":
+        sources += [
+            one
+            for one, _ in run_teachers(taught_by(args.teacher, sources), DATASETS[cfg.DATASET.TYPE])
+        ]
+    return sources, cfg, resolve_device(cfg.DEVICE)
 
 
 def _decides(key: str) -> bool:

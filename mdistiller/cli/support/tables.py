@@ -14,6 +14,7 @@ from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.probe import Probed
 
 
 def check_places(paths: Iterable[Path]) -> None:
@@ -34,6 +35,38 @@ def markdown(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
         _alignment([one for one in found if one.cka]),
     ]
     return "\n\n".join(table for table in tables if table)
+
+
+def probed_markdown(probed: Sequence[Probed], kinds: Sequence[str]) -> str:
+    """A table of the probes' accuracies."""
+    names = {"knn": "k-NN top-1 %", "linear": "linear top-1 %"}
+    rows = [
+        [
+            one.source.name,
+            one.source.label,
+            *(f"{one.accuracies[kind]:.2f}" for kind in kinds),
+            "{:,} + {:,}".format(*one.images),
+            one.source.note or "-",
+        ]
+        for one in probed
+    ]
+    head = ["network", "weights", *(names[kind] for kind in kinds)]
+    return markdown_table([*head, "labelled images (train + test)", "note"], rows)
+
+
+def probed_json(probed: Sequence[Probed], labelled: str) -> str:
+    """The same as JSON."""
+    networks = [
+        {
+            "label": one.source.label,
+            "model": one.source.name,
+            "weights": str(one.source.weights),
+            "images": list(one.images),
+            **one.accuracies,
+        }
+        for one in probed
+    ]
+    return json.dumps({"labelled": labelled, "networks": networks}, indent=1) + "\n"
 
 
 def _quality(found: Sequence[Evaluation], classes: Sequence[str]) -> str:

@@ -92,19 +92,29 @@ def list_class_folders(
     names: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        images = []
-        for place, _, files in os.walk(folder / name):
-            for file in files:
-                path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
-                if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
-                    images.append(os.path.relpath(path, folder))
-                elif skipped is not None and file[0] != ".":
-                    skipped[suffix or "no suffix"] += 1
+        images = list_images(folder, name, skipped)
         if not images:
             raise UserError(f"class folder {folder / name} has no images; add some or remove it")
-        names += sorted(images, key=lambda path: path.split(os.sep))
+        names += images
         targets += [target] * len(images)
     return FileSet.of(folder, names, targets, classes)
+
+
+def list_images(folder: Path, name: str = "", skipped: Counter[str] | None = None) -> list[str]:
+    """Paths below `folder` of all images in ``folder/name``, at any depth, sorted.
+
+    Args:
+        skipped: counts the other files by suffix, except hidden ones.
+    """
+    images = []
+    for place, _, files in os.walk(folder / name):
+        for file in files:
+            path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
+            if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
+                images.append(os.path.relpath(path, folder))
+            elif skipped is not None and file[0] != ".":
+                skipped[suffix or "no suffix"] += 1
+    return sorted(images, key=lambda path: path.split(os.sep))
 
 
 _printed: set[str] = set()  # a process lists a folder several times

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.hooks import Record, Trainer
-from mdistiller.engine.utils import WIDTH, coloured
+from mdistiller.engine.utils import coloured, width
 
 BEST = "*"
 """Behind the score of the best epoch so far."""
 _REPEAT = 40  # lines from one header to the next
-_LONGEST = 9  # columns of a title
+_LONGEST, _SHORT = 9, 6  # columns of a term's title, and where lines would be too long
 _LEAST = {"lr": 8, "loss": 7}  # columns of a cell; 6 of the others
 _PREFIX = "train_loss_"  # of a term of the loss in a record
 
@@ -37,13 +37,18 @@ class EpochTable:
             return
         cells = {"stage": trainer.stage} if trainer.stage else {}
         cells |= {
-            "epoch": f"{epoch}/{trainer.epochs}",
+            "epoch": f"{epoch:>{len(str(trainer.epochs))}}/{trainer.epochs}",
             "lr": f"{record['lr']:.3g}",
             "loss": _number(record["train_loss"]),
         }
         rest = {**trainer.columns(record), "img/s": f"{record['images_per_second']:.0f}"}
         rest["left"] = self._left(trainer, epoch)
-        lines = self._lines(*_fitted(cells, _terms(record), rest))
+        terms = _terms(record)
+        if hasattr(sys.stdout, "prefix"):  # of runs in lock-step, whose lines alternate
+            cells = {**cells, **terms, **rest}
+            lines = ["  ".join(f"{title} {text.strip()}" for title, text in cells.items())]
+        else:
+            lines = self._lines(_fitted(cells, terms, rest))
         print("\n".join(lines), flush=True)
 
     def _left(self, trainer: Trainer, epoch: int) -> str:
@@ -51,17 +56,16 @@ class EpochTable:
         minutes, seconds = divmod(round(each * trainer.epochs_left(epoch)), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
-    def _lines(self, cells: Mapping[str, str], labelled: bool) -> list[str]:
-        if labelled:
-            return ["  ".join(f"{title} {text}" for title, text in cells.items())]
+    def _lines(self, cells: Mapping[str, str]) -> list[str]:
+        """An epoch's line, and before it the header where that is due."""
         header = list(cells) != list(self.widths) or self.lines % _REPEAT == 0
         if list(cells) != list(self.widths):
             self.widths, self.lines = _widths(cells), 0
         self.lines += 1
-        titles = "  ".join(f"{title:>{width}}" for title, width in self.widths.items())
+        titles = "  ".join(f"{title:>{columns}}" for title, columns in self.widths.items())
         row = []
-        for title, width in self.widths.items():
-            text = f"{cells[title]:>{width}}"
+        for title, columns in self.widths.items():
+            text = f"{cells[title]:>{columns}}"
             row.append(coloured(text, "EVAL") if BEST in text else text)
         return [*([coloured(titles, "INFO")] if header else []), "  ".join(row)]
 
@@ -84,18 +88,21 @@ def _widths(cells: Mapping[str, str]) -> dict[str, int]:
     }
 
 
-def _fitted(
-    first: dict[str, str], terms: dict[str, str], rest: dict[str, str]
-) -> tuple[dict[str, str], bool]:
-    """All cells, as many as fit into :data:`WIDTH`; and whether each line must name them.
+def _fitted(first: dict[str, str], terms: dict[str, str], rest: dict[str, str]) -> dict[str, str]:
+    """All cells, as far as they fit into :func:`width`.
 
-    The speed goes first, then terms of the loss, which then are in metrics.jsonl alone.
+    The speed goes first, then the ends of the terms' names, the iteration of a detector, and the
+    last terms, which then are in metrics.jsonl alone.
     """
-    several = hasattr(sys.stdout, "prefix")  # of runs in lock-step, whose lines alternate
-    while True:
-        cells = {**first, **terms, **rest}
+    short = {title[:_SHORT]: text for title, text in terms.items()}
+    short = short if len(short) == len(terms) else terms
+    fewer = [dict(list(short.items())[:count]) for count in range(len(short), -1, -1)]
+    choices: list[tuple[dict[str, str], tuple[str, ...]]] = [(terms, ()), (terms, ("img/s",))]
+    choices += [(short, ("img/s",)), *((some, ("img/s", "iter")) for some in fewer)]
+    for some, left_out in choices:
+        others = {title: text for title, text in rest.items() if title not in left_out}
+        cells = {**first, **some, **others}
         widths = _widths(cells).values()
-        if sum(widths) + 2 * (len(widths) - 1) <= WIDTH or not (terms or "img/s" in rest):
-            return cells, several
-        if rest.pop("img/s", None) is None:
-            terms.popitem()
+        if sum(widths) + 2 * (len(widths) - 1) <= width():
+            break
+    return cells

@@ -14,6 +14,7 @@ from mdistiller.engine.callbacks.logs import (
     numbers_of,
     plain,
 )
+from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -132,7 +133,10 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate(), *([AverageStudent()] if cfg.SOLVER.EMA else []), Log()]
+    common: list[Hook] = [Evaluate()]
+    common += [Probe()] if cfg.LOG.PROBE else []
+    common += [AverageStudent()] if cfg.SOLVER.EMA else []
+    common.append(Log())
     if not writes:
         return common
     writers: list[Hook] = [WorkLog(), MetricsFile(), TensorBoard()]

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import hparams, image, scalar
 from torch import Tensor
 
+from mdistiller.distillers import DISTILLERS, part_names
+from mdistiller.engine.callbacks.mistakes import mistakes_picture
+from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.utils import log_msg
@@ -43,6 +47,17 @@ def numbers_of(record: Record) -> dict[str, float]:
     """The scalar entries of a record; text, lists and the like are left out."""
     entries: dict[str, Any] = plain(record)
     return {key: value for key, value in entries.items() if isinstance(value, (int, float))}
+
+
+def settings_of(cfg: Any) -> dict[str, Any]:
+    """The values of a config by dotted key, without the sections of methods that it does not use;
+    text for what is neither text nor a number."""
+    unused = set(DISTILLERS) - set(part_names(cfg.DISTILLER.TYPE))
+    values = {k: lookup(cfg, k) for k in flatten(cfg) if k.partition(".")[0] not in unused}
+    return {
+        key: value if isinstance(value, (str, int, float)) else str(value)
+        for key, value in values.items()
+    }
 
 
 class AppendedFile(Hook):
@@ -91,7 +106,8 @@ class WorkLog(AppendedFile):
         self.append(trainer, "\n".join([rule, title, *numbers, rule, ""]))
 
     def after_train(self, trainer: Trainer) -> None:
-        self.append(trainer, f"best_acc\t{trainer.best_acc:.2f}")
+        lines = (f"{name}\t{value:.2f}" for name, value in trainer.best().items())
+        self.append(trainer, "\n".join(lines))
 
 
 class MetricsFile(AppendedFile):
@@ -127,7 +143,10 @@ class _Events:
         self._file.write_event(Event(step=purge, session_log=log, wall_time=time.time()))
 
     def add(self, name: str, value: float, step: int) -> None:
-        summary = scalar(name, value)
+        self.add_summary(scalar(name, value), step)
+
+    def add_summary(self, summary: Any, step: int) -> None:
+        """Add a summary in TensorBoard's format."""
         self._file.write_event(Event(step=step, summary=summary, wall_time=time.time()))
 
     def flush(self) -> None:
@@ -173,16 +192,41 @@ class TensorBoard(Hook):
             if writer is not None:
                 writer.close()
 
+    def after_summary(self, trainer: Trainer, summary: Mapping[str, Any]) -> None:
+        """Add the settings and the final numbers for the HParams tab, and mistakes if asked for."""
+        events = _Events(trainer.log_path / "train.events", trainer.epoch + 1)
+        numbers = {f"final/{key}": value for key, value in numbers_of(dict(summary)).items()}
+        for part in hparams(settings_of(trainer.cfg), numbers):
+            events.add_summary(part, trainer.epoch)
+        for key, value in numbers.items():
+            events.add(key, value, trainer.epoch)
+        count = trainer.cfg.LOG.get("MISTAKES", 0)
+        picture = mistakes_picture(trainer.model, trainer.val_loader, count) if count else None
+        if picture is not None:
+            events.add_summary(image("mistakes", picture, dataformats="HWC"), trainer.epoch)
+        events.close()
+
     def abandon(self, trainer: Trainer) -> None:
         with contextlib.suppress(OSError):  # a full disk, which has ended the run already
             self.after_train(trainer)
 
 
 class Wandb(Hook):
-    """Weights & Biases, switched on by LOG.WANDB; its errors never stop the training."""
+    """Weights & Biases, switched on by LOG.WANDB; its errors never stop the training.
+
+    Attributes:
+        id: of the run there, which a resumed run continues.
+    """
 
     def __init__(self) -> None:
         self.run: Any = None
+        self.id = uuid.uuid4().hex[:12]
+
+    def state(self, trainer: Trainer) -> dict[str, Any]:
+        return {"wandb": self.id}
+
+    def load_state(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        self.id = state.get("wandb", self.id)
 
     def before_train(self, trainer: Trainer) -> None:
         experiment = trainer.cfg.EXPERIMENT
@@ -195,6 +239,9 @@ class Wandb(Hook):
                 name=trainer.log_path.name,
                 tags=[tag.strip() for tag in tags if tag.strip()],
                 dir=str(trainer.log_path),
+                config=settings_of(trainer.cfg),
+                id=self.id,
+                resume="allow",
             )
         except Exception as error:  # network, login, version: none of it is worth a lost run
             self._give_up(error)
@@ -206,7 +253,7 @@ class Wandb(Hook):
             values = numbers_of(record)
             named = {"current lr" if key == "lr" else key: value for key, value in values.items()}
             self.run.log(named, step=epoch)
-            self.run.summary["best_acc"] = trainer.best_acc
+            self.run.summary.update(trainer.best())
         except Exception as error:
             self._give_up(error)
 

@@ -148,7 +148,8 @@ class NonFiniteGuard(Hook):
         Raises:
             NonFiniteLossError: a trained weight is not finite.
         """
-        weights = [p.detach() for group in trainer.optimizer.param_groups for p in group["params"]]
+        groups = trainer.optimizer.param_groups
+        weights = [p.detach() for group in groups for p in group["params"] if p.numel()]
         largest = [norm.cpu() for norm in torch._foreach_norm(weights, math.inf)] if weights else []
         if not all(map(math.isfinite, map(float, largest))):
             where = f"{trainer.stage} epoch {trainer.epoch}, step {trainer.step}".strip()

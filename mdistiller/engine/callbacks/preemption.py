@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +67,7 @@ class _Asked:
         self.signal, self.at = number, now
         if not self.shields:
             when = "when no step is taken, all is saved" if self.begun else "before the first step"
-            raise Preempted(f"stopped by {self.name} {when}: start again with --resume auto")
+            raise Preempted(f"stopped by {self.name} {when}; start again with\n{same_command()}")
         if os.environ.get("RANK", "0") == "0":
             text = f"{self.name}: stopping after this step; a second signal stops at once\n"
             os.write(2, text.encode())  # print may be what was interrupted
@@ -149,7 +152,7 @@ class PreemptionHandler(Hook):
     def _stop(self, where: str) -> None:
         barrier()  # a launcher ends all when one has ended
         words = " ".join(where.split())
-        raise Preempted(f"stopped by {_asked_name()} {words}: continue with --resume")
+        raise Preempted(f"stopped by {_asked_name()} {words}; continue with\n{same_command()}")
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, agreed by all processes."""
@@ -167,6 +170,28 @@ class PreemptionHandler(Hook):
         self._looked = time.monotonic()
         self._interval = self._left = int(min(max(LOOK / max(seconds, 1e-6), 1), FARTHEST))
         return stop, save
+
+
+def same_command() -> str:
+    """The command line of this process, as a shell reads it; one that trains also resumes.
+
+    Of a program that is not the library's: the argument for it.
+    """
+    script, words = Path(sys.argv[0]), sys.argv[1:]
+    packaged = script.stem in ("mdistiller", "__main__")
+    name = next(iter(words), "") if packaged else script.stem
+    if name not in ("train", "train_detection", "sweep", "demo"):
+        return "resume='auto'"
+    if name.startswith("train") and not any(word.startswith("--resume") for word in words):
+        words = [*words, "--resume", "auto"]
+    program = ["-m", "mdistiller"] if packaged else [str(script)]
+    local, processes = (int(os.environ.get(k, 1)) for k in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if processes > 1:
+        nodes = ["--nnodes", str(processes // local)] if processes > local else []
+        program = ["torchrun", *nodes, "--nproc-per-node", str(local), *program]
+    else:
+        program = ["mdistiller"] if script.stem == "mdistiller" else ["python", *program]
+    return shlex.join([*program, *words])
 
 
 def max_over_ranks(values: torch.Tensor, seconds: float) -> None:

@@ -24,6 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
+        "TEACHER_SIZE": 0,  # side or [height, width] of the teacher's images; 0: the student's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
         "TEACHER_NORM": "auto",
@@ -32,7 +33,6 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
-        "TEACHER_IMAGE_SIZE": 0,  # side or [height, width] of its images; 0: the student's
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
         "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
@@ -68,6 +68,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below
         "SYNC_BN": False,  # several processes: batch norm by the statistics of all
         "COMPILE": False,  # torch.compile; True, or its mode
+        "CUDA_GRAPHS": False,  # CUDA: record a step once an epoch and replay it
         "CHANNELS_LAST": False,  # images and convolutions in torch.channels_last memory format
         "DETERMINISTIC": False,  # CUDA: reproducible kernels, slower
         "FIND_UNUSED_PARAMETERS": False,  # several processes: a method leaves parameters unused
@@ -91,6 +92,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "SAFETENSORS": False,  # students also in that format; needs the package
         "PREFIX": "./output",
         "WANDB": False,
+        "PROBE": "",  # labelled images, a folder or a data set: k-NN accuracy in training
+        "PROBE_FREQ": 10,  # epochs between these
+        "MISTAKES": 0,  # worst mistakes of the last epoch that are drawn in TensorBoard; 0: none
     },
     "DEVICE": "auto",
     # User files or modules that register methods, models, data sets; forks with a slash behind

@@ -16,7 +16,7 @@ from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
-IMAGE_SIZES = ("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_IMAGE_SIZE")
+IMAGE_SIZES = ("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_SIZE")
 """Keys whose values are a number of pixels, or two."""
 WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
 """Keys whose values are a list of weights, or a word."""
@@ -191,7 +191,7 @@ def _describe(default: Any) -> str:
         return "a whole number"
     if isinstance(default, float):
         return "a finite number"
-    return f"a list like {list(default) or [1, 2]}"
+    return f"a list like {list(default)}" if default else "a list"
 
 
 def literal(value: Any, name: str = "") -> Any:

@@ -63,9 +63,13 @@ def _fact(
     if kept is not None:
         _say(f"{name}: read from {path}")
         return torch.from_numpy(kept).to(device)
-    chosen = choose_images(data.train.dataset.targets, data.num_classes, fact.per_class)
+    if data.num_classes:
+        chosen = choose_images(data.train.dataset.targets, data.num_classes, fact.per_class)
+    else:
+        chosen = spread(data.num_data, fact.per_class)[None]
     _say(f"{name}: the teacher runs once on {chosen.numel()} training images")
-    value = fact.reduce(class_outputs(teacher, data, device, fact.output, chosen))
+    outputs = class_outputs(teacher, data, device, fact.output, chosen, fact.positions)
+    value = fact.reduce(outputs)
     if not from_main_process(lambda: bool(torch.isfinite(value).all())):
         raise UserError(
             f"DISTILLER.TYPE {settings.TYPE}: {name} is not finite; the teacher "
@@ -73,6 +77,11 @@ def _fact(
         )
     kept = from_main_process(lambda: _write(path, key, value.cpu().numpy()))
     return torch.from_numpy(kept).to(device)  # the same bits in all processes
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most `most` positions out of `count`, evenly spread: int64."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
 
 
 def choose_images(targets: Tensor, classes: int, per_class: int) -> Tensor:
@@ -96,7 +105,12 @@ def choose_images(targets: Tensor, classes: int, per_class: int) -> Tensor:
 
 @torch.no_grad()
 def class_outputs(
-    teacher: nn.Module, data: Data, device: torch.device, output: str, chosen: Tensor
+    teacher: nn.Module,
+    data: Data,
+    device: torch.device,
+    output: str,
+    chosen: Tensor,
+    positions: int = 0,
 ) -> Tensor:
     """A network's outputs for `chosen` images [C, M]: float32 [C, M, D], in all processes.
 
@@ -105,6 +119,7 @@ def class_outputs(
 
     Args:
         output: "logits", or the name of a feature.
+        positions: as of :class:`TeacherFact`.
     """
     if data.plain is None:
         raise UserError("these data offer no training images without augmentation (Data.plain)")
@@ -114,25 +129,28 @@ def class_outputs(
     first = loader.start
     with preserve_state(teacher):
         blank = torch.zeros(1, len(data.mean), *data.image_size, device=device)
-        width = _output(teacher, blank, output).shape[1]
+        width = _output(teacher, blank, output, positions).shape[1]
         rows = torch.zeros(chosen.numel(), width, device=device)
         for images, _ in loader:
             places = place[first : first + len(images)]
             first += len(images)
             wanted = places >= 0
             if wanted.any():
-                made = _output(teacher, images[wanted.to(device)], output)
+                made = _output(teacher, images[wanted.to(device)], output, positions)
                 rows[places[wanted].to(device)] = made
     getattr(loader, "close", lambda: None)()
     return sum_over_ranks(rows).unflatten(0, tuple(chosen.shape))
 
 
-def _output(net: nn.Module, images: Tensor, name: str) -> Tensor:
+def _output(net: nn.Module, images: Tensor, name: str, positions: int = 0) -> Tensor:
     """One of a network's outputs, [N, D]."""
     logits, features = net(images)
     if name != "logits" and name not in features:
         raise missing_feature(name, features)
     value: Tensor = full_precision(logits if name == "logits" else features[name])
+    if positions and value.ndim > 2:
+        vectors = value.flatten(2)
+        value = vectors[:, :, spread(vectors.shape[2], positions).to(value.device)].mT
     return value.flatten(1)
 
 
@@ -143,10 +161,10 @@ def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
         "weights": teacher_digest(teacher),
         "images": image_set_digest(data.train.dataset),
         "preprocessing": f"{data.mean} {data.std} {data.image_size} {data.preprocessing}",
-        **({"size": str(size)} if (size := getattr(teacher, "_input_size", None)) else {}),
         "output": fact.output,
         "per_class": fact.per_class,
         "recipe": fact.recipe,
+        **({"positions": fact.positions} if fact.positions else {}),
         "mdistiller": __version__,
     }
     return json.dumps(parts, sort_keys=True)

@@ -14,7 +14,7 @@ from mdistiller import __version__
 from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.distillers import Distiller
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, named_tensors
-from mdistiller.models.normalize import input_norm
+from mdistiller.models.normalize import input_norm, input_size
 
 _BLOCK = 4096  # images hashed at a time
 _SAMPLES = 256  # views that are made to see what the augmentation does
@@ -37,6 +37,7 @@ def teacher_digest(teacher: nn.Module) -> str:
     """Digest of a network's tensors by name, its input normalisation and its forward hooks."""
     named = (part for name, tensor in named_tensors(teacher) for part in (name, tensor))
     facts = f"{type(teacher).__qualname__} {input_norm(teacher)} {count_hooks(teacher)}"
+    facts += f" {input_size(teacher)}" if input_size(teacher) else ""
     return digest([facts, *named])
 
 
@@ -90,11 +91,5 @@ def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
         f"{form}, {dtype}, {place}, AMP {solver.AMP}, COMPILE {solver.COMPILE}, "
         f"CHANNELS_LAST {solver.CHANNELS_LAST}, products {torch.get_float32_matmul_precision()}, "
         f"TF32 {torch.backends.cudnn.allow_tf32}, torch {torch.__version__}, "
-        f"mdistiller {__version__}{_of_size(distiller.teacher)}"
+        f"mdistiller {__version__}"
     )
-
-
-def _of_size(teacher: Any) -> str:
-    """The size to which a teacher resizes its images, if it does."""
-    size = getattr(teacher, "_input_size", None)
-    return f", images {size}" if size else ""

@@ -40,14 +40,14 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import find_file, load_start
-from mdistiller.engine.networks.teacher_size import resize_input, teacher_image_size
-from mdistiller.engine.optim import optimizer_maker
-from mdistiller.engine.param_groups import freeze
+from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.optim import build_optimizer, optimizer_maker
+from mdistiller.engine.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
 from mdistiller.engine.utils import log_msg, validate
 from mdistiller.models import ModelEntry, get_model_entry
-from mdistiller.models.normalize import renormalize_input
+from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import local_rank_zero_first, rank
@@ -97,9 +97,15 @@ def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | 
 
 
 def check_pair(cfg: Any, data: Data) -> None:
-    """Refuse a pair of networks that the method cannot use, before a teacher is trained for it."""
+    """Refuse a pair of networks that the method cannot use, and an optimizer that cannot be, before
+    a teacher is trained for them."""
     student = build_network(cfg, "STUDENT", data, None if cfg.DISTILLER.STUDENT_CKPT else "")
-    build_method(cfg, data, student, build_network(cfg, "TEACHER", data, weights=""))
+    teacher = build_network(cfg, "TEACHER", data, weights="")
+    distiller = build_method(cfg, data, student, teacher)
+    freeze(distiller.student, cfg.SOLVER.FREEZE)
+    if groups_here(cfg):
+        groups = student_groups(distiller.param_groups(), cfg.SOLVER, distiller)
+        build_optimizer(groups, cfg.SOLVER)
 
 
 def build_network(
@@ -120,6 +126,12 @@ def build_network(
     """
     name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
     entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    backbone = settings.get("num_classes") == 0
+    if backbone and data.num_classes and not any_head:
+        raise UserError(
+            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
+            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+        )
     wanted = settings.pop("pretrained", False)
     start = student_start(cfg) if role == "STUDENT" and weights is None else None
     weights = start or weights
@@ -132,19 +144,19 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size = own_size or data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        channels, size = len(data.mean), data.image_size
-        own_size = teacher_image_size(cfg) if role == "TEACHER" else None
-        size = own_size or size
+        channels = len(data.mean)
         net = make_network(entry, data.num_classes, size, settings, key, channels)
     if own_size:
         resize_input(net, own_size)
     elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
-        resize_input(net, size)  # of training images, which are made for the teacher
+        resize_input(net, size)  # training images are made for the teacher
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
-    check_input(net, name, data)
+    check_input(net, name, data, backbone)
     given, stated = (data.mean, data.std), None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
@@ -163,6 +175,11 @@ def build_network(
     return net
 
 
+def groups_here(cfg: Any) -> bool:
+    """Whether the trainer leaves the optimizer to the library."""
+    return is_builtin(check_trainer(cfg.SOLVER.TRAINER).init_optimizer)
+
+
 def check_names(cfg: Any) -> None:
     """Refuse unknown names in a config, without reading any data."""
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -176,7 +193,8 @@ def check_names(cfg: Any) -> None:
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
     """Refuse names that do not exist, and a switch that the method does not have."""
-    optimizer_maker(cfg.SOLVER.TYPE)
+    if groups_here(cfg):
+        optimizer_maker(cfg.SOLVER.TYPE)
     model_entry(cfg, "STUDENT", data)
     student_start(cfg)
     method = get_distiller(cfg.DISTILLER.TYPE)
@@ -214,8 +232,16 @@ def student_start(cfg: Any) -> Path | None:
 
 
 def check_labels(cfg: Any) -> None:
-    """Refuse MIXUP and CUTMIX for a method that needs one class for each image."""
+    """Refuse data without labels, and MIXUP and CUTMIX, for a method that needs the labels."""
     name = cfg.DISTILLER.TYPE
+    if get_distiller(name).needs_labels and not data_spec(cfg).labels:
+        guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
+        others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
+        raise UserError(
+            f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
+            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
+            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+        )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
         raise UserError(
@@ -304,11 +330,11 @@ def teacher_test_loader(
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    if how is not None and not own_size and how.image_size not in (0, size) and rank() == 0:
+    if how is not None and how.image_size not in (0, size) and rank() == 0:
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {used.image_size} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these)"
+            f"the teacher sees images of {size} pixels, but {whose} {how.image_size} "
+            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print(log_msg(message), flush=True)
     return load_test_loader(sized, device, how).loader
@@ -344,6 +370,7 @@ def measure_teacher(
             )
         return None
     test = loader or (data.val if data.test is None else data.test)
+    assert test is not None
     device, classes = next(distiller.teacher.parameters()).device, data.num_classes
     confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
     top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)

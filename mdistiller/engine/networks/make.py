@@ -25,15 +25,20 @@ def make_network(
     """Call an entry's constructor.
 
     Args:
+        num_classes: 0: a backbone, whose classifier makes logits [N, 0].
         image_size: (height, width), for constructors that ask.
-        settings: further keyword arguments; `key` is what the config calls them.
+        settings: further keyword arguments; `key` is what the config calls them. `num_classes: 0`
+            among them makes a backbone whatever the data.
         channels: of the images. A network for 3 has its first convolution changed for others
             (:func:`mdistiller.models.with_channels`), unless its arguments say in_chans.
 
     Raises:
         UserError: the network needs other arguments, or does not fit the images.
     """
-    facts = constructor_facts(entry, num_classes, image_size)
+    settings = dict(settings)
+    if settings.get("num_classes") == 0:
+        num_classes = settings.pop("num_classes")
+    facts = constructor_facts(entry, max(1, num_classes), image_size)
     clash = sorted(facts.keys() & settings.keys())
     if clash:
         raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
@@ -54,13 +59,35 @@ def make_network(
         )
     takes, staged = input_channels(net), as_staged(net, name, image_size)
     if takes == 3 and channels != 3:
-        return with_channels(staged, channels, name)
-    if channels != takes:
+        with_channels(staged, channels, name)
+    elif channels != takes:
         raise UserError(
             f"network {name} takes images of {takes} channels, and the data have {channels}: set "
             f"DATASET.CHANNELS {takes}, or change {key}"
         )
+    if num_classes == 0:
+        remove_classes(staged, name)
     return staged
+
+
+def remove_classes(net: Any, name: str) -> None:
+    """Leave the classifier of a network without classes: its logits are [N, 0].
+
+    Raises:
+        UserError: the classifier is not known.
+    """
+    if not hasattr(net, "classifier"):
+        raise UserError(
+            f"network {name} cannot serve as a backbone without classes: it has no classifier() "
+            "that could be left out; derive it from StagedNet (docs/own_backbone.md)"
+        )
+    layer = net.classifier()
+    width = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+    setattr(layer, width, 0)
+    for part in ("weight", "bias"):
+        value = getattr(layer, part)
+        if value is not None:
+            setattr(layer, part, nn.Parameter(value.detach()[:0].clone(), requires_grad=False))
 
 
 def required_arguments(entry: ModelEntry) -> set[str]:
@@ -88,10 +115,13 @@ def constructor_facts(
 
 
 @torch.no_grad()
-def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
+def check_input(net: nn.Module, name: str, data: Data | TestData, backbone: bool = False) -> None:
     """Refuse a network that cannot take the data's images, or returns another number of logits.
 
     The network is unchanged.
+
+    Args:
+        backbone: it has no classes, whatever the data.
     """
     was_training = net.training
     net.eval()
@@ -105,7 +135,7 @@ def check_input(net: nn.Module, name: str, data: Data | TestData) -> None:
         raise UserError(f"network {name} cannot take {width}x{height} images: {first}") from error
     finally:
         net.train(was_training)
-    if logits.shape[1:] != (data.num_classes,):
+    if logits.shape[1:] != (0 if backbone else data.num_classes,):
         raise UserError(
             f"network {name} gives logits {list(logits.shape)} for an image, but the data has "
             f"{data.num_classes} classes; let its constructor take num_classes "

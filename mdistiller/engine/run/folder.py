@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,32 @@ def recorded_config(
         cfg.freeze()
     if load is load_config and "DATASET.JPEG_SCALING" not in overrides[0::2]:
         keep_full_decoding(table, cfg)
+    return cfg
+
+
+def config_to_resume(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    load: Callable[..., Config] = load_config,
+) -> Config:
+    """The :func:`recorded_config` of a run that is to go on in its folder, wherever that is now.
+
+    Raises:
+        UserError: likewise.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume: {folder} is not a run folder: it has no config.yaml")
+    cfg = recorded_config(folder, overrides, imports, load).clone()
+    cfg.defrost()
+    place, project = folder.resolve(), Path(cfg.EXPERIMENT.PROJECT).parts
+    if place.parent.parts[-len(project) :] != project:  # it was moved
+        project = (place.parent.name,)
+    root = place.parents[len(project)]
+    cfg.EXPERIMENT.NAME, cfg.EXPERIMENT.PROJECT = place.name, "/".join(project)
+    if Path(cfg.LOG.PREFIX).resolve() != root:
+        cfg.LOG.PREFIX = os.path.relpath(root) if root.is_relative_to(Path.cwd()) else str(root)
+    cfg.freeze()
     return cfg
 
 

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data
+from mdistiller.dataset.build import TEST_SET
 from mdistiller.engine.cfg import Config, method_nodes
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.run.record import describe_device
-from mdistiller.engine.utils import WIDTH, coloured
+from mdistiller.engine.tasks import task_of
+from mdistiller.engine.utils import coloured, width
 
 _INDENT = 10
 _AMP = {"none": "fp32"}
 
 
 def overview(cfg: Config, trainer: Trainer, about: Mapping[str, str], folder: Path) -> str:
-    """The lines, each a title and a text of at most :data:`WIDTH` columns.
+    """The lines, each a title and a text of at most as many columns as :func:`width`.
 
     Args:
         about: further lines of the task, by title, which come first: "data", ...
@@ -44,7 +46,7 @@ def overview(cfg: Config, trainer: Trainer, about: Mapping[str, str], folder: Pa
 
 def _row(title: str, text: str) -> str:
     lines = textwrap.wrap(
-        text, WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False
+        text, width() - _INDENT, break_long_words=False, break_on_hyphens=False
     ) or [""]
     head = coloured(f"{title:<{_INDENT}}", "INFO")
     return "\n".join([head + lines[0], *(" " * _INDENT + line for line in lines[1:])])
@@ -52,20 +54,23 @@ def _row(title: str, text: str) -> str:
 
 def describe_data(cfg: Config, data: Data) -> str:
     """Images, classes, the smallest class, and what is left out."""
-    height, width = data.image_size
-    name = cfg.DATASET.TYPE
-    text = f"{name}: {data.num_data:,} images of {height} x {width}, {data.num_classes:,} classes"
+    size = " x ".join(map(str, data.image_size))
+    text = f"{cfg.DATASET.TYPE}: {data.num_data:,} images of {size}"
+    if not data.num_classes:
+        return f"{text}, without labels; the best epoch is chosen on the {data.val_name}"
+    assert data.val is not None
+    text += f", {data.num_classes:,} classes"
     images = getattr(data.train, "dataset", None)
     targets = getattr(images, "targets", None)
     if isinstance(targets, torch.Tensor) and not targets.is_floating_point() and len(targets):
         counts = torch.bincount(targets.cpu(), minlength=data.num_classes)
         fewest = int(counts.argmin())
         text += f" (fewest: {int(counts[fewest]):,} of {data.classes[fewest]})"
-    test = data.val if data.test is None else data.test
-    text += f", {len(test.dataset):,} test images"
-    left_out = list(getattr(images, "left_out", ()))
-    if data.test is not None:
-        left_out.insert(0, f"{len(data.val.dataset):,} held out to select the best epoch")
+    held_out = data.val_name != TEST_SET
+    test = data.test if held_out else data.val
+    text += f", {len(test.dataset):,} test images" if test is not None else ", no test images"
+    left_out = [f"{len(data.val.dataset):,} held out to select the best epoch"] if held_out else []
+    left_out += getattr(images, "left_out", ())
     if cfg.DATASET.DROP_LAST and data.num_data % cfg.SOLVER.BATCH_SIZE:
         left_out.append("the last batch of each epoch (DROP_LAST)")
     return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
@@ -80,13 +85,17 @@ def describe_network(name: str, net: nn.Module, accuracy: str = "", origin: Any 
 
 def _method(cfg: Config) -> str:
     """The method with its settings, in one line."""
+    task = task_of(cfg)
+    where = cfg if task is None else {**cfg, **cfg[task.section]}
+    nodes = {name: where[name] for name in method_nodes(cfg) if name in where}
     settings = [
-        f"{key} {lookup(cfg[node], key)}"
-        for node in method_nodes(cfg)
-        for key in flatten(cfg[node])
+        f"{f'{name}.{key}' if len(nodes) > 1 else key} {lookup(node, key)}"
+        for name, node in nodes.items()
+        for key in flatten(node)
     ]
-    line = f"{cfg.DISTILLER.TYPE}: {', '.join(settings)}" if settings else cfg.DISTILLER.TYPE
-    return textwrap.shorten(line, WIDTH - _INDENT, placeholder=" ...")
+    method = f"{cfg.DISTILLER.TYPE} with LSKD" if cfg.LSKD.ENABLE else cfg.DISTILLER.TYPE
+    line = f"{method}: {', '.join(settings)}" if settings else method
+    return textwrap.shorten(line, width() - _INDENT, placeholder=" ...")
 
 
 def _device(cfg: Config, device: torch.device) -> str:
@@ -101,7 +110,8 @@ def _steps(cfg: Config, trainer: Trainer) -> str:
     """Epochs, steps and how the weights are moved."""
     solver, steps = cfg.SOLVER, -(-len(trainer.train_loader) // trainer.accumulate)
     images = solver.BATCH_SIZE * trainer.accumulate * world_size()
-    others = f", trainer {solver.TRAINER}" if solver.TRAINER not in ("base", "crd") else ""
+    usual = solver.TRAINER in ("base", "crd") or task_of(cfg) is not None
+    others = "" if usual else f", trainer {solver.TRAINER}"
     return (
         f"{trainer.epochs} epoch{'s' * (trainer.epochs > 1)} x {steps:,} step{'s' * (steps > 1)} "
         f"of {images:,} images; {solver.TYPE}, "

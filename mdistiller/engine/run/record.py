@@ -26,7 +26,7 @@ from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.tasks import TASKS
 from mdistiller.files.atomic import replacing
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, first_line
 from mdistiller.runtime import project_root
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class RunRecord(Hook):
 
 def one_line(error: BaseException | None) -> str:
     """An error in one line: a UserError's text, any other with its type."""
+    if isinstance(error, KeyboardInterrupt):  # a signal; further lines tell how to go on
+        return f"KeyboardInterrupt: {first_line(error)}"
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     images = sum(seconds * rate for seconds, rate in timed)  # epochs may be of different lengths
     rate = images / seconds if seconds else None
     seconds += stage_seconds(trainer.log_path)
+    best = trainer.best()
     summary: dict[str, Any] = {
         "epochs": trainer.epoch,
-        "last_acc": history[-1].get(trainer.selects) if history else None,
-        "best_acc": trainer.best_acc,
+        f"last_{kind_of(best)}": history[-1].get(trainer.selects) if history else None,
+        **best,
         "best_epoch": trainer.best_epoch,
-        "selected_on": getattr(data, "val_name", "test set"),
+        "selected_on": trainer.selected_on or getattr(data, "val_name", "test set"),
         "selected_by": trainer.select_by,
         "teacher_acc": teacher_acc,
         "seconds": seconds,
@@ -36,7 +38,8 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
     for name in ("balanced_acc", "macro_f1"):
-        values = {record["epoch"]: record.get(f"test_{name}") for record in history}
+        key = f"test_{name}"
+        values = {record["epoch"]: record[key] for record in history if key in record}
         if trainer.epoch in values:
             summary[f"last_{name}"] = values[trainer.epoch]
             summary[f"best_{name}"] = values.get(trainer.best_epoch)
@@ -54,6 +57,11 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     return summary
 
 
+def kind_of(numbers: Mapping[str, Any]) -> str:
+    """By what the best epoch was selected: "acc", in percent, or "loss"."""
+    return "loss" if "best_loss" in numbers else "acc"
+
+
 def stage_seconds(folder: Path) -> float:
     """Seconds of the initialisation stages, from the run's metrics."""
     path = folder / "metrics.jsonl"
@@ -63,12 +71,14 @@ def stage_seconds(folder: Path) -> float:
 
 def describe(summary: dict[str, Any], folder: Path) -> str:
     """The summary in one or two lines."""
-    last = "unknown" if summary["last_acc"] is None else f"{summary['last_acc']:.2f}"
-    by = summary.get("selected_by", "top1")
+    kind, by = kind_of(summary), summary.get("selected_by", "top1")
+    last, best = (summary[f"{which}_{kind}"] for which in ("last", "best"))
+    what, digits = ("loss ", 4) if kind == "loss" else ("", 2)
     by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
     text = (
-        f"done: last {last}, best {summary['best_acc']:.2f} in epoch "
-        f"{summary['best_epoch']} (selected {by}on the {summary['selected_on']})"
+        f"done: {what}last {'unknown' if last is None else f'{last:.{digits}f}'}, best "
+        f"{best:.{digits}f} in epoch {summary['best_epoch']} (selected {by}on the "
+        f"{summary['selected_on']})"
     )
     if "test_acc_best" in summary:
         text += (

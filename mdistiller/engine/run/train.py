@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from mdistiller.dataset import load_data
+from mdistiller.dataset import data_spec, load_data
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
@@ -58,6 +58,7 @@ from mdistiller.engine.run.teacher import resolve_teacher
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
@@ -149,13 +150,17 @@ def train_together(
     """
     names = [experiment_name(cfg, overrides) for cfg in configs]
     for name, cfg in zip(names, configs, strict=True):
+        if cfg.SOLVER.CUDA_GRAPHS:
+            raise UserError(
+                f"{name}: SOLVER.CUDA_GRAPHS does not work in lock-step: train it alone"
+            )
         if names.count(name) > 1:
             raise UserError(f"two configs have the run folder {name}: set EXPERIMENT.NAME in one")
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
                 "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and "
-                "DISTILLER.TEACHER_IMAGE_SIZE must be the same"
+                "DISTILLER.TEACHER_SIZE must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -251,6 +256,8 @@ def prepare_classifier(
     check_labels(cfg)
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, method)
+    if not data_spec(cfg).labels:
+        trainer_class = require_base(cfg, trainer_class)
     key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
     check_models(cfg, data)  # before hours go into a teacher
@@ -264,7 +271,7 @@ def prepare_classifier(
     share_teacher(distiller, cfg, device)
     distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
     measured = teacher_acc is None
-    if method.uses_teacher and measured:
+    if method.uses_teacher and measured and data.num_classes:
         assert teacher_ckpt is not None
         loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
         label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
@@ -274,7 +281,8 @@ def prepare_classifier(
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS)
+    # without labels a loss may not reach all layers
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
     loader = with_items(data.train, items, cfg)
     trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
@@ -311,6 +319,7 @@ def _train_in(
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
         print(log_msg(describe(summary, folder)), flush=True)
+    trainer.call("after_summary", summary)
     return summary
 
 

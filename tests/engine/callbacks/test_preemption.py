@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,10 +80,14 @@ def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(tmp_path, monkeypatch
         return original(self, data, epoch, meters)
 
     monkeypatch.setattr(BaseTrainer, "train_iter", train_iter)
-    words = ["--resume", "auto", "LOG.TENSORBOARD_FREQ", 2, "EXPERIMENT.NAME", "run"]
-    assert main(stopped, *words) == preemption.EXIT_CODE == 75
-    assert "stopped by SIGTERM" in capsys.readouterr().err
-    assert main(stopped, *words) == 0
+    words = ["--cfg", str(stopped), "LOG.TENSORBOARD_FREQ", "2", "EXPERIMENT.NAME", "run"]
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *words])
+    assert train_command.main(words) == preemption.EXIT_CODE == 75
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM" in said
+    python, script, *words = shlex.split(said.partition("; continue with\n")[2])
+    assert (python, script) == ("python", "tools/train.py")
+    assert train_command.main(words) == 0
     assert ", within epoch" in capsys.readouterr().out or where[0]
     runs = [path.parent / "out" / "toy" / "run" for path in paths]
     first, second = (load(run / "latest") for run in runs)
@@ -90,6 +95,25 @@ def test_a_signal_ends_a_run_that_goes_on_to_the_same_bits(tmp_path, monkeypatch
     assert untimed(runs[0]) == untimed(runs[1])
     texts = [(run / "worklog.txt").read_text() for run in runs]
     assert texts[0] == texts[1]
+
+
+STARTS = {
+    "/bin/mdistiller train --cfg a": "mdistiller train --cfg a --resume auto",
+    "/lib/mdistiller/__main__.py sweep --cfg a": "python -m mdistiller sweep --cfg a",
+    "tools/train.py --resume run": "python tools/train.py --resume run",
+    "mine.py": "resume='auto'",
+    "4 4 tools/train.py": "torchrun --nproc-per-node 4 tools/train.py --resume auto",
+    "8 4 tools/train.py": "torchrun --nnodes 2 --nproc-per-node 4 tools/train.py --resume auto",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_command_to_go_on_is_whole(monkeypatch, start):
+    words = start.split()
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, words.pop(0) if start[0].isdigit() else "1")
+    monkeypatch.setattr(sys, "argv", words)
+    assert preemption.same_command() == STARTS[start]
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):

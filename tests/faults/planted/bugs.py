@@ -236,9 +236,9 @@ BUGS = (
     # training
     Bug(
         "the rate falls an epoch early",
-        "engine/optim.py",
-        "stages = [stage - warmup for stage in solver.LR_DECAY_STAGES]",
-        "stages = [stage - warmup - 1 for stage in solver.LR_DECAY_STAGES]",
+        "engine/schedules.py",
+        "(stage - solver.WARMUP_EPOCHS) * per_epoch for stage",
+        "(stage - solver.WARMUP_EPOCHS - 1) * per_epoch for stage",
         "engine/test_optim.py::test_schedules",
     ),
     Bug(
@@ -338,8 +338,8 @@ BUGS = (
     Bug(
         "all trials of a sweep have the same seed",
         "sweep/plan.py",
-        "= name, seed, str(self.out)",
-        "= name, 0, str(self.out)",
+        "= seed, str(self.out), name",
+        "= 0, str(self.out), name",
         "sweep/test_sweep.py::test_a_grid_is_variants_times_axes_times_seeds",
     ),
     Bug(

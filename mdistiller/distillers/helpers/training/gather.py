@@ -13,6 +13,8 @@ in every process, hence also in their weighted mean.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -29,10 +31,26 @@ def gather_batch(*parts: Tensor) -> tuple[Tensor, ...]:
     Without several processes the tensors come back as they are. All processes must call this
     together. The gradient is scaled for the training loop, see the module's text.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _local:
         return parts
     sizes = _sizes(len(parts[0]))
     return tuple(_Gather.apply(part, sizes) for part in parts)
+
+
+_local: list[bool] = []  # not empty within `local_batches`
+
+
+@contextlib.contextmanager
+def local_batches() -> Iterator[None]:
+    """Within the context :func:`gather_batch` leaves the batch of each process as it is.
+
+    For evaluation, where processes may have different numbers of batches.
+    """
+    _local.append(True)
+    try:
+        yield
+    finally:
+        _local.pop()
 
 
 class _Gather(torch.autograd.Function):

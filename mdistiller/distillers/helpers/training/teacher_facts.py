@@ -19,18 +19,22 @@ class TeacherFact:
     before training, or reads it from a file, and hands it to `take_fact(name, value)`.
 
     Attributes:
-        output: which one: "logits", or the name of a feature of shape [N, D].
+        output: which one: "logits", or the name of a feature of shape [N, D] or [N, D, H, W].
         per_class: images of each class, at most: the first ones of the data set; as many of each
             class as the smallest has.
         reduce: outputs by class, float32 [C, M, D], to the fact; on the training's device.
         recipe: what `reduce` does, with its settings, in words. Files are known by it: another
             text recomputes the fact.
+        positions: of a map: at most as many evenly spread positions P of each image, whose vectors
+            follow one another: M images give rows of P * D numbers. 0: the whole map, channels
+            first.
     """
 
     output: str
     per_class: int
     reduce: Callable[[Tensor], Tensor]
     recipe: str
+    positions: int = 0
 
 
 def class_similarity(outputs: Tensor) -> Tensor:

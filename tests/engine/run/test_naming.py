@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support import write_config
+from support import TOY, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.detection.config import load_config as load_detection
@@ -73,19 +73,40 @@ def test_runs_of_earlier_versions_are_found_if_they_are_of_the_method(tmp_path):
     assert name(KD, words).endswith(new)
 
 
+def trained(folder, tag, *words):
+    """The exit code of a run that is named by a tag, or by what it trains, and an override."""
+    text = f"EXPERIMENT: {{NAME: '', TAG: '{tag}'}}\n"
+    config = str(write_config(folder, text, epochs=1))
+    return train_command.main(["--cfg", config, "SOLVER.LR", "0.02", *words])
+
+
+def epochs(run):
+    return json.loads((run / "summary.json").read_text())["epochs"]
+
+
 @pytest.mark.parametrize("tag", ["default", "x,res8"])
 def test_a_run_of_an_earlier_version_is_resumed_in_its_folder(tmp_path, tag):
-    def train(epochs, *more):
-        text = f"EXPERIMENT: {{NAME: '', TAG: '{tag}'}}\n"
-        config = write_config(tmp_path, text, epochs=epochs)
-        words = ["SOLVER.LR", "0.02", "SOLVER.EPOCHS", str(epochs)]
-        return train_command.main(["--cfg", str(config), *more, *words])
-
-    assert train(1) == 0
+    assert trained(tmp_path, tag, "SOLVER.EPOCHS", "1") == 0
     (new,) = (tmp_path / "out" / "toy").iterdir()
     assert not set(new.name.replace(tag, "")) & set(",:")
     old = new.with_name(f"{tag}SOLVER.LR:0.02,SOLVER.EPOCHS:2")
     shutil.move(new, old)
-    assert train(2, "--resume") == 0
-    assert json.loads((old / "summary.json").read_text())["epochs"] == 2
+    assert trained(tmp_path, tag, "SOLVER.EPOCHS", "2", "--resume") == 0
+    assert epochs(old) == 2
     assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_folder_is_enough_to_resume_a_run(tmp_path, capsys, monkeypatch):
+    """Wherever it has been moved."""
+    assert trained(tmp_path, "default") == 0
+    (run,) = (tmp_path / "out" / "toy").iterdir()
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.move(run, tmp_path / "elsewhere")
+    capsys.readouterr()
+    words = ["--resume", "./elsewhere", "SOLVER.EPOCHS", "2", "--import", TOY]
+    assert train_command.main(words) == 0
+    assert "epoch 1 done" in capsys.readouterr().out
+    assert epochs(moved) == 2
+    assert not list(run.parent.iterdir())
+    assert train_command.main(["--resume", "out/toy"]) == 2
+    assert "--resume: out/toy is not a run folder: it has no config" in capsys.readouterr().err

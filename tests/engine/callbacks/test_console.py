@@ -55,8 +55,8 @@ def test_the_lines_of_epochs_are_aligned_within_100_columns(monkeypatch, names):
     assert len(header) <= 100
     titles = header.split()
     assert titles[:3] == ["epoch", "lr", "loss"]
-    shown = [name for name in names[:4] if len(names) > 1]
-    assert titles[3 : 3 + len(shown)] == [name[:9] for name in shown]
+    shown = [name for name in names[:5] if len(names) > 1]
+    assert titles[3 : 3 + len(shown)] == [name[:6] for name in shown]
     ends = [match.end() for match in re.finditer(r"\S+( %)?", header)]
     for line in lines:
         assert all(line[end - 1] != " " or header[end - 1] == "%" for end in ends), line
@@ -80,6 +80,13 @@ def test_the_best_epoch_is_coloured_on_a_terminal_alone(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     assert console.coloured("text", "EVAL") == "text"
+
+
+def test_a_narrower_terminal_gets_fewer_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    lines = printed(monkeypatch, [record(*TERMS)] * 2, Terminal())
+    assert max(map(len, lines[1:])) <= 72 + len("\033[32m" + "\033[0m")
+    assert lines[1].split()[-1] == "0:01:39"
 
 
 def test_runs_in_lock_step_name_the_numbers_in_each_line(monkeypatch):

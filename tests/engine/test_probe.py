@@ -1,0 +1,100 @@
+"""k-NN and linear probes: their classifiers, `eval --probe`, and LOG.PROBE in training."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from support import image_folder, saved_teacher
+
+from mdistiller.cli import eval as evaluate
+from mdistiller.cli import train
+from mdistiller.engine import probe
+from mdistiller.engine.probe import knn_accuracy, linear_accuracy
+
+
+def clusters(count, spread, seed):
+    """Features [3 * count, 5] about three centres, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.arange(3).repeat(count)
+    centres = torch.eye(3, 5, dtype=torch.float64)
+    noise = torch.randn(len(classes), 5, generator=generator, dtype=torch.float64)
+    return centres[classes] + spread * noise, classes
+
+
+def test_the_knn_classifier_is_a_weighted_vote():
+    train, train_classes = clusters(20, 0.7, 0)
+    test, test_classes = clusters(30, 0.7, 1)
+    hits = 0
+    for x, wanted in zip(test.numpy(), test_classes.tolist(), strict=True):
+        cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in train.numpy()]
+        votes = [0.0] * 3
+        for k in np.argsort(cosines)[::-1][:20]:
+            votes[train_classes[k]] += math.exp(cosines[k] / 0.07)
+        hits += votes.index(max(votes)) == wanted
+    assert 30 < hits < 90
+    accuracy = knn_accuracy(train, train_classes, test, test_classes)
+    assert accuracy == pytest.approx(100 * hits / 90)
+    few = knn_accuracy(train[:3], train_classes[:3], test, test_classes)  # fewer than 20
+    assert 0 < few <= 100
+
+
+def test_the_linear_classifier_is_the_regularised_optimum(monkeypatch):
+    x, classes = clusters(40, 0.5, 0)
+    weight, bias = probe._fit(x, classes, 3, (1e-1, 1e-2))[1]
+    model = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-10, max_iter=1000)
+    model.fit(x.numpy(), classes.numpy())
+    np.testing.assert_allclose(weight, model.coef_, atol=1e-4)
+    np.testing.assert_allclose(bias - bias.mean(), model.intercept_, atol=1e-4)
+
+
+def test_held_out_images_choose_the_weight_decay(monkeypatch):
+    used = []
+
+    def fit(x, targets, classes, decays, original=probe._fit):
+        used.append((len(x), decays))
+        return original(x, targets, classes, decays)
+
+    monkeypatch.setattr(probe, "_fit", fit)
+    generator = torch.Generator().manual_seed(0)
+    x, classes = torch.randn(60, 50, generator=generator), torch.arange(60) % 2  # noise: overfits
+    x[:, 0] += 1.5 * classes
+    test = torch.randn(400, 50, generator=generator), torch.arange(400) % 2
+    test[0][:, 0] += 1.5 * test[1]
+    chosen = linear_accuracy(x, classes, *test)
+    assert used == [(48, probe.WEIGHT_DECAYS), (60, probe.WEIGHT_DECAYS[: len(used[1][1])])]
+    assert chosen > 60
+    x[:, 1] = 7.0  # a constant feature, and more classes than images
+    assert linear_accuracy(x[:3], torch.arange(3), x[:3], torch.arange(3)) == 100
+
+
+def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
+    """Of a student trained without labels; its teacher, of another number of classes, beside it."""
+    labelled, out = image_folder(tmp_path / "labelled"), tmp_path / "found.json"
+    teacher = saved_teacher(tmp_path)
+    words = ["DEVICE", "cpu", "EXPERIMENT.NAME", "run", "LOG.PREFIX", tmp_path]
+    words += ["DATASET.TYPE", "images", "DATASET.ROOT", labelled / "train"]
+    words += ["DISTILLER.TYPE", "SEED", "DISTILLER.STUDENT", "resnet8", "SOLVER.EPOCHS", 2]
+    words += ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", teacher]
+    words += ["LOG.PROBE", labelled, "LOG.PROBE_FREQ", 2, "SOLVER.BATCH_SIZE", 12]
+    assert train.main(list(map(str, words))) == 0
+    folder = tmp_path / "distill" / "run"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "probe_knn" not in rows[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_epoch"] == 2
+    assert summary["best_acc"] == rows[1]["probe_knn"]
+    command = [str(folder), "--probe", "knn,linear", "--labelled", str(labelled)]
+    assert evaluate.main([*command, "--json", str(out)]) == 0
+    latest, best, its_teacher = json.loads(out.read_text())["networks"]
+    assert latest["knn"] == best["knn"] == rows[1]["probe_knn"]
+    assert its_teacher["linear"] > 60
+    assert its_teacher["weights"] == str(teacher)
+    assert "k-NN top-1 %" in capsys.readouterr().out
+
+
+def test_a_probe_without_labelled_images_is_refused(capsys):
+    assert evaluate.main(["-m", "resnet8", "--probe", "knn"]) == 2
+    assert "--probe and --labelled belong together" in capsys.readouterr().err
