@@ -126,7 +126,7 @@ def check_input(net: nn.Module, name: str, data: Data | TestData, backbone: bool
     was_training = net.training
     net.eval()
     try:
-        logits = net(torch.zeros(1, len(data.mean), *data.image_size))[0]
+        logits = net(torch.zeros(1, input_channels(net), *data.image_size))[0]
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -123,7 +123,7 @@ def statistics_of(cfg: Any, role: str, how: Preprocessing | None, given: Statist
     """
     if how is None or not how.mean:
         return given
-    if len(how.mean) == len(given[0]):
+    if len(given[0]) in (0, len(how.mean)):
         return how.mean, how.std
     if not isinstance(cfg.DISTILLER[f"{role}_NORM"], str):
         raise UserError(
