@@ -21,6 +21,8 @@ _API = {
     "SCHEDULES": "engine.optim.schedules",
     "AUGMENTS": "dataset",
     "DATASETS": "dataset",
+    "BaseTrainer": "engine.trainer",
+    "trainer_dict": "engine.trainer",
     "DISTILLERS": "distillers",
 }
 

@@ -299,7 +299,8 @@ def prepare_classifier(
         note = "" if measured else " (measured when the run began)"
         about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
+    origin = cfg.DISTILLER.STUDENT_CKPT or released
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
     for number, (one, net) in enumerate(
         zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
     ):
