@@ -134,7 +134,7 @@ def class_outputs(
     loader = data.plain()
     first = loader.start
     with preserve_state(teacher):
-        blank = torch.zeros(1, 3, *data.image_size, device=device)
+        blank = torch.zeros(1, len(data.mean), *data.image_size, device=device)
         width = _output(teacher, blank, output, positions).shape[1]
         rows = torch.zeros(chosen.numel(), width, device=device)
         for images, _ in loader:

@@ -47,10 +47,12 @@ from mdistiller.engine.networks.released import (
     own_preprocessing,
     require_classes,
     states_nothing,
+    statistics_of,
     taken_line,
 )
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
 from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
@@ -185,12 +187,15 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
-    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
-    size = (side, side) if side else data.image_size
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size = own_size or data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, size, settings, key)
-    if side:
-        resize_input(net, size)
+        channels = len(data.mean)
+        net = make_network(entry, data.num_classes, size, settings, key, channels)
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # training images are made for the teacher
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -205,7 +210,7 @@ def build_network(
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
-    renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
+    renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
@@ -369,29 +374,29 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
 def teacher_test_loader(
     cfg: Any, data: Data, device: torch.device, weights: str | Path
 ) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the data's image size.
+    """The test set with the teacher's own interpolation and crop, at the size it sees in training.
 
     None if the data's own test loader gives the same, or images are not resized.
     """
-    used = data.preprocessing
-    if not data_spec(cfg).files or used.resize == "keep":
+    used, own_size = data.preprocessing, teacher_image_size(cfg)
+    if not data_spec(cfg).files or (used.resize == "keep" and not own_size):
         return None
     entry = model_entry(cfg, "TEACHER", data)
     stated = None if weights == PRETRAINED else recorded_facts(weights)
     how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None:
+    if how is None and not own_size:
         return None
+    size = own_size or used.image_size
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = used.image_size
+    sized.DATASET.IMAGE_SIZE = size
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
-    if how.image_size not in (0, seen):
+    if how is not None and how.image_size not in (0, size):
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
+            f"the teacher sees images of {size} pixels, but {whose} {how.image_size} "
             f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print_log(message)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mdistiller.dataset import are_numbers, first_difference, natural_key
 from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.utils import print_log
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 from mdistiller.weights import FEATURES_ONLY, split_key
 
@@ -111,7 +112,8 @@ def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) 
     layer = find() if callable(find) else None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != len(order):
         return False
-    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    shape = (2, input_channels(net), *image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     params = [param for param in (layer.weight, layer.bias) if param is not None]
     kept = [param.clone() for param in params]
     with preserve_state(net):

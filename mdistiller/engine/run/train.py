@@ -34,6 +34,7 @@ from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.optim.schedules import depends_on_epochs
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
@@ -132,7 +133,7 @@ def data_key(cfg: Config) -> str:
     But for the number of views: the weak ones of a pair are those of runs with one view.
     """
     facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
-    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
+    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS, teacher_image_size(cfg)))
 
 
 def train_together(
@@ -160,7 +161,8 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and "
+                "DISTILLER.TEACHER_SIZE must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -258,8 +260,8 @@ def prepare_classifier(
     items = wanted_items(trainer_class, method)
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
-    key = data_key(cfg), items.two_views
-    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
+    key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
