@@ -10,8 +10,8 @@ bilinear interpolation, and c the cosine over channels:
     map = 0.9 (1 - c(S, T)) + 0.1 smooth_l1(S, T), means over positions
 
 t and T are standardised by PHI-S (`helpers/losses/phi_s.py`), from one pass of the teacher over
-training images. Where labels are given, their cross-entropy is added. The heads are not a part of the
-student's file.
+training images. Where labels are given, their cross-entropy is added. The heads are not a part of
+the student's file.
 
 Ours: both outputs are standardised, where the papers have one teacher's map beside others'; a head
 is as wide as the teacher's output; the standardisation is of 1,024 training images, and 16

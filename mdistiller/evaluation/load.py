@@ -16,6 +16,7 @@ from mdistiller.dataset import eval_preprocessing, load_test_loader
 from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.make import make_network
 from mdistiller.engine.networks.released import recorded_preprocessing
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import checkpoint_file, recorded_config, refuse_commands
 from mdistiller.engine.run.record import data_facts, read_record, recorded_settings
 from mdistiller.engine.user_code.imports import import_user_modules
@@ -102,7 +103,7 @@ def _from_run(
     how = recorded_preprocessing(data, folder) or eval_preprocessing(cfg)
     size = tuple(data["image_size"])
     facts: Any = SimpleNamespace(**{**data, "image_size": size, "preprocessing": how})
-    net = build_network(cfg, "STUDENT", facts, path)
+    net = build_network(checkpoint_config(cfg, path.name), "STUDENT", facts, path)
     place = resolve_device(cfg.DEVICE if "DEVICE" in overrides[0::2] else device)
     return Predictor(
         f"{folder} {path.name.removeprefix('student_')}",
@@ -115,6 +116,7 @@ def _from_run(
         cfg.DATASET.EXIF,
         cfg.DATASET.SCALE_16_BIT,
         net,
+        channels=len(data["mean"]),
     )
 
 
@@ -133,7 +135,8 @@ def _from_weights(path: Path, device: str) -> Predictor:
         raise _damaged(path, error) from error
     name, size = stated["model"], tuple(stated["image_size"])
     entry, arguments = get_model_entry(name, stated["zoo"]), stated.get("arguments", {})
-    net = make_network(entry, stated["num_classes"], size, arguments, f"{path}: arguments")
+    channels, key = len(stated["mean"]), f"{path}: arguments"
+    net = make_network(entry, stated["num_classes"], size, arguments, key, channels)
     load_network(net, path, name, stated["num_classes"])
     place = resolve_device(device)
     return _of_file(path, _logits_of(net.to(place)), {**stated, "normalizes": False}, place, net)
@@ -213,6 +216,7 @@ def _of_file(
         device,
         network=net,
         model=stated["model"],
+        channels=len(stated["mean"]),
     )
 
 

@@ -21,6 +21,8 @@ from mdistiller.dataset import (
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
+from mdistiller.engine.networks.roles import checkpoint_config
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -90,7 +92,7 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
             note = f"epoch {summary['best_epoch']}, selected {by}on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
-        sources.append(Source(label, cfg, path, note, run=folder))
+        sources.append(Source(label, checkpoint_config(cfg, path.name), path, note, run=folder))
     return sources
 
 
@@ -172,7 +174,8 @@ def file_source(
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
         raise UserError(f"-m must name the network of {path}, which is of no run folder")
-    return Source(path, recorded_config(folder, imports=imports), Path(path), run=folder)
+    run = checkpoint_config(recorded_config(folder, imports=imports), Path(path).name)
+    return Source(path, run, Path(path), run=folder)
 
 
 def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overrides) -> Config:
@@ -252,9 +255,10 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
     preprocessing = own_preprocessing_of(source, facts) if facts.files else None
-    if preprocessing is None or test.preprocessing.resize == "keep":
+    own_size = teacher_image_size(source.cfg) if source.role == "TEACHER" and facts.files else None
+    if not own_size and (preprocessing is None or test.preprocessing.resize == "keep"):
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size)
+    sized = _sized(cfg, own_size or test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)

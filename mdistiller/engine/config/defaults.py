@@ -24,7 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
-        "TEACHER_SIZE": 0,  # pixels square that the teacher's images are resized to; 0: the data's
+        "TEACHER_SIZE": 0,  # side or [height, width] of the teacher's images; 0: the student's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
         "TEACHER_NORM": "auto",
@@ -33,6 +33,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHERS": [],  # several, in the place of TEACHER (docs/teachers.md)
+        "COMBINE": "losses",  # of TEACHERS: losses, ensemble or confidence
+        "PEERS": [],  # networks that DML and KDCL train beside the student; one like it by default
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
         "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
