@@ -43,8 +43,8 @@ def of_teacher(cfg: Any, number: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not cfg.DISTILLER.get("TEACHERS", []):
-            raise
+        if not cfg.DISTILLER.get("TEACHERS", []) or type(error) is not UserError:
+            raise  # as it is: a training that diverged, say
         raise UserError(f"DISTILLER.TEACHERS[{number}]: {error}") from None
 
 

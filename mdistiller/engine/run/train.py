@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import sys
@@ -32,10 +31,15 @@ from mdistiller.engine.networks.build import (
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
-from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.measuring import (
+    describe_peers,
+    describe_teachers,
+    measure_teachers,
+    teacher_records,
+)
 from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.overview import describe_data, describe_network, overview
 from mdistiller.engine.run.record import (
@@ -53,7 +57,7 @@ from mdistiller.engine.run.sharing import (
     shared_data,
 )
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
+from mdistiller.engine.run.teacher import resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
@@ -286,22 +290,16 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    several = [
-        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
-        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
-    ]
-    recorded = several if len(weights) > 1 else next(iter(weights), None)
+    recorded = teacher_records(cfg, weights, accuracies)
     about = {"data": describe_data(cfg, data)}
     if distiller.teacher is not None:
-        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
         note = "" if measured else " (measured when the run began)"
-        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
+        about |= describe_teachers(
+            cfg, distiller.teacher, weights, accuracies or [teacher_acc], note
+        )
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
     about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
-    for number, (one, net) in enumerate(
-        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
-    ):
-        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    about |= describe_peers(cfg, distiller)
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
