@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
+    CHANNELS,
     DATASET_CONFIG,
     DATASETS,
     DataSource,
@@ -52,6 +54,7 @@ class Data:
             set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
             such images.
         test: the test set where images are held out, else None.
+        train_size: of the images in `train`, if that is another.
         val_name: what the best epoch is selected on, in words: the test set, held-out training
             images, or without either the training images.
         num_data: number of images in `train`.
@@ -78,6 +81,7 @@ class Data:
     preprocessing: Preprocessing = NOTHING_STATED
     plain: Callable[..., EvalLoader] | None = None
     val_name: str = TEST_SET
+    train_size: tuple[int, int] | None = None
 
     def close(self) -> None:
         """End the worker processes, if any."""
@@ -93,19 +97,26 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     return data.train, data.val, data.num_data, data.num_classes
 
 
-def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
+def load_data(
+    cfg: Any,
+    device: torch.device | None = None,
+    two_views: bool = False,
+    train_size: Size | None = None,
+) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
     Args:
         cfg: config; uses DATASET, SOLVER.BATCH_SIZE (per process), EXPERIMENT.SEED and DEVICE.
         device: overrides DEVICE.
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
+        train_size: make training images of this size, if that is larger than the evaluation's and
+            they are files, whose pixels are worth it.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
     """
     node = _node(cfg)
-    pipeline = _pipeline(node, "train", _device(cfg, device))
+    pipeline = feed = _pipeline(node, "train", _device(cfg, device))
     labelled = _is_labelled(node, pipeline.source)
     balanced = _is_balanced(node, pipeline.source)
     train = pipeline.read("train")
@@ -123,8 +134,13 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         )
     size = pipeline.size(*splits)
     statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    feed_size = size
+    if train_size and math.prod(train_size) > math.prod(size) and _has_files(pipeline.source):
+        feed = _pipeline({**node, "IMAGE_SIZE": train_size}, "train", _device(cfg, device))
+        feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
-        train, held = _hold_out(train, node)
+        train = _hold_out(train, node)[0]
+        held = _hold_out(splits[0], node)[1]
     evaluated = [*([held] if held is not None else []), *splits[1:]]
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     if labelled and held is evaluated[-1]:
@@ -133,15 +149,15 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     val_name = TEST_SET if loaders else "training images"
     if held is not None:
         val_name = f"{len(held)} held-out training images"
-    train_loader = pipeline.train_loader(
+    train_loader = feed.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
-        size,
+        feed_size,
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
         balanced=balanced,
-        mix=_mix(node, size, len(train.classes)),
+        mix=_mix(node, feed_size, len(train.classes)),
         two_views=two_views,
     )
     return Data(
@@ -156,11 +172,16 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda indices=None: pipeline.eval_loader(
-            train if indices is None else train.select(indices), size, statistics
+        plain=lambda indices=None: feed.eval_loader(
+            train if indices is None else train.select(indices), feed_size, statistics
         ),
+        train_size=feed_size,
         val_name=val_name,
     )
+
+
+def _has_files(source: DataSource) -> bool:
+    return isinstance(source, (FileSource, Shards))
 
 
 def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
@@ -196,6 +217,8 @@ def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
             "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
             "inverse weighs classes instead), or use an image folder"
         )
+    if node["SAMPLER"] == "balanced" and not _is_labelled(node, source):
+        raise UserError("DATASET.SAMPLER balanced needs images with classes: set it to default")
     return node["SAMPLER"] == "balanced"
 
 
@@ -258,7 +281,8 @@ def load_test_loader(
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = _statistics(node, pipeline.source)
-    if statistics is None and network is not None and network.mean:
+    channels = node["CHANNELS"]
+    if statistics is None and network is not None and len(network.mean) == channels:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
@@ -308,7 +332,7 @@ def data_spec(cfg: Any) -> DataSpec:
         _statistics(node, source),
         node["IMAGE_SIZE"],
         keeps_shape(source, _augment(node, source)),
-        isinstance(source, (FileSource, Shards)),
+        _has_files(source),
         _is_labelled(node, source),
     )
 
@@ -338,7 +362,25 @@ def _node(cfg: Any) -> dict[str, Any]:
         raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
     _check_randaugment(node["RANDAUGMENT"])
     check_keys(node)
+    _check_channels(node)
     return node
+
+
+def _check_channels(node: Mapping[str, Any]) -> None:
+    if node["CHANNELS"] not in CHANNELS:
+        raise UserError(f"DATASET.CHANNELS must be 1, 3 or 4, got {node['CHANNELS']!r}")
+    if node["CHANNELS"] == 3:
+        return
+    for key, wanted in (("RANDAUGMENT", node["RANDAUGMENT"]), ("TYPE", _is_shards(node))):
+        if wanted:
+            raise UserError(
+                f"DATASET.{key} {node[key]} needs images in colour: set DATASET.CHANNELS 3, not "
+                f"{node['CHANNELS']}"
+            )
+
+
+def _is_shards(node: Mapping[str, Any]) -> bool:
+    return isinstance(_source(node), Shards)
 
 
 def _check_randaugment(value: Sequence[Any]) -> None:
@@ -372,6 +414,7 @@ def _pipeline(
         node["EXIF"],
         node["SCALE_16_BIT"],
         node["JPEG_SCALING"],
+        node["CHANNELS"],
     )
     return choose_pipeline(node, split, source, root, options, augment, device)
 
@@ -386,7 +429,7 @@ def _root(node: dict[str, Any], source: DataSource) -> Path:
     return project_root() / source.root
 
 
-def _source(node: dict[str, Any]) -> DataSource:
+def _source(node: Mapping[str, Any]) -> DataSource:
     entry = DATASETS[node["TYPE"]]
     source: DataSource = entry() if isinstance(entry, type) else entry
     return source
@@ -398,12 +441,13 @@ def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
 
 def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
     """Mean and std from the config, else of the data set; None if they must be computed."""
-    mean, std = tuple(node["MEAN"]), tuple(node["STD"])
+    mean, std, channels = tuple(node["MEAN"]), tuple(node["STD"]), node["CHANNELS"]
     if not mean and not std:
-        return (source.mean, source.std) if source.mean else None
-    if len(mean) != 3 or len(std) != 3 or max(*mean, *std) > 1 or min(std) <= 0:
+        return (source.mean, source.std) if len(source.mean) == channels else None
+    if len(mean) != channels or len(std) != channels or max(*mean, *std) > 1 or min(std) <= 0:
+        number = {1: "one value", 3: "three values", 4: "four values"}[channels]
         raise UserError(
-            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values up "
+            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have {number} up "
             "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
         )
     return mean, std

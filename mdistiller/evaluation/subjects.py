@@ -22,6 +22,7 @@ from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import checkpoint_config
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -29,7 +30,8 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
-from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
+from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
+from mdistiller.files.names import EXPORTED
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -153,7 +155,7 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
-    if name and Path(path).suffix in SUFFIXES:
+    if name and Path(path).suffix in EXPORTED:
         raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
@@ -163,7 +165,7 @@ def file_source(
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
         return Source(path, node, Path(path), role=role)
-    if Path(path).suffix in SUFFIXES:
+    if Path(path).suffix in EXPORTED:
         node = cfg.clone()
         node.defrost()
         node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
@@ -253,9 +255,10 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
     preprocessing = own_preprocessing_of(source, facts) if facts.files else None
-    if preprocessing is None or test.preprocessing.resize == "keep":
+    own_size = teacher_image_size(source.cfg) if source.role == "TEACHER" and facts.files else None
+    if not own_size and (preprocessing is None or test.preprocessing.resize == "keep"):
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size)
+    sized = _sized(cfg, own_size or test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)
@@ -296,7 +299,7 @@ def load(source: Source, test: TestData, device: torch.device) -> Subject:
 
 
 def _is_exported(source: Source) -> bool:
-    return Path(source.weights).suffix in SUFFIXES
+    return Path(source.weights).suffix in EXPORTED
 
 
 def side_by_side(

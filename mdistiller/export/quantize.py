@@ -118,11 +118,27 @@ def quantize_student(
     return Int8((original, made), top1, what, count, times if timed else ())
 
 
+def check_epoch(student: Student) -> None:
+    """Refuse weights from before the quantisation-aware epochs of a run that has these."""
+    if student.run is None or not student.cfg.SOLVER.get("QAT_EPOCHS"):
+        return
+    first = student.cfg.SOLVER.EPOCHS - student.cfg.SOLVER.QAT_EPOCHS + 1
+    choice = student.run.choice
+    number = choice.removeprefix("epoch_")
+    epoch = int(number) if number.isdigit() else student.run.summary.get(f"{choice}_epoch", first)
+    if epoch < first:
+        raise UserError(
+            f"{choice} is epoch {epoch}, before SOLVER.QAT_EPOCHS began in epoch {first}; export "
+            "the quantisation-aware weights by --checkpoint latest"
+        )
+
+
 def _images_of(student: Student) -> Data:
     """The data of the student's run; images come in [0, 1], not normalised."""
     cfg = student.cfg.clone()
     cfg.defrost()
-    cfg.DATASET.MEAN, cfg.DATASET.STD = [0.0] * 3, [1.0] * 3
+    channels = student.channels
+    cfg.DATASET.MEAN, cfg.DATASET.STD = [0.0] * channels, [1.0] * channels
     cfg.freeze()
     data = load_data(cfg, torch.device("cpu"))
     if data.num_classes != student.num_classes or data.image_size != student.image_size:
@@ -162,7 +178,7 @@ def _compare(
 def _one_image(path: Path, student: Student) -> float:
     """Median time of one image on one thread, in milliseconds."""
     run = open_onnx(path, threads=1)[0]
-    image, taken = torch.rand(1, 3, *student.image_size), []
+    image, taken = torch.rand(1, student.channels, *student.image_size), []
     for _ in range(_WARM_UP + _ROUNDS):
         start = time.perf_counter()
         run(image)

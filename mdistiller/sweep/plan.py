@@ -141,8 +141,8 @@ class _Reader:
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
                     more = self.taught(variant, seed)
-                    own = cfg or self.load(cell, config, [*fixed, *pairs, *more])
-                    run = self.placed(own, name, words, seed)
+                    loaded = cfg or self.load(cell, config, [*fixed, *pairs, *more])
+                    run = self.placed(loaded, name, words, seed)
                     self.made[name] = Trial(cell, name, changes, (run,))
                     yield self.made[name]
 

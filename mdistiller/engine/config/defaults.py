@@ -24,7 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
-        "TEACHER_SIZE": 0,  # pixels square that the teacher's images are resized to; 0: the data's
+        "TEACHER_SIZE": 0,  # side or [height, width] of the teacher's images; 0: the student's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].
         "TEACHER_NORM": "auto",
@@ -66,6 +66,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
         "AMP": "none",  # none, bf16 or fp16
         "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
+        "QAT_EPOCHS": 0,  # last epochs in which the student computes as in 8 bits (export --int8)
         "FREEZE": [],  # parameters of the student that stay as they are: ["stem", "layer1.*"]
         "LR_BY_NAME": [],  # factors on LR for parameters of the student: ["layer1.*=0.1", "fc=10"]
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below

@@ -41,20 +41,22 @@ from mdistiller.engine.networks.released import (
     own_preprocessing,
     require_classes,
     states_nothing,
+    statistics_of,
     taken_line,
 )
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
-from mdistiller.engine.param_groups import freeze, student_groups
+from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import local_rank_zero_first, rank
+from mdistiller.runtime import local_rank_zero_first
 from mdistiller.weights import load_network
 
 
@@ -179,12 +181,15 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
-    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
-    size = (side, side) if side else data.image_size
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size = own_size or data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, size, settings, key)
-    if side:
-        resize_input(net, size)
+        channels = len(data.mean)
+        net = make_network(entry, data.num_classes, size, settings, key, channels)
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # training images are made for the teacher
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -199,11 +204,11 @@ def build_network(
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
-    renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
-    if weights and how and states_nothing(entry, weights, stated) and rank() == 0:
+    renormalize_input(net, given, statistics_of(cfg, role, how, given))
+    if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
-        print(log_msg(taken_line(name, role, how, weights)), flush=True)
+        print_log(taken_line(name, role, how, weights))
     return net
 
 

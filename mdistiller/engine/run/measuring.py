@@ -20,41 +20,41 @@ from mdistiller.engine.networks.build import model_entry
 from mdistiller.engine.networks.class_order import doubts
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import peer_configs, teacher_configs
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.overview import describe_network
-from mdistiller.engine.utils import log_msg, validate
-from mdistiller.runtime import rank
+from mdistiller.engine.utils import print_log, validate
 from mdistiller.weights import recorded_facts
 
 
 def teacher_test_loader(
     cfg: Any, data: Data, device: torch.device, weights: str | Path
 ) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the data's image size.
+    """The test set with the teacher's own interpolation and crop, at the size it sees in training.
 
     None if the data's own test loader gives the same, or images are not resized.
     """
-    used = data.preprocessing
-    if not data_spec(cfg).files or used.resize == "keep":
+    used, own_size = data.preprocessing, teacher_image_size(cfg)
+    if not data_spec(cfg).files or (used.resize == "keep" and not own_size):
         return None
     entry = model_entry(cfg, "TEACHER", data)
     stated = None if weights == PRETRAINED else recorded_facts(weights)
     how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None:
+    if how is None and not own_size:
         return None
+    size = own_size or used.image_size
     sized = cfg.clone()
     sized.defrost()
-    sized.DATASET.IMAGE_SIZE = used.image_size
+    sized.DATASET.IMAGE_SIZE = size
     sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
     if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
         return None
-    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
-    if how.image_size not in (0, seen) and rank() == 0:
+    if how is not None and how.image_size not in (0, size):
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
+            f"the teacher sees images of {size} pixels, but {whose} {how.image_size} "
             f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
-        print(log_msg(message), flush=True)
+        print_log(message)
     return load_test_loader(sized, device, how).loader
 
 
@@ -80,15 +80,10 @@ def measure_teacher(
     teacher = net or distiller.teacher
     assert teacher is not None
     if getattr(teacher, "untrained_head", False):
-        if rank() == 0:
-            print(
-                log_msg(
-                    f"the teacher's weights have no classifier for {data.num_classes} classes; "
-                    f"{type(distiller).__name__} reads its features alone, so its accuracy is not "
-                    "measured"
-                ),
-                flush=True,
-            )
+        print_log(
+            f"the teacher's weights have no classifier for {data.num_classes} classes; "
+            f"{type(distiller).__name__} reads its features alone, so its accuracy is not measured"
+        )
         return None
     test = loader or (data.val if data.test is None else data.test)
     assert test is not None
@@ -98,9 +93,8 @@ def measure_teacher(
     close = getattr(loader, "close", None)
     if close is not None:  # its processes
         close()
-    if rank() == 0:
-        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
-            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
+    for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
+        print_log(f"WARNING: {name} {warning}")
     return top1
 
 
@@ -132,40 +126,40 @@ def measure_teachers(
     return [*found, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
 
 
-def describe_teachers(
+def describe_networks(
     cfg: Config,
-    teacher: nn.Module,
+    distiller: Distiller,
     weights: Sequence[str | Path],
     accuracies: Sequence[float | None],
-    note: str = "",
+    measured: bool = True,
 ) -> dict[str, str]:
-    """A line about each teacher, and one about the ensemble of several, by title.
+    """A line about each network of a run, and about the ensemble of several teachers, by title.
 
     Args:
-        accuracies: of :func:`measure_teachers`, or the last of them alone; `note` goes behind them.
+        accuracies: of :func:`measure_teachers`, or the last of them alone.
+        measured: in this start, not when the run began.
     """
-    configs = teacher_configs(cfg)
-    missing = len(configs) + (len(configs) > 1) - len(accuracies)
-    accuracies = [*[None] * missing, *accuracies]
-    nets: Any = teacher.nets if len(configs) > 1 else [teacher]
-    texts = ["" if acc is None else f"accuracy {acc:.2f} %{note}" for acc in accuracies]
-    lines = {}
-    for number, (one, net) in enumerate(zip(configs, nets, strict=True)):
-        title = f"teacher {number + 1}" if len(configs) > 1 else "teacher"
-        name = one.DISTILLER.TEACHER
-        lines[title] = describe_network(name, net, texts[number], weights[number])
-    if len(configs) > 1 and texts[-1]:
-        lines["ensemble"] = texts[-1]
-    return lines
-
-
-def describe_peers(cfg: Config, distiller: Distiller) -> dict[str, str]:
-    """A line about each network that is trained beside the student, by title."""
+    lines, teacher = {}, distiller.teacher
+    if teacher is not None:
+        configs = teacher_configs(cfg)
+        several = len(configs) > 1
+        nets: Any = teacher.nets if several else [teacher]
+        note = "" if measured else " (measured when the run began)"
+        texts = ["" if acc is None else f"accuracy {acc:.2f} %{note}" for acc in accuracies]
+        texts = [*[""] * (len(configs) + several - len(texts)), *texts]
+        for number, (one, net) in enumerate(zip(configs, nets, strict=True)):
+            title = f"teacher {number + 1}" if several else "teacher"
+            origin = weights[number]
+            lines[title] = describe_network(one.DISTILLER.TEACHER, net, texts[number], origin)
+        if several and texts[-1]:
+            lines["ensemble"] = texts[-1]
+    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
+    origin = cfg.DISTILLER.STUDENT_CKPT or released
+    lines["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
     peers = zip(peer_configs(cfg), distiller.students()[1:], strict=False)
-    return {
-        f"peer {number}": describe_network(one.DISTILLER.STUDENT, net)
-        for number, (one, net) in enumerate(peers, start=1)
-    }
+    for number, (one, net) in enumerate(peers, start=1):
+        lines[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    return lines
 
 
 def teacher_records(

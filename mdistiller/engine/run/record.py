@@ -277,7 +277,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     return changes
 
 
-_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY")
+_SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY", "LOG.PROBE")
 _ARGUMENTS = ("DISTILLER.TEACHER_ARGS", "DISTILLER.STUDENT_ARGS", "SOLVER.OPTIMIZER_ARGS")
 # Keys of the compared sections that leave the trained weights as they are.
 WITHOUT_EFFECT = (

@@ -26,7 +26,7 @@ from mdistiller.engine.run.lock import is_locked, locked
 from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.record import changed_settings
 from mdistiller.engine.user_code.forks import active
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 
@@ -88,9 +88,8 @@ def train_teacher(cfg: Config, device: torch.device, train_run: TrainRun) -> Pat
                     f"{cfg.DISTILLER.TEACHER_CFG}, or name a DISTILLER.TEACHER_CKPT"
                 )
         if not finished:
-            if rank() == 0:
-                message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
-                print(log_msg(message), flush=True)
+            message = f"training the teacher first: {cfg.DISTILLER.TEACHER_CFG}"
+            print_log(message)
             train_run(teacher_cfg, experiment_name(teacher_cfg), started, device)
     return folder / "student_latest"
 

@@ -32,16 +32,13 @@ from mdistiller.engine.networks.build import (
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.optim.schedules import depends_on_epochs
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
-from mdistiller.engine.run.measuring import (
-    describe_peers,
-    describe_teachers,
-    measure_teachers,
-    teacher_records,
-)
+from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.overview import describe_data, describe_network, overview
+from mdistiller.engine.run.overview import describe_data, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
@@ -59,11 +56,10 @@ from mdistiller.engine.run.sharing import (
 from mdistiller.engine.run.summary import describe, summarize
 from mdistiller.engine.run.teacher import resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -136,7 +132,7 @@ def data_key(cfg: Config) -> str:
     But for the number of views: the weak ones of a pair are those of runs with one view.
     """
     facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
-    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
+    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS, teacher_image_size(cfg)))
 
 
 def train_together(
@@ -164,7 +160,8 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and "
+                "DISTILLER.TEACHER_SIZE must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -240,7 +237,7 @@ def _train_with(
         if rank() == 0:  # another run may have been in there meanwhile
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
-                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+                print_log(f"continuing with other settings: {'; '.join(changes)}")
             print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
@@ -262,8 +259,8 @@ def prepare_classifier(
     items = wanted_items(trainer_class, method)
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
-    key = data_key(cfg), items.two_views
-    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
+    key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
@@ -291,15 +288,11 @@ def prepare_classifier(
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
     recorded = teacher_records(cfg, weights, accuracies)
-    about = {"data": describe_data(cfg, data)}
-    if distiller.teacher is not None:
-        note = "" if measured else " (measured when the run began)"
-        about |= describe_teachers(
-            cfg, distiller.teacher, weights, accuracies or [teacher_acc], note
-        )
-    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
-    about |= describe_peers(cfg, distiller)
+    scores = accuracies or [teacher_acc]
+    about = {
+        "data": describe_data(cfg, data),
+        **describe_networks(cfg, distiller, weights, scores, measured),
+    }
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
@@ -320,7 +313,7 @@ def _train_in(
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        print(log_msg(describe(summary, folder)), flush=True)
+        print_log(describe(summary, folder))
     trainer.call("after_summary", summary)
     return summary
 
@@ -381,7 +374,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ", "LOG.PROBE ")
     begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
