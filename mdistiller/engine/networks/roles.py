@@ -13,7 +13,7 @@ from typing import Any
 
 from mdistiller.registry import UserError
 
-_REST = {"CKPT": "", "CFG": "", "ARGS": {}, "NORM": "auto", "SIZE": 0}
+_REST = {"CKPT": "", "CFG": "", "ARGS": {}, "NORM": "auto"}
 
 
 def role_config(cfg: Any, role: str, entry: Mapping[str, Any]) -> Any:
