@@ -294,13 +294,13 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
 
 def test_a_resumed_run_measures_its_teacher_once(tmp_path, monkeypatch, capsys):
     """Unless a setting has changed that may decide what is measured."""
-    measured, original = [], run_module.measure_teacher
+    measured, original = [], run_module.measure_teachers
 
     def measure(*args):
-        measured.append(original(*args))
-        return measured[-1]
+        measured.extend(original(*args))
+        return measured[-1:]
 
-    monkeypatch.setattr(run_module, "measure_teacher", measure)
+    monkeypatch.setattr(run_module, "measure_teachers", measure)
     teacher = str(saved_teacher(tmp_path))
     settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CKPT": teacher}
     run = train(tmp_path, epochs=1, **settings)

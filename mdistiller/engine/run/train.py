@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import sys
@@ -32,13 +31,13 @@ from mdistiller.engine.networks.build import (
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
-from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.folder import keep_full_decoding
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.overview import describe_data, describe_network, overview
+from mdistiller.engine.run.overview import describe_data, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
@@ -54,7 +53,7 @@ from mdistiller.engine.run.sharing import (
 )
 from mdistiller.engine.run.start_check import check_folder
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
+from mdistiller.engine.run.teacher import resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
@@ -287,23 +286,12 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    several = [
-        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
-        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
-    ]
-    recorded = several if len(weights) > 1 else next(iter(weights), None)
-    about = {"data": describe_data(cfg, data)}
-    if distiller.teacher is not None:
-        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
-        note = "" if measured else " (measured when the run began)"
-        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
-    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    origin = cfg.DISTILLER.STUDENT_CKPT or released
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
-    for number, (one, net) in enumerate(
-        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
-    ):
-        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    recorded = teacher_records(cfg, weights, accuracies)
+    scores = accuracies or [teacher_acc]
+    about = {
+        "data": describe_data(cfg, data),
+        **describe_networks(cfg, distiller, weights, scores, measured),
+    }
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
