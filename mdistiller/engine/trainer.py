@@ -43,9 +43,9 @@ from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
 from mdistiller.engine.optim import autocast, build_optimizer
+from mdistiller.engine.optim.param_groups import student_groups
+from mdistiller.engine.optim.schedules import by_step
 from mdistiller.engine.optimization import Optimization
-from mdistiller.engine.param_groups import student_groups
-from mdistiller.engine.schedules import by_step
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, evaluate
 from mdistiller.engine.utils import progress as progress_bar
@@ -333,6 +333,8 @@ class BaseTrainer(Optimization):
         cells[score] = self.marked(cells[score])
         if "ema_test_acc" in record:
             cells["ema %"] = f"{record['ema_test_acc']:.2f}"
+        for number in range(1, len(self.model.students())):
+            cells[f"peer{number} %"] = f"{record[f'peer{number}_test_acc']:.2f}"
         if "teacher_hits" in record:
             cells["cached %"] = f"{record['teacher_hits']:.0f}"
         return cells
