@@ -38,9 +38,10 @@ ITERATIONS: dict[str, Any] = {
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
-    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING", "QAT_EPOCHS"),
     *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
+_CLASSIFIERS = ("SELECT_BY", "MISTAKES", "PROBE", "PROBE_FREQ")  # of LOG
 
 DETECTION: dict[str, Any] = {
     "STUDENT": NETWORK,
@@ -56,7 +57,7 @@ def default_config() -> Config:
     """A fresh config that holds every default."""
     solver = {key: value for key, value in ENGINE_CONFIG["SOLVER"].items() if key not in _LEFT_OUT}
     experiment = {k: v for k, v in ENGINE_CONFIG["EXPERIMENT"].items() if k != "LOGIT_STAND"}
-    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k not in ("SELECT_BY", "MISTAKES")}
+    log = {k: v for k, v in ENGINE_CONFIG["LOG"].items() if k not in _CLASSIFIERS}
     shared = ("NUM_WORKERS", "WORKER_TIMEOUT", "SKIP_CORRUPT")
     return Config(
         {
@@ -86,6 +87,9 @@ def load_config(
         path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory.
     """
+    if isinstance(path, Mapping) and "SOLVER" in path:  # a run's, perhaps with another MAX_ITER
+        solver = {key: value for key, value in path["SOLVER"].items() if key != "EPOCHS"}
+        path = {**path, "SOLVER": solver}
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
     cfg.defrost()

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
@@ -43,12 +44,12 @@ def seed_loss(
     """
     student, teacher, queue = (full_precision(x) for x in (student, teacher, queue))
 
-    def scores(z: Tensor, tau: float) -> Tensor:
+    def scores(z: Tensor) -> Tensor:
         last = (z * teacher).sum(dim=1, keepdim=True)
-        return torch.cat([z @ queue.T, last], dim=1) / tau
+        return torch.cat([z @ queue.T, last], dim=1)
 
-    q = scores(teacher, teacher_tau).softmax(dim=1)
-    return -(q * scores(student, student_tau).log_softmax(dim=1)).sum(dim=1).mean()
+    q = scores(teacher / teacher_tau).softmax(dim=1)
+    return F.cross_entropy(scores(student / student_tau), q)
 
 
 @DISTILLERS.register(

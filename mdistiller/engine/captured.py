@@ -10,6 +10,7 @@ recorded, or changes other values when replayed ends the run with one line.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
         f"SOLVER.EMA {solver.EMA}": bool(solver.EMA),
         f"SOLVER.SKIP_NONFINITE {solver.SKIP_NONFINITE}": bool(solver.SKIP_NONFINITE),
         f"SOLVER.COMPILE {solver.COMPILE}": bool(solver.COMPILE),
+        "SOLVER.SCHEDULE_BY step": solver.get("SCHEDULE_BY") == "step",
         f"DISTILLER.TEACHER_CACHE {cache}": is_wanted(cfg),
         f"{world_size()} processes": world_size() > 1,
     }
@@ -184,7 +186,8 @@ class RecordedSteps:
         errors = [largest(now, value) for now, value in zip(tensors, replayed, strict=True)]
         floor = 1e-3 * max(changes)  # some change by rounding alone
         good = all(e <= CLOSE * max(c, floor) for e, c in zip(errors, changes, strict=True))
-        if not good and torch.equal(drawn, generator.get_rng_state()):
+        finite = math.isfinite(sum(changes))  # else the guard reports it
+        if finite and not good and torch.equal(drawn, generator.get_rng_state()):
             raise UserError(f"{self._trouble} changes other values when it is replayed")
         return message
 
@@ -240,6 +243,9 @@ def python_state(trainer: Any) -> dict[str, Any]:
         for key, value in values.items():
             on_host = isinstance(value, Tensor) and value.device != trainer.device
             state[f"the optimizer's {key}"] = float(value) if on_host else _identity(value)
+    for k, group in enumerate(trainer.optimizer.param_groups):  # some of timm count steps there
+        numbers = {key: v for key, v in group.items() if isinstance(v, (bool, int, float))}
+        state |= {f"the optimizer's {key} (group {k})": v for key, v in numbers.items()}
     return state
 
 

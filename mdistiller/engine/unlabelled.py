@@ -18,7 +18,7 @@ from mdistiller.engine.callbacks.probe import KEY
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import log_msg, progress
+from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 
@@ -47,8 +47,10 @@ class UnlabelledTrainer(BaseTrainer):
         super().check(cfg, train_loader)
         keys = {
             "SOLVER.EMA": cfg.SOLVER.EMA,
+            "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
+            "LOG.MISTAKES": cfg.LOG.MISTAKES,
             "DATASET.SAMPLER": cfg.DATASET.SAMPLER == "balanced",
         }
         for key, wanted in keys.items():
@@ -95,7 +97,7 @@ class UnlabelledTrainer(BaseTrainer):
         return float(record.get(KEY, -1.0)) if self.selects == KEY else -float(record[self.selects])
 
     def best(self) -> dict[str, float]:
-        return super().best() if self.selects == KEY else {"best_loss": self.best_acc}
+        return {"best_knn" if self.selects == KEY else "best_loss": self.best_acc}
 
 
 class ReportUntrained(Hook):
@@ -113,7 +115,7 @@ class ReportUntrained(Hook):
                 f"student's {len(named)} tensors, which stay random (the first: {untrained[0]}): "
                 "choose a later layer or another method, or add one that reads the last features"
             )
-            print(log_msg(text), flush=True)
+            print_log(text)
         self.done = True
 
 

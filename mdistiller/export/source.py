@@ -24,6 +24,7 @@ from mdistiller.engine.networks.released import (
     states_nothing,
     taken_line,
 )
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -32,7 +33,7 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import data_facts
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, height_width
@@ -56,6 +57,7 @@ def from_run(
     cfg = recorded_config(folder, overrides, imports)
     refuse_commands(folder, cfg, overrides)
     path = checkpoint_file(folder, checkpoint)
+    cfg = checkpoint_config(cfg, path.name)
     record = read_json(folder / "run.json")
     data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))
     run = RunFacts(
@@ -166,7 +168,7 @@ def _load(
     student.mean, student.std = map(tuple, statistics)
     preprocessing = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
     if preprocessing is not None and states_nothing(entry, weights, stated):
-        print(log_msg(taken_line(name, "STUDENT", preprocessing, weights)), flush=True)
+        print_log(taken_line(name, "STUDENT", preprocessing, weights))
     if "preprocessing" in data:
         student.preprocessing = recorded_preprocessing(data, name)
     elif preprocessing is not None and preprocessing.resize:

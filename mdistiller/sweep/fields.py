@@ -18,6 +18,7 @@ ACCURACIES = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
 METRICS = (
     *ACCURACIES,
     *("last_balanced_acc", "best_balanced_acc", "last_macro_f1", "best_macro_f1"),
+    *("last_knn", "best_knn"),  # of LOG.PROBE
 )
 DEFAULTS: dict[str, Any] = {
     "SWEEP": "",

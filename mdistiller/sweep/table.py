@@ -20,6 +20,7 @@ LABELS = dict(
         (
             *("last top-1 %", "best top-1 %", "last, on the test set", "best, on the test set"),
             *("last balanced %", "best balanced %", "last macro F1 %", "best macro F1 %"),
+            *("last k-NN %", "best k-NN %"),
         ),
         strict=True,
     )
@@ -45,10 +46,11 @@ class Row:
         """A metric of all runs that have it."""
         return [run[metric] for run in self.runs if run.get(metric) is not None]
 
-    def ends(self, number: str) -> tuple[float, float]:
-        """Means over the runs of a number of the first and of the last epoch."""
-        first, last = ([run[end][number] for run in self.runs] for end in ("first", "last"))
-        return statistics.mean(first), statistics.mean(last)
+    def ends(self, number: str) -> tuple[float | None, float | None]:
+        """Means over the runs of a number of the first and of the last epoch; None without it."""
+        runs = [run for run in self.runs if number in run["first"]]
+        first, last = ([run[end][number] for run in runs] for end in ("first", "last"))
+        return (statistics.mean(first), statistics.mean(last)) if runs else (None, None)
 
     def selected_on(self) -> str:
         """What the best epochs were selected on."""
@@ -132,14 +134,13 @@ _STATES = ("running", "open", "pruned")
 
 
 def _loss_cells(row: Row) -> list[str]:
-    if not row.runs:
-        return ["-", "-", "-"]
-    loss, accuracy = row.ends("train_loss"), row.ends("train_acc")
-    return [
-        f"{loss[0]:.4g} → {loss[1]:.4g}",
-        f"{accuracy[0]:.1f} → {accuracy[1]:.1f}",
-        "yes" if row.loss_fell() else "NO",
-    ]
+    fell = ("yes" if row.loss_fell() else "NO") if row.runs else "-"
+    cells = []
+    for number, digits in (("train_loss", ".4g"), ("train_acc", ".1f")):
+        first, last = row.ends(number)
+        missing = first is None or last is None
+        cells.append("-" if missing else f"{first:{digits}} → {last:{digits}}")
+    return [*cells, fell]
 
 
 def csv_text(plan: Plan, table: Sequence[Row]) -> str:
@@ -152,7 +153,7 @@ def csv_text(plan: Plan, table: Sequence[Row]) -> str:
             cells[f"{metric}_mean"] = statistics.mean(values) if values else None
             cells[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
         for number in ("train_loss", "train_acc"):
-            ends = row.ends(number) if row.runs else (None, None)
+            ends = row.ends(number)
             cells |= {f"{number}_first": ends[0], f"{number}_last": ends[1]}
         counts = {"runs": len(row.runs), "failed": len(row.failed)}
         rows.append({**cells, "selected_on": row.selected_on(), **counts})

@@ -235,7 +235,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
             traceback.print_exc()
             raise
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [{key: row[key] for key in CURVE} for row in rows if set(CURVE) <= set(row)]
+    curve = [{key: row[key] for key in CURVE if key in row} for row in rows if "epoch" in row]
     return {**summary, "first": curve[0], "last": curve[-1]}
 
 

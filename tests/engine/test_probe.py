@@ -82,14 +82,15 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
     assert train.main(list(map(str, words))) == 0
     folder = tmp_path / "distill" / "run"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert "probe_knn" not in rows[0]
+    assert "test_knn" not in rows[0]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best_epoch"] == 2
-    assert summary["best_acc"] == rows[1]["probe_knn"]
+    assert "best_acc" not in summary
+    assert summary["best_knn"] == summary["last_knn"] == rows[1]["test_knn"]
     command = [str(folder), "--probe", "knn,linear", "--labelled", str(labelled)]
     assert evaluate.main([*command, "--json", str(out)]) == 0
     latest, best, its_teacher = json.loads(out.read_text())["networks"]
-    assert latest["knn"] == best["knn"] == rows[1]["probe_knn"]
+    assert latest["knn"] == best["knn"] == rows[1]["test_knn"]
     assert its_teacher["linear"] > 60
     assert its_teacher["weights"] == str(teacher)
     assert "k-NN top-1 %" in capsys.readouterr().out

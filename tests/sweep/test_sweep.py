@@ -517,6 +517,17 @@ def test_workers_divide_the_runs_that_could_train_together(sweep, monkeypatch):
     assert len(work._companions(study, first.trial, workers=2)) == 2  # three and two runs
 
 
+def test_runs_with_recorded_steps_train_alone(sweep):
+    path = sweep("GRID: {SOLVER.LR: [1, 2, 3], SOLVER.CUDA_GRAPHS: [false, true]}\n")
+    plan = read_plan(path, out=sweep.out)
+    sweep.out.mkdir()
+    study = Study(plan, f"sqlite:///{sweep.out / 'study.db'}")
+    usual, recorded, *_ = plan.trials
+    assert work._companions(study, study.take(recorded).trial, workers=1) == []
+    together = work._companions(study, study.take(usual).trial, workers=1)
+    assert [each.trial.configs[0].SOLVER.CUDA_GRAPHS for each in together] == [False, False]
+
+
 def test_a_trial_that_fails_while_training_leaves_no_writer_behind(sweep, capsys):
     def writers():
         return {t for t in threading.enumerate() if "EventLogger" in type(t).__name__}
@@ -643,7 +654,6 @@ def test_a_rows_student_is_the_next_rows_teacher_seed_by_seed(sweep, capsys):
         theirs = torch.load(runs[above] / "student_latest", weights_only=True)["model"]
         assert torch.equal(mine["teacher.fc.weight"], theirs["fc.weight"])
     assert started(sweep.folder) == {"first-seed=3": 1}
-    assert command.main(words(path)) == 0  # all is there
 
 
 def test_a_trial_waits_for_its_teachers_trial_in_another_process(sweep, monkeypatch):
@@ -725,6 +735,16 @@ def test_a_loss_that_did_not_fall_in_one_run_is_no_success(sweep):
     assert "| NO | 2 | 0 |" in unpadded(table.markdown(plan, rows))
     assert not table.all_well(plan, rows)
     assert table.all_well(read_plan(sweep("SEEDS: 2\n"), out=sweep.out), rows)
+
+
+def test_runs_without_labels_have_no_accuracy(sweep):
+    plan = read_plan(sweep("METRIC: best_knn\nLOSS_FALLS: True\n"), out=sweep.out)
+    curve = {"first": {"train_loss": 2.0}, "last": {"train_loss": 1.0}}
+    run = {"best_loss": 1.0, "best_knn": 80.0, "selected_on": "training images", **curve}
+    rows = table.rows(plan, {names(plan)[0]: Status("done", [run], {})})
+    text = unpadded(table.markdown(plan, rows))
+    assert "| 80.00 | training images | 2 → 1 | - | yes | 1 | 0 |" in text
+    assert next(csv.DictReader(table.csv_text(plan, rows).splitlines()))["train_acc_last"] == ""
 
 
 def test_held_out_images_add_the_test_columns(sweep):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.callbacks.console import EpochTable
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.logs import (
@@ -14,12 +15,13 @@ from mdistiller.engine.callbacks.logs import (
     numbers_of,
     plain,
 )
+from mdistiller.engine.callbacks.peers import EvaluatePeers
 from mdistiller.engine.callbacks.probe import Probe
+from mdistiller.engine.callbacks.qat import QuantizeStudent
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
-from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 
 
 def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
@@ -36,9 +38,8 @@ def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
         now = numbers_of(record)
         for key in numbers.keys() - now.keys():
             name, value = type(hook).__name__, numbers[key]
-            if is_main_process():
-                text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
-                print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
+            text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
+            print_log(f"WARNING: {text}; choose another key")
             record[key] = now[key] = value
         numbers = now
 
@@ -133,9 +134,11 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate()]
-    common += [Probe()] if cfg.LOG.PROBE else []
+    common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.get("QAT_EPOCHS") else []
+    common.append(Evaluate())
+    common += [Probe()] if cfg.LOG.get("PROBE") else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
+    common += [EvaluatePeers()] if get_distiller(cfg.DISTILLER.TYPE).trains_peers else []
     common.append(Log())
     if not writes:
         return common

@@ -23,8 +23,8 @@ from mdistiller.engine.callbacks.mistakes import mistakes_picture
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.tasks import TASKS
-from mdistiller.engine.utils import log_msg
-from mdistiller.registry import first_line
+from mdistiller.engine.utils import print_log
+from mdistiller.registry import UserError, first_line
 
 EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
@@ -168,6 +168,11 @@ class TensorBoard(Hook):
         self.steps: _Events | None = None
 
     def before_train(self, trainer: Trainer) -> None:
+        if trainer.cfg.LOG.get("MISTAKES", 0) and not hasattr(trainer.val_loader, "normalize"):
+            raise UserError(
+                "LOG.MISTAKES draws images of the library's own evaluation loader, which this run "
+                "does not have: set it to 0"
+            )
         folder = trainer.log_path / "train.events" / trainer.stage
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)
@@ -270,4 +275,4 @@ class Wandb(Hook):
     def _give_up(self, error: Exception) -> None:
         self.run = None
         first = first_line(error)
-        print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)
+        print_log(f"wandb is off: {type(error).__name__}: {first}")

@@ -8,11 +8,11 @@ from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.probe import labelled_config, labelled_sets, probe
 from mdistiller.registry import UserError
 
-KEY = "probe_knn"
+KEY = "test_knn"
 
 
 class Probe(Hook):
-    """Adds `probe_knn`, in percent, to the record of every LOG.PROBE_FREQ-th and the last epoch.
+    """Adds `test_knn`, in percent, to the record of every LOG.PROBE_FREQ-th and the last epoch.
 
     The labelled images of LOG.PROBE are resized and normalised as those of training.
     """

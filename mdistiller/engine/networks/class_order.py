@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import are_numbers, first_difference, natural_key
 from mdistiller.distillers.helpers.features.shapes import preserve_state
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
-from mdistiller.runtime import rank
 from mdistiller.weights import FEATURES_ONLY, split_key
 
 _ENOUGH = 10  # images of a class from which on they tell what it is taken for
@@ -77,7 +76,7 @@ def match_classes(
             f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
             f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
         )
-    _say(f"{weights} numbers the classes in another order ({difference}): mapped by name")
+    print_log(f"{weights} numbers the classes in another order ({difference}): mapped by name")
 
 
 def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] | None:
@@ -135,7 +134,7 @@ def _warn_of_natural_order(weights: str | Path, ours: Sequence[str]) -> None:
     if list(ours) != sorted(ours) or natural == list(ours):
         return
     k = next(k for k, (a, b) in enumerate(zip(ours, natural, strict=True)) if a != b)
-    _say(
+    print_log(
         f"WARNING: {weights} has no class names. Class {k} is {ours[k]!r} in the data (plain sort) "
         f"and {natural[k]!r} in the natural order of timm: if timm trained the file, set "
         "DATASET.CLASSES natural"
@@ -189,8 +188,3 @@ def swapped_classes(confusion: Tensor) -> dict[int, int]:
     members = list(moved)
     gain = (most - right)[members].sum() / images.sum()
     return moved if members and (gain >= 0.1 or images[members].min() >= _ENOUGH) else {}
-
-
-def _say(text: str) -> None:
-    if rank() == 0:
-        print(log_msg(text), flush=True)

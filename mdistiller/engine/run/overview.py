@@ -77,9 +77,15 @@ def describe_data(cfg: Config, data: Data) -> str:
 
 
 def describe_network(name: str, net: nn.Module, accuracy: str = "", origin: Any = "") -> str:
-    """A network in words: its size, what it scores, and where its weights come from."""
+    """A network in words: its size, what it scores, and where its weights come from.
+
+    Parameters that SOLVER.FREEZE names are counted apart.
+    """
     count = sum(p.numel() for p in net.parameters())
-    parts = [name, f"{count / 1e6:.2f} M parameters", accuracy, str(origin) and f"from {origin}"]
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    size = f"{count / 1e6:.2f} M parameters"
+    size += f" ({frozen / 1e6:.2f} M frozen)" if 0 < frozen < count else ""
+    parts = [name, size, accuracy, str(origin) and f"from {origin}"]
     return ", ".join(filter(None, parts))
 
 

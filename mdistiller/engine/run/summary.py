@@ -37,7 +37,7 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
         "images_per_second": rate,
         "parameters": sum(p.numel() for p in trainer.model.student.parameters()),
     }
-    for name in ("balanced_acc", "macro_f1"):
+    for name in ("balanced_acc", "macro_f1", "knn"):
         key = f"test_{name}"
         values = {record["epoch"]: record[key] for record in history if key in record}
         if trainer.epoch in values:
@@ -58,8 +58,8 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
 
 
 def kind_of(numbers: Mapping[str, Any]) -> str:
-    """By what the best epoch was selected: "acc", in percent, or "loss"."""
-    return "loss" if "best_loss" in numbers else "acc"
+    """What a summary's last and best number are: "acc" or "knn", in percent, or "loss"."""
+    return next(kind for kind in ("acc", "loss", "knn") if f"best_{kind}" in numbers)
 
 
 def stage_seconds(folder: Path) -> float:
@@ -73,7 +73,7 @@ def describe(summary: dict[str, Any], folder: Path) -> str:
     """The summary in one or two lines."""
     kind, by = kind_of(summary), summary.get("selected_by", "top1")
     last, best = (summary[f"{which}_{kind}"] for which in ("last", "best"))
-    what, digits = ("loss ", 4) if kind == "loss" else ("", 2)
+    what, digits = {"acc": ("", 2), "loss": ("loss ", 4), "knn": ("k-NN ", 2)}[kind]
     by = "" if by == "top1" else f"by {by.replace('_', ' ')} "
     text = (
         f"done: {what}last {'unknown' if last is None else f'{last:.{digits}f}'}, best "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -28,13 +29,13 @@ from mdistiller.engine.networks.build import (
     build_distiller,
     check_labels,
     check_models,
-    measure_teacher,
-    teacher_test_loader,
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
+from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.optim.schedules import depends_on_epochs
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
 from mdistiller.engine.run.naming import experiment_name
@@ -54,13 +55,12 @@ from mdistiller.engine.run.sharing import (
     shared_data,
 )
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import resolve_teacher
+from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -76,8 +76,10 @@ class Prepared(NamedTuple):
         data: the loaders; `test` if images are held out, and `close()`, which ends worker
             processes.
         facts: of the data, for `run.json`.
-        teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
-        teacher: its weights, a file or PRETRAINED, for `run.json`.
+        teacher_acc: accuracy of the teacher on the test set in percent, if there is one; of
+            several, that of their ensemble.
+        teacher: its weights, a file or PRETRAINED, for `run.json`; of several a list with the
+            `name`, `weights` and `acc` of each.
         about: lines for the :func:`overview`, by title.
     """
 
@@ -85,7 +87,7 @@ class Prepared(NamedTuple):
     data: Any
     facts: Mapping[str, Any]
     teacher_acc: float | None
-    teacher: str | Path | None = None
+    teacher: Any = None
     about: Mapping[str, str] = MappingProxyType({})
 
 
@@ -236,7 +238,7 @@ def _train_with(
         if rank() == 0:  # another run may have been in there meanwhile
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
-                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+                print_log(f"continuing with other settings: {'; '.join(changes)}")
             print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
@@ -262,22 +264,20 @@ def prepare_classifier(
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
-    teacher_ckpt = None
-    if method.uses_teacher:
-        folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
-        train_teacher = turn.alone(_train) if turn else _train
-        teacher_ckpt = resolve_teacher(cfg, data, device, train_teacher, folder)
-    distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
+    train_teacher = turn.alone(_train) if turn else _train
+    weights = resolve_teachers(cfg, data, device, train_teacher, folder)
+    distiller, facts = build_distiller(cfg, data, device, weights), data_facts(data)
     share_teacher(distiller, cfg, device)
-    distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
+    for net in distiller.students():
+        net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
     measured = teacher_acc is None
-    if method.uses_teacher and measured and data.num_classes:
-        assert teacher_ckpt is not None
-        loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
-        label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
-        teacher_acc = measured_once(
-            distiller, lambda: measure_teacher(distiller, data, loader, label)
+    accuracies: list[float | None] = []
+    if weights and measured and data.num_classes:
+        accuracies = measured_once(
+            distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
+        teacher_acc = accuracies[-1]
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
@@ -288,17 +288,24 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
+    several = [
+        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
+        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
+    ]
+    recorded = several if len(weights) > 1 else next(iter(weights), None)
     about = {"data": describe_data(cfg, data)}
-    if method.uses_teacher:
-        assert distiller.teacher is not None
-        accuracy = "" if teacher_acc is None else f"accuracy {teacher_acc:.2f} %"
-        accuracy += "" if measured else " (measured when the run began)"
-        about["teacher"] = describe_network(
-            cfg.DISTILLER.TEACHER, distiller.teacher, accuracy, teacher_ckpt
-        )
+    if distiller.teacher is not None:
+        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
+        note = "" if measured else " (measured when the run began)"
+        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
-    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt, about)
+    origin = cfg.DISTILLER.STUDENT_CKPT or released
+    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
+    for number, (one, net) in enumerate(
+        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
+    ):
+        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
 def _train_in(
@@ -318,7 +325,7 @@ def _train_in(
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        print(log_msg(describe(summary, folder)), flush=True)
+        print_log(describe(summary, folder))
     trainer.call("after_summary", summary)
     return summary
 
@@ -379,7 +386,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
         )
-    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ")
+    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ", "LOG.PROBE ")
     begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
     if begun:
         raise UserError(
