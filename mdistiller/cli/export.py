@@ -162,6 +162,8 @@ def check_int8(args: argparse.Namespace) -> None:
             "--int8 needs a run folder: its training images calibrate the int8 model, its held-out "
             "or test images measure the accuracy"
         )
+    if args.int8 and args.backbone:
+        raise UserError("--int8 needs the student's logits, and --backbone leaves them out")
     if args.int8 and "onnx" not in args.formats:
         raise UserError("--int8 is made from the ONNX file: add onnx to --formats")
     if args.calibration < 1 or not args.max_drop >= 0:
@@ -173,7 +175,10 @@ def export(args: argparse.Namespace) -> None:
     check_int8(args)
     student = find_student(args)
     from mdistiller.export import export_backbone, export_student, model_card, write_card
-    from mdistiller.export.quantize import INT8_FILE, quantize_student
+    from mdistiller.export.quantize import INT8_FILE, check_epoch, quantize_student
+
+    if args.int8:
+        check_epoch(student)
 
     out = Path(args.out or Path(args.opts[0]) / "export")
     if args.backbone:

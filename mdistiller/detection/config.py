@@ -38,7 +38,7 @@ ITERATIONS: dict[str, Any] = {
 
 _LEFT_OUT = {  # of SOLVER: what counts epochs, or has no meaning here
     *("LR_DECAY_STAGES", "WARMUP_EPOCHS", "PATIENCE", "MIN_LR", "DOT"),
-    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING"),
+    *("COMPILE", "CUDA_GRAPHS", "CHANNELS_LAST", "LABEL_SMOOTHING", "QAT_EPOCHS"),
     *("FREEZE", "LR_BY_NAME", "LAYER_DECAY", "SCHEDULE_BY", "OPTIMIZER_ARGS"),
 }
 _CLASSIFIERS = ("SELECT_BY", "MISTAKES", "PROBE", "PROBE_FREQ")  # of LOG
@@ -87,6 +87,9 @@ def load_config(
         path: of a YAML file, or what one holds.
         imports: further IMPORTS, relative to the working directory.
     """
+    if isinstance(path, Mapping) and "SOLVER" in path:  # a run's, perhaps with another MAX_ITER
+        solver = {key: value for key, value in path["SOLVER"].items() if key != "EPOCHS"}
+        path = {**path, "SOLVER": solver}
     cfg = load_any(path, overrides, imports, defaults=default_config())
     check(cfg)
     cfg.defrost()

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
+from mdistiller.distillers.helpers.losses.decoupled import labelled_rows, target_column
 from mdistiller.distillers.helpers.losses.divergence import read_divergence
 from mdistiller.distillers.helpers.losses.logit_losses import dkd_loss, dkd_rows, dkd_terms
 from mdistiller.distillers.helpers.losses.split import Split, split_terms
@@ -73,6 +74,18 @@ class DKD(Distiller):
             student.logits, teacher.logits, target, self.temperature, self.divergence
         )
         self.metrics = {"tckd": tckd.detach(), "nckd": nckd.detach()}
+        return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * tckd + self.beta * nckd)
+
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        _, labelled = target_column(target)
+        logits = student.logits, teacher.logits
+        tckd, nckd = (
+            labelled_rows(rows, labelled)
+            for rows in dkd_rows(*logits, target, self.temperature, self.divergence)
+        )
+        self.metrics = {"tckd": tckd.detach().mean(), "nckd": nckd.detach().mean()}
         return warmup_factor(batch["epoch"], self.warmup) * (self.alpha * tckd + self.beta * nckd)
 
     def distill_split(

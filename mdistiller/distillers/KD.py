@@ -53,6 +53,12 @@ class KD(Distiller):
             student.logits, teacher.logits, self.temperature, self.divergence
         )
 
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        logits = student.logits, teacher.logits
+        return self.kd_loss_weight * kd_rows(*logits, self.temperature, self.divergence)
+
     def distill_split(
         self, student: Output, teacher: Output, target: Tensor, split: Split, **batch: Any
     ) -> tuple[Tensor, Tensor]:

@@ -37,3 +37,9 @@ class LOGITS(Distiller):
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         return self.kd_loss_weight * logits_loss(student.logits, teacher.logits)
+
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        logits = full_precision(student.logits), full_precision(teacher.logits)
+        return self.kd_loss_weight * F.mse_loss(*logits, reduction="none").mean(dim=1)

@@ -19,7 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Output
-from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
+from mdistiller.distillers.helpers.losses.decoupled import (
+    labelled_mean,
+    labelled_rows,
+    target_column,
+)
 from mdistiller.distillers.helpers.losses.logit_losses import nkd_rows
 from mdistiller.distillers.helpers.training.settings import require_positive
 
@@ -70,3 +74,11 @@ class NKD(Distiller):
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:
         logits = student.logits, teacher.logits
         return self.kd_loss_weight * nkd_loss(*logits, target, self.temperature, self.gamma)
+
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        _, labelled = target_column(target)
+        logits = student.logits, teacher.logits
+        own, others = nkd_rows(*logits, target, self.temperature)
+        return self.kd_loss_weight * labelled_rows(own + self.gamma * others, labelled)

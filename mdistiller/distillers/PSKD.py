@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
 from mdistiller.distillers.helpers.features.shapes import probe
 from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
-from mdistiller.distillers.helpers.losses.numerics import cross_entropy, scale_logits
+from mdistiller.distillers.helpers.losses.numerics import scale_logits
 from mdistiller.distillers.helpers.training.gather import gather_batch
 from mdistiller.distillers.helpers.training.memory_bank import last_occurrence
 from mdistiller.registry import UserError
@@ -57,6 +57,7 @@ class PSKD(Distiller):
     """
 
     uses_teacher = False
+    uses_hard_label_loss = True
     own_state = ("predictions",)
     predictions: Tensor
 
@@ -87,7 +88,7 @@ class PSKD(Distiller):
         alpha = self.alpha * batch["epoch"] / self.epochs
         with torch.autocast(image.device.type, enabled=False):
             losses = {
-                "loss_ce": (1 - alpha) * cross_entropy(logits, target),
+                "loss_ce": (1 - alpha) * self.hard_label_loss(logits, target),
                 "loss_kd": alpha * pskd_loss(logits, self.predictions[index], target),
             }
             self.remember(index, logits)

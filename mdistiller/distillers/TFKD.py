@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import DISTILLERS, Distiller, Losses
 from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
 from mdistiller.distillers.helpers.losses.logit_losses import kd_rows
-from mdistiller.distillers.helpers.losses.numerics import cross_entropy
 from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
@@ -65,6 +64,7 @@ class TFKD(Distiller):
 
     soft_labels = True
     uses_teacher = False
+    uses_hard_label_loss = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, cfg: Any):
         super().__init__(student, None)
@@ -80,6 +80,6 @@ class TFKD(Distiller):
         with torch.autocast(image.device.type, enabled=False):
             loss = tfkd_loss(logits, target, self.a, self.temperature)
             return logits, {
-                "loss_ce": self.ce_loss_weight * cross_entropy(logits, target),
+                "loss_ce": self.ce_loss_weight * self.hard_label_loss(logits, target),
                 "loss_kd": self.kd_loss_weight * loss,
             }

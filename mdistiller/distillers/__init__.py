@@ -11,6 +11,7 @@ from types import ModuleType
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Vanilla
 from mdistiller.distillers._compose import get_distiller, part_names
+from mdistiller.distillers._teachers import TeacherEnsemble, TeacherTeam, check_several, several
 from mdistiller.distillers.helpers.features.connectors import ConvReg, pool_to
 from mdistiller.distillers.helpers.features.heads import classify, linear_head
 from mdistiller.distillers.helpers.features.output import Losses, Output
@@ -39,8 +40,11 @@ __all__ = [
     "InitPlan",
     "Losses",
     "Output",
+    "TeacherEnsemble",
     "TeacherFact",
+    "TeacherTeam",
     "Vanilla",
+    "check_several",
     "classify",
     "cross_entropy",
     "distiller_dict",
@@ -59,6 +63,7 @@ __all__ = [
     "require_positive",
     "resolve_setting",
     "scale_logits",
+    "several",
     "stage_modules",
     "warmup_factor",
 ]

@@ -42,6 +42,8 @@ class Distiller(Trainable):
 
     Class attributes:
         uses_teacher: False for methods without a teacher; they are built with None.
+        trains_peers: True for methods that train networks beside the student (DISTILLER.PEERS); the
+            constructor gets them as `peers`, and :meth:`students` lists all.
         teacher_in_eval_mode: False to run the teacher in train mode: it normalises by batch
             statistics, and its running statistics change.
         alone: reason why the method cannot be part of a sum such as "KD+AT" ("it ..."), or "".
@@ -84,6 +86,7 @@ class Distiller(Trainable):
     """
 
     uses_teacher = True
+    trains_peers = False
     teacher_in_eval_mode = True
     alone: str = ""
     takes_standardized_logits = False
@@ -127,8 +130,9 @@ class Distiller(Trainable):
             cls.uses_hard_label_loss = vars(cls).get("uses_hard_label_loss", False)
         if "distill" in vars(cls):
             cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
-            if "distill_split" not in vars(cls):
-                cls.distill_split = Distiller.distill_split  # type: ignore[method-assign]
+            for name in ("distill_split", "distill_rows"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Distiller, name))
         if vars(cls).keys() & _STEPS:
             cls.needs_teacher_classifier = vars(cls).get("needs_teacher_classifier", True)
             cls.needs_labels = vars(cls).get("needs_labels", True)
@@ -148,18 +152,20 @@ class Distiller(Trainable):
         num_data: int,
         image_size: Size = None,
         targets: Tensor | None = None,
+        peers: Sequence[nn.Module] = (),
     ) -> Distiller:
-        """Construct the method; its constructor gets those of the last three that it names.
+        """Construct the method; its constructor gets those of the last four that it names.
 
         Args:
             num_data: number of training images.
             image_size: their (height, width); None: unknown.
             targets: their classes, int64 [num_data]; None: unknown.
+            peers: networks to be trained beside the student.
 
         Raises:
             UserError: the constructor takes other arguments, or reads a key that is not set.
         """
-        facts = {"num_data": num_data, "image_size": image_size, "targets": targets}
+        facts = {"num_data": num_data, "image_size": image_size, "targets": targets, "peers": peers}
         wanted = inspect.signature(cls.__init__).parameters
         extra = {name: fact for name, fact in facts.items() if name in wanted}
         require_call(cls, (student, teacher, cfg), extra)
@@ -219,6 +225,18 @@ class Distiller(Trainable):
         """:meth:`distill` as two weighted terms, of the target class and of the others."""
         raise TypeError(f"{type(self).__name__} must override distill_split(...)")
 
+    def distill_rows(
+        self, student: Output, teacher: Output, target: Tensor, **batch: Any
+    ) -> Tensor:
+        """The loss of each sample, [N], whose mean is :meth:`distill`; for teachers that are
+        weighted sample by sample (DISTILLER.COMBINE confidence)."""
+        raise TypeError(f"{type(self).__name__} must override distill_rows(...)")
+
+    @classmethod
+    def has_rows(cls) -> bool:
+        """Whether :meth:`distill_rows` is available."""
+        return cls.distill_rows is not Distiller.distill_rows
+
     @classmethod
     def can_split(cls) -> bool:
         """Whether :meth:`distill_split` is available."""
@@ -264,6 +282,10 @@ class Distiller(Trainable):
     def standardized(self, output: Output) -> Output:
         """`output` with its logits standardised if the config enables LSKD."""
         return Output(self.standardize(output.logits), output.features)
+
+    def students(self) -> list[nn.Module]:
+        """The networks that are trained, evaluated and saved: the student, then its peers."""
+        return [self.student]
 
     def take_fact(self, name: str, value: Tensor) -> None:
         """Store one of `teacher_facts` in the buffer of its name; called before training."""

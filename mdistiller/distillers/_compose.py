@@ -76,11 +76,7 @@ class Composed(Distiller):
     ):
         super().__init__(student, teacher)
         self.ce_loss_weight = cfg.DISTILLER.CE_WEIGHT
-        self.distills = any(part.distills for part in parts.values())
-        self.teacher_in_eval_mode = all(part.teacher_in_eval_mode for part in parts.values())
-        self.own_state = tuple(
-            f"parts.{name}.{prefix}" for name, part in parts.items() for prefix in part.own_state
-        )
+        self.adopt(parts)
         for name, part in parts.items():
             if part.ce_loss_weight == 0 or part.label_smoothing:
                 raise UserError(
@@ -96,8 +92,15 @@ class Composed(Distiller):
                 f"{'+'.join(parts)} get outputs by batch statistics as well",
                 stacklevel=2,
             )
+
+    def adopt(self, parts: dict[str, Distiller]) -> None:
+        """Register the parts. The networks are registered once, here; the parts refer to them."""
+        self.distills = any(part.distills for part in parts.values())
+        self.teacher_in_eval_mode = all(part.teacher_in_eval_mode for part in parts.values())
+        self.own_state = tuple(
+            f"parts.{name}.{prefix}" for name, part in parts.items() for prefix in part.own_state
+        )
         for part in parts.values():
-            # The networks are registered once, here; the parts only refer to them.
             for role in ("student", "teacher"):
                 object.__setattr__(part, role, part._modules.pop(role))
         self.parts = nn.ModuleDict(parts)

@@ -333,6 +333,8 @@ class BaseTrainer(Optimization):
         cells[score] = self.marked(cells[score])
         if "ema_test_acc" in record:
             cells["ema %"] = f"{record['ema_test_acc']:.2f}"
+        for number in range(1, len(self.model.students())):
+            cells[f"peer{number} %"] = f"{record[f'peer{number}_test_acc']:.2f}"
         if "teacher_hits" in record:
             cells["cached %"] = f"{record['teacher_hits']:.0f}"
         return cells

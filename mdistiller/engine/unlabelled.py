@@ -47,6 +47,7 @@ class UnlabelledTrainer(BaseTrainer):
         super().check(cfg, train_loader)
         keys = {
             "SOLVER.EMA": cfg.SOLVER.EMA,
+            "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
             "LOG.MISTAKES": cfg.LOG.MISTAKES,
@@ -106,16 +107,18 @@ class ReportUntrained(Hook):
         self.done = False
 
     def after_update(self, trainer: Trainer) -> None:
+        if self.done:
+            return
+        self.done = True
         named = [(n, p) for n, p in trainer.model.student.named_parameters() if p.requires_grad]
         untrained = [name for name, param in named if param.grad is None]
-        if untrained and not self.done:
+        if untrained:
             text = (
                 f"WARNING: {trainer.cfg.DISTILLER.TYPE} does not train {len(untrained)} of the "
                 f"student's {len(named)} tensors, which stay random (the first: {untrained[0]}): "
                 "choose a later layer or another method, or add one that reads the last features"
             )
             print(log_msg(text), flush=True)
-        self.done = True
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

@@ -15,7 +15,6 @@ from mdistiller.models.normalize import renormalize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 
-SUFFIXES = (".onnx", ".pt2")
 _RAW = ((0.0,) * 3, (1.0,) * 3)  # the normalisation of images in [0, 1]
 
 

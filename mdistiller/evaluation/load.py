@@ -16,6 +16,7 @@ from mdistiller.dataset import eval_preprocessing, load_test_loader
 from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.make import make_network
 from mdistiller.engine.networks.released import recorded_preprocessing
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import checkpoint_file, recorded_config, refuse_commands
 from mdistiller.engine.run.record import data_facts, read_record, recorded_settings
 from mdistiller.engine.user_code.imports import import_user_modules
@@ -102,7 +103,7 @@ def _from_run(
     how = recorded_preprocessing(data, folder) or eval_preprocessing(cfg)
     size = tuple(data["image_size"])
     facts: Any = SimpleNamespace(**{**data, "image_size": size, "preprocessing": how})
-    net = build_network(cfg, "STUDENT", facts, path)
+    net = build_network(checkpoint_config(cfg, path.name), "STUDENT", facts, path)
     place = resolve_device(cfg.DEVICE if "DEVICE" in overrides[0::2] else device)
     return Predictor(
         f"{folder} {path.name.removeprefix('student_')}",

@@ -21,6 +21,7 @@ from mdistiller.dataset import (
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -28,7 +29,8 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import read_record, recorded_teacher_acc
-from mdistiller.evaluation.exported import SUFFIXES, ExportedNetwork, stated_preprocessing
+from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
+from mdistiller.files.names import EXPORTED
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
@@ -89,7 +91,7 @@ def run_sources(folder: Path, checkpoints: Sequence[str], imports: Overrides = (
             note = f"epoch {summary['best_epoch']}, selected {by}on the {summary['selected_on']}"
         label = f"{'/'.join(folder.resolve().parts[-2:])} {choice}"
         path = checkpoint_file(folder, choice)
-        sources.append(Source(label, cfg, path, note, run=folder))
+        sources.append(Source(label, checkpoint_config(cfg, path.name), path, note, run=folder))
     return sources
 
 
@@ -152,7 +154,7 @@ def file_source(
         name: its name in the zoo; empty for a file of a run folder, whose config has it.
         cfg: the config with the network's ARGS and NORM, for one with a name.
     """
-    if name and Path(path).suffix in SUFFIXES:
+    if name and Path(path).suffix in EXPORTED:
         raise UserError(f"-m is for files of weights; {path} states its network")
     if name:
         node = cfg.clone()
@@ -162,7 +164,7 @@ def file_source(
         if path == "pretrain":
             return Source(f"{name} released", node, PRETRAINED, role=role)
         return Source(path, node, Path(path), role=role)
-    if Path(path).suffix in SUFFIXES:
+    if Path(path).suffix in EXPORTED:
         node = cfg.clone()
         node.defrost()
         node.DISTILLER[role] = stated_preprocessing(Path(path))[0]
@@ -171,7 +173,8 @@ def file_source(
     folder = Path(path).parent
     if path == "pretrain" or not (folder / "config.yaml").is_file():
         raise UserError(f"-m must name the network of {path}, which is of no run folder")
-    return Source(path, recorded_config(folder, imports=imports), Path(path), run=folder)
+    run = checkpoint_config(recorded_config(folder, imports=imports), Path(path).name)
+    return Source(path, run, Path(path), run=folder)
 
 
 def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overrides) -> Config:
@@ -294,7 +297,7 @@ def load(source: Source, test: TestData, device: torch.device) -> Subject:
 
 
 def _is_exported(source: Source) -> bool:
-    return Path(source.weights).suffix in SUFFIXES
+    return Path(source.weights).suffix in EXPORTED
 
 
 def side_by_side(

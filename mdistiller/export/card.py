@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import yaml
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
 from mdistiller.engine.metrics import score_of
+from mdistiller.engine.networks.roles import teacher_name
 from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.quantize import Int8
@@ -124,7 +126,7 @@ def origin(student: Student) -> str:
     if method.uses_teacher:
         value = student.run.summary.get("teacher_acc")
         accuracy = "" if value is None else f" (top-1 {value:.2f} %)"
-        text += f" under the teacher `{node.TEACHER}`{accuracy}"
+        text += f" under the teacher `{teacher_name(student.cfg)}`{accuracy}"
     else:
         text += ", without a teacher"
     if method.forward_test is not Distiller.forward_test:
@@ -141,8 +143,9 @@ def accuracies(student: Student) -> list[Measured]:
         return []
     run, split = student.run, student.cfg.DATASET.VAL_SPLIT
     images = f"{split} held-out training images" if split else _TEST_SET
+    peer = re.match(r"peer\d+_", run.choice)
     measured = []
-    for prefix in ("", _EMA):
+    for prefix in ("", _EMA) if peer is None else (peer[0],):
         key = f"{prefix}test_acc"
         values = {row["epoch"]: row[key] for row in run.epochs if key in row}
         if not values:
@@ -152,8 +155,8 @@ def accuracies(student: Student) -> list[Measured]:
         # of equal ones the later, as the files have it
         last, best = max(values), max(values, key=lambda epoch: (score[epoch], epoch))
         epochs = {f"{prefix}best": best, f"{prefix}latest": last}
-        chosen = run.choice.removeprefix("epoch_")
-        if chosen.isdigit() and not prefix:
+        chosen = run.choice.removeprefix(prefix).removeprefix("epoch_")
+        if chosen.isdigit() and prefix != _EMA:
             epochs[run.choice] = int(chosen)
         measured += [
             Measured(name, epoch, values[epoch], images)

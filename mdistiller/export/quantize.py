@@ -118,6 +118,21 @@ def quantize_student(
     return Int8((original, made), top1, what, count, times if timed else ())
 
 
+def check_epoch(student: Student) -> None:
+    """Refuse weights from before the quantisation-aware epochs of a run that has these."""
+    if student.run is None or not student.cfg.SOLVER.get("QAT_EPOCHS"):
+        return
+    first = student.cfg.SOLVER.EPOCHS - student.cfg.SOLVER.QAT_EPOCHS + 1
+    choice = student.run.choice
+    number = choice.removeprefix("epoch_")
+    epoch = int(number) if number.isdigit() else student.run.summary.get(f"{choice}_epoch", first)
+    if epoch < first:
+        raise UserError(
+            f"{choice} is epoch {epoch}, before SOLVER.QAT_EPOCHS began in epoch {first}; export "
+            "the quantisation-aware weights by --checkpoint latest"
+        )
+
+
 def _images_of(student: Student) -> Data:
     """The data of the student's run; images come in [0, 1], not normalised."""
     cfg = student.cfg.clone()

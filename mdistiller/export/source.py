@@ -24,6 +24,7 @@ from mdistiller.engine.networks.released import (
     states_nothing,
     taken_line,
 )
+from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -56,6 +57,7 @@ def from_run(
     cfg = recorded_config(folder, overrides, imports)
     refuse_commands(folder, cfg, overrides)
     path = checkpoint_file(folder, checkpoint)
+    cfg = checkpoint_config(cfg, path.name)
     record = read_json(folder / "run.json")
     data = record.get("data") or data_facts(load_test_loader(cfg, torch.device("cpu")))
     run = RunFacts(

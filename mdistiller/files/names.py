@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+EXPORTED = (".onnx", ".pt2")
+"""Ends of exported files that state their network, and hold no weights to load into one."""
+
 
 def split_key(path: str | os.PathLike[str]) -> tuple[Path, str]:
     """FILE:KEY as (FILE, KEY); KEY is "" if there is no colon, or a file has the whole name."""

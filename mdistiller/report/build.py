@@ -63,6 +63,7 @@ def build_report(
         tables.published(groups),
         listings.ablations(groups, which, images),
         tables.teachers(groups),
+        tables.peers(groups),
         predictions(groups, which),
         tables.cost(groups),
         listings.settings(groups),

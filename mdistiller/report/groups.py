@@ -121,6 +121,11 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _WEIGHTS:
         if whole.get(key):
             whole[key] = own_seed.sub(r"seed\1*", whole[key])
+    if whole.get("DISTILLER.TEACHERS"):
+        whole["DISTILLER.TEACHERS"] = [
+            {key: own_seed.sub(r"seed\1*", v) if key == "CKPT" else v for key, v in entry.items()}
+            for entry in whole["DISTILLER.TEACHERS"]
+        ]
     return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
 
 

@@ -121,7 +121,9 @@ def _word(key: str) -> str:
 
 
 def _plainly_trained(config: Mapping[str, Any]) -> bool:
-    return config.get("SOLVER.TRAINER") in ("base", "crd")  # two names of one
+    """By the base trainer, under one teacher."""
+    plain = config.get("SOLVER.TRAINER") in ("base", "crd")  # two names of one
+    return plain and not config.get("DISTILLER.TEACHERS")
 
 
 def _variant(config: Mapping[str, Any]) -> str:

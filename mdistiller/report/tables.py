@@ -202,7 +202,9 @@ def teachers(groups: Sequence[Group]) -> Section:
         if teacher:
             same = g.by_seed(lambda run: run.number("last"))
             gap = difference(same, theirs)
-            name = str(g.config.get("DISTILLER.TEACHER", NONE))
+            several = g.config.get("DISTILLER.TEACHERS")
+            name = " + ".join(entry["NAME"] for entry in several or ())
+            name = name or str(g.config.get("DISTILLER.TEACHER", NONE))
             rows.append([g.name, name, f"{teacher.mean:.2f}"])
             rows[-1] += [plus_minus(estimate(list(same.values()))), plus_minus(gap, "+")]
     if not rows:
@@ -212,6 +214,34 @@ def teachers(groups: Sequence[Group]) -> Section:
         "tools/eval.py RUNS --json FILE, and --evaluation FILE here."
     )
     return Section("Teacher and student", [note], [Table(head, rows)])
+
+
+def peers(groups: Sequence[Group]) -> Section:
+    """Accuracy of the networks that were trained beside the student (DISTILLER.PEERS)."""
+    unit = f"test {measure(groups)} %"
+    head = ["group", "peer", "network", f"last epoch, {unit}", f"best epoch, {unit}"]
+    rows = []
+    for g in groups:
+        entries = g.config.get("DISTILLER.PEERS") or [{"NAME": g.config.get("DISTILLER.STUDENT")}]
+        for number, entry in enumerate(entries, start=1):
+            found = [
+                estimate(
+                    list(
+                        g.by_seed(
+                            lambda run, n=number, w=which: run.summary.get(  # type: ignore[misc]
+                                f"peer{n}_test_acc_{w}", run.summary.get(f"peer{n}_{w}_acc")
+                            )
+                        ).values()
+                    )
+                )
+                for which in ("last", "best")
+            ]
+            if found[0]:
+                rows.append([g.name, str(number), entry["NAME"], *map(plus_minus, found)])
+    note = (
+        "Networks trained beside the student; their files are `student_peer1_latest` and the like."
+    )
+    return Section("Peers", [note], [Table(head, rows)]) if rows else Section("Peers")
 
 
 def cost(groups: Sequence[Group]) -> Section:

@@ -32,7 +32,7 @@ from mdistiller.engine.cfg import Config, dump_cfg, load_config
 from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.engine.networks.build import check_names
 from mdistiller.engine.run.naming import experiment_name, folder_word
-from mdistiller.engine.run.teacher import teacher_config
+from mdistiller.engine.run.teacher import trained_teachers
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, suggest
 from mdistiller.sweep import fields
@@ -214,12 +214,10 @@ class _Reader:
     def check(self, cfg: Config) -> None:
         """Refuse what would fail later."""
         check_names(cfg)
-        needs_one = get_distiller(cfg.DISTILLER.TYPE).uses_teacher
         planned = self.teachers.get(cfg.DISTILLER.TEACHER_CFG)
         if planned is None:
-            if cfg.DISTILLER.TEACHER_CFG and needs_one:
-                teacher_config(cfg)
-        elif not needs_one:
+            trained_teachers(cfg)
+        elif not get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
             raise UserError(f"TEACHER has no effect on DISTILLER.TYPE {cfg.DISTILLER.TYPE}")
         elif planned.configs[0].DATASET != cfg.DATASET:
             raise UserError(f"TEACHER {planned.cell} has other DATASET settings")

@@ -9,6 +9,7 @@ from pathlib import Path
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg
 from mdistiller.engine.config.safe_yaml import parse_yaml
+from mdistiller.engine.networks.roles import teacher_configs
 from mdistiller.engine.run.record import differences
 from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.files import file_hash
@@ -18,7 +19,7 @@ from mdistiller.sweep.plan import Plan, Trial
 def noted(plan: Plan, trial: Trial) -> dict[str, str]:
     """The settings of a trial, as the study keeps them."""
     cfg = trial.configs[0]
-    return {"config": dump_cfg(cfg), "space": repr(plan.space), **_teacher(cfg)}
+    return {"config": dump_cfg(cfg), "space": repr(plan.space), **_teachers(cfg)}
 
 
 def changes(before: Mapping[str, str], plan: Plan, trial: Trial) -> list[str]:
@@ -30,26 +31,37 @@ def changes(before: Mapping[str, str], plan: Plan, trial: Trial) -> list[str]:
     changes = differences(parse_yaml(before["config"]), cfg)
     if before["space"] != repr(plan.space):
         changes.append("SPACE is another")
-    now, settings = _teacher(cfg), cfg.DISTILLER
-    if "teacher_file" in before and before["teacher_file"] != now.get("teacher_file"):
-        changes.append(f"the teacher was not DISTILLER.TEACHER_CKPT {settings.TEACHER_CKPT!r}")
-    if "teacher_config" in before and "teacher_config" not in now:
-        changes.append("the teacher was trained by DISTILLER.TEACHER_CFG")
-    elif "teacher_config" in before:
-        others = differences(parse_yaml(before["teacher_config"]), teacher_config(cfg))
-        changes += [f"of the teacher: {text}" for text in others]
+    now = _teachers(cfg)
+    for number, one in enumerate(teacher_configs(cfg)):
+        file, config = (_key(kind, number) for kind in ("file", "config"))
+        if file in before and before[file] != now.get(file):
+            path = one.DISTILLER.TEACHER_CKPT
+            changes.append(f"the teacher was not DISTILLER.TEACHER_CKPT {path!r}")
+        if config in before and config not in now:
+            changes.append("the teacher was trained by DISTILLER.TEACHER_CFG")
+        elif config in before:
+            others = differences(parse_yaml(before[config]), teacher_config(one))
+            changes += [f"of the teacher: {text}" for text in others]
     return changes
 
 
-def _teacher(cfg: Config) -> dict[str, str]:
+def _key(kind: str, number: int) -> str:
+    """Under what a study notes the file or config of a teacher; the first has no number."""
+    return f"teacher_{kind}{number or ''}"
+
+
+def _teachers(cfg: Config) -> dict[str, str]:
     if not get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
         return {}
-    file = Path(cfg.DISTILLER.TEACHER_CKPT)
-    if file.is_file():
-        return {"teacher_file": _hash(file)}
-    if cfg.DISTILLER.TEACHER_CFG and not cfg.DISTILLER.TEACHER_CKPT:
-        return {"teacher_config": dump_cfg(teacher_config(cfg))}
-    return {}
+    found = {}
+    for number, one in enumerate(teacher_configs(cfg)):
+        node = one.DISTILLER
+        file = Path(node.TEACHER_CKPT)
+        if file.is_file():
+            found[_key("file", number)] = _hash(file)
+        elif node.TEACHER_CFG and not node.TEACHER_CKPT:
+            found[_key("config", number)] = dump_cfg(teacher_config(one))
+    return found
 
 
 _hash = lru_cache(file_hash)

@@ -220,7 +220,8 @@ def test_a_changed_schedule_holds_from_where_the_run_is(words, run, stepped, tmp
     where = ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run", "--resume"]
     more = {"SOLVER.MAX_ITER": 6, "SOLVER.LR": 0.02, "SOLVER.STEPS": [5]}
     assert train_detection.main([*words, *where, *spell(more)]) == 2
-    assert train_detection.main([*words, *where, "--allow-changes", *spell(more)]) == 0
+    folder = str(tmp_path / "detection" / "run")  # which is enough
+    assert train_detection.main(["--resume", folder, "--allow-changes", *spell(more)]) == 0
     assert stepped == pytest.approx([0.02, 0.002])
     longer = {**more, "SOLVER.MAX_ITER": 12, "SOLVER.EVAL_PERIOD": 3}
     capsys.readouterr()

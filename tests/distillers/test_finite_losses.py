@@ -23,6 +23,7 @@ from mdistiller.distillers.CTKD import InstanceTemperature, instance_kd_loss
 from mdistiller.distillers.DGKD import dgkd_loss
 from mdistiller.distillers.DIST import dist_loss
 from mdistiller.distillers.DKD import dkd_loss, dkd_rows, dkd_terms
+from mdistiller.distillers.DML import dml_losses
 from mdistiller.distillers.FitNet import fitnet_loss
 from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.distillers.FT import ft_loss
@@ -35,6 +36,7 @@ from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
 from mdistiller.distillers.helpers.losses.standardize import standardize
 from mdistiller.distillers.helpers.training.teacher_facts import class_similarity
 from mdistiller.distillers.KD import kd_loss, kd_rows
+from mdistiller.distillers.KDCL import kdcl_losses
 from mdistiller.distillers.KDSVD import kdsvd_loss
 from mdistiller.distillers.LDRLD import ldrld_terms
 from mdistiller.distillers.LOGITS import logits_loss
@@ -123,6 +125,13 @@ BY_SAMPLE = {  # means over samples
     "USKD": lambda s, t: sum(uskd_terms(s, t, torch.full((len(s),), 3))),
     "USKD prob": lambda s, t: sum(uskd_terms(s, t, torch.full((len(s),), 3), "prob")),
     "TFKD": lambda s, t: tfkd_loss(s, torch.full((len(s),), 3), 0.99, 20.0),
+    "DML": lambda s, t: sum(dml_losses([s, t], 1.0)),
+    **{
+        f"KDCL {kind}": lambda s, t, kind=kind: sum(
+            kdcl_losses([s, t], torch.full((len(s),), 3), 2.0, kind)
+        )
+        for kind in ("naive", "minlogit", "mean")
+    },
     "PSKD": lambda s, t: pskd_loss(
         s, t.float().clamp(-1e30, 1e30).softmax(dim=1), torch.full((len(s),), 3)
     ),

@@ -517,6 +517,17 @@ def test_workers_divide_the_runs_that_could_train_together(sweep, monkeypatch):
     assert len(work._companions(study, first.trial, workers=2)) == 2  # three and two runs
 
 
+def test_runs_with_recorded_steps_train_alone(sweep):
+    path = sweep("GRID: {SOLVER.LR: [1, 2, 3], SOLVER.CUDA_GRAPHS: [false, true]}\n")
+    plan = read_plan(path, out=sweep.out)
+    sweep.out.mkdir()
+    study = Study(plan, f"sqlite:///{sweep.out / 'study.db'}")
+    usual, recorded, *_ = plan.trials
+    assert work._companions(study, study.take(recorded).trial, workers=1) == []
+    together = work._companions(study, study.take(usual).trial, workers=1)
+    assert [each.trial.configs[0].SOLVER.CUDA_GRAPHS for each in together] == [False, False]
+
+
 def test_a_trial_that_fails_while_training_leaves_no_writer_behind(sweep, capsys):
     def writers():
         return {t for t in threading.enumerate() if "EventLogger" in type(t).__name__}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mdistiller.cli.support.command import add_overrides
 from mdistiller.cli.support.teachers import own_teachers, taught_by
 from mdistiller.engine.config.early import check_early
-from mdistiller.files.names import split_key
+from mdistiller.files.names import EXPORTED, split_key
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ def _networks_among(paths: Sequence[str], named: bool) -> list[str]:
     for path in paths:
         file = split_key(path)[0]
         run = file if file.is_dir() else file.parent
-        if not (run / "config.yaml").is_file():
+        if file.suffix in EXPORTED and file.is_file():
+            why = ""
+        elif not (run / "config.yaml").is_file():
             why = "" if named and file.is_file() else "it is not a run folder (no config.yaml)"
         else:
             saved = file.is_file() or (run / "latest").is_file() or any(run.glob("student_*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,15 +72,18 @@ def distinct(teachers: Iterable[Subject | None]) -> list[Subject]:
 
 
 def taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
-    """Those of run folders whose method used a teacher; with a name, one of this name."""
+    """Those of run folders whose method used one teacher; with a name, one of this name."""
     from mdistiller.distillers import get_distiller
+    from mdistiller.engine.networks.roles import teacher_configs
 
-    evaluations = []
+    taught = []
     for source in sources:
-        settings = source.cfg.DISTILLER
-        if source.run is not None and name in ("", settings.TEACHER):
-            evaluations += [source] if get_distiller(settings.TYPE).uses_teacher else []
-    return evaluations
+        configs = teacher_configs(source.cfg)
+        settings = configs[0].DISTILLER
+        uses_one = len(configs) == 1 and get_distiller(settings.TYPE).uses_teacher
+        if source.run is not None and name in ("", settings.TEACHER) and uses_one:
+            taught.append(replace(source, cfg=configs[0]))
+    return taught
 
 
 def check_teachers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.callbacks.console import EpochTable
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.logs import (
@@ -14,7 +15,9 @@ from mdistiller.engine.callbacks.logs import (
     numbers_of,
     plain,
 )
+from mdistiller.engine.callbacks.peers import EvaluatePeers
 from mdistiller.engine.callbacks.probe import Probe
+from mdistiller.engine.callbacks.qat import QuantizeStudent
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.distributed import is_main_process
@@ -133,9 +136,11 @@ def saved_state(trainer: Trainer) -> dict[str, Any]:
 
 def default_hooks(cfg: Any, writes: bool = True) -> list[Hook]:
     """The hooks of a run; only one of its processes `writes` files."""
-    common: list[Hook] = [Evaluate()]
+    common: list[Hook] = [QuantizeStudent()] if cfg.SOLVER.get("QAT_EPOCHS") else []
+    common.append(Evaluate())
     common += [Probe()] if cfg.LOG.get("PROBE") else []
     common += [AverageStudent()] if cfg.SOLVER.EMA else []
+    common += [EvaluatePeers()] if get_distiller(cfg.DISTILLER.TYPE).trains_peers else []
     common.append(Log())
     if not writes:
         return common

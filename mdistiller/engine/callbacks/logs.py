@@ -24,7 +24,7 @@ from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.utils import log_msg
-from mdistiller.registry import first_line
+from mdistiller.registry import UserError, first_line
 
 EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
 
@@ -168,6 +168,11 @@ class TensorBoard(Hook):
         self.steps: _Events | None = None
 
     def before_train(self, trainer: Trainer) -> None:
+        if trainer.cfg.LOG.get("MISTAKES", 0) and not hasattr(trainer.val_loader, "normalize"):
+            raise UserError(
+                "LOG.MISTAKES draws images of the library's own evaluation loader, which this run "
+                "does not have: set it to 0"
+            )
         folder = trainer.log_path / "train.events" / trainer.stage
         self.epochs = _Events(folder, trainer.epoch + 1)
         self.steps = _Events(folder / "steps", trainer.global_step + 1)

@@ -18,6 +18,7 @@ AT_LEAST = {
     "SOLVER.MOMENTUM": 0,
     "SOLVER.CLIP_GRAD_NORM": 0,
     "SOLVER.EMA": 0,
+    "SOLVER.QAT_EPOCHS": 0,
     "SOLVER.MIN_LR": 0,
     "SOLVER.SKIP_NONFINITE": 0,
     "SOLVER.LABEL_SMOOTHING": 0,
@@ -40,6 +41,7 @@ ONE_OF = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),
     "DISTILLER.TEACHER_DTYPE": ("auto", "fp32", "bf16", "fp16"),
     "DISTILLER.TEACHER_CACHE": ("none", "memory", "disk"),
+    "DISTILLER.COMBINE": ("losses", "ensemble", "confidence"),
     "LOG.SELECT_BY": ("top1", "balanced_accuracy", "macro_f1", "loss"),
     "SOLVER.SCHEDULE_BY": ("epoch", "step"),
     "SOLVER.COMPILE": (True, False, *COMPILE_MODES),
@@ -71,6 +73,16 @@ def _check_solver(solver: CfgNode) -> None:
         raise UserError("SOLVER.NESTEROV needs a SOLVER.MOMENTUM above 0")
     if solver.EMA >= 1:
         raise UserError(f"SOLVER.EMA must be below 1 (0.999, say; 0: none), got {solver.EMA}")
+    if solver.get("QAT_EPOCHS", 0) > solver.EPOCHS:
+        raise UserError(
+            f"SOLVER.QAT_EPOCHS {solver.QAT_EPOCHS} are the last of SOLVER.EPOCHS {solver.EPOCHS}, "
+            "and cannot be more"
+        )
+    if solver.get("QAT_EPOCHS", 0) and (solver.COMPILE or solver.get("CUDA_GRAPHS")):
+        raise UserError(
+            "SOLVER.QAT_EPOCHS changes the student's layers in training: set SOLVER.COMPILE and "
+            "SOLVER.CUDA_GRAPHS False"
+        )
     if solver.get("LABEL_SMOOTHING", 0.0) >= 1:
         raise UserError(f"SOLVER.LABEL_SMOOTHING must be below 1, got {solver.LABEL_SMOOTHING}")
     if not 0 < solver.get("LAYER_DECAY", 1.0) <= 1:

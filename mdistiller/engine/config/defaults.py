@@ -33,6 +33,9 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT_CKPT": "",  # a file that the student starts from; what does not fit stays random
         "TEACHER_CKPT": "",  # a file; empty: the zoo's own place, else TEACHER_CFG
         "TEACHER_CFG": "",  # a config that trains the teacher first
+        "TEACHERS": [],  # several, in the place of TEACHER (docs/teachers.md)
+        "COMBINE": "losses",  # of TEACHERS: losses, ensemble or confidence
+        "PEERS": [],  # networks that DML and KDCL train beside the student; one like it by default
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
         "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
@@ -63,6 +66,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "CLIP_GRAD_NORM": 0.0,  # 0: no clipping
         "AMP": "none",  # none, bf16 or fp16
         "EMA": 0.0,  # decay a step of the student's moving average; 0: none is kept
+        "QAT_EPOCHS": 0,  # last epochs in which the student computes as in 8 bits (export --int8)
         "FREEZE": [],  # parameters of the student that stay as they are: ["stem", "layer1.*"]
         "LR_BY_NAME": [],  # factors on LR for parameters of the student: ["layer1.*=0.1", "fc=10"]
         "LAYER_DECAY": 1.0,  # factor on LR from each layer of the student to the one below

@@ -100,10 +100,12 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     if fork is not None:
         table["IMPORTS"] = [resolve_fork(fork, folder), *(table.get("IMPORTS") or [])]
     settings = table.get("DISTILLER")
-    if isinstance(settings, dict) and isinstance(settings.get("TEACHER_CFG"), str):
-        teacher = folder / settings["TEACHER_CFG"]
-        if is_file(teacher):
-            settings["TEACHER_CFG"] = str(teacher.resolve())
+    settings = settings if isinstance(settings, dict) else {}
+    several = settings.get("TEACHERS")
+    entries = [entry for entry in several if isinstance(entry, dict)] if several else []
+    for node, key in [(settings, "TEACHER_CFG"), *((entry, "CFG") for entry in entries)]:
+        if isinstance(node.get(key), str) and is_file(folder / node[key]):
+            node[key] = str((folder / node[key]).resolve())
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

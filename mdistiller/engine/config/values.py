@@ -10,6 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from mdistiller.engine.config.network_lists import NETWORK_LISTS, read_networks
 from mdistiller.engine.config.safe_yaml import Written, shown
 from mdistiller.preprocessing import read_image_size
 from mdistiller.registry import UserError
@@ -53,6 +54,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
     value = as_read(value, default, name)
     if name in NORMS:
         return check_norm(literal(value, name), name)
+    if name in NETWORK_LISTS:
+        return read_networks(literal(value, name), name, check_norm)
     if name in IMAGE_SIZES:
         return _image_size(literal(value, name), name)
     if name in WEIGHTS:

@@ -34,6 +34,7 @@ from mdistiller.engine.frozen_teacher.fingerprint import (
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
 from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.engine.networks.roles import teacher_identity
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import log_msg
 from mdistiller.registry import UserError
@@ -223,7 +224,7 @@ class TeacherCache(Hook):
     def _open_file(self, probes: Any) -> FileStore:
         settings, loader = self.cfg.DISTILLER, self.loader
         key = {
-            "network": digest([settings.TEACHER, str(settings.TEACHER_ARGS)]),
+            "network": digest(teacher_identity(self.cfg)),
             "weights": self._weights,
             "images": data_digest(loader),
             "views": view_digest(loader),

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from mdistiller import __version__
 from mdistiller.dataset import Data
-from mdistiller.distillers import Distiller
+from mdistiller.distillers import Distiller, TeacherTeam
 from mdistiller.distillers.helpers.features.shapes import missing_feature, preserve_state
 from mdistiller.distillers.helpers.losses.numerics import full_precision
 from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
 from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
+from mdistiller.engine.networks.roles import teacher_configs, teacher_identity, teacher_name
 from mdistiller.engine.utils import log_msg
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, first_line
@@ -41,21 +42,26 @@ def supply_facts(distiller: Distiller, cfg: Any, data: Data, device: torch.devic
     Raises:
         UserError: the teacher is trained, or a class has no images.
     """
+    configs = {}
+    if isinstance(distiller.teacher, TeacherTeam):
+        configs = dict(zip(distiller.teacher.nets, teacher_configs(cfg), strict=True))
     for part in distiller.modules():
-        if isinstance(part, Distiller):
-            for name, fact in part.teacher_facts.items():
-                part.take_fact(name, _fact(distiller, cfg, data, device, name, fact))
+        if not isinstance(part, Distiller):
+            continue
+        for name, fact in part.teacher_facts.items():
+            if part.teacher is None or not is_frozen(distiller):
+                raise UserError(
+                    f"DISTILLER.TYPE {cfg.DISTILLER.TYPE}: {name} depends on a teacher that does "
+                    "not change, but this one is in train mode; leave out the method that trains it"
+                )
+            one = configs.get(part.teacher, cfg)
+            part.take_fact(name, _fact(part.teacher, one, data, device, name, fact))
 
 
 def _fact(
-    distiller: Distiller, cfg: Any, data: Data, device: torch.device, name: str, fact: TeacherFact
+    teacher: nn.Module, cfg: Any, data: Data, device: torch.device, name: str, fact: TeacherFact
 ) -> Tensor:
-    teacher, settings = distiller.teacher, cfg.DISTILLER
-    if teacher is None or not is_frozen(distiller):
-        raise UserError(
-            f"DISTILLER.TYPE {settings.TYPE}: {name} depends on a teacher that does not change, "
-            "but this one is in train mode; leave out the method that trains it"
-        )
+    settings = cfg.DISTILLER
     key = _key(cfg, data, teacher, fact)
     folder = Path(settings.TEACHER_CACHE_DIR or Path(cfg.LOG.PREFIX) / "teacher_cache")
     path = folder / f"{digest([key])}.fact.npz"
@@ -73,7 +79,7 @@ def _fact(
     if not from_main_process(lambda: bool(torch.isfinite(value).all())):
         raise UserError(
             f"DISTILLER.TYPE {settings.TYPE}: {name} is not finite; the teacher "
-            f"{settings.TEACHER} gives NaN or infinity on training images"
+            f"{teacher_name(cfg)} gives NaN or infinity on training images"
         )
     kept = from_main_process(lambda: _write(path, key, value.cpu().numpy()))
     return torch.from_numpy(kept).to(device)  # the same bits in all processes
@@ -157,7 +163,7 @@ def _output(net: nn.Module, images: Tensor, name: str, positions: int = 0) -> Te
 def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
     """Everything that a fact depends on, in one line."""
     parts = {
-        "network": digest([cfg.DISTILLER.TEACHER, str(cfg.DISTILLER.TEACHER_ARGS)]),
+        "network": digest(teacher_identity(cfg)),
         "weights": teacher_digest(teacher),
         "images": image_set_digest(data.train.dataset),
         "preprocessing": f"{data.mean} {data.std} {data.image_size} {data.preprocessing}",

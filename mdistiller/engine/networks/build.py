@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,17 @@ from mdistiller.dataset import (
     mixes_labels,
 )
 from mdistiller.dataset.memory.loader import EvalLoader
-from mdistiller.distillers import Distiller, Vanilla, distiller_dict, get_distiller, part_names
+from mdistiller.distillers import (
+    Distiller,
+    TeacherEnsemble,
+    TeacherTeam,
+    Vanilla,
+    check_several,
+    distiller_dict,
+    get_distiller,
+    part_names,
+    several,
+)
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
@@ -38,6 +49,7 @@ from mdistiller.engine.networks.released import (
     states_nothing,
     taken_line,
 )
+from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.start import find_file, load_start
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
 from mdistiller.engine.param_groups import freeze, student_groups
@@ -53,7 +65,10 @@ from mdistiller.weights import load_network, recorded_facts
 
 
 def build_distiller(
-    cfg: Any, data: Data, device: torch.device, teacher_ckpt: str | Path | None = None
+    cfg: Any,
+    data: Data,
+    device: torch.device,
+    teacher_ckpt: str | Path | Sequence[str | Path] | None = None,
 ) -> Distiller:
     """The distiller of a config, on `device`, its teacher loaded and frozen.
 
@@ -61,19 +76,19 @@ def build_distiller(
     under every method and teacher.
 
     Args:
-        teacher_ckpt: the teacher's weights, a file or PRETRAINED; by default what
-            :func:`find_teacher` finds.
+        teacher_ckpt: the teacher's weights, a file or PRETRAINED, or those of each of several; by
+            default what :func:`find_teacher` finds.
     """
     seed_everything(cfg.EXPERIMENT.SEED)
     student, teacher = build_network(cfg, "STUDENT", data), None
     if get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
-        weights = teacher_ckpt or find_teacher(cfg, data)
-        if weights is None:
-            raise UserError(no_teacher(cfg, data))
-        any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
-        teacher = build_network(cfg, "TEACHER", data, weights, any_head)
+        files = [teacher_ckpt] if isinstance(teacher_ckpt, (str, Path)) else teacher_ckpt
+        teacher = build_teacher(cfg, data, files or ())
+    peers: list[nn.Module] = []
+    if get_distiller(cfg.DISTILLER.TYPE).trains_peers:
+        peers = [build_network(one, "STUDENT", data) for one in peer_configs(cfg)]
     hooks = 0 if teacher is None else count_hooks(teacher)
-    distiller = build_method(cfg, data, student, teacher)
+    distiller = build_method(cfg, data, student, teacher, peers)
     set_hard_label_loss(distiller, cfg, data)
     distiller.to(device)
     distiller.watches_teacher = teacher is not None and count_hooks(teacher) != hooks
@@ -86,12 +101,40 @@ def build_distiller(
     return distiller
 
 
-def build_method(cfg: Any, data: Data, student: nn.Module, teacher: nn.Module | None) -> Distiller:
-    """Build the config's method for two networks."""
-    targets = getattr(getattr(data.train, "dataset", None), "targets", None)
-    return get_distiller(cfg.DISTILLER.TYPE).build(
-        student, teacher, cfg, data.num_data, image_size=data.image_size, targets=targets
-    )
+def build_teacher(cfg: Any, data: Data, weights: Sequence[str | Path] = ()) -> nn.Module:
+    """The teacher with its weights, by default those that are found; several as one network."""
+    configs, nets = teacher_configs(cfg), []
+    any_head = not get_distiller(cfg.DISTILLER.TYPE).needs_teacher_classifier
+    for number, one in enumerate(configs):
+        with of_teacher(cfg, number):
+            file = weights[number] if weights else find_teacher(one, data)
+            if file is None:
+                raise UserError(no_teacher(one, data))
+            nets.append(build_network(one, "TEACHER", data, file, any_head))
+    if len(nets) == 1:
+        return nets[0]
+    team = TeacherEnsemble if cfg.DISTILLER.COMBINE == "ensemble" else TeacherTeam
+    return team(nets, [entry.get("WEIGHT", 1.0) for entry in cfg.DISTILLER.TEACHERS])
+
+
+def build_method(
+    cfg: Any,
+    data: Data,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    peers: Sequence[nn.Module] = (),
+) -> Distiller:
+    """Build the config's method for its networks."""
+    facts: dict[str, Any] = {
+        "image_size": data.image_size,
+        "targets": getattr(getattr(data.train, "dataset", None), "targets", None),
+    }
+    if peers:
+        facts["peers"] = peers
+    method = get_distiller(cfg.DISTILLER.TYPE)
+    if type(teacher) is TeacherTeam:
+        method = several(method, cfg.DISTILLER.COMBINE)
+    return method.build(student, teacher, cfg, data.num_data, **facts)
 
 
 def check_pair(cfg: Any, data: Data) -> None:
@@ -181,9 +224,11 @@ def check_names(cfg: Any) -> None:
     check_trainer(cfg.SOLVER.TRAINER)
     source = DATASETS[cfg.DATASET.TYPE]
     check_models(cfg, source)
-    given = cfg.DISTILLER.TEACHER_CKPT or not cfg.DISTILLER.TEACHER_CFG
-    if method.uses_teacher and given and find_teacher(cfg, source) is None:
-        raise UserError(no_teacher(cfg, source))
+    for number, one in enumerate(teacher_configs(cfg) if method.uses_teacher else ()):
+        given = one.DISTILLER.TEACHER_CKPT or not one.DISTILLER.TEACHER_CFG
+        with of_teacher(cfg, number):
+            if given and find_teacher(one, source) is None:
+                raise UserError(no_teacher(one, source))
 
 
 def check_models(cfg: Any, data: Data | DataSource) -> None:
@@ -206,8 +251,20 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
             f"False, or choose one of {', '.join(takers)}"
         )
     check_method(cfg)
-    if method.uses_teacher:
-        model_entry(cfg, "TEACHER", data)
+    if cfg.DISTILLER.PEERS and not method.trains_peers:
+        takers = sorted(name for name, cls in distiller_dict.items() if cls.trains_peers)
+        raise UserError(
+            f"DISTILLER.PEERS: {cfg.DISTILLER.TYPE} trains no networks beside the student; leave "
+            f"it out, or choose one of {', '.join(takers)}"
+        )
+    for one in peer_configs(cfg):
+        model_entry(one, "STUDENT", data, "PEERS")
+    entries = cfg.DISTILLER.TEACHERS if method.uses_teacher else []
+    if len(entries) > 1:
+        weighted = any("WEIGHT" in entry for entry in entries)
+        check_several(cfg.DISTILLER.TYPE, cfg.DISTILLER.COMBINE, weighted)
+    for one in teacher_configs(cfg) if method.uses_teacher else ():
+        model_entry(one, "TEACHER", data, "TEACHERS" if entries else "")
 
 
 def student_start(cfg: Any) -> Path | None:
@@ -245,12 +302,18 @@ def check_labels(cfg: Any) -> None:
         )
 
 
-def model_entry(cfg: Any, role: str, data: Data | TestData | DataSource) -> ModelEntry:
-    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER"."""
+def model_entry(
+    cfg: Any, role: str, data: Data | TestData | DataSource, key: str = ""
+) -> ModelEntry:
+    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER".
+
+    Args:
+        key: of DISTILLER, for errors; by default the role.
+    """
     try:
         return get_model_entry(cfg.DISTILLER[role], data.zoo)
     except UserError as error:
-        raise UserError(f"DISTILLER.{role}: {error}") from None
+        raise UserError(f"DISTILLER.{key or role}: {error}") from None
 
 
 def freeze_teacher(distiller: Distiller) -> None:
@@ -340,6 +403,7 @@ def measure_teacher(
     data: Data,
     loader: EvalLoader | None = None,
     name: str = "the teacher",
+    net: nn.Module | None = None,
 ) -> float | None:
     """The teacher's top-1 accuracy in percent on the test set.
 
@@ -351,9 +415,11 @@ def measure_teacher(
     Args:
         loader: the test set, prepared for the teacher; by default the data's.
         name: what to call the teacher in a warning.
+        net: one of several teachers.
     """
-    assert distiller.teacher is not None
-    if getattr(distiller.teacher, "untrained_head", False):
+    teacher = net or distiller.teacher
+    assert teacher is not None
+    if getattr(teacher, "untrained_head", False):
         if rank() == 0:
             print(
                 log_msg(
@@ -366,9 +432,9 @@ def measure_teacher(
         return None
     test = loader or (data.val if data.test is None else data.test)
     assert test is not None
-    device, classes = next(distiller.teacher.parameters()).device, data.num_classes
+    device, classes = next(teacher.parameters()).device, data.num_classes
     confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
-    top1, _, _ = validate(test, Vanilla(distiller.teacher), confusion)
+    top1, _, _ = validate(test, Vanilla(teacher), confusion)
     close = getattr(loader, "close", None)
     if close is not None:  # its processes
         close()

@@ -26,12 +26,11 @@ def compile_networks(distiller: Distiller, setting: bool | str) -> None:
     if not setting:
         return
     mode = "default" if setting is True else setting
-    for role in ("student", "teacher"):
-        net = getattr(distiller, role, None)
-        if role == "teacher" and distiller.frozen is not None:
-            net = distiller.frozen.net  # which is what runs
-        if isinstance(net, nn.Module):
-            _compile(net, role, mode)
+    teacher = distiller.teacher if distiller.frozen is None else distiller.frozen.net  # what runs
+    for net in distiller.students():
+        _compile(net, "student", mode)
+    if isinstance(teacher, nn.Module):
+        _compile(teacher, "teacher", mode)
 
 
 def _compile(net: nn.Module, role: str, mode: str) -> None:

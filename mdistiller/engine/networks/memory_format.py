@@ -18,7 +18,7 @@ def use_channels_last(distiller: Distiller) -> None:
     convolutions then follow by themselves. Copies of a network do the same.
     """
     convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
-    for net in (distiller.student, distiller.teacher):
+    for net in (*distiller.students(), distiller.teacher):
         if isinstance(net, nn.Module):
             net.register_forward_pre_hook(channels_last_input)
 

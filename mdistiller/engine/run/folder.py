@@ -138,11 +138,12 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     Raises:
         UserError: the name is not a checkpoint, or the run has no such checkpoint.
     """
-    if not re.fullmatch(r"(ema_)?(best|latest)|epoch_\d+", name):
+    if not re.fullmatch(r"(ema_|peer\d+_)?(best|latest)|(peer\d+_)?epoch_\d+", name):
         raise UserError(
-            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r}"
+            f"--checkpoint is best, latest, epoch_N, ema_best or ema_latest, got {name!r} (of "
+            "networks under DISTILLER.PEERS: peer1_best and the like)"
         )
-    places = [folder / f"student_{name.removeprefix('epoch_')}", folder / name]
+    places = [folder / f"student_{name.replace('epoch_', '')}", folder / name]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         there = [path.name.replace("student_", "") for path in sorted(folder.glob("student_*"))]

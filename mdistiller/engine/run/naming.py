@@ -57,7 +57,10 @@ def automatic_name(cfg: Config) -> str:
     method, task = cfg.DISTILLER.TYPE, task_of(cfg)
     teacher, student = (str(lookup(cfg, key)) for key in (task.networks if task else NETWORKS))
     taught = getattr(DISTILLERS.get(method), "uses_teacher", method != "NONE")
-    words = [_short(teacher), _short(student)] if taught else [_short(student)]
+    lists = [cfg.DISTILLER.get(key, []) for key in ("TEACHERS", "PEERS")]
+    teachers, peers = ([entry["NAME"] for entry in entries] for entries in lists)
+    students = "+".join(map(_short, [student, *peers]))
+    words = ["+".join(map(_short, teachers or [teacher])), students] if taught else [students]
     words.insert(0, "vanilla" if method == "NONE" else method.lower())
     if task is None and cfg.DATASET.TYPE.lower() not in cfg.EXPERIMENT.PROJECT.lower():
         words.append(Path(cfg.DATASET.ROOT).name or cfg.DATASET.TYPE)

@@ -41,7 +41,8 @@ class RunRecord(Hook):
     Args:
         facts: of what the student is trained on, for `run.json`.
         teacher_acc: accuracy of the teacher in percent, likewise.
-        teacher: its weights, a file or PRETRAINED, likewise.
+        teacher: its weights, a file or PRETRAINED, likewise; of several, a list of mappings with
+            `weights`.
 
     Attributes:
         changes: settings that differ from those of the start before, for `run.json`.
@@ -51,7 +52,7 @@ class RunRecord(Hook):
         self,
         facts: Mapping[str, Any],
         teacher_acc: float | None = None,
-        teacher: str | Path | None = None,
+        teacher: Any = None,
     ):
         self.facts, self.teacher_acc, self.teacher = facts, teacher_acc, teacher
         self.changes: Sequence[str] = ()
@@ -126,7 +127,7 @@ def write_record(
     data: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
     teacher_acc: float | None = None,
-    teacher: str | Path | None = None,
+    teacher: Any = None,
 ) -> None:
     """Write `config.yaml` and `run.json`; entries of earlier starts stay.
 
@@ -134,12 +135,14 @@ def write_record(
         data: for example of :func:`data_facts`.
         changes: of the settings, since the start before.
         teacher_acc: in percent; a start that changes no setting need not measure it again.
-        teacher: the teacher's weights, if any; a file is recorded as seen from the folder.
+        teacher: the teacher's weights, if any; a file is recorded as seen from the folder. Of
+            several teachers a list of mappings with `weights` and `acc`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_cfg(cfg))
-    starts = read_record(folder)["starts"]
+    before = read_record(folder)
+    starts = before["starts"]
     starts.append(
         {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -154,9 +157,18 @@ def write_record(
         }
     )
     record = {"starts": starts, "data": data, "teacher_acc": teacher_acc}
-    if teacher is not None:
-        seen = os.path.relpath(teacher, folder) if isinstance(teacher, Path) else teacher
-        record["teacher"] = seen
+
+    def seen(weights: Any) -> Any:
+        return os.path.relpath(weights, folder) if isinstance(weights, Path) else weights
+
+    if isinstance(teacher, list):
+        last = before.get("teachers") or [{}] * len(teacher)
+        record["teachers"] = [
+            {**old, **{key: seen(value) for key, value in new.items() if value is not None}}
+            for old, new in zip(last, teacher, strict=False)
+        ]
+    elif teacher is not None:
+        record["teacher"] = seen(teacher)
     with replacing(folder / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -256,8 +268,10 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
         before, now = _get(recorded, key), _get(cfg, key)
         if before is None:  # a key newer than the run, which therefore ran with its default
             before = _get(CFG, key)
-        if key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
-            before, now = (str(Path(value or "").resolve()) for value in (before, now))
+        if key == "DISTILLER.TEACHERS":
+            before, now = _without_files(before or []), _without_files(now or [])
+        elif key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
+            before, now = (str(Path(str(value or "")).resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
             changes.append(f"{key} was {before}, is now {now}")
     return changes
@@ -281,6 +295,10 @@ WITHOUT_EFFECT = (
     "SOLVER.SKIP_NONFINITE",
     "SOLVER.RANK_TIMEOUT",
 )
+
+
+def _without_files(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in ("CKPT", "CFG")} for entry in entries]
 
 
 def keys_without_effect() -> tuple[str, ...]:

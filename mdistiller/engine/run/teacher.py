@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mdistiller.dataset import Data
-from mdistiller.distillers import get_distiller
+from mdistiller.distillers import Distiller, TeacherEnsemble, get_distiller
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.config.files import find_config
 from mdistiller.engine.distributed import barrier, from_main_process
-from mdistiller.engine.networks.build import check_pair, find_teacher, no_teacher
+from mdistiller.engine.networks.build import (
+    check_pair,
+    find_teacher,
+    measure_teacher,
+    no_teacher,
+    teacher_test_loader,
+)
+from mdistiller.engine.networks.roles import of_teacher, teacher_configs
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
 from mdistiller.engine.run.naming import experiment_name
+from mdistiller.engine.run.overview import describe_network
 from mdistiller.engine.run.record import changed_settings
 from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.utils import log_msg
@@ -27,6 +36,18 @@ from mdistiller.runtime import rank
 
 # (config, name of the run folder, resume, device)
 TrainRun = Callable[[Config, str, bool, torch.device], Any]
+
+
+def resolve_teachers(
+    cfg: Config, data: Data, device: torch.device, train_run: TrainRun, run_folder: Path
+) -> list[Path | Literal["pretrained"]]:
+    """:func:`resolve_teacher` for each teacher of a config; none where the method uses none."""
+    weights: list[Path | Literal["pretrained"]] = []
+    uses_them = get_distiller(cfg.DISTILLER.TYPE).uses_teacher
+    for number, one in enumerate(teacher_configs(cfg) if uses_them else ()):
+        with of_teacher(cfg, number):
+            weights.append(resolve_teacher(one, data, device, train_run, run_folder))
+    return weights
 
 
 def resolve_teacher(
@@ -117,15 +138,73 @@ def teacher_folder(teacher_cfg: Config) -> Path:
     return Path(teacher_cfg.LOG.PREFIX) / experiment_name(teacher_cfg)
 
 
+def trained_teachers(cfg: Config) -> list[Config]:
+    """The configs that train the teachers of this one, as far as they are not named as files."""
+    if not get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+        return []
+    nodes = [(one, one.DISTILLER) for one in teacher_configs(cfg)]
+    return [
+        teacher_config(one) for one, node in nodes if node.TEACHER_CFG and not node.TEACHER_CKPT
+    ]
+
+
 def being_trained(cfg: Config) -> Path | None:
-    """The folder of this config's teacher, if another process is training it."""
-    settings = cfg.DISTILLER
-    if settings.TEACHER_CKPT or not settings.TEACHER_CFG:
-        return None
-    if not get_distiller(settings.TYPE).uses_teacher:
-        return None
-    folder = teacher_folder(teacher_config(cfg))
-    return folder if is_locked(folder) else None
+    """The folder of this config's teacher, or one of them, if another process is training it."""
+    folders = map(teacher_folder, trained_teachers(cfg))
+    return next((folder for folder in folders if is_locked(folder)), None)
+
+
+def measure_teachers(
+    distiller: Distiller,
+    cfg: Config,
+    data: Data,
+    device: torch.device,
+    weights: Sequence[str | Path],
+) -> list[float | None]:
+    """Top-1 accuracy in percent of the teacher, or of each and then of their ensemble.
+
+    See :func:`measure_teacher`. An ensemble with a network whose classifier is not trained has
+    None.
+    """
+    configs, found = teacher_configs(cfg), []
+    team = distiller.teacher if len(configs) > 1 else None
+    for number, (one, file) in enumerate(zip(configs, weights, strict=True)):
+        loader = teacher_test_loader(one, data, device, file)
+        label = f"{one.DISTILLER.TEACHER} ({file})"
+        if team is None:
+            return [measure_teacher(distiller, data, loader, label)]
+        net: Any = team.nets[number]  # type: ignore[index]
+        found.append(measure_teacher(distiller, data, loader, label, net))
+    if None in found:
+        return [*found, None]
+    both: Any = team
+    ensemble = TeacherEnsemble(both.nets, both.weights.tolist()).to(device)
+    return [*found, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
+
+
+def describe_teachers(
+    cfg: Config,
+    teacher: nn.Module,
+    weights: Sequence[str | Path],
+    accuracies: Sequence[float | None],
+    note: str = "",
+) -> dict[str, str]:
+    """A line about each teacher, and one about the ensemble of several, by title.
+
+    Args:
+        accuracies: of :func:`measure_teachers`; `note` goes behind them.
+    """
+    configs = teacher_configs(cfg)
+    nets: Any = teacher.nets if len(configs) > 1 else [teacher]
+    texts = ["" if acc is None else f"accuracy {acc:.2f} %{note}" for acc in accuracies]
+    lines = {}
+    for number, (one, net) in enumerate(zip(configs, nets, strict=True)):
+        title = f"teacher {number + 1}" if len(configs) > 1 else "teacher"
+        name = one.DISTILLER.TEACHER
+        lines[title] = describe_network(name, net, texts[number], weights[number])
+    if len(configs) > 1:
+        lines["ensemble"] = texts[-1]
+    return lines
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -28,11 +29,10 @@ from mdistiller.engine.networks.build import (
     build_distiller,
     check_labels,
     check_models,
-    measure_teacher,
-    teacher_test_loader,
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
+from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run.folder import keep_full_decoding, stretched
 from mdistiller.engine.run.lock import locked
@@ -53,7 +53,7 @@ from mdistiller.engine.run.sharing import (
     shared_data,
 )
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import resolve_teacher
+from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
 from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
@@ -75,8 +75,10 @@ class Prepared(NamedTuple):
         data: the loaders; `test` if images are held out, and `close()`, which ends worker
             processes.
         facts: of the data, for `run.json`.
-        teacher_acc: accuracy of the teacher on the test set in percent, if there is one.
-        teacher: its weights, a file or PRETRAINED, for `run.json`.
+        teacher_acc: accuracy of the teacher on the test set in percent, if there is one; of
+            several, that of their ensemble.
+        teacher: its weights, a file or PRETRAINED, for `run.json`; of several a list with the
+            `name`, `weights` and `acc` of each.
         about: lines for the :func:`overview`, by title.
     """
 
@@ -84,7 +86,7 @@ class Prepared(NamedTuple):
     data: Any
     facts: Mapping[str, Any]
     teacher_acc: float | None
-    teacher: str | Path | None = None
+    teacher: Any = None
     about: Mapping[str, str] = MappingProxyType({})
 
 
@@ -260,22 +262,20 @@ def prepare_classifier(
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
-    teacher_ckpt = None
-    if method.uses_teacher:
-        folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
-        train_teacher = turn.alone(_train) if turn else _train
-        teacher_ckpt = resolve_teacher(cfg, data, device, train_teacher, folder)
-    distiller, facts = build_distiller(cfg, data, device, teacher_ckpt), data_facts(data)
+    folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
+    train_teacher = turn.alone(_train) if turn else _train
+    weights = resolve_teachers(cfg, data, device, train_teacher, folder)
+    distiller, facts = build_distiller(cfg, data, device, weights), data_facts(data)
     share_teacher(distiller, cfg, device)
-    distiller.student.file_entries = {**file_entries(distiller.student), "data": facts}  # type: ignore[assignment]
+    for net in distiller.students():
+        net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
     measured = teacher_acc is None
-    if method.uses_teacher and measured and data.num_classes:
-        assert teacher_ckpt is not None
-        loader = teacher_test_loader(cfg, data, device, teacher_ckpt)
-        label = f"{cfg.DISTILLER.TEACHER} ({teacher_ckpt})"
-        teacher_acc = measured_once(
-            distiller, lambda: measure_teacher(distiller, data, loader, label)
+    accuracies: list[float | None] = []
+    if weights and measured and data.num_classes:
+        accuracies = measured_once(
+            distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
+        teacher_acc = accuracies[-1]
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
@@ -286,17 +286,23 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
+    several = [
+        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
+        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
+    ]
+    recorded = several if len(weights) > 1 else next(iter(weights), None)
     about = {"data": describe_data(cfg, data)}
-    if method.uses_teacher:
-        assert distiller.teacher is not None
-        accuracy = "" if teacher_acc is None else f"accuracy {teacher_acc:.2f} %"
-        accuracy += "" if measured else " (measured when the run began)"
-        about["teacher"] = describe_network(
-            cfg.DISTILLER.TEACHER, distiller.teacher, accuracy, teacher_ckpt
-        )
+    if distiller.teacher is not None:
+        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
+        note = "" if measured else " (measured when the run began)"
+        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
     about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
-    return Prepared(trainer, data, facts, teacher_acc, teacher_ckpt, about)
+    for number, (one, net) in enumerate(
+        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
+    ):
+        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
 def _train_in(

@@ -9,7 +9,7 @@ from support import command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run.sharing import SharedTeacher
+from mdistiller.engine.run.sharing import SharedTeacher, _mark
 from mdistiller.engine.run.train import train, train_together
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
@@ -102,7 +102,19 @@ def test_every_run_is_as_alone_and_the_teacher_runs_once(alone, monkeypatch):
     expected = [(e, *batch, view) for e in (1, 2) for batch in batches for view in (0, 1)]
     expected += [(e, 3, 33, 0) for e in (1, 2)]
     assert set(main) == set(expected)  # the weak view's is for all
-    assert len(main) <= len(expected) + 1  # the steps of the first stage come after the first one
+    # one batch is made again: FSP's initialisation stage comes after the others' first step
+    assert len(main) <= len(expected) + 1
+
+
+def test_images_that_a_method_has_changed_go_through_the_teacher():
+    taken = []
+    teacher = SharedTeacher(lambda image: taken.append(image) or image.sum(), plain=True)
+    image = torch.ones(2, 3, 4, 4)
+    _mark(image, (1, 0, 2))
+    assert teacher(image) == teacher(image) == 96
+    assert len(taken) == 1
+    image[0] += 1
+    assert teacher(image) == 144
 
 
 def test_mixed_precision_changes_nothing(tmp_path):

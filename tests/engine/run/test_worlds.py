@@ -39,6 +39,11 @@ def test_losses_and_weights_are_those_of_one_process(folder, world, case):
         assert many[key] == pytest.approx(one[key], rel=5e-5), key
     assert states.keys() == others.keys()
     assert ("student_ema_latest" in states) == (case == "KD")
+    if case == "PSKD":
+        runs = [folder / str(w) / case / "out" / "toy" / "run" / "latest" for w in (1, world)]
+        past, shared = (torch.load(run, weights_only=True)["model"]["predictions"] for run in runs)
+        assert (past.sum(dim=1) > 0).all()
+        torch.testing.assert_close(shared, past, rtol=1e-4, atol=1e-6)
     atol = 2e-4 if case == "SYNC_BN" else 2e-6  # batch norm and ReLU blow up rounding
     for name, state in states.items():
         for key, value in state.items():

@@ -27,12 +27,15 @@ from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.runtime import rank, world_size
 
 MICRO_BATCH = 24  # of all processes; 150 images: six of them and one of 6, in groups of 2
+CRD = "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"
 CASES = {
     "KD": {"method": "KD", "text": "  EMA: 0.5\n"},
     "DKD": {"method": "DKD"},
-    "CRD": {"method": "CRD", "text": "CRD:\n  NCE: {K: 16}\n  FEAT: {DIM: 8}\n"},
+    "CRD": {"method": "CRD", "text": CRD},
     "SP": {"method": "SP", "text": "SP:\n  LOSS: {FEAT_WEIGHT: 10.0}\n"},
     "PSKD": {"method": "PSKD"},
+    "DML": {"method": "DML", "text": "DISTILLER: {PEERS: [BabyStudent, BabyStudentReLU]}\n"},
+    "TEACHERS": {"method": "CRD", "text": f"{CRD}DISTILLER: {{TEACHERS: [TEACHER, TEACHER]}}\n"},
     "DOT": {"method": "KD", "trainer": "dot"},
     "DEEPKD": {"method": "KD", "trainer": "deepkd", "text": "  DEEPKD: {TOPK: 4}\n", "rate": 0.02},
     "SYNC_BN": {"method": "KD", "student": "resnet8", "text": "  SYNC_BN: True\n", "rate": 0.01},
@@ -61,13 +64,16 @@ class Recorded(BaseTrainer):
 
 def config(folder, method, student="BabyStudent", text="", trainer="recorded", rate=0.1):
     folder.mkdir(parents=True, exist_ok=True)
+    file = str(folder.parents[1] / "resnet8_10.pth")
+    text = text.replace("TEACHER,", f"{{NAME: resnet8, CKPT: '{file}', WEIGHT: 3}},")
+    text = text.replace("TEACHER]", f"{{NAME: resnet8, CKPT: '{file}'}}]")
     write_config(
         folder,
         method=method,
         student=student,
         epochs=1,
         TEACHER="resnet8",
-        TEACHER_CKPT=str(folder.parents[1] / "resnet8_10.pth"),
+        TEACHER_CKPT=file,
         text=f"DATASET:\n  VAL_SPLIT: 10\nSOLVER:\n  TRAINER: {trainer}\n  LR: {rate}\n"
         f"  BATCH_SIZE: {MICRO_BATCH // world_size()}\n  ACCUMULATE: 2\n"
         f"  CLIP_GRAD_NORM: 1.0\n{text}",

@@ -110,6 +110,11 @@ def labelled_shares(labelled: Tensor, dtype: torch.dtype) -> Tensor:
     return ones / ones.sum().clamp(min=1)
 
 
+def labelled_rows(rows: Tensor, labelled: Tensor) -> Tensor:
+    """`rows` [N], all finite, scaled so that their mean is :func:`labelled_mean`."""
+    return rows * labelled_shares(labelled, rows.dtype) * len(rows)
+
+
 def labelled_mean(rows: Tensor, labelled: Tensor) -> Tensor:
     """Mean of `rows` [N], all finite, over the labelled samples; 0 if there are none."""
     return torch.dot(rows, labelled_shares(labelled, rows.dtype))

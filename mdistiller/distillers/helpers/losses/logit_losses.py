@@ -20,15 +20,21 @@ from mdistiller.distillers.helpers.losses.divergence import Divergence
 from mdistiller.distillers.helpers.losses.numerics import divergence, scale_logits
 
 
-def kd_rows(logits_student: Tensor, logits_teacher: Tensor, temperature: float | Tensor) -> Tensor:
+def kd_rows(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
+) -> Tensor:
     """Kullback-Leibler divergence of softened predictions times T², for each sample: [N].
 
     Args:
         logits_student, logits_teacher: [N, C].
         temperature: T > 0, a number or a tensor with one value.
+        form: what is measured in place of the Kullback-Leibler divergence.
     """
     log_p, log_q = _kd_log_probs(logits_student, logits_teacher, temperature)
-    return divergence(log_q, log_p) * temperature**2
+    return form(log_q, log_p) * temperature**2
 
 
 def kd_loss(
@@ -55,7 +61,11 @@ def _kd_log_probs(
 
 
 def dkd_rows(
-    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float | Tensor
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    form: Divergence = divergence,
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD of each sample, [N] both, with the factor T².
 
@@ -64,10 +74,10 @@ def dkd_rows(
         target: [N] class indices, or [N, C] probabilities of which the largest counts; rows with
             IGNORE_INDEX mean nothing.
         temperature: T > 0; as a tensor with one value, or [N, 1] for one of each sample.
+        form: what is measured in place of the Kullback-Leibler divergence.
     """
-    binary, within = _dkd_rows(
-        logits_student, logits_teacher, target_column(target)[0], temperature
-    )
+    column = target_column(target)[0]
+    binary, within = _dkd_rows(logits_student, logits_teacher, column, temperature, form)
     square = _square(temperature)
     return binary * square, within * square
 

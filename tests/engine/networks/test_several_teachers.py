@@ -1,0 +1,102 @@
+"""DISTILLER.TEACHERS in a run: built, measured, cached and resumed; not in the student's files."""
+
+import json
+
+import pytest
+import torch
+from support import same_state, saved_teacher, write_config
+
+from mdistiller.cli import eval as eval_command
+from mdistiller.cli import train as train_command
+from mdistiller.cli.support.teachers import taught_by
+from mdistiller.evaluation.subjects import run_sources
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    """A resnet8 and a resnet14 as entries of DISTILLER.TEACHERS."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return [
+        {"NAME": name, "CKPT": str(saved_teacher(folder, name, seed=number))}
+        for number, name in enumerate(("resnet8", "resnet14"))
+    ]
+
+
+def run_of(folder, *words, method="KD", epochs=1, code=0, text="", **settings):
+    folder.mkdir(exist_ok=True)
+    path = write_config(folder, text, method, "resnet8", epochs, **settings)
+    assert train_command.main(["--cfg", str(path), *words]) == code
+    return folder / "out" / "toy" / "run"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_one_teacher_in_the_list_is_that_teacher_to_the_bit(tmp_path, entries):
+    (first, _), cached = entries, {"TEACHER_CACHE": "disk"}
+    one = run_of(tmp_path / "one", TEACHERS=[first], COMBINE="ensemble", **cached)
+    usual = {"TEACHER": first["NAME"], "TEACHER_CKPT": first["CKPT"]}
+    other = run_of(tmp_path / "other", **usual, **cached)
+    states = [load(run / "latest") for run in (one, other)]
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    assert same_state(states[0]["model"], states[1]["model"])
+    records = [json.loads((run / "run.json").read_text()) for run in (one, other)]
+    assert records[0]["teacher_acc"] == records[1]["teacher_acc"]
+    names = [[p.name for p in run.parents[1].glob("teacher_cache/*")] for run in (one, other)]
+    assert names[0] == names[1] != []
+
+
+def test_two_teachers_are_measured_and_resumed_to_the_bit(tmp_path, entries, capsys):
+    settings = {"method": "FITNET", "text": "SOLVER: {SCHEDULE: constant}\n"}
+    weighted = [{**entries[0], "WEIGHT": 2}, entries[1]]
+    whole = run_of(tmp_path / "whole", TEACHERS=weighted, epochs=2, **settings)
+    printed = capsys.readouterr().out
+    record = json.loads((whole / "run.json").read_text())
+    for number, teacher in enumerate(record["teachers"], start=1):
+        line = next(x for x in printed.splitlines() if x.startswith(f"teacher {number}"))
+        assert f" {teacher['name']}, " in line
+        assert f"accuracy {teacher['acc']:.2f} %" in line
+    assert f"ensemble  accuracy {record['teacher_acc']:.2f} %" in printed
+    run_of(tmp_path / "parts", TEACHERS=weighted, **settings)
+    moved = [{**entry, "CKPT": entry["CKPT"].replace(".pth", "_moved.pth")} for entry in weighted]
+    for old, new in zip(weighted, moved, strict=True):
+        torch.save(load(old["CKPT"]), new["CKPT"])
+    parts = run_of(tmp_path / "parts", "--resume", TEACHERS=moved, epochs=2, **settings)
+    first, second = (load(run / "latest") for run in (whole, parts))
+    assert same_state(first["model"], second["model"])
+    assert json.loads((parts / "run.json").read_text())["teachers"][0]["acc"] is not None
+    hints = [first["model"][f"parts.teacher{k}.conv_reg.conv.weight"] for k in (1, 2)]
+    assert not torch.equal(*hints)
+    student = load(whole / "student_latest")["model"]
+    assert not [key for key in student if "teacher" in key or "nets" in key]
+    assert eval_command.main([str(whole), "--checkpoint", "latest"]) == 0  # beside no teacher
+    assert taught_by("", run_sources(whole, ["latest"])) == []
+    changed = [entries[0], entries[1]]
+    run_of(tmp_path / "parts", "--resume", TEACHERS=changed, epochs=2, code=2, **settings)
+    assert "DISTILLER.TEACHERS was" in capsys.readouterr().err
+
+
+def test_cached_logits_of_all_teachers_take_their_place(tmp_path, entries):
+    settings = {"TEACHERS": entries, "COMBINE": "confidence"}
+    plain = run_of(tmp_path / "plain", **settings)
+    cached = run_of(tmp_path / "cached", TEACHER_CACHE="memory", **settings)
+    rows = [json.loads((run / "metrics.jsonl").read_text()) for run in (plain, cached)]
+    assert rows[1]["train_loss_kd"] == pytest.approx(rows[0]["train_loss_kd"], rel=1e-4)
+    assert "teacher_hits" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"TEACHERS": [{"NAME": "resnet8"}, "resnett"]}, "DISTILLER.TEACHERS: unknown CIFAR model"),
+        ({"TEACHERS": [0]}, "DISTILLER.TEACHERS[0] must be a network's name or a section with"),
+        ({"TEACHERS": ["resnet8", "resnet8"]}, "DISTILLER.TEACHERS[0]: no weights for the teacher"),
+        ({"TEACHERS": [{"NAME": "resnet8", "WEIGHT": -1}]}, "DISTILLER.TEACHERS[0].WEIGHT must be"),
+        ({"COMBINE": "mean"}, "DISTILLER.COMBINE must be one of losses, ensemble, confidence"),
+        ({"TEACHERS": ["resnet8"] * 2, "method": "SIMKD"}, "SIMKD cannot learn from several"),
+    ],
+)
+def test_bad_teachers(tmp_path, capsys, settings, message):
+    run_of(tmp_path, code=2, **settings)
+    assert message in capsys.readouterr().err
