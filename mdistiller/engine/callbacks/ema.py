@@ -95,6 +95,9 @@ class AverageStudent(Hook):
         if score >= self.best_score:
             self.best_score, self.best_acc, self.best_epoch = score, numbers["acc"], epoch
 
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        return {"ema %": f"{record['ema_test_acc']:.2f}"}
+
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         assert self.average is not None
         names = ["student_ema_latest", *(["student_ema_best"] if self.best_epoch == epoch else [])]

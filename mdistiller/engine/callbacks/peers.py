@@ -41,6 +41,10 @@ class EvaluatePeers(Hook):
             if name not in self.best or score >= self.best[name][0]:
                 self.best[name] = score, numbers["acc"], epoch
 
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        names = [name for name, _ in self._peers(trainer)]
+        return {f"{name} %": f"{record[f'{name}_test_acc']:.2f}" for name in names}
+
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         numbered = epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0
         files: dict[str, nn.Module] = {}
