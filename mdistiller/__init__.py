@@ -18,9 +18,11 @@ _API = {
     "Hook": "engine.hooks",
     "HOOKS": "engine.hooks",
     "OPTIMIZERS": "engine.optim",
-    "SCHEDULES": "engine.schedules",
+    "SCHEDULES": "engine.optim.schedules",
     "AUGMENTS": "dataset",
     "DATASETS": "dataset",
+    "BaseTrainer": "engine.trainer",
+    "trainer_dict": "engine.trainer",
     "DISTILLERS": "distillers",
 }
 

@@ -73,6 +73,12 @@ class Preprocessing:
         return "; ".join(parts)
 
 
+def input_channels(net: Any) -> int:
+    """Channels of the images that a network takes: 3, unless it was built for others."""
+    channels: int = getattr(net, "input_channels", 3)
+    return channels
+
+
 def height_width(size: ImageSize) -> tuple[int, int]:
     """Height and width of images of a size."""
     return (size, size) if isinstance(size, int) else size

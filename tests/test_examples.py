@@ -124,14 +124,16 @@ def test_own_hook(folder):
     assert metrics(run)["weight_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-4)
 
 
-def test_own_optimizer_schedule_and_augmentation(folder):
+def test_own_optimizer_schedule_augmentation_and_trainer(folder):
     follow(folder, "own_code.md", "own_training.yaml", "DATASET.TYPE", "toy", "--import", TOY)
     run = folder / "output" / "digits" / "training"
     latest = torch.load(run / "latest", weights_only=True)
     assert latest["settings"]["optimizer"] == "SignSGD"
     assert latest["scheduler"]["end_factor"] == 0.01
-    assert metrics(run)["lr"] == pytest.approx(0.001 * 0.01)
-    assert "AUGMENT: crop_negative" in (run / "config.yaml").read_text()
+    assert metrics(run)["lr"] == pytest.approx(0.001 * (1 - 0.99 * 2 / 3))  # of the third step
+    config = (run / "config.yaml").read_text()
+    assert "AUGMENT: crop_negative" in config
+    assert "TRAINER: noisy" in config
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUGMENTS, "crop_negative", None)
         del AUGMENTS["crop_negative"]

@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
 
         draw.check_out(args.confusion, "--confusion")
     given = load_networks(args, ["latest", "best"])
-    from mdistiller.engine.utils import log_msg
+    from mdistiller.engine.utils import print_log
     from mdistiller.evaluation.evaluate import evaluate
 
     test = given.test
@@ -84,12 +84,10 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     for one in evaluations:
         quality = one.quality
         images = test.name if test.name != "test set" else f"{quality.images} images"
-        print(
-            log_msg(
-                f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
-                f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
-                "EVAL",
-            )
+        print_log(
+            f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
+            f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
+            "EVAL",
         )
     print(f"\n{tables.markdown(evaluations, test.classes)}")
     if args.per_class:

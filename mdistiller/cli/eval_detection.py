@@ -143,7 +143,7 @@ def _measure(
     """Fill in what is found of a network, which is returned."""
     from mdistiller.detection.coco.evaluate import CocoEvaluator, detect_all, makes_masks
     from mdistiller.detection.networks.models import build_detector
-    from mdistiller.engine.utils import is_main_process, log_msg
+    from mdistiller.engine.utils import is_main_process, print_log
 
     data = loader.dataset
     net = build_detector(subject.node, data.num_classes, subject.where, data.class_names)
@@ -168,7 +168,7 @@ def _measure(
         text += (
             f"  AP50 {subject.numbers['bbox/AP50']:.2f}{masks_too}  {subject.seconds:.3f} s/image"
         )
-        print(log_msg(text, "EVAL"), flush=True)
+        print_log(text, "EVAL")
     return net
 
 

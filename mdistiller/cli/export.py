@@ -244,7 +244,7 @@ def latencies(
     from mdistiller.cli.support.timing import race, seconds
     from mdistiller.export import FORMATS, Latency
 
-    images = torch.rand(batch, 3, *student.image_size, device=device)
+    images = torch.rand(batch, student.channels, *student.image_size, device=device)
     net = copy.deepcopy(student.net).to(device)
     steps: dict[str, Callable[[], Any]] = {f"PyTorch, {device.upper()}": lambda: net(images)}
     for file in files:

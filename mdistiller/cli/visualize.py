@@ -65,7 +65,7 @@ def _picture(args: argparse.Namespace) -> Figure:
 
         return detectors.picture(args, count)
     given = load_networks(args, ["latest"])
-    from mdistiller.engine.utils import log_msg
+    from mdistiller.engine.utils import print_log
     from mdistiller.evaluation import pictures
     from mdistiller.evaluation.evaluate import evaluate
 
@@ -76,7 +76,7 @@ def _picture(args: argparse.Namespace) -> Figure:
         check_teachers(evaluations, given.subjects, given.recorded)
     if len(teachers) > 1:
         names = " and ".join(one.source.label for one in teachers[:2])
-        print(log_msg(f"several teachers ({names}), none is shown: name one by --teacher"))
+        print_log(f"several teachers ({names}), none is shown: name one by --teacher")
     figure: Figure = getattr(pictures, f"{args.picture}_picture")(
         given.subjects,
         given.test,

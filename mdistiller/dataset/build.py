@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,30 +12,35 @@ import torch
 
 from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
-    DATASET_CONFIG,
-    DATASETS,
-    DataSource,
     Options,
     Split,
     same_classes,
 )
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocessing, keeps_shape
-from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+from mdistiller.dataset.files.preprocessing import choose_preprocessing, keeps_shape
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
-from mdistiller.dataset.sources.shards import Shards
+from mdistiller.dataset.settings import (
+    augment_of,
+    data_root,
+    given_statistics,
+    has_files,
+    has_no_test,
+    is_balanced,
+    is_labelled,
+    read_node,
+    source_of,
+)
 from mdistiller.dataset.split import hold_out
 from mdistiller.preprocessing import (
     NOTHING_STATED,
     ImageSize,
     Preprocessing,
     Statistics,
-    read_image_size,
 )
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, rank, resolve_device
+from mdistiller.runtime import rank, resolve_device
 
 TEST_SET = "test set"
 
@@ -52,6 +58,7 @@ class Data:
             set where `DATASET.VAL_SPLIT` is 0. No augmentation; items (image, target). None without
             such images.
         test: the test set where images are held out, else None.
+        train_size: of the images in `train`, if that is another.
         val_name: what the best epoch is selected on, in words: the test set, held-out training
             images, or without either the training images.
         num_data: number of images in `train`.
@@ -78,6 +85,7 @@ class Data:
     preprocessing: Preprocessing = NOTHING_STATED
     plain: Callable[..., EvalLoader] | None = None
     val_name: str = TEST_SET
+    train_size: tuple[int, int] | None = None
 
     def close(self) -> None:
         """End the worker processes, if any."""
@@ -93,24 +101,31 @@ def get_dataset(cfg: Any) -> tuple[TrainLoader, EvalLoader | None, int, int]:
     return data.train, data.val, data.num_data, data.num_classes
 
 
-def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = False) -> Data:
+def load_data(
+    cfg: Any,
+    device: torch.device | None = None,
+    two_views: bool = False,
+    train_size: Size | None = None,
+) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
     Args:
         cfg: config; uses DATASET, SOLVER.BATCH_SIZE (per process), EXPERIMENT.SEED and DEVICE.
         device: overrides DEVICE.
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
+        train_size: make training images of this size, if that is larger than the evaluation's and
+            they are files, whose pixels are worth it.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
     """
-    node = _node(cfg)
-    pipeline = _pipeline(node, "train", _device(cfg, device))
-    labelled = _is_labelled(node, pipeline.source)
-    balanced = _is_balanced(node, pipeline.source)
+    node = read_node(cfg)
+    pipeline = feed = _pipeline(node, "train", _device(cfg, device))
+    labelled = is_labelled(node, pipeline.source)
+    balanced = is_balanced(node, pipeline.source)
     train = pipeline.read("train")
     splits, held = [renumber_classes(train, node["CLASSES"])], None
-    if pipeline.source.labels and not _lacks_test(node, pipeline.source):
+    if pipeline.source.labels and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -122,9 +137,14 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
     size = pipeline.size(*splits)
-    statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    statistics = given_statistics(node, pipeline.source) or pipeline.statistics(train)
+    feed_size = size
+    if train_size and math.prod(train_size) > math.prod(size) and has_files(pipeline.source):
+        feed = _pipeline({**node, "IMAGE_SIZE": train_size}, "train", _device(cfg, device))
+        feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
-        train, held = _hold_out(train, node)
+        train = _hold_out(train, node)[0]
+        held = _hold_out(splits[0], node)[1]
     evaluated = [*([held] if held is not None else []), *splits[1:]]
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     if labelled and held is evaluated[-1]:
@@ -133,15 +153,15 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
     val_name = TEST_SET if loaders else "training images"
     if held is not None:
         val_name = f"{len(held)} held-out training images"
-    train_loader = pipeline.train_loader(
+    train_loader = feed.train_loader(
         train,
         cfg.SOLVER.BATCH_SIZE,
-        size,
+        feed_size,
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
         balanced=balanced,
-        mix=_mix(node, size, len(train.classes)),
+        mix=_mix(node, feed_size, len(train.classes)),
         two_views=two_views,
     )
     return Data(
@@ -156,25 +176,18 @@ def load_data(cfg: Any, device: torch.device | None = None, two_views: bool = Fa
         mean=statistics[0],
         std=statistics[1],
         preprocessing=_full_preprocessing(pipeline, size, statistics),
-        plain=lambda indices=None: pipeline.eval_loader(
-            train if indices is None else train.select(indices), size, statistics
+        plain=lambda indices=None: feed.eval_loader(
+            train if indices is None else train.select(indices), feed_size, statistics
         ),
+        train_size=feed_size,
         val_name=val_name,
     )
 
 
-def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
-    return bool(node["LABELS"] and source.labels)
-
-
 def lacks_test(cfg: Any) -> bool:
     """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
-    node = _node(cfg)
-    return _lacks_test(node, _source(node))
-
-
-def _lacks_test(node: dict[str, Any], source: DataSource) -> bool:
-    return bool(node["VAL_SPLIT"]) and not source.has_test(_root(node, source))
+    node = read_node(cfg)
+    return has_no_test(node, source_of(node))
 
 
 def _report_no_test(root: Path, held: int) -> None:
@@ -184,19 +197,6 @@ def _report_no_test(root: Path, held: int) -> None:
             "(DATASET.VAL_SPLIT) serve for selection and evaluation",
             flush=True,
         )
-
-
-def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
-    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
-    if node["SAMPLER"] not in ("default", "balanced"):
-        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
-    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
-        raise UserError(
-            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
-            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
-            "inverse weighs classes instead), or use an image folder"
-        )
-    return node["SAMPLER"] == "balanced"
 
 
 def _full_preprocessing(
@@ -212,7 +212,7 @@ def _full_preprocessing(
 
 def mixes_labels(cfg: Any) -> bool:
     """Whether training targets are class probabilities: mixup or CutMix is on."""
-    node = _node(cfg)
+    node = read_node(cfg)
     return bool(node["MIXUP"] or node["CUTMIX"])
 
 
@@ -252,13 +252,14 @@ def load_test_loader(
         network: preprocessing of the network to evaluate, for keys that the config leaves open;
             see :func:`choose_preprocessing`.
     """
-    node = _node(cfg)
-    source = _source(node)
-    held_out = split == "test" and source.labels and _lacks_test(node, source)
+    node = read_node(cfg)
+    source = source_of(node)
+    held_out = split == "test" and source.labels and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
-    statistics = _statistics(node, pipeline.source)
-    if statistics is None and network is not None and network.mean:
+    statistics = given_statistics(node, pipeline.source)
+    channels = node["CHANNELS"]
+    if statistics is None and network is not None and len(network.mean) == channels:
         statistics = network.mean, network.std
     if statistics is None:
         statistics = _training_statistics(pipeline)
@@ -301,53 +302,26 @@ class DataSpec(NamedTuple):
 
 def data_spec(cfg: Any) -> DataSpec:
     """The properties of `cfg.DATASET` that need no data."""
-    node = _node(cfg)
-    source = _source(node)
+    node = read_node(cfg)
+    source = source_of(node)
     return DataSpec(
         node["ZOO"] or source.zoo,
-        _statistics(node, source),
+        given_statistics(node, source),
         node["IMAGE_SIZE"],
-        keeps_shape(source, _augment(node, source)),
-        isinstance(source, (FileSource, Shards)),
-        _is_labelled(node, source),
+        keeps_shape(source, augment_of(node, source)),
+        has_files(source),
+        is_labelled(node, source),
     )
 
 
 def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
     """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
-    node = _node(cfg)
-    source = _source(node)
-    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), network)
+    node = read_node(cfg)
+    source = source_of(node)
+    how = choose_preprocessing(
+        node, source, data_root(node, source), augment_of(node, source), network
+    )
     return replace(how, interpolation=how.interpolation or "bilinear")
-
-
-def _node(cfg: Any) -> dict[str, Any]:
-    """cfg.DATASET merged over the defaults, since configs of the original lack keys."""
-    node = {**DATASET_CONFIG, **cfg.DATASET}
-    for key in (
-        *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
-        *("MIXUP", "CUTMIX", "ERASING"),
-    ):
-        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
-            raise UserError(f"DATASET.{key} {node[key]} must not be negative")
-    try:
-        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
-    except ValueError as error:
-        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
-    if node["ERASING"] > 1:
-        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
-    _check_randaugment(node["RANDAUGMENT"])
-    check_keys(node)
-    return node
-
-
-def _check_randaugment(value: Sequence[Any]) -> None:
-    numbers = all(type(item) is int for item in value)
-    if value and not (numbers and len(value) == 2 and value[0] >= 1 and 0 <= value[1] <= 30):
-        raise UserError(
-            f"DATASET.RANDAUGMENT {list(value)} must be the number of operations and their "
-            "magnitude of 0 to 30, such as [2, 9], or empty"
-        )
 
 
 def _device(cfg: Any, device: torch.device | None) -> torch.device:
@@ -358,9 +332,9 @@ def _pipeline(
     node: dict[str, Any], split: Split, device: torch.device, network: Preprocessing | None = None
 ) -> InMemoryPipeline:
     """The pipeline of the configured data set."""
-    source = _source(node)
-    root = _root(node, source)
-    augment = _augment(node, source)
+    source = source_of(node)
+    root = data_root(node, source)
+    augment = augment_of(node, source)
     how = choose_preprocessing(node, source, root, augment, network)
     options = Options(
         how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
@@ -372,41 +346,9 @@ def _pipeline(
         node["EXIF"],
         node["SCALE_16_BIT"],
         node["JPEG_SCALING"],
+        node["CHANNELS"],
     )
     return choose_pipeline(node, split, source, root, options, augment, device)
-
-
-def _root(node: dict[str, Any], source: DataSource) -> Path:
-    """The folder of the data."""
-    if node["ROOT"]:
-        root = Path(node["ROOT"]).expanduser()
-        return root if root.exists() else project_root() / root
-    if source.root is None:
-        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
-    return project_root() / source.root
-
-
-def _source(node: dict[str, Any]) -> DataSource:
-    entry = DATASETS[node["TYPE"]]
-    source: DataSource = entry() if isinstance(entry, type) else entry
-    return source
-
-
-def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
-    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
-
-
-def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
-    """Mean and std from the config, else of the data set; None if they must be computed."""
-    mean, std = tuple(node["MEAN"]), tuple(node["STD"])
-    if not mean and not std:
-        return (source.mean, source.std) if source.mean else None
-    if len(mean) != 3 or len(std) != 3 or max(*mean, *std) > 1 or min(std) <= 0:
-        raise UserError(
-            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have three values up "
-            "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
-        )
-    return mean, std
 
 
 def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:

@@ -30,6 +30,7 @@ DATASET_CONFIG: dict[str, Any] = {
     "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
     "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
+    "CHANNELS": 3,  # of the images: 1 grey, 3 RGB, 4 RGBA
     "RESIZE": "auto",  # crop, stretch or pad to that size; auto: crop, unless all are square
     "CROP_PCT": 0.0,  # IMAGE_SIZE divided by the side before the centre crop; 0: 7/8 where cropped
     "INTERPOLATION": "auto",  # nearest, bilinear, bicubic; auto: bilinear, or the network's
@@ -58,6 +59,9 @@ DATASET_CONFIG: dict[str, Any] = {
     },
 }
 
+CHANNELS = (1, 3, 4)
+"""Values of DATASET.CHANNELS."""
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -66,7 +70,7 @@ class ImageSet:
     """A whole split in memory.
 
     Attributes:
-        images: uint8, [N, 3, H, W].
+        images: uint8, [N, C, H, W], of DATASET.CHANNELS C.
         targets: class indices, int64, [N].
         classes: class names; ``classes[t]`` is the name of target ``t``.
         left_out: what the split leaves out of the data set, and why.
@@ -79,7 +83,7 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
-        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in CHANNELS:
             raise UserError(
                 f"images must be uint8 [N, 3, H, W], got {self.images.dtype} {list(shape)}; "
                 "repeat a grey channel three times, and do not scale to [0, 1]"
@@ -143,6 +147,7 @@ class Options:
         preprocessing: how images are resized to `image_size`.
         upright: rotate images by their EXIF orientation.
         scale_16_bit: scale grey images of 16 bits to 8.
+        channels: `DATASET.CHANNELS`.
         jpeg_scaling: where large JPEGs are decoded at a reduced scale: "none", "train" or "all".
     """
 
@@ -155,6 +160,7 @@ class Options:
     upright: bool = True
     scale_16_bit: bool = False
     jpeg_scaling: str = "none"
+    channels: int = 3
 
 
 class DataSource:

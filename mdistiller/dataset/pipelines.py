@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,13 @@ Size = tuple[int, int]  # height, width
 _SAMPLE = 1024  # images for mean and std where reading all takes too long
 
 
+def luminance(images: torch.Tensor) -> torch.Tensor:
+    """RGB images in grey as Pillow makes it: uint8, [N, 3, H, W] to [N, 1, H, W]."""
+    red, green, blue = images.split(1, dim=1)
+    total = 19595 * red.int() + 38470 * green.int() + 7471 * blue.int()
+    return ((total + 0x8000) >> 16).to(torch.uint8)
+
+
 @dataclass
 class InMemoryPipeline:
     """Splits held in memory on the device and augmented in whole batches.
@@ -48,8 +55,21 @@ class InMemoryPipeline:
     device: torch.device
 
     def read(self, split: Split) -> Any:
-        """A split: an object with a length, `targets`, `classes`, `image` and `select`."""
-        return self.source.load(self.root, split, self.options)
+        """A split: an object with a length, `targets`, `classes`, `image` and `select`.
+
+        Raises:
+            UserError: the images have other channels than DATASET.CHANNELS, and are not RGB.
+        """
+        images = self.source.load(self.root, split, self.options)
+        wanted, channels = self.options.channels, images.images.shape[1]
+        if channels == wanted:
+            return images
+        if (channels, wanted) != (3, 1):
+            raise UserError(
+                f"the images of DATASET.TYPE {self.node['TYPE']} have {channels} channels, and "
+                f"DATASET.CHANNELS is {wanted}: set it to {channels}"
+            )
+        return replace(images, images=luminance(images.images))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -88,6 +108,11 @@ class InMemoryPipeline:
                 TwoViewLoader,  # imports torchvision, which is slow
             )
 
+            if self.options.channels != 3:
+                raise UserError(
+                    "this method changes the colours of one of its two views, which needs "
+                    f"DATASET.CHANNELS 3, not {self.options.channels}; choose another method"
+                )
             if options["mix"] is not None:
                 raise UserError(
                     "this method trains on two views of every image, which cannot be mixed or "

@@ -28,9 +28,8 @@ from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run import train as engine
 from mdistiller.engine.run.overview import describe_network
 from mdistiller.engine.trainer import seed_everything, trainer_dict
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
-from mdistiller.runtime import rank
 
 
 @dataclass
@@ -160,8 +159,8 @@ def build_teacher(cfg: Config, classes: Sequence[str]) -> Detector:
 def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Config) -> float:
     """The teacher's box AP in percent on the validation set; a warning is printed if it is low."""
     numbers = evaluate_detector(teacher, val, device, cfg.DETECTION.EVALUATOR)
-    if rank() == 0 and numbers[SCORE] < 1:
-        print(log_msg("WARNING: the teacher detects almost nothing; is it the right file?"))
+    if numbers[SCORE] < 1:
+        print_log("WARNING: the teacher detects almost nothing; is it the right file?")
     return numbers[SCORE]
 
 

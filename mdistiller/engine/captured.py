@@ -81,6 +81,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
         f"SOLVER.EMA {solver.EMA}": bool(solver.EMA),
         f"SOLVER.SKIP_NONFINITE {solver.SKIP_NONFINITE}": bool(solver.SKIP_NONFINITE),
         f"SOLVER.COMPILE {solver.COMPILE}": bool(solver.COMPILE),
+        "SOLVER.SCHEDULE_BY step": solver.get("SCHEDULE_BY") == "step",
         f"DISTILLER.TEACHER_CACHE {cache}": is_wanted(cfg),
         f"{world_size()} processes": world_size() > 1,
     }
@@ -242,6 +243,9 @@ def python_state(trainer: Any) -> dict[str, Any]:
         for key, value in values.items():
             on_host = isinstance(value, Tensor) and value.device != trainer.device
             state[f"the optimizer's {key}"] = float(value) if on_host else _identity(value)
+    for k, group in enumerate(trainer.optimizer.param_groups):  # some of timm count steps there
+        numbers = {key: v for key, v in group.items() if isinstance(v, (bool, int, float))}
+        state |= {f"the optimizer's {key} (group {k})": v for key, v in numbers.items()}
     return state
 
 

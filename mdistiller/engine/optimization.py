@@ -12,8 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.optim import build_optimizer
-from mdistiller.engine.param_groups import require_scaled, student_groups
-from mdistiller.engine.schedules import build_scheduler, by_step, step_scheduler, step_settings
+from mdistiller.engine.optim.param_groups import require_scaled, student_groups
+from mdistiller.engine.optim.schedules import (
+    build_scheduler,
+    by_step,
+    step_scheduler,
+    step_settings,
+)
 from mdistiller.registry import is_builtin
 
 
@@ -32,6 +37,7 @@ class Optimization:
     base_rates: list[float]
     scaler: Any
     accumulate: int
+    epoch: int
     step: int
     processes: int
     guard: Any
@@ -88,19 +94,19 @@ class Optimization:
                 self.end_epoch(loss)
             if by_step(self.solver_cfg):
                 done = -(-self.step // self.accumulate)  # of an epoch that is continued
-                for _ in range(len(losses) * self.schedule_steps + done):
+                for _ in range(len(losses) * self.schedule_steps + done - 1):
                     self.scheduler.step()
 
     def optimize(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; the last one of a step moves the weights."""
         if self.begins_step:
+            if by_step(self.solver_cfg) and (self.epoch or self.step > 1):
+                self.scheduler.step()  # here, so that an epoch records the rate of its last step
             self.optimizer.zero_grad(set_to_none=True)
         self.backward(losses)
         if self.ends_step and self.guard.allows(self, self.gradients()):
             self.update()
             self.call("after_update")
-        if self.ends_step and by_step(self.solver_cfg):
-            self.scheduler.step()
 
     @property
     def begins_step(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine.param_groups import without_frozen
+from mdistiller.engine.optim.param_groups import without_frozen
 from mdistiller.registry import UserError
 
 STRIDE = 10**6

@@ -43,9 +43,9 @@ from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
 from mdistiller.engine.optim import autocast, build_optimizer
+from mdistiller.engine.optim.param_groups import student_groups
+from mdistiller.engine.optim.schedules import by_step
 from mdistiller.engine.optimization import Optimization
-from mdistiller.engine.param_groups import student_groups
-from mdistiller.engine.schedules import by_step
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.utils import correct_counts, evaluate
 from mdistiller.engine.utils import progress as progress_bar

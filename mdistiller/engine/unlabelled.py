@@ -18,7 +18,7 @@ from mdistiller.engine.callbacks.probe import KEY
 from mdistiller.engine.distributed import is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import log_msg, progress
+from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 
@@ -118,7 +118,7 @@ class ReportUntrained(Hook):
                 f"student's {len(named)} tensors, which stay random (the first: {untrained[0]}): "
                 "choose a later layer or another method, or add one that reads the last features"
             )
-            print(log_msg(text), flush=True)
+            print_log(text)
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

@@ -132,6 +132,12 @@ def log_msg(msg: str, mode: str = "INFO") -> str:
     return coloured(f"[{mode}] {msg}", mode)
 
 
+def print_log(msg: str, mode: str = "INFO") -> None:
+    """Print :func:`log_msg` in the main process, at once."""
+    if is_main_process():
+        print(log_msg(msg, mode), flush=True)
+
+
 def width() -> int:
     """Columns for what a run prints: :data:`WIDTH`, or those of a narrower terminal."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH

@@ -210,7 +210,7 @@ def attention(
     )
     axes = parts[0].subplots(len(images), 1, squeeze=False)
     for ax, image, name in zip(axes[:, 0], images, rows, strict=True):
-        ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+        ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set_ylabel(_two_lines(name), fontsize=9)
     axes[0, 0].set_title("image", fontsize=9)
     lines = max(title.count("\n") for title, _, _ in networks)
@@ -253,7 +253,7 @@ def grid(images: Sequence[Tensor], captions: Sequence[str], title: str, columns:
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for image, caption, ax in zip(images, captions, axes, strict=False):
-        ax.imshow(image.permute(1, 2, 0).numpy())
+        ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         ax.set_title(caption, fontsize=7.5)
     for ax in axes:  # those that are left
         ax.set_axis_off()

@@ -15,7 +15,7 @@ from mdistiller.models.normalize import renormalize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError
 
-_RAW = ((0.0,) * 3, (1.0,) * 3)  # the normalisation of images in [0, 1]
+SUFFIXES = (".onnx", ".pt2")
 
 
 class ExportedNetwork(nn.Module):
@@ -33,7 +33,8 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.predictor = load_predictor(path, device="cpu")
         _check(self.predictor, path, data)
-        wanted: Any = self.predictor.normalization or _RAW
+        raw = ((0.0,) * len(data.mean), (1.0,) * len(data.mean))  # of images in [0, 1]
+        wanted: Any = self.predictor.normalization or raw
         renormalize_input(self, (data.mean, data.std), wanted)
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:

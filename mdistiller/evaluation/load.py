@@ -116,6 +116,7 @@ def _from_run(
         cfg.DATASET.EXIF,
         cfg.DATASET.SCALE_16_BIT,
         net,
+        channels=len(data["mean"]),
     )
 
 
@@ -134,7 +135,8 @@ def _from_weights(path: Path, device: str) -> Predictor:
         raise _damaged(path, error) from error
     name, size = stated["model"], tuple(stated["image_size"])
     entry, arguments = get_model_entry(name, stated["zoo"]), stated.get("arguments", {})
-    net = make_network(entry, stated["num_classes"], size, arguments, f"{path}: arguments")
+    channels, key = len(stated["mean"]), f"{path}: arguments"
+    net = make_network(entry, stated["num_classes"], size, arguments, key, channels)
     load_network(net, path, name, stated["num_classes"])
     place = resolve_device(device)
     return _of_file(path, _logits_of(net.to(place)), {**stated, "normalizes": False}, place, net)
@@ -214,6 +216,7 @@ def _of_file(
         device,
         network=net,
         model=stated["model"],
+        channels=len(stated["mean"]),
     )
 
 

@@ -73,6 +73,7 @@ class Predictor:
         device: where `logits` runs.
         upright: rotate images by their EXIF orientation (DATASET.EXIF).
         scale_16_bit: scale grey images of 16 bits to 8 (DATASET.SCALE_16_BIT).
+        channels: of the images, 1 grey, 3 RGB, 4 RGBA.
         network: the module in eval mode, float32, for normalised images; None for ONNX and pt2.
         model: of an exported file, the network's name in its zoo.
     """
@@ -87,6 +88,7 @@ class Predictor:
     upright: bool = True
     scale_16_bit: bool = False
     network: nn.Module | None = None
+    channels: int = 3
     model: str = ""
 
     def predict(self, images: Any, topk: int = 5) -> Any:
@@ -147,7 +149,7 @@ class Predictor:
         """
         from mdistiller.dataset.files.images import resize, resize_to_size
 
-        pixels = read_pixels(image, self.upright, self.scale_16_bit)
+        pixels = read_pixels(image, self.upright, self.scale_16_bit, self.channels)
         height, width = self.image_size
         if self.preprocessing.resize in RESIZE:
             return resize_to_size(pixels, (height, width), self.preprocessing)
@@ -163,7 +165,7 @@ class Predictor:
         self, batch: Sequence[tuple[Image, str]], pixels: Tensor, topk: int
     ) -> Iterator[Prediction]:
         """Predictions for prepared images, uint8 [B, 3, H, W]."""
-        mean, std = self.normalization or ((0.0,) * 3, (1.0,) * 3)
+        mean, std = self.normalization or ((0.0,) * self.channels, (1.0,) * self.channels)
         images = Normalize(mean, std, self.device)(pixels.to(self.device))
         probabilities = self.logits(images).float().softmax(dim=1).cpu()
         if probabilities.shape[1] != len(self.classes) or not probabilities.isfinite().all():
@@ -179,34 +181,39 @@ class Predictor:
             yield Prediction(path, list(zip(names, values[i].tolist(), strict=True)), truth, its)
 
 
-def read_pixels(image: Image, upright: bool = True, scale_16_bit: bool = False) -> Tensor:
-    """The RGB pixels of an image of any kind of :data:`Image`: uint8 [3, H, W].
+def read_pixels(
+    image: Image, upright: bool = True, scale_16_bit: bool = False, channels: int = 3
+) -> Tensor:
+    """The pixels of an image of any kind of :data:`Image`: uint8 [channels, H, W].
 
     Raises:
         UserError: it cannot be read, or has another type or shape.
     """
     from PIL import ImageOps
 
-    from mdistiller.dataset.files.images import read_image
+    from mdistiller.dataset.files.images import MODES, pixels_of, read_image
 
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image), upright, scale_16_bit)
+        return read_image(Path(image), upright, scale_16_bit, channels)
     if hasattr(image, "convert"):  # of PIL
         if image.mode[0] in "IF":
             raise UserError(
                 f"the image has more than 8 bits a channel (mode {image.mode}); convert it to 8"
             )
         turned = ImageOps.exif_transpose(image) if upright else image
-        image = np.array(turned.convert("RGB"))
+        image = pixels_of(turned.convert(MODES[channels]))
     if isinstance(image, np.ndarray):
-        grey = image[..., None].repeat(3, axis=2) if image.ndim == 2 else image
-        image = torch.from_numpy(np.array(grey))
+        if image.dtype == np.uint8 and image.ndim == 2:
+            image = np.repeat(image[..., None], channels, axis=2)
+            image[..., 3:] = 255  # opaque
+        image = torch.from_numpy(np.array(image))
         image = image.permute(2, 0, 1) if image.ndim == 3 else image
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
+    fits = isinstance(image, Tensor) and image.shape[:-2] == (channels,)
+    if not fits or image.dtype != torch.uint8:
         kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else repr(image)
         raise UserError(
-            "an image is a path, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W], or a uint8 "
-            f"tensor [3, H, W]; got {kind[:80]}"
+            f"an image is a path, a PIL image, a uint8 array [H, W, {channels}] "
+            f"({MODES[channels]}) or [H, W], or a uint8 tensor [{channels}, H, W]; got {kind[:80]}"
         )
     return image.cpu()
 

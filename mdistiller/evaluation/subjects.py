@@ -22,6 +22,7 @@ from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.build import build_network, find_teacher
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import checkpoint_config
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.folder import (
     checkpoint_file,
     read_json,
@@ -203,6 +204,7 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
 
 def _data_facts(cfg: Config) -> dict[str, Any]:
     keys = ["TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS"]
+    keys += ["CHANNELS"]
     keys += ["VAL_SPLIT", "VAL_SEED"] if lacks_test(cfg) else []
     facts = {key: cfg.DATASET[key] for key in keys}
     return facts | {"ROOT": str(Path(facts["ROOT"]).resolve()) if facts["ROOT"] else ""}
@@ -254,9 +256,10 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     """A further network, on images of the size of `test`'s that are prepared its own way."""
     facts = data_spec(cfg)
     preprocessing = own_preprocessing_of(source, facts) if facts.files else None
-    if preprocessing is None or test.preprocessing.resize == "keep":
+    own_size = teacher_image_size(source.cfg) if source.role == "TEACHER" and facts.files else None
+    if not own_size and (preprocessing is None or test.preprocessing.resize == "keep"):
         return load(source, test, device)
-    sized = _sized(cfg, test.image_size)
+    sized = _sized(cfg, own_size or test.image_size)
     if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
     other = load_test_loader(sized, device, preprocessing)

@@ -57,8 +57,8 @@ class Int8:
             rows.append([f"`{file.path.name}`", bits, f"{size:.2f}", f"{top1:.2f}"])
         if self.milliseconds:
             head.append("ms an image")
-            for row, time_ in zip(rows, self.milliseconds, strict=True):
-                row.append(f"{time_:.2f}")
+            for row, median in zip(rows, self.milliseconds, strict=True):
+                row.append(f"{median:.2f}")
         return markdown_table(head, rows)
 
     def text(self) -> str:
@@ -137,7 +137,8 @@ def _images_of(student: Student) -> Data:
     """The data of the student's run; images come in [0, 1], not normalised."""
     cfg = student.cfg.clone()
     cfg.defrost()
-    cfg.DATASET.MEAN, cfg.DATASET.STD = [0.0] * 3, [1.0] * 3
+    channels = student.channels
+    cfg.DATASET.MEAN, cfg.DATASET.STD = [0.0] * channels, [1.0] * channels
     cfg.freeze()
     data = load_data(cfg, torch.device("cpu"))
     if data.num_classes != student.num_classes or data.image_size != student.image_size:
@@ -177,7 +178,7 @@ def _compare(
 def _one_image(path: Path, student: Student) -> float:
     """Median time of one image on one thread, in milliseconds."""
     run = open_onnx(path, threads=1)[0]
-    image, taken = torch.rand(1, 3, *student.image_size), []
+    image, taken = torch.rand(1, student.channels, *student.image_size), []
     for _ in range(_WARM_UP + _ROUNDS):
         start = time.perf_counter()
         run(image)

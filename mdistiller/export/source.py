@@ -33,7 +33,7 @@ from mdistiller.engine.run.folder import (
     refuse_commands,
 )
 from mdistiller.engine.run.record import data_facts
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.export.student import RunFacts, Student
 from mdistiller.models import get_model_entry
 from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, height_width
@@ -168,7 +168,7 @@ def _load(
     student.mean, student.std = map(tuple, statistics)
     preprocessing = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
     if preprocessing is not None and states_nothing(entry, weights, stated):
-        print(log_msg(taken_line(name, "STUDENT", preprocessing, weights)), flush=True)
+        print_log(taken_line(name, "STUDENT", preprocessing, weights))
     if "preprocessing" in data:
         student.preprocessing = recorded_preprocessing(data, name)
     elif preprocessing is not None and preprocessing.resize:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.make import make_network
 from mdistiller.models import StagedNet, get_model_entry
-from mdistiller.preprocessing import Preprocessing, Statistics
+from mdistiller.preprocessing import Preprocessing, Statistics, input_channels
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant
 _LARGEST_BATCH = 2**20  # torch 2.6 refuses transformers without a bound
@@ -63,7 +63,13 @@ class Student:
             self.image_size,
             {**self.settings, **settings},
             "DISTILLER.STUDENT_ARGS",
+            self.channels,
         )
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean) or 3
 
     def metadata(self, normalizes: bool = False) -> dict[str, str]:
         """What a file can say about itself: texts, of all but names in JSON.
@@ -128,7 +134,7 @@ class Deployed(nn.Module):
     ):
         super().__init__()
         self.opset, self.dynamic_batch = opset, dynamic_batch
-        self.example = (torch.zeros(_TRACED_BATCH, 3, *image_size),)
+        self.example = (torch.zeros(_TRACED_BATCH, input_channels(net), *image_size),)
         self.net = _traceable(net)
         self.normalizes = bool(mean)
         if mean:

@@ -78,7 +78,7 @@ from PIL import Image, ImageOps
 from mdistiller.weights import load_network
 {user}
 {prepare}
-student = get_model_entry("{name}", "{zoo}")({arguments})
+student = get_model_entry("{name}", "{zoo}")({arguments}){adapted}
 load_network(student, "{file}", "{name}")
 image = torch.from_numpy(np.stack([prepare("image.jpg")]))  # {number}
 with torch.no_grad():
@@ -88,13 +88,15 @@ with torch.no_grad():
 
 _PREPARE = """
 def prepare(path):
-    \"\"\"The pixels of an image: float32 [3, {height}, {width}], {values}.\"\"\"
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    \"\"\"The pixels of an image: float32 [{channels}, {height}, {width}], {values}.\"\"\"
+    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
 {fitting}
     pixels = {pixels}
     return pixels.astype(np.float32).transpose(2, 0, 1)
 
 """
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_CHANNELS = {1: "grey", 3: "red, green, blue", 4: "red, green, blue, alpha"}
 _RESIZE = "    image = image.resize({size}, Image.Resampling.{kind})"
 _CUT = """
     left, top = ({start} for n, m in zip(image.size, ({width}, {height})))
@@ -111,7 +113,8 @@ def interface(student: Student, files: Sequence[Exported]) -> str:
     """What goes in, and what comes out."""
     height, width = student.image_size
     lines = [
-        f"- Input `image`: float32 `[N, 3, {height}, {width}]`, any N; channels red, green, blue."
+        f"- Input `image`: float32 `[N, {student.channels}, {height}, {width}]`, any N; channels "
+        f"{_CHANNELS[student.channels]}."
     ]
     single = " and ".join(f"`{file.path.name}`" for file in files if file.single)
     if single:
@@ -180,6 +183,8 @@ def preparation(student: Student, raw: bool) -> str:
     """
     height, width = student.image_size
     values, pixels = "values from 0 to 1", "np.asarray(image, np.float32) / 255"
+    if student.channels == 1:
+        pixels = "np.atleast_3d(np.asarray(image, np.float32)) / 255"
     if not raw and student.mean:
         values, mean, std = "normalised", list(student.mean), list(student.std)
         pixels = f"({pixels} - np.float32({mean})) / np.float32({std})"
@@ -187,7 +192,13 @@ def preparation(student: Student, raw: bool) -> str:
         values += ": normalise them as in training"
     fitting = _fitting_code(_known_fitting(student), height, width)
     return _PREPARE.format(
-        values=values, fitting=fitting, pixels=pixels, height=height, width=width
+        values=values,
+        fitting=fitting,
+        pixels=pixels,
+        channels=student.channels,
+        mode=_MODES[student.channels],
+        height=height,
+        width=width,
     )
 
 
@@ -230,11 +241,20 @@ def snippet(student: Student, file: Exported) -> str:
         if user
         else "",
         user=user,
+        adapted=_adapted(student),
         name=student.name,
         zoo=student.zoo,
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
         **facts,
     )
+
+
+def _adapted(student: Student) -> str:
+    """The line that fits a network to images of other than 3 channels."""
+    if student.channels == 3 or "in_chans" in student.settings:
+        return ""
+    import_it = "from mdistiller.models import with_channels"
+    return f"\n{import_it}\nwith_channels(student, {student.channels})"
 
 
 def _user_module(entry: ModelEntry) -> str:

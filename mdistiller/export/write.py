@@ -99,7 +99,7 @@ def verify(run: Runner, student: Student, raw: bool, name: str) -> float:
     )
     largest = 0.0
     for batch in BATCHES:
-        shape = (batch, 3, *student.image_size)
+        shape = (batch, student.channels, *student.image_size)
         images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         wanted: Tensor = net(ours(images))[0].float()
         if not wanted.isfinite().all():

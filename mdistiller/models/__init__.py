@@ -12,6 +12,7 @@ module whose name has no leading underscore is imported.
 import importlib
 import pkgutil
 
+from mdistiller.models.channels import with_channels
 from mdistiller.models.cost import count_cost
 from mdistiller.models.external.plain import as_staged
 from mdistiller.models.staged import StagedNet
@@ -37,6 +38,7 @@ __all__ = [
     "library_names",
     "register_model",
     "tiny_imagenet_model_dict",
+    "with_channels",
     "zoo_names",
 ]
 

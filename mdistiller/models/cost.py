@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mdistiller.preprocessing import input_channels
+
 
 class Cost(NamedTuple):
     """Of one image.
@@ -29,6 +31,6 @@ def count_cost(net: nn.Module, image_size: tuple[int, int]) -> Cost:
     """Run a network, in the mode it is in, on one image of (height, width) and count."""
     counter = FlopCounterMode(display=False)
     with counter:
-        _, features = net(torch.zeros(1, 3, *image_size))
+        _, features = net(torch.zeros(1, input_channels(net), *image_size))
     parameters = sum(p.numel() for p in net.parameters())
     return Cost(parameters, counter.get_total_flops(), features)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import image_folder
+from support import image_folder, saved_teacher
 
 import mdistiller
 from mdistiller.cli import eval as eval_command
@@ -98,3 +98,57 @@ def test_a_size_that_cannot_be_meant_is_refused(tmp_path, capsys, size):
     words = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", str(tmp_path)]
     assert train_command.main([*words, "DATASET.IMAGE_SIZE", size]) == 2
     assert "must be a side in pixels or [height, width]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_grey_and_four_channel_images_stay_so(tmp_path, photographs, capsys, channels, mode):
+    words = ["DATASET.IMAGE_SIZE", "32", "DATASET.CHANNELS", str(channels)]
+    run = train(tmp_path, photographs, *words)
+    weight = torch.load(run / "student_latest", weights_only=True)["model"]["conv1.weight"]
+    assert weight.shape[1] == channels
+    accuracy = json.loads((run / "summary.json").read_text())["last_acc"]
+    capsys.readouterr()
+    more = ["DATASET.LOADER", "workers", "DATASET.NUM_WORKERS", "0"]
+    assert eval_command.main([str(run), "--checkpoint", "latest", *more]) == 0
+    assert f"top-1 {accuracy:.2f}" in capsys.readouterr().out
+    assert export_command.main([str(run), "--formats", "safetensors", "--no-latency"]) == 0
+    path = sorted(photographs.rglob("0.png"))[0]
+    predictors = run, next((run / "export").glob("*.safetensors"))
+    ours, file = (mdistiller.load(one).predict(path) for one in predictors)
+    assert [name for name, _ in ours.top] == [name for name, _ in file.top]
+    pixels = mdistiller.load(run).prepare(Image.open(path).convert(mode))
+    assert torch.equal(pixels, mdistiller.load(run).prepare(path))
+    assert pixels.shape == (channels, 32, 32)
+
+
+@pytest.mark.parametrize(("size", "fed"), [("48", (48, 48)), ("[16, 20]", (32, 32))])
+def test_the_teacher_may_see_images_of_another_size(tmp_path, photographs, capsys, size, fed):
+    """The training crop is made at the larger size; the other network sees it resized."""
+    seen = {"student": set(), "teacher": set()}
+
+    class Spy(mdistiller.Hook):
+        def before_train(self, trainer):
+            for role, shapes in seen.items():
+                conv = getattr(trainer.model, role).conv1
+                conv.register_forward_pre_hook(
+                    lambda _, x, shapes=shapes: shapes.add(tuple(x[0].shape[2:]))
+                )
+            assert next(iter(trainer.train_loader))[0].shape[2:] == fed
+
+    teacher = ["TEACHER", "resnet8", "TEACHER_CKPT", saved_teacher(tmp_path, num_classes=3)]
+    teacher += ["TEACHER_SIZE", size, "TEACHER_FOLD", "False"]
+    settings = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", photographs]
+    settings += ["DATASET.IMAGE_SIZE", "32", "DISTILLER.TYPE", "KD+AT", "LOG.PREFIX", tmp_path]
+    settings += [f"DISTILLER.{x}" if i % 2 == 0 else x for i, x in enumerate(teacher)]
+    settings += ["DISTILLER.STUDENT", "resnet8", "SOLVER.EPOCHS", "1", "SOLVER.BATCH_SIZE", "8"]
+    run = mdistiller.train({}, list(map(str, [*settings, "DEVICE", "cpu"])), hooks=[Spy()])
+    sides = json.loads(size)
+    assert seen["student"] == {(32, 32)}
+    assert seen["teacher"] == {tuple(sides) if isinstance(sides, list) else (sides, sides)}
+    state = torch.load(run.folder / "student_latest", weights_only=True)
+    assert state["data"]["image_size"] == [32, 32]
+    capsys.readouterr()
+    assert eval_command.main([str(run.folder), "--checkpoint", "latest"]) == 0  # as it was measured
+    out = capsys.readouterr().out
+    for key in ("teacher_acc", "last_acc"):
+        assert f"top-1 {run.summary[key]:.2f}" in out

@@ -69,6 +69,7 @@ REFUSED = [
     (["SOLVER.EMA", 0.9], r"SOLVER\.EMA 0\.9"),
     (["SOLVER.SKIP_NONFINITE", 1], r"SOLVER\.SKIP_NONFINITE 1"),
     (["SOLVER.COMPILE", True], r"SOLVER\.COMPILE True"),
+    (["SOLVER.SCHEDULE_BY", "step"], r"SOLVER\.SCHEDULE_BY step"),
     (["DISTILLER.TEACHER_CACHE", "memory"], r"DISTILLER\.TEACHER_CACHE memory"),
 ]
 

@@ -148,7 +148,7 @@ def test_the_cards_preparation_is_that_of_training(tmp_path, monkeypatch):
         Preprocessing(resize="keep"),
     ):
         facts = {"image_size": (24, 24), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
-        student = SimpleNamespace(preprocessing=how, dataset="digits", **facts)
+        student = SimpleNamespace(preprocessing=how, dataset="digits", channels=3, **facts)
         student.cfg = load_config("", ["DATASET.TYPE", "digits"])
         names = {"np": np, "Image": Image, "ImageOps": ImageOps}
         exec(usage.preparation(student, raw=False), names)

@@ -36,7 +36,7 @@ def own_teachers(
     Raises:
         UserError: the teacher has a name and is not there.
     """
-    from mdistiller.engine.utils import log_msg
+    from mdistiller.engine.utils import print_log
     from mdistiller.evaluation.subjects import load_beside, run_teachers
 
     runs = taught_by(name, sources)
@@ -52,7 +52,7 @@ def own_teachers(
     except UserError as error:
         if name:
             raise
-        print(log_msg(f"no teacher beside {runs[0].label}: {error}"), flush=True)
+        print_log(f"no teacher beside {runs[0].label}: {error}")
         return [None] * len(sources), {}
     if len(distinct(teachers.values())) == 1:
         return [next(iter(teachers.values()))] * len(sources), recorded

@@ -28,6 +28,7 @@ class FileSet:
         upright: rotate images by their EXIF orientation.
         scale_16_bit: scale grey images of 16 bits to 8.
         jpeg_scaling: DATASET.JPEG_SCALING, see :class:`EncodedImage`.
+        channels: of the images, DATASET.CHANNELS.
         left_out: what the split leaves out of the folder, and why.
     """
 
@@ -38,6 +39,7 @@ class FileSet:
     upright: bool = True
     scale_16_bit: bool = False
     jpeg_scaling: str = "none"
+    channels: int = 3
     left_out: tuple[str, ...] = ()
 
     @classmethod
@@ -56,16 +58,17 @@ class FileSet:
         return self.folder / os.fsdecode(self.names[index])
 
     def image(self, index: int) -> Tensor:
-        """The image at a position: uint8, [3, H, W], of any size."""
+        """The image at a position: uint8, [C, H, W], of any size."""
         from mdistiller.dataset.files.images import read_image
 
-        return read_image(self.path(index), self.upright, self.scale_16_bit)
+        return read_image(self.path(index), self.upright, self.scale_16_bit, self.channels)
 
     def encoded(self, index: int) -> EncodedImage:
         """The image at a position, not decoded yet."""
         from mdistiller.dataset.files.scaled_jpeg import read_encoded
 
-        return read_encoded(self.path(index), self.upright, self.scale_16_bit, self.jpeg_scaling)
+        settings = self.upright, self.scale_16_bit, self.jpeg_scaling, self.channels
+        return read_encoded(self.path(index), *settings)
 
     def select(self, indices: Tensor) -> FileSet:
         """The files at `indices` (int64, [M]), as a new set."""

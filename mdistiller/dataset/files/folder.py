@@ -47,6 +47,7 @@ class FileSource(DataSource):
             upright=options.upright,
             scale_16_bit=options.scale_16_bit,
             jpeg_scaling=options.jpeg_scaling,
+            channels=options.channels,
         )
         if not options.skip_corrupt:
             return files
@@ -133,11 +134,11 @@ def report_skipped(folder: Path, skipped: Counter[str]) -> None:
 
 def decoded_gigabytes(files: FileSet, height: int, width: int) -> float:
     """Memory of the images at that size, in 1e9 bytes."""
-    return len(files) * 3 * height * width / 1e9
+    return len(files) * files.channels * height * width / 1e9
 
 
 def load_files(files: FileSet, options: Options) -> ImageSet:
-    """Decode image files to RGB, in threads.
+    """Decode image files, in threads.
 
     Raises:
         UserError: a file is broken, sizes differ, or the images do not fit in memory.
@@ -151,7 +152,7 @@ def load_files(files: FileSet, options: Options) -> ImageSet:
             f"{gigabytes:.1f} GB, more than DATASET.MAX_MEMORY_GB {options.max_memory_gb:g}; "
             "lower DATASET.IMAGE_SIZE, raise DATASET.MAX_MEMORY_GB, or set DATASET.LOADER workers"
         )
-    images = torch.empty((len(files), 3, height, width), dtype=torch.uint8)
+    images = torch.empty((len(files), files.channels, height, width), dtype=torch.uint8)
 
     def fill(start: int) -> None:
         for i in range(start, min(start + _CHUNK, len(files))):

@@ -27,6 +27,8 @@ except ImportError:
 
 Size = tuple[int, int]  # height, width
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's name of images with so many channels."""
 MAX_PIXELS = 80_000_000
 """Limit for one image, 240 MB in memory: the header of a small file can claim far more."""
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -40,9 +42,11 @@ class UnreadableError(UserError):
     """A file is not an image, or is broken."""
 
 
-def read_image(path: Path, upright: bool = False, scale_16_bit: bool = False) -> Tensor:
+def read_image(
+    path: Path, upright: bool = False, scale_16_bit: bool = False, channels: int = 3
+) -> Tensor:
     """The image in a file; see :func:`decode`."""
-    return decode(read_bytes(path), path, upright, scale_16_bit)
+    return decode(read_bytes(path), path, upright, scale_16_bit, channels)
 
 
 def read_bytes(path: Path) -> Tensor:
@@ -54,18 +58,23 @@ def read_bytes(path: Path) -> Tensor:
 
 
 def decode(
-    data: Tensor, name: Path | str, upright: bool = False, scale_16_bit: bool = False
+    data: Tensor,
+    name: Path | str,
+    upright: bool = False,
+    scale_16_bit: bool = False,
+    channels: int = 3,
 ) -> Tensor:
-    """The image in the bytes of a file, as RGB.
+    """The image in the bytes of a file.
 
     Args:
         data: uint8, [bytes].
         name: of the file, for errors.
         upright: rotate the image by its EXIF orientation.
         scale_16_bit: scale grey images of 16 bits to 8; otherwise they are refused.
+        channels: 1 grey, 3 RGB, 4 RGBA.
 
     Returns:
-        uint8, [3, H, W], with the channels last in memory.
+        uint8, [channels, H, W], with the channels last in memory.
 
     Raises:
         UnreadableError: it is not an image, or broken, or has more than 8 bits a channel.
@@ -73,7 +82,7 @@ def decode(
     size = jpeg_size(data)
     if size is not None:
         check_pixels(*size, name)
-    if decode_jpeg is not None and size is not None:
+    if decode_jpeg is not None and size is not None and channels == 3:
         with contextlib.suppress(RuntimeError):  # Pillow reports the error more clearly
             pixels: Tensor = decode_jpeg(
                 data, mode=ImageReadMode.RGB, apply_exif_orientation=upright
@@ -86,12 +95,18 @@ def decode(
             image = _upright(file) if upright else file
             if file.mode == "F" or file.mode.startswith("I"):  # Pillow clips such values at 255
                 image = _eight_bits(image, file.mode, name, scale_16_bit)
-            image = image.convert("RGB")
+            image = image.convert(MODES[channels])
     except UnreadableError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds
         raise _unreadable(name, error) from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels_of(image)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """The pixels of an image of Pillow: uint8, [C, H, W]."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -162,7 +177,7 @@ def _unreadable(name: Path | str, error: Exception) -> UserError:
 
 
 def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> Tensor:
-    """A uint8 image [3, H, W] resized with antialiasing; unchanged if it has that size.
+    """A uint8 image [C, H, W] resized with antialiasing; unchanged if it has that size.
 
     Args:
         interpolation: nearest, bilinear or bicubic by Pillow, as other libraries evaluate their
@@ -171,9 +186,8 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> T
     if image.shape[1:] == (height, width):
         return image
     if interpolation:
-        whole = Image.fromarray(image.permute(1, 2, 0).numpy())
-        scaled = whole.resize((width, height), Image.Resampling[interpolation.upper()])
-        return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+        whole = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+        return pixels_of(whole.resize((width, height), Image.Resampling[interpolation.upper()]))
     resized: Tensor = transforms.resize(image, [height, width], antialias=True)
     return resized
 

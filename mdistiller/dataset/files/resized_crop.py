@@ -67,7 +67,7 @@ class ResizedCropFlip(Identity):
         if size is None:
             whole: Tensor = self._crop(image.pixels())
             return whole
-        place = self._crop.make_params([torch.empty(3, *size, device="meta")])
+        place = self._crop.make_params([torch.empty(image.channels, *size, device="meta")])
         box = place["top"], place["left"], place["height"], place["width"]
         part = image.region(box, self.height, self.width, interpolation, CROP_MARGIN)
         return self._crop.transform(image.pixels(), place) if part is None else part

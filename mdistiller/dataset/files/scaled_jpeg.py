@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from mdistiller.dataset.files.images import (
     FORMATS,
+    MODES,
     ORIENTATION,
     check_pixels,
     crop_or_pad,
     decode,
     jpeg_size,
+    pixels_of,
     read_bytes,
     resize_to_size,
     resized_shape,
@@ -50,6 +50,7 @@ class EncodedImage:
         name: of the file, for errors.
         upright, scale_16_bit: see :func:`mdistiller.dataset.files.images.decode`.
         scaling: DATASET.JPEG_SCALING: "none", "train" or "all".
+        channels: DATASET.CHANNELS.
     """
 
     data: Tensor
@@ -57,10 +58,11 @@ class EncodedImage:
     upright: bool = False
     scale_16_bit: bool = False
     scaling: str = "none"
+    channels: int = 3
 
     def pixels(self) -> Tensor:
-        """The whole image: uint8, [3, H, W]."""
-        return decode(self.data, self.name, self.upright, self.scale_16_bit)
+        """The whole image: uint8, [channels, H, W]."""
+        return decode(self.data, self.name, self.upright, self.scale_16_bit, self.channels)
 
     def resized(self, size: tuple[int, int], how: Preprocessing) -> Tensor:
         """The image as :func:`resize_to_size` makes it; scaled only with "all"."""
@@ -97,7 +99,7 @@ class EncodedImage:
             margin: the decoded part has at least this many times `height` and `width`.
 
         Returns:
-            uint8, [3, height, width]; None where all pixels are needed, or the file is broken.
+            uint8, [C, height, width]; None where all pixels are needed, or the file is broken.
         """
         ratio = min(box[2] // (margin * height), box[3] // (margin * width))
         scale = next((scale for scale in (8, 4, 2) if scale <= ratio), 1)
@@ -108,8 +110,7 @@ class EncodedImage:
             image, left, top = self._reduced(scale)
             y, x = top + box[0] / scale, left + box[1] / scale
             exact = (x, y, x + box[3] / scale, y + box[2] / scale)
-            resized = image.resize((width, height), method, box=exact)
-            return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+            return pixels_of(image.resize((width, height), method, box=exact))
         return None
 
     @cached_property
@@ -132,7 +133,8 @@ class EncodedImage:
             if file.size != (-(-wide // scale), -(-high // scale)):
                 raise ValueError("the decoder cannot scale this file")
             missing = file.size[0] - wide / scale, file.size[1] - high / scale
-            image = (ImageOps.exif_transpose(file) if self.upright else file).convert("RGB")
+            image = ImageOps.exif_transpose(file) if self.upright else file
+            image = image.convert(MODES[self.channels])
         orientation = self._orientation or 1
         if orientation >= 5:
             missing = missing[::-1]
@@ -141,11 +143,15 @@ class EncodedImage:
 
 
 def read_encoded(
-    path: Path, upright: bool = False, scale_16_bit: bool = False, scaling: str = "none"
+    path: Path,
+    upright: bool = False,
+    scale_16_bit: bool = False,
+    scaling: str = "none",
+    channels: int = 3,
 ) -> EncodedImage:
     """The image file at `path`, not decoded yet.
 
     Raises:
         UnreadableError: it cannot be read.
     """
-    return EncodedImage(read_bytes(path), path, upright, scale_16_bit, scaling)
+    return EncodedImage(read_bytes(path), path, upright, scale_16_bit, scaling, channels)

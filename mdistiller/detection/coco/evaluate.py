@@ -30,7 +30,7 @@ from mdistiller.detection.coco.masks import coco_masks, encode_mask, polygon_par
 from mdistiller.detection.coco.packages import STATISTICS, coco_api, curves
 from mdistiller.detection.coco.repairs import area_fault
 from mdistiller.detection.networks.detector import Detector
-from mdistiller.engine.utils import log_msg, progress
+from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 _COCOS_LARGEST = 1e10
@@ -139,7 +139,7 @@ class CocoEvaluator:
         images = sorted(results)
         if len(images) < len(self.dataset):
             text = f"WARNING: measured on {len(images)} of the {len(self.dataset)} images"
-            print(log_msg(text, "EVAL"))
+            print_log(text, "EVAL")
         records = [record for image in images for record in results[image]]
         names = {label: self.dataset.class_names[label] for label in self.dataset.category_ids}
         numbers: dict[str, float] = {}

@@ -20,9 +20,8 @@ from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.callbacks.qat import QuantizeStudent
 from mdistiller.engine.checkpoints.disk import warn_of_low_disk
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
-from mdistiller.engine.distributed import is_main_process
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 
 
 def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
@@ -39,9 +38,8 @@ def complete_record(trainer: Trainer, epoch: int, record: Record) -> None:
         now = numbers_of(record)
         for key in numbers.keys() - now.keys():
             name, value = type(hook).__name__, numbers[key]
-            if is_main_process():
-                text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
-                print(log_msg(f"WARNING: {text}; choose another key"), flush=True)
+            text = f"the hook {name} replaced the number {key!r}: it stays {value:.4g}"
+            print_log(f"WARNING: {text}; choose another key")
             record[key] = now[key] = value
         numbers = now
 

@@ -23,7 +23,7 @@ from mdistiller.engine.callbacks.mistakes import mistakes_picture
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.tasks import TASKS
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError, first_line
 
 EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
@@ -275,4 +275,4 @@ class Wandb(Hook):
     def _give_up(self, error: Exception) -> None:
         self.run = None
         first = first_line(error)
-        print(log_msg(f"wandb is off: {type(error).__name__}: {first}"), flush=True)
+        print_log(f"wandb is off: {type(error).__name__}: {first}")

@@ -24,7 +24,7 @@ from mdistiller.engine.checkpoints.resume import current_position
 from mdistiller.engine.distributed import barrier, is_main_process, world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import side_group
 
@@ -137,7 +137,7 @@ class PreemptionHandler(Hook):
         except UserError as error:
             if stop or isinstance(error, NonFiniteLossError):
                 raise
-            print(log_msg(f"{error}; training goes on"), flush=True)
+            print_log(f"{error}; training goes on")
         trainer.position = None
         self._saved = time.monotonic()
         if stop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from mdistiller.engine.hooks import Trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 
 _SLOTS = {"SGD": 1, "Adam": 2, "AdamW": 2}
 """Values that an optimizer keeps for each weight; 2 for any other."""
@@ -35,11 +35,8 @@ def warn_of_low_disk(trainer: Trainer) -> None:
     wanted = max(count, 1) * checkpoint_bytes(trainer)
     free = shutil.disk_usage(trainer.log_path).free
     if free < wanted:
-        print(
-            log_msg(
-                f"low disk: {trainer.log_path} has {free / 1e6:.0f} MB left, and about {count} "
-                f"checkpoints still to come take {wanted / 1e6:.0f} MB (LOG.SAVE_CHECKPOINT_FREQ "
-                "and KEEP_CHECKPOINTS make them fewer)"
-            ),
-            flush=True,
+        print_log(
+            f"low disk: {trainer.log_path} has {free / 1e6:.0f} MB left, and about {count} "
+            f"checkpoints still to come take {wanted / 1e6:.0f} MB (LOG.SAVE_CHECKPOINT_FREQ "
+            "and KEEP_CHECKPOINTS make them fewer)"
         )

@@ -28,7 +28,7 @@ from mdistiller.engine.distributed import (
 )
 from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.metrics import Meters
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.models.normalize import input_norm
 from mdistiller.registry import UserError
 
@@ -214,8 +214,8 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
             optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
             raise UserError(f"{path}: its optimizer state does not fit: {error}") from None
-    elif rank() == 0:
-        print(log_msg("another optimizer: it starts without state"), flush=True)
+    else:
+        print_log("another optimizer: it starts without state")
     trainer.scaler.load_state_dict(saved.get("scaler", {}) or trainer.scaler.state_dict())
     if "scheduler" in saved and before == now:
         trainer.scheduler.load_state_dict(saved["scheduler"])
@@ -253,9 +253,8 @@ def restore(trainer: Trainer) -> None:
     for hook in trainer.hooks:
         hook.on_resume(trainer, state.get("log_sizes", {}))
         hook.load_state(trainer, state)
-    if rank() == 0:
-        within = f", within epoch {trainer.position['epoch']}" if trainer.position else ""
-        print(log_msg(f"continuing from {path}: epoch {trainer.epoch} done{within}"), flush=True)
+    within = f", within epoch {trainer.position['epoch']}" if trainer.position else ""
+    print_log(f"continuing from {path}: epoch {trainer.epoch} done{within}")
 
 
 def _check_classes(trainer: Trainer, state: Mapping[str, Any], path: Path) -> None:

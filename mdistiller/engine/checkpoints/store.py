@@ -24,7 +24,7 @@ from mdistiller.engine.checkpoints.write import (
     network_contents,
     write_checkpoint,
 )
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.files.hashes import file_hash
 from mdistiller.files.manifest import MANIFEST, Entry, read_manifest
@@ -177,7 +177,7 @@ class Store:
                 failures.append(str(error))
                 continue
             for failure in failures:
-                print(log_msg(f"{failure}: going back to {name}"), flush=True)
+                print_log(f"{failure}: going back to {name}")
             return name, state
         reason = failures[0] if failures else f"checkpoint {self.folder / LATEST} does not exist"
         others = "; the other checkpoints there are damaged as well" if len(failures) > 1 else ""

@@ -35,7 +35,7 @@ AT_LEAST = {
 POSITIVE = ("SOLVER.LR", "SOLVER.RANK_TIMEOUT", "DISTILLER.TEACHER_CACHE_GB")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 SCHEDULES = Registry("schedule (SOLVER.SCHEDULE)")
-"""Filled by `engine/schedules.py`, which imports torch, and by users."""
+"""Filled by `engine/optim/schedules.py`, which imports torch, and by users."""
 _BUILT_IN_SCHEDULES = ("multistep", "cosine", "plateau", "constant")
 ONE_OF = {
     "SOLVER.AMP": ("none", "bf16", "fp16"),

@@ -17,7 +17,7 @@ from mdistiller.registry import UserError
 
 NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
 
-IMAGE_SIZES = ("DATASET.IMAGE_SIZE",)
+IMAGE_SIZES = ("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_SIZE")
 """Keys whose values are a number of pixels, or two."""
 WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
 """Keys whose values are a list of weights, or a word."""
@@ -124,16 +124,17 @@ def check_norm(value: Any, name: str) -> Any:
     if statistics is not None:
         return statistics
     raise UserError(
-        f"{name} must be auto, data, own or [[mean], [std]] with three values each up to 1 (images "
-        f"in [0, 1]), those of std above 0, got {shown(value)}"
+        f"{name} must be auto, data, own or [[mean], [std]] with a value a channel each up to 1 "
+        f"(images in [0, 1]), those of std above 0, got {shown(value)}"
     )
 
 
 def read_statistics(value: Any) -> list[list[float]] | None:
-    """`value` as [mean, std] of three channels, for images in [0, 1]; None if it is not."""
+    """`value` as [mean, std] of 1, 3 or 4 channels, for images in [0, 1]; None if it is not."""
     pair = value if isinstance(value, (list, tuple)) and len(value) == 2 else ()
-    rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) == 3]
-    if len(rows) == 2 and all(type(x) in (int, float) for row in rows for x in row):
+    rows = [row for row in pair if isinstance(row, (list, tuple)) and len(row) in (1, 3, 4)]
+    numbers = all(type(x) in (int, float) for row in rows for x in row)
+    if len(rows) == 2 and len(rows[0]) == len(rows[1]) and numbers:
         mean, std = ([float(x) for x in row] for row in rows)
         if all(map(math.isfinite, mean + std)) and max(mean + std) <= 1 and min(std) > 0:
             return [mean, std]

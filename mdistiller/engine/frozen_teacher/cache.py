@@ -22,7 +22,7 @@ from torch import Tensor
 from mdistiller.dataset.memory.loader import TrainLoader
 from mdistiller.distillers import Distiller
 from mdistiller.distillers.helpers.features.shapes import preserve_state
-from mdistiller.engine.distributed import is_main_process, sum_over_ranks
+from mdistiller.engine.distributed import sum_over_ranks
 from mdistiller.engine.frozen_teacher.cacheable import KEY, check_method, check_views, refusal
 from mdistiller.engine.frozen_teacher.fingerprint import (
     computation,
@@ -36,7 +36,7 @@ from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, 
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.networks.roles import teacher_identity
 from mdistiller.engine.optim import autocast
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 
 _PROBES = 8  # images whose logits a file holds to be compared
@@ -115,7 +115,10 @@ class TeacherCache(Hook):
         chosen = self._slots[self._storable]
         stored[self._storable], rows[self._storable] = self._store.read(chosen)
         if self._store.replaced:
-            self._say(f"the file was not this cache ({self._store.replaced}); it was replaced")
+            print_log(
+                f"teacher cache: the file was not this cache ({self._store.replaced}); it was "
+                "replaced"
+            )
             self._store.replaced = ""
         left_out = self._before(step)
         stored[:left_out] = np.arange(left_out) < hits  # as they were when the epoch began
@@ -181,7 +184,7 @@ class TeacherCache(Hook):
             self._store.write(slots, rows)
         except OSError as error:
             self._writes = False
-            self._say(f"no more logits are stored: {error}")
+            print_log(f"teacher cache: no more logits are stored: {error}")
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ class TeacherCache(Hook):
                 f", for the first {self.kept} of {loader.num_data} images "
                 "(DISTILLER.TEACHER_CACHE_GB)"
             )
-        self._say(text)
+        print_log(f"teacher cache: {text}")
         return store or MemoryStore(self.kept * self.views, self.width)
 
     def _open_file(self, probes: Any) -> FileStore:
@@ -266,7 +269,3 @@ class TeacherCache(Hook):
         largest = np.abs(second[np.isfinite(second)]).max(initial=0.0)
         limit = (_CLOSE_HALF if half else _CLOSE) * largest
         return bool(np.allclose(first, second, rtol=0, atol=limit, equal_nan=True))
-
-    def _say(self, text: str) -> None:
-        if is_main_process():
-            print(log_msg(f"teacher cache: {text}"), flush=True)

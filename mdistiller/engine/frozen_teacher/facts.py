@@ -24,11 +24,11 @@ from mdistiller.distillers import Distiller, TeacherTeam
 from mdistiller.distillers.helpers.features.shapes import missing_feature, preserve_state
 from mdistiller.distillers.helpers.losses.numerics import full_precision
 from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
-from mdistiller.engine.distributed import from_main_process, is_main_process, sum_over_ranks
+from mdistiller.engine.distributed import from_main_process, sum_over_ranks
 from mdistiller.engine.frozen_teacher.fingerprint import digest, image_set_digest, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.networks.roles import teacher_configs, teacher_identity, teacher_name
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, first_line
 
@@ -67,13 +67,13 @@ def _fact(
     path = folder / f"{digest([key])}.fact.npz"
     kept = from_main_process(lambda: _read(path, key))
     if kept is not None:
-        _say(f"{name}: read from {path}")
+        print_log(f"teacher fact {name}: read from {path}")
         return torch.from_numpy(kept).to(device)
     if data.num_classes:
         chosen = choose_images(data.train.dataset.targets, data.num_classes, fact.per_class)
     else:
         chosen = spread(data.num_data, fact.per_class)[None]
-    _say(f"{name}: the teacher runs once on {chosen.numel()} training images")
+    print_log(f"teacher fact {name}: the teacher runs once on {chosen.numel()} training images")
     outputs = class_outputs(teacher, data, device, fact.output, chosen, fact.positions)
     value = fact.reduce(outputs)
     if not from_main_process(lambda: bool(torch.isfinite(value).all())):
@@ -134,7 +134,7 @@ def class_outputs(
     loader = data.plain()
     first = loader.start
     with preserve_state(teacher):
-        blank = torch.zeros(1, 3, *data.image_size, device=device)
+        blank = torch.zeros(1, len(data.mean), *data.image_size, device=device)
         width = _output(teacher, blank, output, positions).shape[1]
         rows = torch.zeros(chosen.numel(), width, device=device)
         for images, _ in loader:
@@ -188,7 +188,7 @@ def _read(path: Path, key: str) -> Any:
         reason = "its contents and their hash disagree"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = first_line(error)
-    _say(f"{path} is damaged ({reason}) and made anew")
+    print_log(f"teacher fact {path} is damaged ({reason}) and made anew")
     return None
 
 
@@ -199,14 +199,9 @@ def _write(path: Path, key: str, value: Any) -> Any:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, value=value, key=np.array(key), check=np.array(_check(key, value)))
     except (OSError, UserError) as error:
-        _say(f"not kept: {error}")
+        print_log(f"teacher fact not kept: {error}")
     return value
 
 
 def _check(key: str, value: Any) -> str:
     return digest([key, torch.from_numpy(value)])
-
-
-def _say(text: str) -> None:
-    if is_main_process():
-        print(log_msg(f"teacher fact {text}"), flush=True)

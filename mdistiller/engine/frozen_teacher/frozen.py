@@ -24,6 +24,7 @@ from mdistiller.engine.frozen_teacher.folding import (
     without_norm,
 )
 from mdistiller.engine.frozen_teacher.fusing import FusedNetwork, can_fuse, fuse
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -252,7 +253,8 @@ def named_tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _random_image(net: nn.Module, image_size: tuple[int, int]) -> Tensor:
     some = next(net.parameters())
-    image = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    shape = (2, input_channels(net), *image_size)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return image.to(some)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +16,12 @@ from mdistiller.dataset import (
     DataSource,
     TestData,
     data_spec,
-    eval_preprocessing,
-    load_test_loader,
     mixes_labels,
 )
-from mdistiller.dataset.memory.loader import EvalLoader
 from mdistiller.distillers import (
     Distiller,
     TeacherEnsemble,
     TeacherTeam,
-    Vanilla,
     check_several,
     distiller_dict,
     get_distiller,
@@ -36,9 +31,8 @@ from mdistiller.distillers import (
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
-from mdistiller.engine.metrics import MOST_CLASSES
 from mdistiller.engine.networks.class_balance import set_hard_label_loss
-from mdistiller.engine.networks.class_order import doubts, match_classes
+from mdistiller.engine.networks.class_order import match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
@@ -47,21 +41,23 @@ from mdistiller.engine.networks.released import (
     own_preprocessing,
     require_classes,
     states_nothing,
+    statistics_of,
     taken_line,
 )
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.start import find_file, load_start
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.optim import build_optimizer, optimizer_maker
-from mdistiller.engine.param_groups import freeze, student_groups
+from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
-from mdistiller.engine.utils import log_msg, validate
+from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
-from mdistiller.runtime import local_rank_zero_first, rank
-from mdistiller.weights import load_network, recorded_facts
+from mdistiller.runtime import local_rank_zero_first
+from mdistiller.weights import load_network
 
 
 def build_distiller(
@@ -185,12 +181,15 @@ def build_network(
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
     net: Any
-    side = cfg.DISTILLER.TEACHER_SIZE if role == "TEACHER" else 0
-    size = (side, side) if side else data.image_size
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size = own_size or data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, size, settings, key)
-    if side:
-        resize_input(net, size)
+        channels = len(data.mean)
+        net = make_network(entry, data.num_classes, size, settings, key, channels)
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # training images are made for the teacher
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
@@ -205,11 +204,11 @@ def build_network(
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
     how = own_preprocessing(cfg, role, entry, weights, stated)
-    renormalize_input(net, given, (how.mean, how.std) if how and how.mean else given)
-    if weights and how and states_nothing(entry, weights, stated) and rank() == 0:
+    renormalize_input(net, given, statistics_of(cfg, role, how, given))
+    if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
-        print(log_msg(taken_line(name, role, how, weights)), flush=True)
+        print_log(taken_line(name, role, how, weights))
     return net
 
 
@@ -364,81 +363,3 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
         f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
         f"to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first{library}"
     )
-
-
-def teacher_test_loader(
-    cfg: Any, data: Data, device: torch.device, weights: str | Path
-) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the data's image size.
-
-    None if the data's own test loader gives the same, or images are not resized.
-    """
-    used = data.preprocessing
-    if not data_spec(cfg).files or used.resize == "keep":
-        return None
-    entry = model_entry(cfg, "TEACHER", data)
-    stated = None if weights == PRETRAINED else recorded_facts(weights)
-    how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None:
-        return None
-    sized = cfg.clone()
-    sized.defrost()
-    sized.DATASET.IMAGE_SIZE = used.image_size
-    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
-    if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
-        return None
-    seen = cfg.DISTILLER.TEACHER_SIZE or used.image_size
-    if how.image_size not in (0, seen) and rank() == 0:
-        whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
-        message = (
-            f"the teacher sees images of {seen} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
-        )
-        print(log_msg(message), flush=True)
-    return load_test_loader(sized, device, how).loader
-
-
-def measure_teacher(
-    distiller: Distiller,
-    data: Data,
-    loader: EvalLoader | None = None,
-    name: str = "the teacher",
-    net: nn.Module | None = None,
-) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set.
-
-    Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
-    is printed for a teacher near chance, whose file is usually of another data set, and for one
-    that swaps classes. Returns None, after a printed line, if the weights have no classifier for
-    these classes.
-
-    Args:
-        loader: the test set, prepared for the teacher; by default the data's.
-        name: what to call the teacher in a warning.
-        net: one of several teachers.
-    """
-    teacher = net or distiller.teacher
-    assert teacher is not None
-    if getattr(teacher, "untrained_head", False):
-        if rank() == 0:
-            print(
-                log_msg(
-                    f"the teacher's weights have no classifier for {data.num_classes} classes; "
-                    f"{type(distiller).__name__} reads its features alone, so its accuracy is not "
-                    "measured"
-                ),
-                flush=True,
-            )
-        return None
-    test = loader or (data.val if data.test is None else data.test)
-    assert test is not None
-    device, classes = next(teacher.parameters()).device, data.num_classes
-    confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
-    top1, _, _ = validate(test, Vanilla(teacher), confusion)
-    close = getattr(loader, "close", None)
-    if close is not None:  # its processes
-        close()
-    if rank() == 0:
-        for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
-            print(log_msg(f"WARNING: {name} {warning}"), flush=True)
-    return top1

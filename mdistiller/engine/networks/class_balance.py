@@ -50,6 +50,8 @@ def class_weights(cfg: Any, data: Any) -> Tensor | None:
     given = cfg.DISTILLER.get("CLASS_WEIGHTS", "none")
     if given == "none":
         return None
+    if not data.num_classes:
+        raise UserError("DISTILLER.CLASS_WEIGHTS needs images with classes: set it to none")
     counts = data.train.dataset.targets.bincount(minlength=data.num_classes).cpu().double()
     balanced = cfg.DATASET.get("SAMPLER", "default") == "balanced"
     if given == "inverse" and balanced:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import are_numbers, first_difference, natural_key
 from mdistiller.distillers.helpers.features.shapes import preserve_state
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
-from mdistiller.runtime import rank
 from mdistiller.weights import FEATURES_ONLY, split_key
 
 _ENOUGH = 10  # images of a class from which on they tell what it is taken for
@@ -76,7 +76,7 @@ def match_classes(
             f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
             f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
         )
-    _say(f"{weights} numbers the classes in another order ({difference}): mapped by name")
+    print_log(f"{weights} numbers the classes in another order ({difference}): mapped by name")
 
 
 def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] | None:
@@ -112,7 +112,8 @@ def reorder_outputs(net: nn.Module, order: Tensor, image_size: tuple[int, int]) 
     layer = find() if callable(find) else None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != len(order):
         return False
-    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    shape = (2, input_channels(net), *image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     params = [param for param in (layer.weight, layer.bias) if param is not None]
     kept = [param.clone() for param in params]
     with preserve_state(net):
@@ -133,7 +134,7 @@ def _warn_of_natural_order(weights: str | Path, ours: Sequence[str]) -> None:
     if list(ours) != sorted(ours) or natural == list(ours):
         return
     k = next(k for k, (a, b) in enumerate(zip(ours, natural, strict=True)) if a != b)
-    _say(
+    print_log(
         f"WARNING: {weights} has no class names. Class {k} is {ours[k]!r} in the data (plain sort) "
         f"and {natural[k]!r} in the natural order of timm: if timm trained the file, set "
         "DATASET.CLASSES natural"
@@ -187,8 +188,3 @@ def swapped_classes(confusion: Tensor) -> dict[int, int]:
     members = list(moved)
     gain = (most - right)[members].sum() / images.sum()
     return moved if members and (gain >= 0.1 or images[members].min() >= _ENOUGH) else {}
-
-
-def _say(text: str) -> None:
-    if rank() == 0:
-        print(log_msg(text), flush=True)

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from mdistiller.distillers import Distiller
-from mdistiller.engine.distributed import is_main_process
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 
 BACKEND: str | Callable[..., Any] = "inductor"
 
@@ -61,8 +60,7 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 def _give_up(net: nn.Module, role: str, error: BaseException) -> None:
     net._compiled_call_impl = None
-    if is_main_process():
-        cause = error.__cause__ or getattr(error, "inner_exception", None) or error
-        lines = [line for line in str(cause).splitlines() if line.strip()] or [""]
-        text = f"SOLVER.COMPILE: the {role} runs uncompiled: {type(cause).__name__}: {lines[0]}"
-        print(log_msg(text), flush=True)
+    cause = error.__cause__ or getattr(error, "inner_exception", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()] or [""]
+    text = f"SOLVER.COMPILE: the {role} runs uncompiled: {type(cause).__name__}: {lines[0]}"
+    print_log(text)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.engine.optim import autocast
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError, first_line
-from mdistiller.runtime import rank
 
 
 def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -> bool:
@@ -55,9 +54,8 @@ def keep_none_alone(loader: Any, trainer: Any, distiller: nn.Module, cfg: Any) -
             "DATASET.DROP_LAST to True, or choose another SOLVER.BATCH_SIZE"
         )
     loader.merge_last_batch()
-    if rank() == 0:
-        text = f"the epoch's last image would be alone in its batch ({reason}): it joins the one"
-        print(log_msg(f"{text} before"), flush=True)
+    text = f"the epoch's last image would be alone in its batch ({reason}): it joins the one"
+    print_log(f"{text} before")
     return True
 
 

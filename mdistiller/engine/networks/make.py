@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from mdistiller.dataset import Data, TestData
-from mdistiller.models import ModelEntry, as_staged
+from mdistiller.models import ModelEntry, as_staged, with_channels
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError, first_line
 
 
 def make_network(
-    entry: ModelEntry, num_classes: int, image_size: tuple[int, int], settings: Any, key: str
+    entry: ModelEntry,
+    num_classes: int,
+    image_size: tuple[int, int],
+    settings: Any,
+    key: str,
+    channels: int = 3,
 ) -> nn.Module:
     """Call an entry's constructor.
 
@@ -23,6 +29,11 @@ def make_network(
         image_size: (height, width), for constructors that ask.
         settings: further keyword arguments; `key` is what the config calls them. `num_classes: 0`
             among them makes a backbone whatever the data.
+        channels: of the images. A network for 3 has its first convolution changed for others
+            (:func:`mdistiller.models.with_channels`), unless its arguments say in_chans.
+
+    Raises:
+        UserError: the network needs other arguments, or does not fit the images.
     """
     settings = dict(settings)
     if settings.get("num_classes") == 0:
@@ -46,7 +57,14 @@ def make_network(
             f"the constructor of network {name} returns a {type(net).__name__}, not a module "
             "(docs/own_backbone.md)"
         )
-    staged = as_staged(net, name, image_size)
+    takes, staged = input_channels(net), as_staged(net, name, image_size)
+    if takes == 3 and channels != 3:
+        with_channels(staged, channels, name)
+    elif channels != takes:
+        raise UserError(
+            f"network {name} takes images of {takes} channels, and the data have {channels}: set "
+            f"DATASET.CHANNELS {takes}, or change {key}"
+        )
     if num_classes == 0:
         remove_classes(staged, name)
     return staged
@@ -108,7 +126,7 @@ def check_input(net: nn.Module, name: str, data: Data | TestData, backbone: bool
     was_training = net.training
     net.eval()
     try:
-        logits = net(torch.zeros(1, 3, *data.image_size))[0]
+        logits = net(torch.zeros(1, input_channels(net), *data.image_size))[0]
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:

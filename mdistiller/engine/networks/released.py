@@ -110,7 +110,27 @@ def own_statistics(
         (others): see :func:`own_preprocessing`.
     """
     how = own_preprocessing(cfg, role, entry, weights, stated)
-    return (how.mean, how.std) if how is not None and how.mean else given
+    return statistics_of(cfg, role, how, given)
+
+
+def statistics_of(cfg: Any, role: str, how: Preprocessing | None, given: Statistics) -> Statistics:
+    """Those of a network's preprocessing, if it has some of these channels; else `given`.
+
+    A network whose weights were released for RGB has no others for grey images.
+
+    Raises:
+        UserError: the config gives a mean and std for other channels.
+    """
+    if how is None or not how.mean:
+        return given
+    if len(given[0]) in (0, len(how.mean)):
+        return how.mean, how.std
+    if not isinstance(cfg.DISTILLER[f"{role}_NORM"], str):
+        raise UserError(
+            f"DISTILLER.{role}_NORM has {len(how.mean)} values, and images have {len(given[0])} "
+            "channels (DATASET.CHANNELS): give one for each"
+        )
+    return given
 
 
 def recorded_preprocessing(data: Any, weights: str | Path | None) -> Preprocessing | None:

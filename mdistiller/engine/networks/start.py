@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mdistiller.dataset import Data, TestData, are_numbers
 from mdistiller.engine.networks.class_order import match_classes, stated_classes
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, rank
 from mdistiller.weights import (
@@ -47,7 +47,7 @@ def load_start(
 ) -> dict[str, Any]:
     """Load what fits of a file of weights into a new network, and print what that was.
 
-    Position embeddings are resampled (timm's networks), and a first convolution is adapted to the
+    Position embeddings are resampled (timm, torchvision), and a first convolution is adapted to the
     images' channels. A classifier for other classes, by number or by name, is not loaded; that of
     the same classes in another order is permuted. Whatever the file lacks keeps its random values.
 
@@ -72,6 +72,8 @@ def load_start(
     adapted = _adapt(net, state, expected)
     fitting = {k: v for k, v in adapted.items() if k in expected and v.shape == expected[k].shape}
     other_head = _other_head(cfg, head, fitting, path, facts, data)
+    if head and any(key.startswith("neck.") for key in state.keys() - expected.keys()):
+        other_head = "the classifier (the file's is behind a neck, which SimKD adds)"
     if other_head:
         fitting = {key: value for key, value in fitting.items() if key not in head}
     if not any(map(_is_weight, fitting.keys() - head.keys())):
@@ -91,8 +93,11 @@ def _adapt(
     net: Any, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`state` with position embeddings and the first convolution in the network's shape."""
-    if hasattr(net, "adapt_state"):
-        state = net.adapt_state(state)
+    adapt = getattr(net, "adapt_state", None)
+    if adapt is not None and any(
+        key not in state or state[key].shape != expected[key].shape for key in expected
+    ):
+        state = adapt(state)
     adapted = dict(state)
     first = next((key for key, value in expected.items() if value.ndim == 4), None)
     if first in adapted and adapted[first].ndim == 4:
@@ -127,7 +132,8 @@ def _other_head(
     if not head:
         return ""
     if head.keys() - fitting.keys():
-        return f"the classifier for {data.num_classes} classes"
+        classes = data.num_classes
+        return "the classifier " + (f"for {classes} classes" if classes else "(without labels)")
     theirs, ours = stated_classes(path, facts), list(data.classes)
     if not (theirs and ours and cfg.DISTILLER.CHECK_CLASSES) or sorted(theirs) == sorted(ours):
         return ""
@@ -178,7 +184,7 @@ def _report(
     parts += [f"new: {', '.join(fresh)}"] if fresh else []
     parts += [f"not used: {_listed(unused)}"] if unused else []
     warning = "WARNING: " if new else ""
-    print(log_msg(f"{warning}student {name} starts from {path}: {'; '.join(parts)}"), flush=True)
+    print_log(f"{warning}student {name} starts from {path}: {'; '.join(parts)}")
 
 
 def _listed(items: list[str]) -> str:

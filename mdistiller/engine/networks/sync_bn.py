@@ -72,9 +72,10 @@ class SyncBatchNorm(_BatchNorm):
         mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = wide - mean.view(shape)
         var = _SumOverRanks.apply(centred.square().sum(over)) / count
-        y = centred * (var + self.eps).rsqrt().view(shape)
+        scale = (var + self.eps).rsqrt() * (self.weight if self.affine else 1.0)
+        y = centred * scale.view(shape)
         if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            y += self.bias.view(shape)
         if self.track_running_stats and self.running_mean is not None:
             self._track(mean, var * (count / (count - 1).clamp(min=1)))
         return y.to(x.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.callbacks.preemption import handle_signals
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.checkpoints.store import LATEST, Store
+from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import file_entries
 from mdistiller.engine.distributed import barrier, process_group, wrap
 from mdistiller.engine.frozen_teacher.cacheable import check_views
@@ -32,19 +31,19 @@ from mdistiller.engine.networks.build import (
 )
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
-from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
-from mdistiller.engine.run.folder import keep_full_decoding, stretched
+from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.run.folder import keep_full_decoding
 from mdistiller.engine.run.lock import locked
+from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.overview import describe_data, describe_network, overview
+from mdistiller.engine.run.overview import describe_data, overview
 from mdistiller.engine.run.record import (
     RunRecord,
     changed_settings,
     data_facts,
     recorded_settings,
     recorded_teacher_acc,
-    side_settings,
 )
 from mdistiller.engine.run.sharing import (
     measured_once,
@@ -52,14 +51,14 @@ from mdistiller.engine.run.sharing import (
     share_teacher,
     shared_data,
 )
+from mdistiller.engine.run.start_check import check_folder
 from mdistiller.engine.run.summary import describe, summarize
-from mdistiller.engine.run.teacher import describe_teachers, measure_teachers, resolve_teachers
+from mdistiller.engine.run.teacher import resolve_teachers
 from mdistiller.engine.run.together import Outcome, PrefixedStream, current_turn, run_together
-from mdistiller.engine.schedules import depends_on_epochs
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
 from mdistiller.engine.user_code.forks import active, check_trainer
-from mdistiller.engine.utils import log_msg
+from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
@@ -132,7 +131,7 @@ def data_key(cfg: Config) -> str:
     But for the number of views: the weak ones of a pair are those of runs with one view.
     """
     facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
-    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS))
+    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS, teacher_image_size(cfg)))
 
 
 def train_together(
@@ -160,7 +159,8 @@ def train_together(
         if data_key(cfg) != data_key(configs[0]):
             raise UserError(
                 f"{names[0]} and {name} cannot train together: DATASET, SOLVER.BATCH_SIZE, "
-                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC and IMPORTS must be the same"
+                "EXPERIMENT.SEED, DEVICE, SOLVER.DETERMINISTIC, IMPORTS and "
+                "DISTILLER.TEACHER_SIZE must be the same"
             )
 
     def job(name: str, cfg: Config) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _train_with(
         if rank() == 0:  # another run may have been in there meanwhile
             record.changes = changes = check_folder(folder, cfg, resume, allow_changes)
             if changes:
-                print(log_msg(f"continuing with other settings: {'; '.join(changes)}"), flush=True)
+                print_log(f"continuing with other settings: {'; '.join(changes)}")
             print(overview(cfg, trainer, about, folder), flush=True)
         summary = _train_in(folder, trainer, data, teacher_acc, resume)
     barrier(cfg.SOLVER.RANK_TIMEOUT * 60)  # the folder is unlocked
@@ -258,8 +258,8 @@ def prepare_classifier(
     items = wanted_items(trainer_class, method)
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
-    key = data_key(cfg), items.two_views
-    data = shared_data(key, lambda: load_data(cfg, device, items.two_views))
+    key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
@@ -286,22 +286,12 @@ def prepare_classifier(
     if keep_none_alone(loader, trainer, distiller, cfg):
         trainer = trainer_class(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    several = [
-        {"name": one.DISTILLER.TEACHER, "weights": file, "acc": acc}
-        for one, file, acc in itertools.zip_longest(teacher_configs(cfg), weights, accuracies[:-1])
-    ]
-    recorded = several if len(weights) > 1 else next(iter(weights), None)
-    about = {"data": describe_data(cfg, data)}
-    if distiller.teacher is not None:
-        shown = accuracies or [*[None] * len(several if len(weights) > 1 else []), teacher_acc]
-        note = "" if measured else " (measured when the run began)"
-        about |= describe_teachers(cfg, distiller.teacher, weights, shown, note)
-    released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
-    about["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=released)
-    for number, (one, net) in enumerate(
-        zip(peer_configs(cfg), distiller.students()[1:], strict=False), start=1
-    ):
-        about[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
+    recorded = teacher_records(cfg, weights, accuracies)
+    scores = accuracies or [teacher_acc]
+    about = {
+        "data": describe_data(cfg, data),
+        **describe_networks(cfg, distiller, weights, scores, measured),
+    }
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
@@ -322,85 +312,6 @@ def _train_in(
     if rank() == 0:
         with replacing(folder / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        print(log_msg(describe(summary, folder)), flush=True)
+        print_log(describe(summary, folder))
     trainer.call("after_summary", summary)
     return summary
-
-
-_AS_BEFORE = {
-    "RESIZE": "DATASET.RESIZE was auto, is now stretch",
-    "EXIF": "DATASET.EXIF was True, is now False",
-    "JPEG_SCALING": "DATASET.JPEG_SCALING was train, is now none",
-}
-"""Settings that change nothing for a run from before these keys existed."""
-
-
-def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = False) -> list[str]:
-    """Refuse to overwrite a run, and to resume one that does not exist or has other settings.
-
-    Returns:
-        The changed settings of a resumed run.
-    """
-    blocked = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-    if blocked:
-        raise UserError(f"LOG.PREFIX: {blocked} is a file, so {folder} cannot be a folder")
-    there = bool(Store(folder).candidates())
-    if not resume and there:
-        raise UserError(
-            f"{folder} holds a run already: continue it with --resume, or start another under "
-            "EXPERIMENT.NAME (to do it again, remove the folder)"
-        )
-    kept = None if there else trained_file(folder)
-    if kept:
-        raise UserError(
-            f"{folder} holds what a run has trained ({kept}) but no checkpoint to go on from: "
-            "start another run under EXPERIMENT.NAME, or remove the folder"
-        )
-    if not resume:
-        return []
-    if not there:
-        raise UserError(
-            f"--resume: there is no checkpoint {folder / LATEST}; start without --resume, or give "
-            "the same config and overrides as the run to continue"
-        )
-    if not (folder / "config.yaml").is_file():  # runs of the original recorded none
-        return []
-    changes = changed_settings(folder, cfg, goes_on=True)
-    recorded = recorded_settings(folder)
-    data = recorded.get("DATASET", {})
-    same = [text for key, text in _AS_BEFORE.items() if key not in data]
-    changes = [change for change in changes if change not in same]
-    if "RESIZE" not in data and not allow_changes and stretched(recorded, cfg):
-        raise UserError(
-            f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
-            "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
-            "--allow-changes"
-        )
-    if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
-        changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
-    if changes and not allow_changes:
-        raise UserError(
-            f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
-            "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
-        )
-    fixed = ("EXPERIMENT.SEED ", "LOG.SELECT_BY ", "LOG.PROBE ")
-    begun = [text for text in changes if text.startswith(fixed) or ".INIT." in text]
-    if begun:
-        raise UserError(
-            f"--resume: {folder} has begun with what cannot be changed any more "
-            f"({'; '.join(begun)}): change it back, or start another run under EXPERIMENT.NAME"
-        )
-    return [*changes, *side_settings(folder, cfg)]
-
-
-def trained_file(folder: Path) -> str | None:
-    """A file that proves that a run has trained and saved an epoch.
-
-    A run that died earlier has at most its config, records, and a line of metrics.
-    """
-    for pattern in ("student_*", "summary.json", "latest.damaged"):
-        for path in sorted(folder.glob(pattern)):
-            return path.name
-    metrics = folder / "metrics.jsonl"
-    several = metrics.is_file() and metrics.read_bytes().count(b"\n") > 1
-    return metrics.name if several else None

@@ -118,6 +118,7 @@ class Timm:
                 f"({first_line(error)}); timm downloads them on first use, or takes them from "
                 "pretrained_cfg_overlay: {file: PATH} among the network's arguments"
             ) from error
+        net.input_channels = settings.get("in_chans", 3)
         return TimmNet(net, self.__name__, image_size or net.default_cfg["input_size"][1:])
 
     def require_release(self, pretrained: Any, settings: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.models.staged import StagedNet, UnsupportedError
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError, first_line
 
 _QUARTERS = 4
@@ -61,7 +62,9 @@ class ExternalNet(StagedNet):
     def __init__(self, net: nn.Module, name: str, image_size: Sequence[int]):
         super().__init__(stem_channels=0)
         self.name = name
-        image = torch.rand(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
+        channels = input_channels(net)
+        self.input_channels = channels
+        image = torch.rand(1, channels, *image_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad(), uneven_norms(net):
             try:
                 logits = self.logits_of(net.eval(), image)
@@ -189,7 +192,7 @@ def run_blank(net: nn.Module, image_size: Sequence[int]) -> Any:
     training = net.training
     try:
         with torch.no_grad():
-            return net.eval()(torch.zeros(1, 3, *image_size))
+            return net.eval()(torch.zeros(1, input_channels(net), *image_size))
     finally:
         net.train(training)
 

@@ -236,17 +236,17 @@ BUGS = (
     # training
     Bug(
         "the rate falls an epoch early",
-        "engine/schedules.py",
+        "engine/optim/schedules.py",
         "(stage - solver.WARMUP_EPOCHS) * per_epoch for stage",
         "(stage - solver.WARMUP_EPOCHS - 1) * per_epoch for stage",
-        "engine/test_optim.py::test_schedules",
+        "engine/optim/test_optim.py::test_schedules",
     ),
     Bug(
         "norms decay though they are not to",
-        "engine/optim.py",
+        "engine/optim/__init__.py",
         '{**group, "params": narrow, "weight_decay": 0.0}',
         '{**group, "params": narrow}',
-        "engine/test_optim.py::test_norms_and_biases_decay_unless_told_otherwise",
+        "engine/optim/test_optim.py::test_norms_and_biases_decay_unless_told_otherwise",
     ),
     Bug(
         "DOT has its momenta exchanged",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.distillers.helpers.training.checks import logits_and_features
+from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 
 Size = tuple[int, int] | None
@@ -65,10 +66,10 @@ def preserve_state(net: nn.Module) -> Iterator[None]:
 
 
 def blank_image(net: nn.Module, image_size: Sequence[int] | None = None) -> Tensor:
-    """Zeros [1, 3, height, width] in the dtype and on the device of `net`; 32 x 32 by default."""
+    """Zeros [1, C, height, width] in the dtype and on the device of `net`; 32 x 32 by default."""
     height, width = image_size or (32, 32)
     some = next(net.parameters(), torch.empty(0))
-    return torch.zeros(1, 3, height, width, dtype=some.dtype, device=some.device)
+    return torch.zeros(1, input_channels(net), height, width, dtype=some.dtype, device=some.device)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from mdistiller.cli import train as train_command
 from mdistiller.distillers import KD, Vanilla
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.param_groups import freeze, parameter_names, student_groups
-from mdistiller.engine.schedules import build_scheduler
+from mdistiller.engine.optim.param_groups import freeze, parameter_names, student_groups
+from mdistiller.engine.optim.schedules import build_scheduler
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.models import cifar_model_dict, get_model_entry
 from mdistiller.registry import UserError
@@ -36,6 +36,11 @@ def train(folder, *words, **config):
     path = write_config(folder, **config)
     code = train_command.main(["--cfg", str(path), *words])
     return code, folder / "out" / "toy" / "run"
+
+
+def unwrapped(text):
+    """The lines that a run begins with, whose continuations are indented."""
+    return text.replace("\n          ", " ")
 
 
 def state(path):
@@ -78,7 +83,7 @@ def test_patterns_are_those_of_file_names_and_modules():
             freeze(resnet8(), patterns)
 
 
-def test_what_is_frozen_stays_to_the_bit_through_a_stage_and_in_the_average(tmp_path):
+def test_what_is_frozen_stays_to_the_bit_through_a_stage_and_in_the_average(tmp_path, capsys):
     """FSP's stage trains the student as well; conv1, bn1 and layer1 keep all their values."""
     teacher = str(saved_teacher(tmp_path, "resnet8", seed=2))
     start = saved_teacher(tmp_path, "resnet8", seed=3)
@@ -87,6 +92,8 @@ def test_what_is_frozen_stays_to_the_bit_through_a_stage_and_in_the_average(tmp_
     nets = {"STUDENT_CKPT": str(start), "TEACHER": "resnet8", "TEACHER_CKPT": teacher}
     code, run = train(tmp_path, method="FSP", text=text, epochs=1, **nets)
     assert code == 0
+    said = capsys.readouterr().out
+    assert f"student   resnet8, 0.08 M parameters (0.01 M frozen), from {start}" in unwrapped(said)
     frozen = {k for k in state(start) if k.startswith(("conv1", "bn1", "layer1"))}
     assert moved(run, state(start)) == state(start).keys() - frozen
     average = state(run / "student_ema_latest")

@@ -64,6 +64,8 @@ def test_a_classifier_of_other_classes_is_new_and_all_else_is_loaded(tmp_path, d
     assert differ(network(7).state_dict(), student(data, path)) == head
     line = "45 of 47 tensors loaded; new: the classifier for 10 classes; not used: aux.weight\n"
     assert line in capsys.readouterr().out
+    torch.save(network().state_dict() | {"neck.0.weight": torch.ones(4)}, path)  # of SimKD
+    assert differ(network().state_dict(), student(data, path)) == head
     norm = [[0.1] * 3, [0.2] * 3]
     others = [f"animal {k}" for k in range(10)]
     torch.save({"model": network().state_dict(), "norm": norm, "data": {"classes": others}}, path)

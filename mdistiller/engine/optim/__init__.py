@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from mdistiller.registry import Registry, UserError, first_line, suggest
+from mdistiller.registry import Registry, UserError, first_line, is_builtin, suggest
 
 OPTIMIZERS = Registry("optimizer (SOLVER.TYPE)")
 Groups = list[dict[str, Any]]
@@ -65,7 +65,7 @@ def optimizer_maker(name: str) -> Callable[[Groups, Any], Optimizer]:
     Raises:
         UserError: neither has the name.
     """
-    registered = {known.casefold(): known for known in OPTIMIZERS}
+    registered = {entry.casefold(): entry for entry in OPTIMIZERS}
     if name not in OPTIMIZERS and name.casefold() in registered:
         name = registered[name.casefold()]
     if name in OPTIMIZERS:
@@ -93,10 +93,18 @@ def optimizer_maker(name: str) -> Callable[[Groups, Any], Optimizer]:
 
 
 def _of_timm(name: str, groups: Groups, solver: Any) -> Optimizer:
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, get_optimizer_info
 
     given = {"lr": solver.LR, "weight_decay": solver.WEIGHT_DECAY, "momentum": solver.MOMENTUM}
-    optimizer: Optimizer = create_optimizer_v2(groups, name, **given, **arguments(solver))
+    info, more = get_optimizer_info(name.lower().removeprefix("lookahead_")), arguments(solver)
+    ignored = {"layer_decay", "layer_decay_min_scale", "filter_bias_and_bn", "param_group_fn"}
+    ignored |= {key for key in ("eps", "betas") if not getattr(info, f"has_{key}")}
+    if ignored & more.keys():
+        raise UserError(
+            f"SOLVER.OPTIMIZER_ARGS {', '.join(sorted(ignored & more.keys()))} has no effect on "
+            f"SOLVER.TYPE {name}: leave it out"
+        )
+    optimizer: Optimizer = create_optimizer_v2(groups, name, **given, **more)
     return optimizer
 
 
@@ -120,7 +128,11 @@ def build_optimizer(groups: Groups, solver: Any) -> Optimizer:
     make, groups = optimizer_maker(solver.TYPE), decay_groups(groups, solver)
     try:
         optimizer = make(groups, solver)
+    except UserError:
+        raise
     except (TypeError, ValueError, AssertionError, ImportError) as error:
+        if not is_builtin(getattr(make, "func", make)):  # a user's, who wants the traceback
+            raise
         more = arguments(solver)
         given = f" with OPTIMIZER_ARGS {more}" if more else ""
         raise UserError(f"SOLVER.TYPE {solver.TYPE}{given}: {first_line(error)}") from error
