@@ -166,6 +166,7 @@ class _Reader:
         ]
         roles += [("DISTILLER.TEACHER_NORM", cfg.DISTILLER.STUDENT_NORM)]
         roles += [("DISTILLER.TEACHER_CKPT", ""), ("DISTILLER.TEACHER_CFG", file)]
+        roles += [("DISTILLER.TEACHERS", [])]
         return [word for pair in roles for word in pair]
 
     def points(self) -> Iterator[Trial]:
@@ -219,6 +220,8 @@ class _Reader:
             trained_teachers(cfg)
         elif not get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
             raise UserError(f"TEACHER has no effect on DISTILLER.TYPE {cfg.DISTILLER.TYPE}")
+        elif cfg.DISTILLER.TEACHERS:
+            raise UserError("TEACHER has no effect beside DISTILLER.TEACHERS: leave one out")
         elif planned.configs[0].DATASET != cfg.DATASET:
             raise UserError(f"TEACHER {planned.cell} has other DATASET settings")
         if self.table["METRIC"].startswith("test_") and not cfg.DATASET.VAL_SPLIT:

@@ -83,7 +83,7 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path):
     first, again = train(tmp_path / "a"), train(tmp_path / "b")
     assert untimed(first) == untimed(again)
     folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1).parent
-    other = untimed(folder / "runEXPERIMENT.SEED:1")
+    other = untimed(folder / "run-seed=1")
     assert other[0]["train_loss"] != untimed(first)[0]["train_loss"]
 
 
@@ -294,13 +294,13 @@ def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
 
 def test_a_resumed_run_measures_its_teacher_once(tmp_path, monkeypatch, capsys):
     """Unless a setting has changed that may decide what is measured."""
-    measured, original = [], run_module.measure_teacher
+    measured, original = [], run_module.measure_teachers
 
     def measure(*args):
-        measured.append(original(*args))
-        return measured[-1]
+        measured.extend(original(*args))
+        return measured[-1:]
 
-    monkeypatch.setattr(run_module, "measure_teacher", measure)
+    monkeypatch.setattr(run_module, "measure_teachers", measure)
     teacher = str(saved_teacher(tmp_path))
     settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CKPT": teacher}
     run = train(tmp_path, epochs=1, **settings)

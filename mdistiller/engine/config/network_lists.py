@@ -9,18 +9,11 @@ from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.registry import UserError
 
 NETWORK_LISTS: dict[str, dict[str, type]] = {
-    "DISTILLER.TEACHERS": {
-        "NAME": str,
-        "CKPT": str,
-        "CFG": str,
-        "ARGS": dict,
-        "SIZE": int,
-        "WEIGHT": float,
-    },
+    "DISTILLER.TEACHERS": {"NAME": str, "CKPT": str, "CFG": str, "ARGS": dict, "WEIGHT": float},
     "DISTILLER.PEERS": {"NAME": str, "ARGS": dict},
 }
 """The keys of an entry, by list, and their types; NORM is another one of both."""
-_WORDS = {str: "text", dict: "a section", float: "a number", int: "a whole number"}
+_WORDS = {str: "text", dict: "a section", float: "a number"}
 
 Entry = dict[str, Any]
 

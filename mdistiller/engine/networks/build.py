@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +16,12 @@ from mdistiller.dataset import (
     DataSource,
     TestData,
     data_spec,
-    eval_preprocessing,
-    load_test_loader,
     mixes_labels,
 )
-from mdistiller.dataset.memory.loader import EvalLoader
 from mdistiller.distillers import (
     Distiller,
     TeacherEnsemble,
     TeacherTeam,
-    Vanilla,
     check_several,
     distiller_dict,
     get_distiller,
@@ -36,9 +31,8 @@ from mdistiller.distillers import (
 from mdistiller.engine.frozen_teacher.cacheable import check_method
 from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
-from mdistiller.engine.metrics import MOST_CLASSES
 from mdistiller.engine.networks.class_balance import set_hard_label_loss
-from mdistiller.engine.networks.class_order import doubts, match_classes
+from mdistiller.engine.networks.class_order import match_classes
 from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.released import (
@@ -57,13 +51,13 @@ from mdistiller.engine.optim import build_optimizer, optimizer_maker
 from mdistiller.engine.optim.param_groups import freeze, student_groups
 from mdistiller.engine.trainer import seed_everything
 from mdistiller.engine.user_code.forks import check_trainer, sections_read
-from mdistiller.engine.utils import print_log, validate
+from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import local_rank_zero_first
-from mdistiller.weights import load_network, recorded_facts
+from mdistiller.weights import load_network
 
 
 def build_distiller(
@@ -369,75 +363,3 @@ def no_teacher(cfg: Any, data: Data | DataSource) -> str:
         f"no weights for the teacher {cfg.DISTILLER.TEACHER}{looked}: set DISTILLER.TEACHER_CKPT "
         f"to a checkpoint, or DISTILLER.TEACHER_CFG to the config that trains it first{library}"
     )
-
-
-def teacher_test_loader(
-    cfg: Any, data: Data, device: torch.device, weights: str | Path
-) -> EvalLoader | None:
-    """The test set with the teacher's own interpolation and crop, at the size it sees in training.
-
-    None if the data's own test loader gives the same, or images are not resized.
-    """
-    used, own_size = data.preprocessing, teacher_image_size(cfg)
-    if not data_spec(cfg).files or (used.resize == "keep" and not own_size):
-        return None
-    entry = model_entry(cfg, "TEACHER", data)
-    stated = None if weights == PRETRAINED else recorded_facts(weights)
-    how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None and not own_size:
-        return None
-    size = own_size or used.image_size
-    sized = cfg.clone()
-    sized.defrost()
-    sized.DATASET.IMAGE_SIZE = size
-    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
-    if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
-        return None
-    if how is not None and how.image_size not in (0, size):
-        whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
-        message = (
-            f"the teacher sees images of {size} pixels, but {whose} {how.image_size} "
-            f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
-        )
-        print_log(message)
-    return load_test_loader(sized, device, how).loader
-
-
-def measure_teacher(
-    distiller: Distiller,
-    data: Data,
-    loader: EvalLoader | None = None,
-    name: str = "the teacher",
-    net: nn.Module | None = None,
-) -> float | None:
-    """The teacher's top-1 accuracy in percent on the test set.
-
-    Held-out images are not used: a teacher from elsewhere may have been trained on them. A warning
-    is printed for a teacher near chance, whose file is usually of another data set, and for one
-    that swaps classes. Returns None, after a printed line, if the weights have no classifier for
-    these classes.
-
-    Args:
-        loader: the test set, prepared for the teacher; by default the data's.
-        name: what to call the teacher in a warning.
-        net: one of several teachers.
-    """
-    teacher = net or distiller.teacher
-    assert teacher is not None
-    if getattr(teacher, "untrained_head", False):
-        print_log(
-            f"the teacher's weights have no classifier for {data.num_classes} classes; "
-            f"{type(distiller).__name__} reads its features alone, so its accuracy is not measured"
-        )
-        return None
-    test = loader or (data.val if data.test is None else data.test)
-    assert test is not None
-    device, classes = next(teacher.parameters()).device, data.num_classes
-    confusion = torch.zeros(classes, classes, device=device) if classes <= MOST_CLASSES else None
-    top1, _, _ = validate(test, Vanilla(teacher), confusion)
-    close = getattr(loader, "close", None)
-    if close is not None:  # its processes
-        close()
-    for warning in doubts(top1, confusion, test.dataset.targets, data.classes):
-        print_log(f"WARNING: {name} {warning}")
-    return top1

@@ -13,7 +13,7 @@ from typing import Any
 
 from mdistiller.registry import UserError
 
-_REST = {"CKPT": "", "CFG": "", "ARGS": {}, "NORM": "auto", "SIZE": 0}
+_REST = {"CKPT": "", "CFG": "", "ARGS": {}, "NORM": "auto"}
 
 
 def role_config(cfg: Any, role: str, entry: Mapping[str, Any]) -> Any:
@@ -43,8 +43,8 @@ def of_teacher(cfg: Any, number: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not cfg.DISTILLER.get("TEACHERS", []):
-            raise
+        if not cfg.DISTILLER.get("TEACHERS", []) or type(error) is not UserError:
+            raise  # as it is: a training that diverged, say
         raise UserError(f"DISTILLER.TEACHERS[{number}]: {error}") from None
 
 

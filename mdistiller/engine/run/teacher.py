@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from mdistiller.dataset import Data
-from mdistiller.distillers import Distiller, TeacherEnsemble, get_distiller
+from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.config.files import find_config
@@ -19,15 +18,12 @@ from mdistiller.engine.distributed import barrier, from_main_process
 from mdistiller.engine.networks.build import (
     check_pair,
     find_teacher,
-    measure_teacher,
     no_teacher,
-    teacher_test_loader,
 )
 from mdistiller.engine.networks.roles import of_teacher, teacher_configs
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.overview import describe_network
 from mdistiller.engine.run.record import changed_settings
 from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.utils import print_log
@@ -151,59 +147,6 @@ def being_trained(cfg: Config) -> Path | None:
     """The folder of this config's teacher, or one of them, if another process is training it."""
     folders = map(teacher_folder, trained_teachers(cfg))
     return next((folder for folder in folders if is_locked(folder)), None)
-
-
-def measure_teachers(
-    distiller: Distiller,
-    cfg: Config,
-    data: Data,
-    device: torch.device,
-    weights: Sequence[str | Path],
-) -> list[float | None]:
-    """Top-1 accuracy in percent of the teacher, or of each and then of their ensemble.
-
-    See :func:`measure_teacher`. An ensemble with a network whose classifier is not trained has
-    None.
-    """
-    configs, found = teacher_configs(cfg), []
-    team = distiller.teacher if len(configs) > 1 else None
-    for number, (one, file) in enumerate(zip(configs, weights, strict=True)):
-        loader = teacher_test_loader(one, data, device, file)
-        label = f"{one.DISTILLER.TEACHER} ({file})"
-        if team is None:
-            return [measure_teacher(distiller, data, loader, label)]
-        net: Any = team.nets[number]  # type: ignore[index]
-        found.append(measure_teacher(distiller, data, loader, label, net))
-    if None in found:
-        return [*found, None]
-    both: Any = team
-    ensemble = TeacherEnsemble(both.nets, both.weights.tolist()).to(device)
-    return [*found, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
-
-
-def describe_teachers(
-    cfg: Config,
-    teacher: nn.Module,
-    weights: Sequence[str | Path],
-    accuracies: Sequence[float | None],
-    note: str = "",
-) -> dict[str, str]:
-    """A line about each teacher, and one about the ensemble of several, by title.
-
-    Args:
-        accuracies: of :func:`measure_teachers`; `note` goes behind them.
-    """
-    configs = teacher_configs(cfg)
-    nets: Any = teacher.nets if len(configs) > 1 else [teacher]
-    texts = ["" if acc is None else f"accuracy {acc:.2f} %{note}" for acc in accuracies]
-    lines = {}
-    for number, (one, net) in enumerate(zip(configs, nets, strict=True)):
-        title = f"teacher {number + 1}" if len(configs) > 1 else "teacher"
-        name = one.DISTILLER.TEACHER
-        lines[title] = describe_network(name, net, texts[number], weights[number])
-    if len(configs) > 1:
-        lines["ensemble"] = texts[-1]
-    return lines
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from mdistiller.cli import export as export_command
 from mdistiller.cli import visualize as visualize_command
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_distiller, measure_teacher, teacher_test_loader
+from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.run.measuring import measure_teacher, teacher_test_loader
 from mdistiller.models import get_model_entry
 from mdistiller.models.normalize import input_norm
 

@@ -15,8 +15,9 @@ from mdistiller.cli import train as train_command
 from mdistiller.cli.convert import checkpoint as convert_checkpoint
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_distiller, measure_teacher, teacher_test_loader
+from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.run.folder import recorded_config
+from mdistiller.engine.run.measuring import measure_teacher, teacher_test_loader
 from mdistiller.preprocessing import read_preprocessing
 from mdistiller.weights import load_checkpoint
 
