@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,31 +12,35 @@ import torch
 
 from mdistiller.dataset.classes import renumber_classes, report_empty_classes
 from mdistiller.dataset.data_source import (
-    CHANNELS,
-    DATASET_CONFIG,
-    DATASETS,
-    DataSource,
     Options,
     Split,
     same_classes,
 )
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocessing, keeps_shape
-from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+from mdistiller.dataset.files.preprocessing import choose_preprocessing, keeps_shape
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
-from mdistiller.dataset.sources.shards import Shards
+from mdistiller.dataset.settings import (
+    augment_of,
+    data_root,
+    given_statistics,
+    has_files,
+    has_no_test,
+    is_balanced,
+    is_labelled,
+    read_node,
+    source_of,
+)
 from mdistiller.dataset.split import hold_out
 from mdistiller.preprocessing import (
     NOTHING_STATED,
     ImageSize,
     Preprocessing,
     Statistics,
-    read_image_size,
 )
 from mdistiller.registry import UserError
-from mdistiller.runtime import project_root, rank, resolve_device
+from mdistiller.runtime import rank, resolve_device
 
 TEST_SET = "test set"
 
@@ -115,13 +119,13 @@ def load_data(
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
     """
-    node = _node(cfg)
+    node = read_node(cfg)
     pipeline = feed = _pipeline(node, "train", _device(cfg, device))
-    labelled = _is_labelled(node, pipeline.source)
-    balanced = _is_balanced(node, pipeline.source)
+    labelled = is_labelled(node, pipeline.source)
+    balanced = is_balanced(node, pipeline.source)
     train = pipeline.read("train")
     splits, held = [renumber_classes(train, node["CLASSES"])], None
-    if pipeline.source.labels and not _lacks_test(node, pipeline.source):
+    if pipeline.source.labels and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -133,9 +137,9 @@ def load_data(
             f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
         )
     size = pipeline.size(*splits)
-    statistics = _statistics(node, pipeline.source) or pipeline.statistics(train)
+    statistics = given_statistics(node, pipeline.source) or pipeline.statistics(train)
     feed_size = size
-    if train_size and math.prod(train_size) > math.prod(size) and _has_files(pipeline.source):
+    if train_size and math.prod(train_size) > math.prod(size) and has_files(pipeline.source):
         feed = _pipeline({**node, "IMAGE_SIZE": train_size}, "train", _device(cfg, device))
         feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
@@ -180,22 +184,10 @@ def load_data(
     )
 
 
-def _has_files(source: DataSource) -> bool:
-    return isinstance(source, (FileSource, Shards))
-
-
-def _is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
-    return bool(node["LABELS"] and source.labels)
-
-
 def lacks_test(cfg: Any) -> bool:
     """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
-    node = _node(cfg)
-    return _lacks_test(node, _source(node))
-
-
-def _lacks_test(node: dict[str, Any], source: DataSource) -> bool:
-    return bool(node["VAL_SPLIT"]) and not source.has_test(_root(node, source))
+    node = read_node(cfg)
+    return has_no_test(node, source_of(node))
 
 
 def _report_no_test(root: Path, held: int) -> None:
@@ -205,21 +197,6 @@ def _report_no_test(root: Path, held: int) -> None:
             "(DATASET.VAL_SPLIT) serve for selection and evaluation",
             flush=True,
         )
-
-
-def _is_balanced(node: dict[str, Any], source: DataSource) -> bool:
-    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
-    if node["SAMPLER"] not in ("default", "balanced"):
-        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
-    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
-        raise UserError(
-            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
-            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
-            "inverse weighs classes instead), or use an image folder"
-        )
-    if node["SAMPLER"] == "balanced" and not _is_labelled(node, source):
-        raise UserError("DATASET.SAMPLER balanced needs images with classes: set it to default")
-    return node["SAMPLER"] == "balanced"
 
 
 def _full_preprocessing(
@@ -235,7 +212,7 @@ def _full_preprocessing(
 
 def mixes_labels(cfg: Any) -> bool:
     """Whether training targets are class probabilities: mixup or CutMix is on."""
-    node = _node(cfg)
+    node = read_node(cfg)
     return bool(node["MIXUP"] or node["CUTMIX"])
 
 
@@ -275,12 +252,12 @@ def load_test_loader(
         network: preprocessing of the network to evaluate, for keys that the config leaves open;
             see :func:`choose_preprocessing`.
     """
-    node = _node(cfg)
-    source = _source(node)
-    held_out = split == "test" and source.labels and _lacks_test(node, source)
+    node = read_node(cfg)
+    source = source_of(node)
+    held_out = split == "test" and source.labels and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
-    statistics = _statistics(node, pipeline.source)
+    statistics = given_statistics(node, pipeline.source)
     channels = node["CHANNELS"]
     if statistics is None and network is not None and len(network.mean) == channels:
         statistics = network.mean, network.std
@@ -325,71 +302,26 @@ class DataSpec(NamedTuple):
 
 def data_spec(cfg: Any) -> DataSpec:
     """The properties of `cfg.DATASET` that need no data."""
-    node = _node(cfg)
-    source = _source(node)
+    node = read_node(cfg)
+    source = source_of(node)
     return DataSpec(
         node["ZOO"] or source.zoo,
-        _statistics(node, source),
+        given_statistics(node, source),
         node["IMAGE_SIZE"],
-        keeps_shape(source, _augment(node, source)),
-        _has_files(source),
-        _is_labelled(node, source),
+        keeps_shape(source, augment_of(node, source)),
+        has_files(source),
+        is_labelled(node, source),
     )
 
 
 def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
     """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
-    node = _node(cfg)
-    source = _source(node)
-    how = choose_preprocessing(node, source, _root(node, source), _augment(node, source), network)
+    node = read_node(cfg)
+    source = source_of(node)
+    how = choose_preprocessing(
+        node, source, data_root(node, source), augment_of(node, source), network
+    )
     return replace(how, interpolation=how.interpolation or "bilinear")
-
-
-def _node(cfg: Any) -> dict[str, Any]:
-    """cfg.DATASET merged over the defaults, since configs of the original lack keys."""
-    node = {**DATASET_CONFIG, **cfg.DATASET}
-    for key in (
-        *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
-        *("MIXUP", "CUTMIX", "ERASING"),
-    ):
-        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
-            raise UserError(f"DATASET.{key} {node[key]} must not be negative")
-    try:
-        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
-    except ValueError as error:
-        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
-    if node["ERASING"] > 1:
-        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
-    _check_randaugment(node["RANDAUGMENT"])
-    check_keys(node)
-    _check_channels(node)
-    return node
-
-
-def _check_channels(node: Mapping[str, Any]) -> None:
-    if node["CHANNELS"] not in CHANNELS:
-        raise UserError(f"DATASET.CHANNELS must be 1, 3 or 4, got {node['CHANNELS']!r}")
-    if node["CHANNELS"] == 3:
-        return
-    for key, wanted in (("RANDAUGMENT", node["RANDAUGMENT"]), ("TYPE", _is_shards(node))):
-        if wanted:
-            raise UserError(
-                f"DATASET.{key} {node[key]} needs images in colour: set DATASET.CHANNELS 3, not "
-                f"{node['CHANNELS']}"
-            )
-
-
-def _is_shards(node: Mapping[str, Any]) -> bool:
-    return isinstance(_source(node), Shards)
-
-
-def _check_randaugment(value: Sequence[Any]) -> None:
-    numbers = all(type(item) is int for item in value)
-    if value and not (numbers and len(value) == 2 and value[0] >= 1 and 0 <= value[1] <= 30):
-        raise UserError(
-            f"DATASET.RANDAUGMENT {list(value)} must be the number of operations and their "
-            "magnitude of 0 to 30, such as [2, 9], or empty"
-        )
 
 
 def _device(cfg: Any, device: torch.device | None) -> torch.device:
@@ -400,9 +332,9 @@ def _pipeline(
     node: dict[str, Any], split: Split, device: torch.device, network: Preprocessing | None = None
 ) -> InMemoryPipeline:
     """The pipeline of the configured data set."""
-    source = _source(node)
-    root = _root(node, source)
-    augment = _augment(node, source)
+    source = source_of(node)
+    root = data_root(node, source)
+    augment = augment_of(node, source)
     how = choose_preprocessing(node, source, root, augment, network)
     options = Options(
         how.image_size if isinstance(source, FileSource) else node["IMAGE_SIZE"],
@@ -417,40 +349,6 @@ def _pipeline(
         node["CHANNELS"],
     )
     return choose_pipeline(node, split, source, root, options, augment, device)
-
-
-def _root(node: dict[str, Any], source: DataSource) -> Path:
-    """The folder of the data."""
-    if node["ROOT"]:
-        root = Path(node["ROOT"]).expanduser()
-        return root if root.exists() else project_root() / root
-    if source.root is None:
-        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
-    return project_root() / source.root
-
-
-def _source(node: Mapping[str, Any]) -> DataSource:
-    entry = DATASETS[node["TYPE"]]
-    source: DataSource = entry() if isinstance(entry, type) else entry
-    return source
-
-
-def _augment(node: dict[str, Any], source: DataSource) -> type[Identity]:
-    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
-
-
-def _statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
-    """Mean and std from the config, else of the data set; None if they must be computed."""
-    mean, std, channels = tuple(node["MEAN"]), tuple(node["STD"]), node["CHANNELS"]
-    if not mean and not std:
-        return (source.mean, source.std) if len(source.mean) == channels else None
-    if len(mean) != channels or len(std) != channels or max(*mean, *std) > 1 or min(std) <= 0:
-        number = {1: "one value", 3: "three values", 4: "four values"}[channels]
-        raise UserError(
-            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have {number} up "
-            "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
-        )
-    return mean, std
 
 
 def _training_statistics(pipeline: InMemoryPipeline) -> Statistics:

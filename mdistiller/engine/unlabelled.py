@@ -107,16 +107,18 @@ class ReportUntrained(Hook):
         self.done = False
 
     def after_update(self, trainer: Trainer) -> None:
+        if self.done:
+            return
+        self.done = True
         named = [(n, p) for n, p in trainer.model.student.named_parameters() if p.requires_grad]
         untrained = [name for name, param in named if param.grad is None]
-        if untrained and not self.done:
+        if untrained:
             text = (
                 f"WARNING: {trainer.cfg.DISTILLER.TYPE} does not train {len(untrained)} of the "
                 f"student's {len(named)} tensors, which stay random (the first: {untrained[0]}): "
                 "choose a later layer or another method, or add one that reads the last features"
             )
             print_log(text)
-        self.done = True
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

@@ -204,6 +204,7 @@ def data_config(sources: Sequence[Source], overrides: Overrides, imports: Overri
 
 def _data_facts(cfg: Config) -> dict[str, Any]:
     keys = ["TYPE", "ROOT", "IMAGE_SIZE", "RESIZE", "CROP_PCT", "INTERPOLATION", "EXIF", "SHARDS"]
+    keys += ["CHANNELS"]
     keys += ["VAL_SPLIT", "VAL_SEED"] if lacks_test(cfg) else []
     facts = {key: cfg.DATASET[key] for key in keys}
     return facts | {"ROOT": str(Path(facts["ROOT"]).resolve()) if facts["ROOT"] else ""}

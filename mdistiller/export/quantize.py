@@ -57,8 +57,8 @@ class Int8:
             rows.append([f"`{file.path.name}`", bits, f"{size:.2f}", f"{top1:.2f}"])
         if self.milliseconds:
             head.append("ms an image")
-            for row, time_ in zip(rows, self.milliseconds, strict=True):
-                row.append(f"{time_:.2f}")
+            for row, median in zip(rows, self.milliseconds, strict=True):
+                row.append(f"{median:.2f}")
         return markdown_table(head, rows)
 
     def text(self) -> str:

@@ -166,6 +166,7 @@ class _Reader:
         ]
         roles += [("DISTILLER.TEACHER_NORM", cfg.DISTILLER.STUDENT_NORM)]
         roles += [("DISTILLER.TEACHER_CKPT", ""), ("DISTILLER.TEACHER_CFG", file)]
+        roles += [("DISTILLER.TEACHERS", [])]
         return [word for pair in roles for word in pair]
 
     def points(self) -> Iterator[Trial]:

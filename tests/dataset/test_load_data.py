@@ -200,8 +200,8 @@ def test_images_of_another_form_are_refused_with_the_form_wanted():
     good = image_set(4)
     with pytest.raises(UserError, match=r"uint8 \[N, 3, H, W\], got torch.float32"):
         ImageSet(good.images.float(), good.targets, good.classes)
-    with pytest.raises(UserError, match=r"got torch.uint8 \[4, 1, 32, 32\]; repeat a grey"):
-        ImageSet(good.images[:, :1], good.targets, good.classes)
+    with pytest.raises(UserError, match=r"got torch.uint8 \[4, 2, 32, 32\]; repeat a grey"):
+        ImageSet(good.images[:, :2], good.targets, good.classes)
     with pytest.raises(UserError, match=r"targets must be int64 \[4\].*got torch.int64 \[3\]"):
         ImageSet(good.images, good.targets[:3], good.classes)
 
@@ -210,3 +210,22 @@ def test_target_out_of_the_classes_is_refused():
     good = image_set(4)
     with pytest.raises(UserError, match="from 0 to 3, but 2 classes need 0 to 1"):
         ImageSet(good.images, good.targets, ["a", "b"])
+
+
+class Grey(DataSource):
+    root = "."
+
+    def load(self, root, split, options):
+        good = image_set(8)
+        return ImageSet(good.images[:, :1], good.targets, good.classes)
+
+
+def test_channels_have_to_be_those_of_the_data(monkeypatch):
+    monkeypatch.setitem(DATASETS, "grey", Grey)
+    with pytest.raises(UserError, match="is 3: set it to 1"):
+        load_data(config("grey"))
+    data = load_data(config("grey", CHANNELS=1))
+    assert len(data.mean) == next(iter(data.train))[0].shape[1] == 1
+    for keys, message in (({"MEAN": [0.1] * 3}, "one value up to 1"), ({"CHANNELS": 2}, "1, 3 or")):
+        with pytest.raises(UserError, match=message):
+            load_data(config("grey", **{"CHANNELS": 1, **keys}))

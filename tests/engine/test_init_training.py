@@ -184,7 +184,7 @@ def test_one_stage_has_no_stage_and_the_same_files_as_ever(tmp_path):
     assert not (run / "train.events" / "init").exists()
     keys = {"epoch", "model", "optimizer", "settings", "scheduler", "scaler"}
     keys |= {"best_acc", "best_epoch", "history", "log_sizes", "norm", "position", "skipped"}
-    keys |= {"data"}
+    keys |= {"data", "best_score"}
     assert set(load(run / "latest")) == keys
 
 

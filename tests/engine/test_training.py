@@ -83,7 +83,7 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path):
     first, again = train(tmp_path / "a"), train(tmp_path / "b")
     assert untimed(first) == untimed(again)
     folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1).parent
-    other = untimed(folder / "runEXPERIMENT.SEED:1")
+    other = untimed(folder / "run-seed=1")
     assert other[0]["train_loss"] != untimed(first)[0]["train_loss"]
 
 

@@ -554,7 +554,7 @@ def fake_run(cfg, hooks):
     """A run whose accuracy in epoch e is 100 LR e + seed."""
     folder = Path(cfg.LOG.PREFIX) / "toy" / cfg.EXPERIMENT.NAME
     folder.mkdir(parents=True, exist_ok=True)
-    loss = [{"train_loss": 1.0 / epoch, "train_acc": epoch} for epoch in (1, 2, 3)]
+    loss = [{"epoch": epoch, "train_loss": 1.0 / epoch, "train_acc": epoch} for epoch in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, loss)))
     for epoch in (1, 2, 3):
         accuracy = 100 * cfg.SOLVER.LR * epoch + cfg.EXPERIMENT.SEED

@@ -38,7 +38,13 @@ def worst_mistakes(model: nn.Module, loader: Any, count: int) -> list[tuple[floa
         for value, place in zip(values.tolist(), places.tolist(), strict=True):
             if value != float("inf"):
                 pixels = ((images[place] - shift) / scale).round().clamp(0, 255).byte()
-                array = pixels[:3].permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+                array = (
+                    pixels[: 3 if len(pixels) > 2 else 1]
+                    .permute(1, 2, 0)
+                    .expand(-1, -1, 3)
+                    .cpu()
+                    .numpy()
+                )
                 worst.append((value, array, int(target[place]), int(said[place])))
         worst = sorted(worst, key=lambda one: one[0])[:count]
     return worst

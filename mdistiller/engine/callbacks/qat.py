@@ -15,8 +15,6 @@ from mdistiller.engine.utils import validate
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 
 class Rounding:
     """The rounding of a layer's input to 256 values, and of its weight to 255 per output channel.
@@ -84,10 +82,11 @@ _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {
 class QuantizeStudent(Hook):
     """Rounds the student's inputs and weights in the last SOLVER.QAT_EPOCHS epochs.
 
-    As in Jacob et al., CVPR 2018: the forward pass rounds, the gradient is that of clipping. Batch
-    norms keep their statistics; ranges of inputs are observed in the first of these epochs, then
-    stay. The student keeps its float weights and their names; evaluations are of these, and the
-    epoch's record has `int8_test_acc`, that of the rounded student.
+    As in Jacob et al., CVPR 2018: the forward pass rounds, the gradient is that of clipping; ranges
+    of inputs are observed in the first of these epochs, then stay. Batch norms go on as before:
+    weights are rounded per output channel, so folding a norm into them rounds alike. The student
+    keeps its float weights and their names; evaluations are of these, and the epoch's record has
+    `int8_test_acc`, that of the rounded student.
 
     Attributes:
         roundings: by name of the layer; empty before.
@@ -111,9 +110,6 @@ class QuantizeStudent(Hook):
             return
         if not self.roundings:
             self._attach(trainer)
-        for layer in trainer.model.student.modules():
-            if isinstance(layer, _NORMS):
-                layer.eval()
         self._switch(active=True, observing=epoch == first)
 
     def _attach(self, trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from mdistiller.dataset import Data
 from mdistiller.dataset.build import TEST_SET
 from mdistiller.engine.cfg import Config, method_nodes
+from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.distributed import world_size
 from mdistiller.engine.hooks import Trainer
@@ -65,7 +66,7 @@ def describe_data(cfg: Config, data: Data) -> str:
     if isinstance(targets, torch.Tensor) and not targets.is_floating_point() and len(targets):
         counts = torch.bincount(targets.cpu(), minlength=data.num_classes)
         fewest = int(counts.argmin())
-        text += f" (fewest: {int(counts[fewest]):,} of {data.classes[fewest]})"
+        text += f" (fewest: {int(counts[fewest]):,} of {shown(data.classes[fewest])[1:-1]})"
     held_out = data.val_name != TEST_SET
     test = data.test if held_out else data.val
     text += f", {len(test.dataset):,} test images" if test is not None else ", no test images"

@@ -1,0 +1,124 @@
+"""What the section DATASET of a config says: its values, checked, and the source it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdistiller.dataset.data_source import CHANNELS, DATASET_CONFIG, DATASETS, DataSource
+from mdistiller.dataset.files.folder import FileSource
+from mdistiller.dataset.files.preprocessing import check_keys
+from mdistiller.dataset.memory.augment import AUGMENTS, Identity
+from mdistiller.dataset.sources.shards import Shards
+from mdistiller.preprocessing import Statistics, read_image_size
+from mdistiller.registry import UserError
+from mdistiller.runtime import project_root
+
+
+def read_node(cfg: Any) -> dict[str, Any]:
+    """cfg.DATASET merged over the defaults, since configs of the original lack keys."""
+    node = {**DATASET_CONFIG, **cfg.DATASET}
+    for key in (
+        *("VAL_SPLIT", "IMAGE_SIZE", "NUM_WORKERS", "WORKER_TIMEOUT"),
+        *("MIXUP", "CUTMIX", "ERASING"),
+    ):
+        if not isinstance(node[key], (list, tuple)) and node[key] < 0:
+            raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    try:
+        node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
+    except ValueError as error:
+        raise UserError(f"DATASET.IMAGE_SIZE must be {error}") from None
+    if node["ERASING"] > 1:
+        raise UserError(f"DATASET.ERASING {node['ERASING']} is a probability and must be at most 1")
+    _check_randaugment(node["RANDAUGMENT"])
+    check_keys(node)
+    _check_channels(node)
+    return node
+
+
+def _check_channels(node: Mapping[str, Any]) -> None:
+    if node["CHANNELS"] not in CHANNELS:
+        raise UserError(f"DATASET.CHANNELS must be 1, 3 or 4, got {node['CHANNELS']!r}")
+    if node["CHANNELS"] == 3:
+        return
+    for key, wanted in (("RANDAUGMENT", node["RANDAUGMENT"]), ("TYPE", _is_shards(node))):
+        if wanted:
+            raise UserError(
+                f"DATASET.{key} {node[key]} needs images in colour: set DATASET.CHANNELS 3, not "
+                f"{node['CHANNELS']}"
+            )
+
+
+def _is_shards(node: Mapping[str, Any]) -> bool:
+    return isinstance(source_of(node), Shards)
+
+
+def _check_randaugment(value: Sequence[Any]) -> None:
+    numbers = all(type(item) is int for item in value)
+    if value and not (numbers and len(value) == 2 and value[0] >= 1 and 0 <= value[1] <= 30):
+        raise UserError(
+            f"DATASET.RANDAUGMENT {list(value)} must be the number of operations and their "
+            "magnitude of 0 to 30, such as [2, 9], or empty"
+        )
+
+
+def data_root(node: dict[str, Any], source: DataSource) -> Path:
+    """The folder of the data."""
+    if node["ROOT"]:
+        root = Path(node["ROOT"]).expanduser()
+        return root if root.exists() else project_root() / root
+    if source.root is None:
+        raise UserError(f"DATASET.TYPE {node['TYPE']} needs DATASET.ROOT, the folder of the data")
+    return project_root() / source.root
+
+
+def source_of(node: Mapping[str, Any]) -> DataSource:
+    entry = DATASETS[node["TYPE"]]
+    source: DataSource = entry() if isinstance(entry, type) else entry
+    return source
+
+
+def augment_of(node: dict[str, Any], source: DataSource) -> type[Identity]:
+    return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
+
+
+def given_statistics(node: dict[str, Any], source: DataSource) -> Statistics | None:
+    """Mean and std from the config, else of the data set; None if they must be computed."""
+    mean, std, channels = tuple(node["MEAN"]), tuple(node["STD"]), node["CHANNELS"]
+    if not mean and not std:
+        return (source.mean, source.std) if len(source.mean) == channels else None
+    if len(mean) != channels or len(std) != channels or max(*mean, *std) > 1 or min(std) <= 0:
+        number = {1: "one value", 3: "three values", 4: "four values"}[channels]
+        raise UserError(
+            f"DATASET.MEAN {list(mean)} and DATASET.STD {list(std)} must both have {number} up "
+            "to 1 (images in [0, 1]), those of STD above 0, or both be empty"
+        )
+    return mean, std
+
+
+def is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    return bool(node["LABELS"] and source.labels)
+
+
+def has_no_test(node: dict[str, Any], source: DataSource) -> bool:
+    return bool(node["VAL_SPLIT"]) and not source.has_test(data_root(node, source))
+
+
+def is_balanced(node: dict[str, Any], source: DataSource) -> bool:
+    """Whether DATASET.SAMPLER asks for classes that are equally frequent."""
+    if node["SAMPLER"] not in ("default", "balanced"):
+        raise UserError(f"DATASET.SAMPLER must be default or balanced, got {node['SAMPLER']!r}")
+    if node["SAMPLER"] == "balanced" and isinstance(source, Shards):
+        raise UserError(
+            f"DATASET.SAMPLER balanced needs images in any order, but DATASET.TYPE {node['TYPE']} "
+            "reads its shards from front to back: set SAMPLER default (DISTILLER.CLASS_WEIGHTS "
+            "inverse weighs classes instead), or use an image folder"
+        )
+    if node["SAMPLER"] == "balanced" and not is_labelled(node, source):
+        raise UserError("DATASET.SAMPLER balanced needs images with classes: set it to default")
+    return node["SAMPLER"] == "balanced"
+
+
+def has_files(source: DataSource) -> bool:
+    return isinstance(source, (FileSource, Shards))
