@@ -55,7 +55,7 @@ class UnlabelledTrainer(BaseTrainer):
         }
         for key, wanted in keys.items():
             if wanted:
-                raise UserError(f"{key} needs labels, and these data have none: leave it out")
+                raise UserError(f"{key} does not work on data without labels: leave it out")
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         return {}, len(inputs["target"])
