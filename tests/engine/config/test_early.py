@@ -33,7 +33,7 @@ def rendered():
 
 
 def test_the_stored_defaults_are_those_of_the_code():
-    assert STORED.read_text() == rendered(), "run: python tests/engine/test_early.py"
+    assert STORED.read_text() == rendered(), "run: python tests/engine/config/test_early.py"
     assert stored_config("train").KD == default_config().KD
 
 
