@@ -44,6 +44,7 @@ BAD = {
     "DATASET.TYPE imagefolder DATASET.ROOT nowhere": "nowhere",
     "--resume": "--resume: there is no checkpoint",
     "--resume output/nowhere": "leave --cfg out",
+    "--resume nowhere": "leave --cfg out",
     "DISTILLER.TYPE KD DISTILLER.TEACHER resnet56": "no weights for the teacher resnet56",
     "DISTILLER.TYPE KD DISTILLER.TEACHER ResNet18 DISTILLER.STUDENT MobileNetV1 "
     "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
@@ -307,11 +308,12 @@ def test_options_of_forks_are_their_overrides(words, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_enough_ends_a_command_quietly(monkeypatch, capsys):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        assert guarded(lambda: print("a line")) == PIPE_CLOSED
+    for text in ("a line", "more than a buffer" * 10_000):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            assert guarded(lambda text=text: print(text)) == PIPE_CLOSED
 
     def lost():
         raise BrokenPipeError("of something else than standard output")

@@ -66,9 +66,9 @@ def guarded(command: Callable[[], object]) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a closed pipe, whose buffer is then discarded."""
+    """Whether standard output is a closed pipe; what is left for it is then discarded."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return True
