@@ -16,7 +16,8 @@ from mdistiller.dataset import DATASETS, Data, DataSource, ImageSet, load_data
 from mdistiller.dataset.data_source import Options
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.build import build_distiller, build_network
+from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.networks.network import build_network
 from mdistiller.registry import UserError
 
 GENERATED = "generated_images"

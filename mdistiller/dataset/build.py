@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mdistiller.dataset.classes import renumber_classes, report_empty_classes
-from mdistiller.dataset.data_source import (
-    Options,
-    Split,
-    same_classes,
-)
+from mdistiller.dataset.data_source import Options, Split, same_classes
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.preprocessing import choose_preprocessing, keeps_shape
+from mdistiller.dataset.files.preprocessing import choose_preprocessing
 from mdistiller.dataset.memory.loader import EvalLoader, TrainLoader
 from mdistiller.dataset.mixup import BatchAugment
 from mdistiller.dataset.pipelines import InMemoryPipeline, Size, choose_pipeline
@@ -33,12 +29,7 @@ from mdistiller.dataset.settings import (
     source_of,
 )
 from mdistiller.dataset.split import hold_out
-from mdistiller.preprocessing import (
-    NOTHING_STATED,
-    ImageSize,
-    Preprocessing,
-    Statistics,
-)
+from mdistiller.preprocessing import NOTHING_STATED, ImageSize, Preprocessing, Statistics
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank, resolve_device
 
@@ -184,12 +175,6 @@ def load_data(
     )
 
 
-def lacks_test(cfg: Any) -> bool:
-    """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
-    node = read_node(cfg)
-    return has_no_test(node, source_of(node))
-
-
 def _report_no_test(root: Path, held: int) -> None:
     if rank() == 0:
         print(
@@ -208,12 +193,6 @@ def _full_preprocessing(
     interpolation = how.interpolation or "bilinear"
     mean, std = statistics
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
-
-
-def mixes_labels(cfg: Any) -> bool:
-    """Whether training targets are class probabilities: mixup or CutMix is on."""
-    node = read_node(cfg)
-    return bool(node["MIXUP"] or node["CUTMIX"])
 
 
 def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
@@ -278,50 +257,6 @@ def load_test_loader(
         preprocessing=_full_preprocessing(pipeline, size, statistics),
         name=f"{len(test)} held-out training images" if held_out else TEST_SET,
     )
-
-
-class DataSpec(NamedTuple):
-    """Properties of a data set that need no data: from the config and the registered class.
-
-    Attributes:
-        zoo: as of :class:`Data`.
-        statistics: mean and std of each channel; None if they must be computed.
-        side: DATASET.IMAGE_SIZE; 0: images keep their size.
-        keeps_shape: whether evaluation takes the centre crop of images of any shape.
-        files: whether images are files, of any size.
-        labels: whether training uses labels.
-    """
-
-    zoo: str
-    statistics: Statistics | None
-    side: ImageSize
-    keeps_shape: bool
-    files: bool
-    labels: bool
-
-
-def data_spec(cfg: Any) -> DataSpec:
-    """The properties of `cfg.DATASET` that need no data."""
-    node = read_node(cfg)
-    source = source_of(node)
-    return DataSpec(
-        node["ZOO"] or source.zoo,
-        given_statistics(node, source),
-        node["IMAGE_SIZE"],
-        keeps_shape(source, augment_of(node, source)),
-        has_files(source),
-        is_labelled(node, source),
-    )
-
-
-def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
-    """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
-    node = read_node(cfg)
-    source = source_of(node)
-    how = choose_preprocessing(
-        node, source, data_root(node, source), augment_of(node, source), network
-    )
-    return replace(how, interpolation=how.interpolation or "bilinear")
 
 
 def _device(cfg: Any, device: torch.device | None) -> torch.device:

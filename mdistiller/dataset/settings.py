@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdistiller.dataset.data_source import CHANNELS, DATASET_CONFIG, DATASETS, DataSource
 from mdistiller.dataset.files.folder import FileSource
-from mdistiller.dataset.files.preprocessing import check_keys
+from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocessing, keeps_shape
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 from mdistiller.dataset.sources.shards import Shards
-from mdistiller.preprocessing import Statistics, read_image_size
+from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, read_image_size
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root
 
@@ -74,12 +75,14 @@ def data_root(node: dict[str, Any], source: DataSource) -> Path:
 
 
 def source_of(node: Mapping[str, Any]) -> DataSource:
+    """The source that DATASET.TYPE names."""
     entry = DATASETS[node["TYPE"]]
     source: DataSource = entry() if isinstance(entry, type) else entry
     return source
 
 
 def augment_of(node: dict[str, Any], source: DataSource) -> type[Identity]:
+    """The augmentation that DATASET.AUGMENT names, by default the source's."""
     return AUGMENTS[source.augment if node["AUGMENT"] == "default" else node["AUGMENT"]]
 
 
@@ -98,10 +101,12 @@ def given_statistics(node: dict[str, Any], source: DataSource) -> Statistics | N
 
 
 def is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
+    """Whether training uses labels."""
     return bool(node["LABELS"] and source.labels)
 
 
 def has_no_test(node: dict[str, Any], source: DataSource) -> bool:
+    """Whether DATASET.VAL_SPLIT replaces test images that the data lack."""
     return bool(node["VAL_SPLIT"]) and not source.has_test(data_root(node, source))
 
 
@@ -121,4 +126,61 @@ def is_balanced(node: dict[str, Any], source: DataSource) -> bool:
 
 
 def has_files(source: DataSource) -> bool:
+    """Whether images are files, of any size."""
     return isinstance(source, (FileSource, Shards))
+
+
+class DataSpec(NamedTuple):
+    """Properties of a data set that need no data: from the config and the registered class.
+
+    Attributes:
+        zoo: as of :class:`Data`.
+        statistics: mean and std of each channel; None if they must be computed.
+        side: DATASET.IMAGE_SIZE; 0: images keep their size.
+        keeps_shape: whether evaluation takes the centre crop of images of any shape.
+        files: whether images are files, of any size.
+        labels: whether training uses labels.
+    """
+
+    zoo: str
+    statistics: Statistics | None
+    side: ImageSize
+    keeps_shape: bool
+    files: bool
+    labels: bool
+
+
+def data_spec(cfg: Any) -> DataSpec:
+    """The properties of `cfg.DATASET` that need no data."""
+    node = read_node(cfg)
+    source = source_of(node)
+    return DataSpec(
+        node["ZOO"] or source.zoo,
+        given_statistics(node, source),
+        node["IMAGE_SIZE"],
+        keeps_shape(source, augment_of(node, source)),
+        has_files(source),
+        is_labelled(node, source),
+    )
+
+
+def lacks_test(cfg: Any) -> bool:
+    """Whether the data have no test images, so that those of DATASET.VAL_SPLIT take their place."""
+    node = read_node(cfg)
+    return has_no_test(node, source_of(node))
+
+
+def mixes_labels(cfg: Any) -> bool:
+    """Whether training targets are class probabilities: mixup or CutMix is on."""
+    node = read_node(cfg)
+    return bool(node["MIXUP"] or node["CUTMIX"])
+
+
+def eval_preprocessing(cfg: Any, network: Preprocessing | None = None) -> Preprocessing:
+    """Preprocessing that :func:`load_test_loader` uses for a network, without mean and std."""
+    node = read_node(cfg)
+    source = source_of(node)
+    how = choose_preprocessing(
+        node, source, data_root(node, source), augment_of(node, source), network
+    )
+    return replace(how, interpolation=how.interpolation or "bilinear")

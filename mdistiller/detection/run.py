@@ -27,6 +27,7 @@ from mdistiller.engine.networks.lone_image import refuse_lone_picture
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.run import train as engine
 from mdistiller.engine.run.overview import describe_network
+from mdistiller.engine.run.prepare import Prepared
 from mdistiller.engine.trainer import seed_everything, trainer_dict
 from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
@@ -46,7 +47,7 @@ class DetectionData:
 
 def prepare(
     cfg: Config, name: str, device: torch.device, teacher_acc: float | None = None
-) -> engine.Prepared:
+) -> Prepared:
     """Data, networks and trainer of a config.
 
     Args:
@@ -74,7 +75,7 @@ def prepare(
     refuse_lone_picture(stream, trainer, distiller, cfg)
     facts = {"num_classes": data.num_classes, "classes": data.class_names}
     about = describe(cfg, data, val.dataset, distiller, teacher_acc)
-    return engine.Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc, about=about)
+    return Prepared(trainer, DetectionData((stream, val)), facts, teacher_acc, about=about)
 
 
 def describe(

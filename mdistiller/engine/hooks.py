@@ -133,6 +133,10 @@ class Hook:
     def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
         """After each epoch; `record` holds its numbers and may be added to."""
 
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        """What the epoch's printed line has beside the trainer's own cells, by title."""
+        return {}
+
     def write(self, trainer: Trainer, epoch: int, record: Record) -> None:
         """Log an epoch's numbers."""
 

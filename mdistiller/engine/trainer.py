@@ -1,13 +1,14 @@
 """The training loop. Other trainers override `batch_inputs`, or `backward` and `update`.
 
-`optimization.py` turns the gradients of micro-batches into optimizer steps.
+`optimization.py` turns the gradients of micro-batches into optimizer steps; `classification.py`
+has the metrics.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mdistiller.distillers.helpers.training.checks import logits_of, metrics_of, step_of
-from mdistiller.engine.callbacks.console import BEST
+from mdistiller.distillers.helpers.training.checks import metrics_of, step_of
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
@@ -31,6 +31,7 @@ from mdistiller.engine.checkpoints.resume import (
     schedule_state,
     seed_everything,
 )
+from mdistiller.engine.classification import Classification
 from mdistiller.engine.distributed import (
     broadcast_buffers,
     is_main_process,
@@ -41,15 +42,14 @@ from mdistiller.engine.distributed import (
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.metrics import SELECT_BY, Meters, NonFiniteLossError, score_of
+from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optim.param_groups import student_groups
-from mdistiller.engine.optim.schedules import by_step
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
-from mdistiller.engine.utils import correct_counts, evaluate
+from mdistiller.engine.trainer_checks import check_trainer_settings
 from mdistiller.engine.utils import progress as progress_bar
-from mdistiller.registry import Registry, UserError
+from mdistiller.registry import Registry
 from mdistiller.runtime import rank, world_size
 
 trainer_dict = Registry("trainer (SOLVER.TRAINER)")
@@ -57,7 +57,7 @@ trainer_dict = Registry("trainer (SOLVER.TRAINER)")
 
 @trainer_dict.register("crd")  # CRD needs no trainer of its own here; the name stays valid
 @trainer_dict.register("base")
-class BaseTrainer(Optimization):
+class BaseTrainer(Classification, Optimization):
     """Trains a distiller by the sum of its loss terms.
 
     A batch of the loader is a micro-batch: SOLVER.ACCUMULATE of them in a row, the epoch's last
@@ -72,12 +72,10 @@ class BaseTrainer(Optimization):
 
     A trainer that overrides `train_epoch` can be saved, and stopped by signals, only after epochs.
 
-    Override `measure`, `train_numbers`, `evaluate` and `columns` for another task's metrics.
+    Override what :class:`Classification` has (`measure`, `evaluate`, ...) for another task's
+    metrics, `selects` among them.
 
     Class attributes:
-        selects: the key of the evaluation that `best_acc` is of, in percent; the best epoch is
-            chosen by it unless LOG.SELECT_BY says otherwise.
-        selected_on: the images of that evaluation in words; "": those of the run's `val_loader`.
         own_steps: whether the trainer steps the optimizer itself, so that the engine can neither
             accumulate gradients nor follow the weights. It is set by itself where a subclass
             overrides `train_epoch`, `train_iter` or `optimize`; one whose override only adds to
@@ -88,8 +86,6 @@ class BaseTrainer(Optimization):
     """
 
     stage = ""
-    selects: str = "test_acc"
-    selected_on: str = ""
     own_steps: ClassVar[bool] = False
     own_inputs: ClassVar[bool] = False
 
@@ -141,35 +137,7 @@ class BaseTrainer(Optimization):
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         """Refuse settings that this trainer, or so short an epoch, cannot follow."""
         check_settings(cfg, plain=cls in (BaseTrainer, InitTrainer))
-        solver = cfg.SOLVER
-        wanted = [key for key in ("EMA", "SKIP_NONFINITE") if solver[key]]
-        wanted += ["ACCUMULATE"] if solver.ACCUMULATE > 1 else []
-        wanted += ["SCHEDULE_BY"] if by_step(solver) else []
-        if cls.own_steps and wanted:
-            raise UserError(
-                f"SOLVER.{wanted[-1]} has no effect on SOLVER.TRAINER {solver.TRAINER}, which "
-                f"makes its steps itself: leave it out, or set {cls.__name__}.own_steps = False if "
-                "it calls super()"
-            )
-        if is_wanted(cfg) and (cls.own_steps or cls.own_inputs):
-            part, flag = ("steps", "own_steps") if cls.own_steps else ("inputs", "own_inputs")
-            raise UserError(
-                f"DISTILLER.TEACHER_CACHE {cfg.DISTILLER.TEACHER_CACHE}: SOLVER.TRAINER "
-                f"{solver.TRAINER} makes its {part} itself; set it to none, or "
-                f"{cls.__name__}.{flag} = False if that only adds to what it inherits"
-            )
-        if cls.selects != "test_acc" and cfg.LOG.get("SELECT_BY", "top1") != "top1":
-            raise UserError(
-                f"LOG.SELECT_BY {cfg.LOG.SELECT_BY} has no effect on SOLVER.TRAINER "
-                f"{solver.TRAINER}, which selects by {cls.selects}: set it to top1"
-            )
-        if solver.ACCUMULATE > 1 and train_loader is not None:
-            batches = len(train_loader)
-            if batches < solver.ACCUMULATE:
-                raise UserError(
-                    f"SOLVER.ACCUMULATE {solver.ACCUMULATE} is more than the {batches} batches of "
-                    f"an epoch (SOLVER.BATCH_SIZE {solver.BATCH_SIZE} a process); lower it"
-                )
+        check_trainer_settings(cls, cfg, train_loader)
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
         """The hooks, in order, between the NaN guard and the handler of signals."""
@@ -206,7 +174,7 @@ class BaseTrainer(Optimization):
         """One pass over the training data, then the hooks: evaluate, log, save."""
         meters, batches = self.start_epoch(epoch)
         first, take_step = self.step + 1, step_function(self)  # `train_iter`, or replays of it
-        try:
+        with self.guard.reporting(self):
             for self.step, data in enumerate(batches, start=first):
                 message = take_step(data, epoch, meters)
                 if not batches.disable:  # on a terminal
@@ -216,8 +184,6 @@ class BaseTrainer(Optimization):
                     self.call("after_steps", meters)  # step curves
                 self.call("after_step")  # timed saves, signals
             record = self.epoch_record(meters)
-        except NonFiniteLossError as error:
-            raise self.guard.report(self, error) from None
         self.end_epoch(record["train_loss"])
         broadcast_buffers(self.model)
         self.epoch, self.step = epoch, 0
@@ -232,8 +198,7 @@ class BaseTrainer(Optimization):
                 output, losses = step_of(self.model, self.distiller(**inputs))
             self.call("after_forward", losses)  # the guard against non-finite losses
             numbers, samples = self.measure(output, inputs)
-            if getattr(self.model, "metrics", None):
-                numbers |= metrics_of(self.model, self.device)
+            numbers |= metrics_of(self.model, self.device)
             label = f"{self.stage} epoch {epoch}, step {self.step}".strip()
             train_meters.add(label, losses, numbers, samples)
             self.optimize(losses)  # backward; at a group's end clip and step
@@ -268,12 +233,6 @@ class BaseTrainer(Optimization):
                 getattr(hook, moment)(self, *args)
 
     @property
-    def select_by(self) -> str:
-        """LOG.SELECT_BY: what the best epoch is chosen by."""
-        by: str = self.cfg.LOG.get("SELECT_BY", "top1")
-        return by
-
-    @property
     def epochs(self) -> int:
         """Epochs of the stage."""
         epochs: int = self.cfg.SOLVER.EPOCHS
@@ -300,56 +259,12 @@ class BaseTrainer(Optimization):
         if hasattr(self.train_loader, "set_epoch"):
             self.train_loader.set_epoch(epoch)
 
-    def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-        """Metrics of a micro-batch, to be averaged over the epoch, and its number of samples.
-
-        Args:
-            output: the distiller's first result: logits.
-            inputs: the distiller's keyword arguments.
-        """
-        target = inputs["target"]
-        logits = logits_of(self.model, output, len(target))
-        hits = correct_counts(logits, target) * (100.0 / len(target))
-        return {"top1": hits[0], "top5": hits[1]}, len(target)
-
-    def train_numbers(self, means: dict[str, float]) -> dict[str, float]:
-        """The epoch's training means under the names of the record."""
-        accuracy, loss = means.pop("top1", 0.0), means.pop("losses", 0.0)
-        others = {f"train_{name}": value for name, value in means.items()}
-        return {"train_acc": accuracy, "train_loss": loss, **others}
-
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate the student on `val_loader`; the result includes the key :attr:`selects`."""
-        numbers = evaluate(self.val_loader, self.distiller)
-        return {f"test_{name}": value for name, value in numbers.items()}
-
-    def columns(self, record: dict[str, Any]) -> dict[str, str]:
-        """What an epoch's printed line has behind the loss, by title."""
-        score, by = "eval %", self.select_by
-        cells = {"train %": f"{record['train_acc']:.2f}", score: f"{record['test_acc']:.2f}"}
-        if by != "top1":
-            score = "eval loss" if by == "loss" else by.removesuffix("_accuracy")
-            cells[score] = f"{record[SELECT_BY[by]]:.{4 if by == 'loss' else 2}f}"
-        cells[score] = self.marked(cells[score])
-        if "ema_test_acc" in record:
-            cells["ema %"] = f"{record['ema_test_acc']:.2f}"
-        for number in range(1, len(self.model.students())):
-            cells[f"peer{number} %"] = f"{record[f'peer{number}_test_acc']:.2f}"
-        if "teacher_hits" in record:
-            cells["cached %"] = f"{record['teacher_hits']:.0f}"
-        return cells
-
-    def marked(self, score: str) -> str:
-        """A score as printed, with a mark if the epoch is the best so far."""
-        return score + (BEST if self.best_epoch == self.epoch else " ")
-
     def epochs_left(self, epoch: int) -> int:
         """Epochs of the run after this one."""
         return self.epochs - epoch
 
     def batch_inputs(self, data: Sequence[Any], epoch: int) -> dict[str, Any]:
         """Keyword arguments of the distiller for a loader's item (image, target, index, ...)."""
-
         names = ("image", "target", "index", "contrastive_index")
         inputs: dict[str, Any] = {"epoch": epoch}
         for name, value in zip(names, data, strict=False):
@@ -369,16 +284,6 @@ class BaseTrainer(Optimization):
             self.best_acc = float(log_dict.get(self.selects, -1.0))
         self.history.append({"epoch": epoch, "lr": lr, **log_dict})
         self.call("write", epoch, {"lr": lr, **log_dict})
-
-    def score(self, record: Mapping[str, Any]) -> float:
-        """What the best epoch has most of."""
-        if self.select_by != "top1":
-            return score_of(record, self.select_by)
-        return float(record.get(self.selects, -1.0))
-
-    def best(self) -> dict[str, float]:
-        """The best epoch's number, by its name in logs and summary."""
-        return {"best_acc": self.best_acc}
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain values and tensors; override to add to it."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import eval_preprocessing, load_test_loader
-from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.make import make_network
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import recorded_preprocessing
 from mdistiller.engine.networks.roles import checkpoint_config
 from mdistiller.engine.run.folder import checkpoint_file, recorded_config, refuse_commands

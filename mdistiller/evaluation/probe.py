@@ -9,7 +9,7 @@ import torch
 
 from mdistiller.dataset import TestData, data_spec
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.build import build_network
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.probe import labelled_sets, probe
 from mdistiller.evaluation.subjects import Source, own_preprocessing_of
 from mdistiller.preprocessing import Preprocessing

@@ -44,6 +44,8 @@ def export_backbone(student: Student, out: Path, force: bool = False) -> tuple[P
         head = getattr(student.net, "head", "fc")
         whose = f"torchvision's {name}" if library == "torchvision" else student.name
         usage = f'torch.load("{path}"), for {whose} with an nn.Identity() as {head}'
+        if student.channels != 3:
+            usage += f" and a first convolution for {student.channels} channels"
     else:
         raise UserError(f"{student.name} has no classifier() that could be left out of its file")
     missing = sorted(wanted - state.keys())
@@ -58,6 +60,8 @@ def export_backbone(student: Student, out: Path, force: bool = False) -> tuple[P
 def _of_timm(student: Student, name: str) -> tuple[set[str], dict[str, Any]]:
     """The keys of timm's backbone without classifier, and the arguments that build it."""
     settings = {"num_classes": 0, **student.settings}
+    if student.channels != 3:
+        settings["in_chans"] = student.channels
     sized = {"img_size": student.image_size, **settings}
     create = import_timm().create_model
     try:

@@ -113,9 +113,10 @@ def quantize_student(
                 f"{INT8_FILE} is not written: its top-1 on the {what} is {top1[1]:.2f} %, "
                 f"{drop:.2f} points below float32's {top1[0]:.2f} %, and --max-drop is {max_drop:g}"
             )
-        times = tuple(_one_image(file, student) for file in (original.path, temporary))
+        measured = (original.path, temporary) if timed else ()
+        times = tuple(_one_image(file, student) for file in measured)
     made = Exported("onnx", path, original.raw, difference, run, original.single)
-    return Int8((original, made), top1, what, count, times if timed else ())
+    return Int8((original, made), top1, what, count, times)
 
 
 def check_epoch(student: Student) -> None:

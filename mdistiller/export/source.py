@@ -12,8 +12,8 @@ from torch import nn
 
 from mdistiller.dataset import data_spec, load_test_loader
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.build import build_network
 from mdistiller.engine.networks.class_order import stated_classes
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import (
     PRETRAINED,
     arguments,

@@ -25,8 +25,9 @@ from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.record import one_line
+from mdistiller.engine.run.sharing import data_key
 from mdistiller.engine.run.teacher import being_trained
-from mdistiller.engine.run.train import data_key, in_lock_step, train_or_continue
+from mdistiller.engine.run.train import in_lock_step, train_or_continue
 from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError

@@ -3,6 +3,7 @@
 import sys
 from datetime import timedelta
 
+import seed_processes
 import torch
 import torch.distributed as dist
 from support import golden_values
@@ -92,6 +93,7 @@ def step(name):
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {name: step(name) for name in METHODS}
+    results["SEED"] = seed_processes.steps()
     if rank() == 0:
         torch.save(results, sys.argv[1])
     dist.destroy_process_group()

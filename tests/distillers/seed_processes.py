@@ -1,10 +1,6 @@
-"""SEED in several processes: under torchrun, the first one saves what :func:`steps` gives."""
-
-import sys
-from datetime import timedelta
+"""Steps of SEED in one or several processes; `relation_processes.py` starts the latter."""
 
 import torch
-import torch.distributed as dist
 from crd_processes import Net
 from support import golden_values
 
@@ -37,15 +33,6 @@ def steps():
         losses.append(sum_over_ranks(loss.detach() / world_size()).item())
     gradients = [p.grad for p in seed.get_learnable_parameters() if p.requires_grad]
     state = {key: value for key, value in seed.state_dict().items() if key in ("queue", "position")}
+    for value in state.values():  # the same in all processes
+        assert torch.equal(sum_over_ranks(value.clone()), value * world_size())
     return {"losses": losses, "gradients": gradients, "queue": state}
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    result = steps()
-    queues = [None] * world_size()
-    dist.all_gather_object(queues, result["queue"])
-    assert all(torch.equal(queue[key], queues[0][key]) for queue in queues for key in queue)
-    if rank() == 0:
-        torch.save(result, sys.argv[1])
-    dist.destroy_process_group()

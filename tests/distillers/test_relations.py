@@ -2,6 +2,7 @@
 
 import pytest
 import relation_processes
+import seed_processes
 import torch
 from support import run_script
 
@@ -23,6 +24,13 @@ def test_two_processes_equal_one_on_an_uneven_batch(two_processes, name):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert max(g.abs().max() for g in one["gradients"]) > 0
     torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-7, atol=1e-12)
+
+
+def test_seed_has_one_queue_in_two_processes(two_processes):
+    two, one = two_processes["SEED"], seed_processes.steps()
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two["queue"], one["queue"], rtol=0, atol=1e-6)
 
 
 def test_alone_a_batch_stays_as_it_is():

@@ -3,10 +3,9 @@
 import math
 
 import pytest
-import seed_processes
 import torch
 from crd_processes import Net
-from support import golden_values, run_script
+from support import golden_values
 
 from mdistiller.distillers import Output
 from mdistiller.distillers.helpers.losses.numerics import unit
@@ -72,12 +71,3 @@ def test_the_loss_is_finite_for_any_features(rows):
     loss.backward()
     assert loss.isfinite()
     assert student.grad.isfinite().all()
-
-
-def test_two_processes_equal_one(tmp_path):
-    done = run_script(seed_processes.__file__, tmp_path / "two", processes=2)
-    assert done.returncode == 0, done.stderr
-    two, one = torch.load(tmp_path / "two", weights_only=True), seed_processes.steps()
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    torch.testing.assert_close(two["gradients"], one["gradients"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(two["queue"], one["queue"], rtol=0, atol=1e-6)

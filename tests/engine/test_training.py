@@ -13,7 +13,7 @@ from support import REPO, command, same_state, saved_teacher, write_config
 from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run import train as run_module
+from mdistiller.engine.run import prepare as run_module
 from mdistiller.engine.run.record import changed_settings
 from mdistiller.models import get_model_entry
 

@@ -41,7 +41,10 @@ class EpochTable:
             "lr": f"{record['lr']:.3g}",
             "loss": _number(record["train_loss"]),
         }
-        rest = {**trainer.columns(record), "img/s": f"{record['images_per_second']:.0f}"}
+        rest = trainer.columns(record)
+        for hook in trainer.hooks:
+            rest |= hook.columns(trainer, record)
+        rest["img/s"] = f"{record['images_per_second']:.0f}"
         rest["left"] = self._left(trainer, epoch)
         terms = _terms(record)
         if hasattr(sys.stdout, "prefix"):  # of runs in lock-step, whose lines alternate

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
-from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.distributed import broadcast_buffers
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
@@ -39,12 +39,6 @@ def move_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     for count, value in pairs:
         if not count.is_floating_point():
             count.copy_(value)
-
-
-def summary_numbers(numbers: Mapping[str, float], which: str, prefix: str = "") -> dict[str, float]:
-    """Accuracies on the test set under their names in a summary; `which` epoch: "last", "best"."""
-    names = [name for name in ("acc", "balanced_acc", "macro_f1") if name in numbers]
-    return {f"{prefix}test_{name}_{which}": numbers[name] for name in names}
 
 
 class AverageStudent(Hook):
@@ -95,6 +89,9 @@ class AverageStudent(Hook):
         if score >= self.best_score:
             self.best_score, self.best_acc, self.best_epoch = score, numbers["acc"], epoch
 
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        return {"ema %": f"{record['ema_test_acc']:.2f}"}
+
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         assert self.average is not None
         names = ["student_ema_latest", *(["student_ema_best"] if self.best_epoch == epoch else [])]
@@ -121,11 +118,6 @@ class AverageStudent(Hook):
             "ema_best_epoch": self.best_epoch,
         }
         if data.test is not None:
-            student = self.average
-            summary |= summary_numbers(evaluate(data.test, Vanilla(student)), "last", "ema_")
-            last_state = {key: value.clone() for key, value in student.state_dict().items()}
-            best = load_checkpoint(trainer.log_path / "student_ema_best")
-            student.load_state_dict(best["model"])
-            summary |= summary_numbers(evaluate(data.test, Vanilla(student)), "best", "ema_")
-            student.load_state_dict(last_state)
+            student, file = self.average, trainer.log_path / "student_ema_best"
+            summary |= last_and_best(student, file, data.test, "ema_", Vanilla(student))
         return summary

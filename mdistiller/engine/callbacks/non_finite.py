@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +156,14 @@ class NonFiniteGuard(Hook):
             where = f"{trainer.stage} epoch {trainer.epoch}, step {trainer.step}".strip()
             text = f"weights are not finite after {where}: they are not saved"
             raise NonFiniteLossError(text, ago=len(self._recent))
+
+    @contextlib.contextmanager
+    def reporting(self, trainer: Trainer) -> Iterator[None]:
+        """Raise a :exc:`NonFiniteLossError` of the steps within as :meth:`report` has it."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise self.report(trainer, error) from None
 
     def report(self, trainer: Trainer, error: NonFiniteLossError) -> UserError:
         """The error to raise: with the step's sample numbers and the path of a snapshot.

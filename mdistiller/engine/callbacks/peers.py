@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.callbacks.ema import summary_numbers
-from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
 from mdistiller.engine.utils import evaluate
@@ -41,6 +40,10 @@ class EvaluatePeers(Hook):
             if name not in self.best or score >= self.best[name][0]:
                 self.best[name] = score, numbers["acc"], epoch
 
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        names = [name for name, _ in self._peers(trainer)]
+        return {f"{name} %": f"{record[f'{name}_test_acc']:.2f}" for name in names}
+
     def networks(self, trainer: Trainer, epoch: int) -> dict[str, nn.Module]:
         numbered = epoch % trainer.cfg.LOG.SAVE_CHECKPOINT_FREQ == 0
         files: dict[str, nn.Module] = {}
@@ -68,11 +71,6 @@ class EvaluatePeers(Hook):
             numbers = {"last_acc": last, "best_acc": best, "best_epoch": epoch}
             summary |= {f"{name}_{key}": value for key, value in numbers.items()}
             if data.test is not None:
-                prefix = f"{name}_"
-                summary |= summary_numbers(evaluate(data.test, Vanilla(net)), "last", prefix)
-                kept = {key: value.clone() for key, value in net.state_dict().items()}
                 file = trainer.log_path / f"student_{name}_best"
-                net.load_state_dict(load_checkpoint(file)["model"])
-                summary |= summary_numbers(evaluate(data.test, Vanilla(net)), "best", prefix)
-                net.load_state_dict(kept)
+                summary |= last_and_best(net, file, data.test, f"{name}_", Vanilla(net))
         return summary

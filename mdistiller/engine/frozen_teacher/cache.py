@@ -33,7 +33,7 @@ from mdistiller.engine.frozen_teacher.fingerprint import (
 )
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
 from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
-from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.networks.roles import teacher_identity
 from mdistiller.engine.optim import autocast
 from mdistiller.engine.utils import print_log
@@ -91,6 +91,9 @@ class TeacherCache(Hook):
 
     def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
         return self.finish()
+
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        return {"cached %": f"{record['teacher_hits']:.0f}"}
 
     def epoch_state(self, trainer: Trainer) -> dict[str, Any]:
         self.keep(trainer.step)

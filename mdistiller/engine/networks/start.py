@@ -190,3 +190,19 @@ def _report(
 def _listed(items: list[str]) -> str:
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
+
+
+def student_start(cfg: Any) -> Path | None:
+    """The file that the student starts from, if any.
+
+    Raises:
+        UserError: it does not exist, or STUDENT_ARGS ask for released weights as well.
+    """
+    if not cfg.DISTILLER.STUDENT_CKPT:
+        return None
+    if cfg.DISTILLER.STUDENT_ARGS.get("pretrained"):
+        raise UserError(
+            "DISTILLER.STUDENT_CKPT and STUDENT_ARGS {pretrained: True} both say what the student "
+            "starts from: leave one of them out"
+        )
+    return find_file(cfg, "STUDENT_CKPT")

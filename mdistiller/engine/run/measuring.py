@@ -16,8 +16,8 @@ from mdistiller.dataset.memory.loader import EvalLoader
 from mdistiller.distillers import Distiller, TeacherEnsemble, Vanilla
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.metrics import MOST_CLASSES
-from mdistiller.engine.networks.build import model_entry
 from mdistiller.engine.networks.class_order import doubts
+from mdistiller.engine.networks.network import model_entry
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import peer_configs, teacher_configs
 from mdistiller.engine.networks.teacher_size import teacher_image_size

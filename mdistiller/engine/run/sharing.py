@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mdistiller.distillers import Distiller
+from mdistiller.engine.cfg import Config
 from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.frozen_teacher.fingerprint import computation, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen, named_tensors
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.together import Turn, current_turn
 from mdistiller.engine.stages import STRIDE
 
@@ -207,3 +209,12 @@ def share_cache(trainer: Any) -> None:
 
 def _itself(value: T) -> T:
     return value
+
+
+def data_key(cfg: Config) -> str:
+    """All settings that determine a run's batches, as text; equal for runs that train together.
+
+    But for the number of views: the weak ones of a pair are those of runs with one view.
+    """
+    facts = (cfg.DATASET, cfg.SOLVER.BATCH_SIZE, cfg.EXPERIMENT.SEED, cfg.DEVICE)
+    return repr((*facts, cfg.SOLVER.DETERMINISTIC, cfg.IMPORTS, teacher_image_size(cfg)))

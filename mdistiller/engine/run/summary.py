@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.callbacks.ema import summary_numbers
-from mdistiller.engine.checkpoints.write import load_checkpoint
+from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import evaluate
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
@@ -47,11 +45,7 @@ def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dic
     if hits:
         summary["teacher_hits"] = sum(hits) / len(hits)
     if data.test is not None:
-        summary |= summary_numbers(evaluate(data.test, trainer.distiller), "last")
-        last = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-        trainer.model.load_state_dict(load_checkpoint(trainer.log_path / "best")["model"])
-        summary |= summary_numbers(evaluate(data.test, trainer.distiller), "best")
-        trainer.model.load_state_dict(last)
+        summary |= last_and_best(trainer.model, trainer.log_path / "best", data.test)
     for hook in trainer.hooks:
         summary |= hook.summarize(trainer, data)
     return summary

@@ -15,12 +15,9 @@ from mdistiller.engine.cfg import Config, load_config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.config.files import find_config
 from mdistiller.engine.distributed import barrier, from_main_process
-from mdistiller.engine.networks.build import (
-    check_pair,
-    find_teacher,
-    no_teacher,
-)
+from mdistiller.engine.networks.build import check_pair
 from mdistiller.engine.networks.roles import of_teacher, teacher_configs
+from mdistiller.engine.networks.teacher_weights import find_teacher, no_teacher
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
 from mdistiller.engine.run.naming import experiment_name

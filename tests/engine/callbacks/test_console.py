@@ -30,6 +30,7 @@ def printed(monkeypatch, records, stream=None, epochs=100, stage=""):
     trainer = types.SimpleNamespace(
         **{"stage": stage, "epochs": epochs, "epoch": 0, "step": 0, "position": None},
         train_loader=range(4),
+        hooks=(),
         epochs_left=lambda epoch: epochs - epoch,
     )
     with monkeypatch.context() as patch:

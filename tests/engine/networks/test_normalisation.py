@@ -17,7 +17,8 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import Vanilla, get_distiller
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_distiller, build_network
+from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.utils import validate
 from mdistiller.models import ModelEntry, get_model_entry, imagenet_model_dict
 from mdistiller.models.normalize import input_norm, renormalize_input

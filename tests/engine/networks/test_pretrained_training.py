@@ -16,7 +16,7 @@ from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_network
+from mdistiller.engine.networks.network import build_network
 from mdistiller.models.normalize import input_norm
 
 VIT = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}

@@ -8,8 +8,9 @@ from support import saved_teacher
 from torchvision.transforms import InterpolationMode
 
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_network, find_teacher
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import PRETRAINED
+from mdistiller.engine.networks.teacher_weights import find_teacher
 from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.registry import UserError
 

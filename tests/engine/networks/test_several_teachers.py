@@ -14,11 +14,11 @@ from mdistiller.evaluation.subjects import run_sources
 
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory):
-    """A resnet8 and a resnet14 as entries of DISTILLER.TEACHERS."""
-    folder = tmp_path_factory.mktemp("teachers")
+    """Two different resnet8 as entries of DISTILLER.TEACHERS."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     return [
-        {"NAME": name, "CKPT": str(saved_teacher(folder, name, seed=number))}
-        for number, name in enumerate(("resnet8", "resnet14"))
+        {"NAME": "resnet8", "CKPT": str(saved_teacher(folder, seed=number))}
+        for number, folder in enumerate(folders)
     ]
 
 

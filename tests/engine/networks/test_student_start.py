@@ -12,7 +12,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.distillers import Vanilla
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_network
+from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.start import with_channels
 from mdistiller.models import cifar_model_dict
 from mdistiller.models.normalize import input_norm

@@ -109,7 +109,7 @@ def metrics_of(method: object, device: torch.device) -> dict[str, Tensor]:
     Raises:
         UserError: one is not a number.
     """
-    metrics: Any = getattr(method, "metrics", {})
+    metrics: Any = getattr(method, "metrics", None) or {}
     tensors = {}
     for name, value in metrics.items():
         if isinstance(value, (int, float)):

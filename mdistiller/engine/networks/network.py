@@ -1,0 +1,112 @@
+"""Build a single network of a config: its weights, classes and input normalisation."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mdistiller.dataset import Data, DataSource, TestData
+from mdistiller.engine.networks.class_order import match_classes
+from mdistiller.engine.networks.make import check_input, make_network
+from mdistiller.engine.networks.released import (
+    PRETRAINED,
+    arguments,
+    own_preprocessing,
+    require_classes,
+    states_nothing,
+    statistics_of,
+    taken_line,
+)
+from mdistiller.engine.networks.start import load_start, student_start
+from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.utils import print_log
+from mdistiller.models import ModelEntry, get_model_entry
+from mdistiller.models.normalize import renormalize_input, resize_input
+from mdistiller.preprocessing import Preprocessing
+from mdistiller.registry import UserError
+from mdistiller.runtime import local_rank_zero_first
+from mdistiller.weights import load_network
+
+
+def build_network(
+    cfg: Any,
+    role: str,
+    data: Data | TestData,
+    weights: str | Path | None = None,
+    any_head: bool = False,
+) -> nn.Module:
+    """The network in a role, "STUDENT" or "TEACHER", with its input normalisation.
+
+    Args:
+        weights: a file, or PRETRAINED for released ones that must be of the data's classes; "" for
+            random ones. By default what fits of DISTILLER.STUDENT_CKPT for a student; else what the
+            role's ARGS say: random ones, or with `pretrained` released ones under a classifier for
+            the data.
+        any_head: the classifier will not be used: weights may be for other classes, or have none.
+    """
+    name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
+    entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    backbone = settings.get("num_classes") == 0
+    if backbone and data.num_classes and not any_head:
+        raise UserError(
+            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
+            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+        )
+    wanted = settings.pop("pretrained", False)
+    start = student_start(cfg) if role == "STUDENT" and weights is None else None
+    weights = start or weights
+    if weights == PRETRAINED:
+        wanted = wanted or True
+        if not any_head:
+            require_classes(entry, {**settings, "pretrained": wanted}, data.num_classes)
+    elif weights is not None:
+        wanted = False
+    if wanted:
+        settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
+    net: Any
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size = own_size or data.image_size
+    with local_rank_zero_first() if wanted else contextlib.nullcontext():
+        channels = len(data.mean)
+        net = make_network(entry, data.num_classes, size, settings, key, channels)
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # training images are made for the teacher
+    facts = entry.pretrained_on(settings) if wanted and any_head else None
+    if facts is not None and facts.classes != data.num_classes:
+        net.untrained_head = True
+    check_input(net, name, data, backbone)
+    given, stated = (data.mean, data.std), None
+    if start is not None:
+        stated = load_start(cfg, net, start, name, data)
+    elif weights not in (None, "", PRETRAINED):
+        stated = load_network(
+            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
+        )
+        if not getattr(net, "untrained_head", False):
+            match_classes(cfg, net, weights, stated, data, any_head)
+    how = own_preprocessing(cfg, role, entry, weights, stated)
+    renormalize_input(net, given, statistics_of(cfg, role, how, given))
+    if weights and how and states_nothing(entry, weights, stated):
+        if data.preprocessing.resize == "keep":
+            how = Preprocessing(how.mean, how.std)
+        print_log(taken_line(name, role, how, weights))
+    return net
+
+
+def model_entry(
+    cfg: Any, role: str, data: Data | TestData | DataSource, key: str = ""
+) -> ModelEntry:
+    """The zoo's entry for the network in a role, "STUDENT" or "TEACHER".
+
+    Args:
+        key: of DISTILLER, for errors; by default the role.
+    """
+    try:
+        return get_model_entry(cfg.DISTILLER[role], data.zoo)
+    except UserError as error:
+        raise UserError(f"DISTILLER.{key or role}: {error}") from None
