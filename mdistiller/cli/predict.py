@@ -129,7 +129,7 @@ def _line(one: Prediction) -> str:
 
 def _summary(found: Sequence[Prediction], unreadable: int) -> str:
     labelled = [one for one in found if one.truth]
-    text = f"{len(found)} images"
+    text = f"{len(found)} image{'s' * (len(found) != 1)}"
     if labelled:
         wrong = sum(one.wrong for one in labelled)
         text += f"; of {len(labelled)} with a true class {wrong} wrong: top-1 "

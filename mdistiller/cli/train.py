@@ -38,7 +38,8 @@ WORDS = ("yes", "auto")
 
 def _is_folder(word: str) -> bool:
     """Whether a word names a folder, and no config key."""
-    return not word.endswith(YAML) and ("/" in word or Path(word).is_dir())
+    named = not word.startswith("-") and not word.partition(".")[0].isupper()
+    return not word.endswith(YAML) and ("/" in word or named or Path(word).is_dir())
 
 
 def parser(prog: str = "train", about: str = __doc__) -> argparse.ArgumentParser:

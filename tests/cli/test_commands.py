@@ -1,6 +1,7 @@
 """The commands as users call them: their output, and one line for everything that cannot work."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mdistiller.cli import COMMANDS
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import main as mdistiller
 from mdistiller.cli import train as train_command
+from mdistiller.cli.support.command import PIPE_CLOSED, guarded
 from mdistiller.distillers import DISTILLERS, Vanilla
 from mdistiller.engine.config.values import lookup
 from mdistiller.engine.utils import validate
@@ -42,6 +44,7 @@ BAD = {
     "DATASET.TYPE imagefolder DATASET.ROOT nowhere": "nowhere",
     "--resume": "--resume: there is no checkpoint",
     "--resume output/nowhere": "leave --cfg out",
+    "--resume nowhere": "leave --cfg out",
     "DISTILLER.TYPE KD DISTILLER.TEACHER resnet56": "no weights for the teacher resnet56",
     "DISTILLER.TYPE KD DISTILLER.TEACHER ResNet18 DISTILLER.STUDENT MobileNetV1 "
     "DATASET.TYPE toy_imagenet": "for 1000 classes, but 10 are wanted",
@@ -302,3 +305,20 @@ def test_options_of_forks_are_their_overrides(words, tmp_path, monkeypatch):
         DISTILLERS.pop("RLDLIKE", None)
     assert {key: lookup(seen[0], key) for key in FORK_FLAGS[words]} == FORK_FLAGS[words]
     assert ("--logit-stand" in words) == seen[0].EXPERIMENT.LOGIT_STAND
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly(monkeypatch, capsys):
+    for text in ("a line", "more than a buffer" * 10_000):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            assert guarded(lambda text=text: print(text)) == PIPE_CLOSED
+
+    def lost():
+        raise BrokenPipeError("of something else than standard output")
+
+    monkeypatch.undo()
+    with pytest.raises(BrokenPipeError):
+        guarded(lost)
+    assert capsys.readouterr().err == ""

@@ -15,6 +15,7 @@ from mdistiller.runtime import keep_freed_memory
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # as a shell counts SIGPIPE
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 # how gloo and NCCL say that the other end of a connection is gone
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
@@ -24,8 +25,8 @@ _LATE = ("Timed out", "timed out", "Application timeout", "operation timeout")  
 def guarded(command: Callable[[], object]) -> int:
     """Run `command`; 0, or the exit code of what ended it.
 
-    They are that of a user's error (2), of a run that a signal ended with its state saved (75), and
-    of Ctrl-C elsewhere (130).
+    They are that of a user's error (2), of a run that a signal ended with its state saved (75), of
+    Ctrl-C elsewhere (130), and of a reader such as `| head` that has enough (141).
 
     Of several processes one tells why they end: the first, if the cause is the same in all.
     """
@@ -36,6 +37,7 @@ def guarded(command: Callable[[], object]) -> int:
         import mdistiller.detection  # noqa: F401  # registers what configs and reports have of it
 
         command()
+        sys.stdout.flush()
     except UserError as error:
         return _end(f"{who}: {' '.join(str(error).split())}", BAD_INPUT)
     except KeyboardInterrupt as stop:
@@ -44,6 +46,8 @@ def guarded(command: Callable[[], object]) -> int:
             print(str(stop) or f"interrupted; {advice}", file=sys.stderr, flush=True)
         return getattr(stop, "code", INTERRUPTED)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return PIPE_CLOSED
         if error.errno not in _NO_PLACE:
             raise
         what = f"{error.filename}: " if error.filename else ""
@@ -59,6 +63,16 @@ def guarded(command: Callable[[], object]) -> int:
             return _end(f"{who}: {text}: it hangs or is stopped", FAILED)
         return _end(f"{who}:\n{traceback.format_exc()}", FAILED)
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a closed pipe; what is left for it is then discarded."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return True
+    return False
 
 
 def _end(text: str, code: int) -> int:
