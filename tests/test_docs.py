@@ -276,5 +276,5 @@ def test_pages_show_the_examples_as_they_are():
     different = [name for name, text in shown.items() if (examples / name).read_text() != text]
     assert different == []
     files = {path.name for path in examples.iterdir() if path.is_file()}
-    assert files - set(shown) == {"draw_shells.py"}
+    assert files - set(shown) == {"draw_shells.py", "README.md"}
     assert [p.name for p in examples.glob("*.yaml") if len(p.read_text().splitlines()) > 12] == []

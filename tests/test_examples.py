@@ -1,4 +1,4 @@
-"""The commands of docs/own_code.md and docs/own_backbone.md, run in a folder of a user."""
+"""The commands of docs/own_code.md, own_backbone.md and examples/, run in a folder of a user."""
 
 import json
 import re
@@ -45,10 +45,14 @@ def python(folder, script, *words):
 
 def follow(folder, page, config, *more):
     """Do what a section says, training for one epoch and with `more` in each training."""
+    return execute(folder, commands(page, config), *more)
+
+
+def execute(folder, lines, *more):
+    """Run words of commands in one process, training as `follow`; returns what they printed."""
     small = [*more, "SOLVER.EPOCHS", "1", "DEVICE", "cpu"]
-    found = commands(page, config)
-    words = [[*line, *(small if line[0] == "train" else [])] for line in found]
-    words = [[*line, *(["--no-latency"] if line[0] == "export" else [])] for line in words]
+    extra = {"train": small, "sweep": ["--jobs", "1", *small], "export": ["--no-latency"]}
+    words = [[*line, *extra.get(line[0], [])] for line in lines]
     script = folder.parent / "run.py"
     script.write_text(RUN)
     done = run_script(script, json.dumps(words), cwd=folder)
@@ -105,28 +109,72 @@ def test_own_data(folder):
     )
 
 
-def test_own_method(folder):
-    teacher = saved_teacher(folder, "resnet20")
-    toy = ["DATASET.TYPE", "toy", "--import", TOY, "DISTILLER.TEACHER_CKPT", str(teacher)]
-    follow(folder, "own_code.md", "own_method.yaml", *toy)
-    run = folder / "output" / "digits" / "cosine"
-    row = metrics(run)
+def table():
+    """The files, their lines as text and the commands of each row of examples/README.md."""
+    for line in (EXAMPLES / "README.md").read_text().splitlines():
+        if line.startswith("| ") and not line.startswith("| what "):
+            _, files, lines, command = line.strip("| ").split(" | ")
+            yield re.findall(r"\[(\S+)\]", files), lines, re.findall(r"`([^`]+)`", command)
+
+
+def test_the_table_of_examples_has_every_file_its_lines_and_its_command():
+    for files, lines, found in table():
+        texts = [(EXAMPLES / name).read_text().splitlines() for name in files]
+        assert lines == " + ".join(str(sum(map(bool, text))) for text in texts), files
+        comments = [line[2:] for line in texts[-1] if line.startswith("# ")]
+        assert found == comments, files
+    listed = {name for files, *_ in table() for name in files}
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")}
+
+
+@pytest.fixture(scope="module")
+def researcher(tmp_path_factory):
+    """A user's folder in which the table's commands have run; `still` is `cosine` at no rate."""
+    folder = tmp_path_factory.mktemp("researcher") / "mine"
+    shutil.copytree(EXAMPLES, folder)
+    lines = [shlex.split(line)[1:] for *_, found in table() for line in found]
+    assert [line[0] for line in lines] == ["train", "sweep", "report", "train", "train"]
+    assert lines[0][-1] == "cosine"
+    lines.append([*lines[0][:-1], "still", "SOLVER.LR", "1e-12"])
+    teacher = ["DISTILLER.TEACHER_CKPT", str(saved_teacher(folder, "resnet20"))]
+    execute(folder, lines, "DATASET.TYPE", "tiny16", "--import", TOY, *teacher)
+    return folder
+
+
+def test_own_method(researcher):
+    runs = researcher / "output" / "digits"
+    row = metrics(runs / "cosine")
     assert row["train_loss_kd"] == pytest.approx(3.0 * (1 - row["train_cosine"]), rel=1e-4)
-    assert "embed.weight" in state(run / "latest")
-    assert set(state(run / "student_latest")) == set(state(teacher)) - _deeper(state(teacher))
+    trained, start = (state(runs / name / "latest")["embed.weight"] for name in ("cosine", "still"))
+    assert 1e-4 < (trained - start).abs().max() < 0.1  # two draws differ by up to 0.25
+    teacher = state(researcher / "resnet20_10.pth")
+    assert set(state(runs / "cosine" / "student_latest")) == set(teacher) - _deeper(teacher)
 
 
-def test_own_hook(folder):
-    follow(folder, "own_code.md", "own_hook.yaml", "DATASET.TYPE", "toy", "--import", TOY)
-    run = folder / "output" / "digits" / "hook"
+def test_own_study(researcher):
+    latex = (researcher / "study.tex").read_text()
+    body = re.search(
+        r"\\begin\{tabular\}\{lrrrr\}\n.*\\midrule\n(.*)\\bottomrule\n\\end\{tabular\}\n$",
+        latex,
+        re.S,
+    )[1]
+    rows = [re.fullmatch(r"(\w+) & 3( & [^&]+){3} \\\\", line) for line in body.splitlines()]
+    assert sorted(row[1] for row in rows) == ["COSINE", "DKD", "KD", "NONE"]
+    assert all(row[0].count("$") % 2 == 0 and r"\pm" in row[0] for row in rows)
+    runs = [path.parent for path in researcher.glob("output/sweeps/study/*/*/metrics.jsonl")]
+    assert len(runs) == 12
+    assert sum("train_cosine" in metrics(run) for run in runs) == 3
+
+
+def test_own_hook(researcher):
+    run = researcher / "output" / "digits" / "hook"
     weights = state(run / "student_latest")
     norms = [v.norm() for k, v in weights.items() if k.endswith(("weight", "bias"))]
     assert metrics(run)["weight_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-4)
 
 
-def test_own_optimizer_schedule_augmentation_and_trainer(folder):
-    follow(folder, "own_code.md", "own_training.yaml", "DATASET.TYPE", "toy", "--import", TOY)
-    run = folder / "output" / "digits" / "training"
+def test_own_optimizer_schedule_augmentation_and_trainer(researcher):
+    run = researcher / "output" / "digits" / "training"
     latest = torch.load(run / "latest", weights_only=True)
     assert latest["settings"]["optimizer"] == "SignSGD"
     assert latest["scheduler"]["end_factor"] == 0.01
@@ -137,7 +185,7 @@ def test_own_optimizer_schedule_augmentation_and_trainer(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUGMENTS, "crop_negative", None)
         del AUGMENTS["crop_negative"]
-        exec((folder / "own_augment.py").read_text(), {})
+        exec((EXAMPLES / "own_augment.py").read_text(), {})
         augment = AUGMENTS["crop_negative"]((8, 8))
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
     parameters = torch.tensor([[1, 1, 0], [1, 1, 1]])

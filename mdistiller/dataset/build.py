@@ -114,19 +114,8 @@ def load_data(
     pipeline = feed = _pipeline(node, "train", _device(cfg, device))
     labelled = is_labelled(node, pipeline.source)
     balanced = is_balanced(node, pipeline.source)
-    train = pipeline.read("train")
-    splits, held = [renumber_classes(train, node["CLASSES"])], None
-    if pipeline.source.labels and not has_no_test(node, pipeline.source):
-        test = pipeline.read("test")
-        same_classes(train.classes, test.classes, pipeline.root)
-        splits.append(renumber_classes(test, node["CLASSES"]))
+    splits, held = _read_splits(node, pipeline, labelled), None
     train = splits[0]
-    if node["CLASSES"]:
-        report_empty_classes(train, pipeline.root)
-    if labelled and len(train.classes) < 2:
-        raise UserError(
-            f"{pipeline.root} has only one class ({train.classes[0]}); at least two are required"
-        )
     size = pipeline.size(*splits)
     statistics = given_statistics(node, pipeline.source) or pipeline.statistics(train)
     feed_size = size
@@ -173,6 +162,24 @@ def load_data(
         train_size=feed_size,
         val_name=val_name,
     )
+
+
+def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: bool) -> list[Any]:
+    """The training images and, if the data have them, the test images, of DATASET.CLASSES."""
+    train = pipeline.read("train")
+    splits = [renumber_classes(train, node["CLASSES"])]
+    if pipeline.source.labels and not has_no_test(node, pipeline.source):
+        test = pipeline.read("test")
+        same_classes(train.classes, test.classes, pipeline.root)
+        splits.append(renumber_classes(test, node["CLASSES"]))
+    classes = splits[0].classes
+    if node["CLASSES"]:
+        report_empty_classes(splits[0], pipeline.root)
+    if labelled and len(classes) < 2:
+        raise UserError(
+            f"{pipeline.root} has only one class ({classes[0]}); at least two are required"
+        )
+    return splits
 
 
 def _report_no_test(root: Path, held: int) -> None:

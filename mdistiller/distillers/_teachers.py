@@ -99,30 +99,34 @@ def check_several(name: str, combine: str, weighted: bool = False) -> None:
     Args:
         weighted: whether some teacher has a WEIGHT.
     """
-    start = f"DISTILLER.TEACHERS: DISTILLER.TYPE {name} cannot learn from several teachers"
-    method = get_distiller(name)
-    if combine == "ensemble":
-        if not (method.teacher_logits_only or method.two_views):  # which read the logits of both
-            raise UserError(
-                f"{start} under COMBINE ensemble, which has logits alone: it reads more of its "
-                "teacher; choose losses"
-            )
-        return
-    for part in part_names(name) if issubclass(method, Composed) else [name]:
-        reason = why_alone(get_distiller(part))
-        if reason:
-            rest = "; choose ensemble" if method.teacher_logits_only else ""
-            raise UserError(f"{start} under COMBINE {combine}, since {part}: {reason}{rest}")
-    if combine == "confidence" and not method.has_rows():
+    reason = _why_not(name, combine)
+    if reason:
+        others = [other for other in COMBINE if not _why_not(name, other)]
         raise UserError(
-            f"{start} under COMBINE confidence, which weights each sample: it has no loss for each "
-            "sample (distill_rows); choose losses or ensemble"
+            f"DISTILLER.TEACHERS: DISTILLER.TYPE {name} cannot learn from several teachers under "
+            f"COMBINE {combine}, {reason}{'; choose ' if others else ''}{' or '.join(others)}"
         )
     if combine == "confidence" and weighted:
         raise UserError(
             "DISTILLER.TEACHERS: COMBINE confidence finds the weights of the teachers itself; "
             "leave out WEIGHT"
         )
+
+
+def _why_not(name: str, combine: str) -> str:
+    """Why a DISTILLER.TYPE cannot learn from teachers combined in a way; "" if it can."""
+    method = get_distiller(name)
+    if combine == "ensemble":
+        if method.teacher_logits_only or method.two_views:  # which read the logits of both
+            return ""
+        return "which has logits alone: it reads more of its teacher"
+    for part in part_names(name) if issubclass(method, Composed) else [name]:
+        reason = why_alone(get_distiller(part))
+        if reason:
+            return f"since {part}: {reason}"
+    if combine == "confidence" and not method.has_rows():
+        return "which weights each sample: it has no loss for each sample (distill_rows)"
+    return ""
 
 
 def several(method: type[Distiller], combine: str) -> type[Distiller]:

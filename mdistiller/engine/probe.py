@@ -153,7 +153,13 @@ def labelled_config(cfg: Any, labelled: str) -> Any:
     sized = cfg.clone()
     sized.defrost()
     node = sized.DATASET
-    if Path(labelled).expanduser().is_dir():
+    folder = Path(labelled).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).is_dir() for name in ("val", "test")):
+            raise UserError(
+                f"{labelled} has no test images: a folder of labelled images holds train/CLASS/ "
+                "and val/CLASS/ (LOG.PROBE, --labelled)"
+            )
         node.TYPE, node.ROOT = "imagefolder", labelled
     elif labelled in DATASETS:
         node.TYPE, node.ROOT = labelled, node.ROOT if labelled == node.TYPE else ""

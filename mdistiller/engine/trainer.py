@@ -142,11 +142,9 @@ class BaseTrainer(Classification, Optimization):
     def make_hooks(self, cfg: Any) -> list[Hook]:
         """The hooks, in order, between the NaN guard and the handler of signals."""
         hooks = default_hooks(cfg, writes=is_main_process())
-        return [self.make_cache(), *hooks] if is_wanted(cfg) else hooks
-
-    def make_cache(self) -> TeacherCache:
-        """The cache of the teacher's logits."""
-        return TeacherCache(self.cfg, self.model, self.train_loader)
+        if is_wanted(cfg):
+            hooks.insert(0, TeacherCache(cfg, self.model, self.train_loader))
+        return hooks
 
     @property
     def global_step(self) -> int:
@@ -165,7 +163,7 @@ class BaseTrainer(Classification, Optimization):
                 self.initialize()
             for epoch in range(self.epoch + 1, self.epochs + 1):
                 self.train_epoch(epoch)
-                self.epoch, self.step = epoch, 0
+                self.epoch, self.step = epoch, 0  # a `train_epoch` of a fork leaves them
                 if epoch < self.epochs or self.stage:
                     self.preemption.between_epochs(self, epoch)
         self.call("after_train")

@@ -10,9 +10,12 @@ import torch
 from mdistiller.dataset import TestData, data_spec
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.network import build_network
+from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.probe import labelled_sets, probe
-from mdistiller.evaluation.subjects import Source, own_preprocessing_of
+from mdistiller.evaluation.subjects import Source, own_preprocessing_of, sized
 from mdistiller.preprocessing import Preprocessing
+
+Size = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,13 @@ class Probed:
     Attributes:
         accuracies: top-1 in percent, by the probe's name.
         images: labelled images for training the probe, and for testing it.
-        width: of the features.
+        image_size: their (height, width).
     """
 
     source: Source
     accuracies: dict[str, float]
     images: tuple[int, int]
+    image_size: tuple[int, int]
 
 
 def probe_all(
@@ -35,20 +39,24 @@ def probe_all(
 ) -> list[Probed]:
     """Probe networks, each on images prepared its own way; classifiers are left out.
 
+    A run's teacher sees images of DISTILLER.TEACHER_SIZE if that is set.
+
     Args:
         cfg: with the labelled data (:func:`labelled_config`).
     """
     facts = data_spec(cfg)
-    sets: dict[Preprocessing | None, tuple[TestData, TestData]] = {}
+    sets: dict[tuple[Preprocessing | None, Size], tuple[TestData, TestData]] = {}
     probed = []
     for source in sources:
         how = own_preprocessing_of(source, facts)
-        if how not in sets:
-            sets[how] = labelled_sets(cfg, device, how)
-        train, test = sets[how]
+        is_sized = source.role == "TEACHER" and facts.files  # else the network resizes
+        size = teacher_image_size(source.cfg) if is_sized else None
+        if (how, size) not in sets:
+            sets[how, size] = labelled_sets(sized(cfg, size) if size else cfg, device, how)
+        train, test = sets[how, size]
         data = test._replace(zoo=data_spec(source.cfg).zoo, classes=[])
         net = build_network(source.cfg, source.role, data, source.weights, any_head=True)
         accuracies = probe(net.to(device).requires_grad_(False), train, test, device, kinds)
         counts = len(train.loader.dataset), len(test.loader.dataset)
-        probed.append(Probed(source, accuracies, counts))
+        probed.append(Probed(source, accuracies, counts, test.image_size))
     return probed

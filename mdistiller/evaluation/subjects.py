@@ -21,7 +21,7 @@ from mdistiller.dataset import (
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
-from mdistiller.engine.networks.roles import checkpoint_config
+from mdistiller.engine.networks.roles import checkpoint_config, teacher_configs
 from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.networks.teacher_weights import find_teacher
 from mdistiller.engine.run.folder import (
@@ -113,20 +113,26 @@ def run_teachers(
     teachers: dict[str, tuple[Source, dict[Path, float | None]]] = {}
     for one in {source.run: source for source in sources}.values():
         assert one.run is not None
-        teacher = _run_teacher(one.run, one.cfg, data)
-        settings = [teacher.cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
-        weights = teacher.weights if teacher.weights == PRETRAINED else teacher.weights.resolve()
-        accuracies = teachers.setdefault(repr((settings, weights)), (teacher, {}))[1]
-        accuracies[one.run] = recorded_teacher_acc(one.run)
+        for number, cfg in enumerate(teacher_configs(one.cfg)):
+            source = _run_teacher(one.run, cfg, data, number)
+            settings = [cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
+            weights = source.weights if source.weights == PRETRAINED else source.weights.resolve()
+            accuracies = teachers.setdefault(repr((settings, weights)), (source, {}))[1]
+            accuracies[one.run] = recorded_teacher_acc(one.run)
     return list(teachers.values())
 
 
-def _run_teacher(folder: Path, cfg: Config, data: TestData) -> Source:
+def _run_teacher(folder: Path, cfg: Config, data: TestData, number: int) -> Source:
     """The teacher of a run, from the file that `run.json` names, else from where its config says.
 
     The config that trained it is not read: with a folder of somebody else's it might name code.
+
+    Args:
+        number: of its entry in DISTILLER.TEACHERS, from 0.
     """
-    recorded = read_record(folder).get("teacher")
+    record = read_record(folder)
+    several = record.get("teachers")
+    recorded = several[number]["weights"] if several else record.get("teacher")
     weights: Any = recorded if recorded == PRETRAINED else None
     if weights is None and isinstance(recorded, str) and split_key(folder / recorded)[0].is_file():
         weights = (folder / recorded).resolve()
@@ -240,7 +246,7 @@ def load_all(
         if i == first and runs and view.resize == "keep":
             views = dict.fromkeys(views, view)
         elif i == first and runs:
-            cfg = _sized(cfg, tests[view].image_size)
+            cfg = sized(cfg, tests[view].image_size)
             views = {
                 one: view if views[one] == view else eval_preprocessing(cfg, one) for one in views
             }
@@ -260,10 +266,10 @@ def load_beside(source: Source, cfg: Config, test: TestData, device: torch.devic
     own_size = teacher_image_size(source.cfg) if source.role == "TEACHER" and facts.files else None
     if not own_size and (preprocessing is None or test.preprocessing.resize == "keep"):
         return load(source, test, device)
-    sized = _sized(cfg, own_size or test.image_size)
-    if eval_preprocessing(sized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
+    resized = sized(cfg, own_size or test.image_size)
+    if eval_preprocessing(resized, preprocessing) == replace(test.preprocessing, mean=(), std=()):
         return load(source, test, device)
-    other = load_test_loader(sized, device, preprocessing)
+    other = load_test_loader(resized, device, preprocessing)
     return replace(load(source, other, device), loader=other.loader)
 
 
@@ -281,13 +287,13 @@ def own_preprocessing_of(source: Source, facts: DataSpec) -> Preprocessing | Non
     return own_preprocessing(source.cfg, source.role, entry, source.weights, stated)
 
 
-def _sized(cfg: Config, size: tuple[int, int]) -> Config:
+def sized(cfg: Config, size: tuple[int, int]) -> Config:
     """The config with DATASET.IMAGE_SIZE."""
-    sized = cfg.clone()
-    sized.defrost()
-    sized.DATASET.IMAGE_SIZE = list(size)
-    sized.freeze()
-    return sized
+    other = cfg.clone()
+    other.defrost()
+    other.DATASET.IMAGE_SIZE = list(size)
+    other.freeze()
+    return other
 
 
 def load(source: Source, test: TestData, device: torch.device) -> Subject:

@@ -28,7 +28,7 @@ _WEIGHTS = ("DISTILLER.STUDENT_CKPT", "DISTILLER.TEACHER_CKPT", "DISTILLER.TEACH
 _PATHS = ("DATASET.ROOT", *_WEIGHTS)
 # The network and the images that accuracies belong to.
 _SUBJECT = (
-    *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT"),
+    *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.LABELS"),
     *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
 )
 _SEED = re.compile(r"[,-]?(EXPERIMENT\.SEED|\bseed)[:=]\d+")
@@ -176,9 +176,14 @@ def comparable_groups(groups: Sequence[Group], base: Group | None) -> list[Group
 
 def measure(groups: Sequence[Group]) -> str:
     """What their accuracy is."""
-    tasks = [task_of(run.config) for g in groups for run in g.runs]
-    kinds = ["top-1" if task is None else task.score_name for task in tasks]
-    return " or ".join(dict.fromkeys(kinds))
+    return " or ".join(dict.fromkeys(_measure(run) for g in groups for run in g.runs))
+
+
+def _measure(run: Run) -> str:
+    task = task_of(run.config)
+    if task is not None:
+        return task.score_name
+    return "k-NN" if "last_knn" in run.summary and "last_acc" not in run.summary else "top-1"
 
 
 def comparable(first: Group, second: Group) -> bool:

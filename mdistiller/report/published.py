@@ -14,7 +14,7 @@ from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.config.files import read_yaml
 from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.record import WITHOUT_EFFECT
+from mdistiller.engine.run.changes import WITHOUT_EFFECT
 from mdistiller.runtime import config_root, results_root
 
 

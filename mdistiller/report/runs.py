@@ -53,8 +53,9 @@ class Run:
         return int(self.config.get("EXPERIMENT.SEED", 0))
 
     def number(self, which: str) -> float | None:
-        """Accuracy on the test set in %, of the "last" or the "best" epoch."""
-        return self.summary.get(f"test_acc_{which}", self.summary.get(f"{which}_acc"))
+        """Accuracy on the test set in %, of the "last" or the "best" epoch; without labels k-NN."""
+        scores = (f"test_acc_{which}", f"{which}_acc", f"{which}_knn")
+        return next((self.summary[key] for key in scores if key in self.summary), None)
 
     def held_out(self, which: str) -> float | None:
         """Accuracy on held-out images in %, None for a run that holds out none."""

@@ -10,7 +10,7 @@ from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg
 from mdistiller.engine.config.safe_yaml import parse_yaml
 from mdistiller.engine.networks.roles import teacher_configs
-from mdistiller.engine.run.record import differences
+from mdistiller.engine.run.changes import differences
 from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.files import file_hash
 from mdistiller.sweep.plan import Plan, Trial

@@ -71,14 +71,24 @@ def test_held_out_images_choose_the_weight_decay(monkeypatch):
 
 
 def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
-    """Of a student trained without labels; its teacher, of another number of classes, beside it."""
+    """Of a student trained without labels; its two teachers, of other classes, beside it."""
     labelled, out = image_folder(tmp_path / "labelled"), tmp_path / "found.json"
     teacher = saved_teacher(tmp_path)
     words = ["DEVICE", "cpu", "EXPERIMENT.NAME", "run", "LOG.PREFIX", tmp_path]
     words += ["DATASET.TYPE", "images", "DATASET.ROOT", labelled / "train"]
     words += ["DISTILLER.TYPE", "SEED", "DISTILLER.STUDENT", "resnet8", "SOLVER.EPOCHS", 2]
-    words += ["DISTILLER.TEACHER", "resnet8", "DISTILLER.TEACHER_CKPT", teacher]
-    words += ["LOG.PROBE", labelled, "LOG.PROBE_FREQ", 2, "SOLVER.BATCH_SIZE", 12]
+    entry = {"NAME": "resnet8", "CKPT": str(teacher)}
+    words += ["DISTILLER.TEACHERS", [entry, entry | {"NORM": "data"}]]
+    words += [
+        "DISTILLER.TEACHER_SIZE",
+        48,
+        "LOG.PROBE",
+        labelled,
+        "LOG.PROBE_FREQ",
+        2,
+        "SOLVER.BATCH_SIZE",
+        12,
+    ]
     assert train.main(list(map(str, words))) == 0
     folder = tmp_path / "distill" / "run"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -89,13 +99,17 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
     assert summary["best_knn"] == summary["last_knn"] == rows[1]["test_knn"]
     command = [str(folder), "--probe", "knn,linear", "--labelled", str(labelled)]
     assert evaluate.main([*command, "--json", str(out)]) == 0
-    latest, best, its_teacher = json.loads(out.read_text())["networks"]
+    latest, best, its_teacher, other = json.loads(out.read_text())["networks"]
     assert latest["knn"] == best["knn"] == rows[1]["test_knn"]
     assert its_teacher["linear"] > 60
-    assert its_teacher["weights"] == str(teacher)
+    assert its_teacher["weights"] == other["weights"] == str(teacher)
+    assert (latest["image_size"], its_teacher["image_size"]) == ([32, 32], [48, 48])
     assert "k-NN top-1 %" in capsys.readouterr().out
 
 
-def test_a_probe_without_labelled_images_is_refused(capsys):
+def test_a_probe_without_labelled_images_is_refused(tmp_path, capsys):
     assert evaluate.main(["-m", "resnet8", "--probe", "knn"]) == 2
     assert "--probe and --labelled belong together" in capsys.readouterr().err
+    (tmp_path / "train").mkdir()
+    assert evaluate.main(["-m", "resnet8", "--probe", "knn", "--labelled", str(tmp_path)]) == 2
+    assert "has no test images: a folder of labelled images holds" in capsys.readouterr().err

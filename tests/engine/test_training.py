@@ -14,7 +14,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.run import prepare as run_module
-from mdistiller.engine.run.record import changed_settings
+from mdistiller.engine.run.changes import changed_settings
 from mdistiller.models import get_model_entry
 
 
@@ -256,7 +256,7 @@ def test_a_run_goes_on_with_as_many_images_a_step(tmp_path, monkeypatch, split, 
     folder = train(tmp_path, epochs=1)
     solver = "".join(f"  {key}: {value}\n" for key, value in split.items())
     cfg = load_config(write_config(tmp_path, f"SOLVER:\n{solver}" if split else "", epochs=1))
-    monkeypatch.setattr("mdistiller.engine.run.record.world_size", lambda: processes)
+    monkeypatch.setattr("mdistiller.engine.run.changes.world_size", lambda: processes)
     changes = changed_settings(folder, cfg, goes_on=True)
     if refusal is None:
         assert changes == []

@@ -313,6 +313,18 @@ def test_held_out_images_are_kept_apart_from_the_test_set(tmp_path):
     assert section.charts[0].title == "Accuracy on held-out images"
 
 
+def test_runs_without_labels_are_compared_by_their_knn_accuracy(tmp_path):
+    for name, best in (("a", 60.0), ("b", 70.0)):
+        pairs = ("DATASET.TYPE", "images", "SOLVER.LR", best)
+        folder = make_run(tmp_path / name, [50.0, best], *pairs)
+        summary = json.loads((folder / "summary.json").read_text())
+        named = {key.replace("_acc", "_knn"): value for key, value in summary.items()}
+        (folder / "summary.json").write_text(json.dumps(named | {"last_knn": best - 1}))
+    report = build_report([tmp_path])
+    assert rows(report, "Accuracy")["b"][:3] == ["1", "69.00", "70.00"]
+    assert "last epoch, test k-NN %" in markdown(report)
+
+
 def test_one_run_is_enough(tmp_path):
     folder = make_run(tmp_path / "x", [50.0, 60.0])
     report = build_report([folder])

@@ -194,10 +194,8 @@ def labelled_networks(args: argparse.Namespace) -> tuple[list[Source], Config, t
     cfg = labelled_config(given, args.labelled)
     sources += [teacher] if teacher is not None else []
     if teacher is None and args.teacher != "none":
-        sources += [
-            one
-            for one, _ in run_teachers(taught_by(args.teacher, sources), DATASETS[cfg.DATASET.TYPE])
-        ]
+        taught = taught_by(args.teacher, sources, several=True)
+        sources += [one for one, _ in run_teachers(taught, DATASETS[cfg.DATASET.TYPE])]
     return sources, cfg, resolve_device(cfg.DEVICE)
 
 

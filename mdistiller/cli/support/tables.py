@@ -46,12 +46,13 @@ def probed_markdown(probed: Sequence[Probed], kinds: Sequence[str]) -> str:
             one.source.label,
             *(f"{one.accuracies[kind]:.2f}" for kind in kinds),
             "{:,} + {:,}".format(*one.images),
+            f"{one.image_size[1]} x {one.image_size[0]}",
             one.source.note or "-",
         ]
         for one in probed
     ]
     head = ["network", "weights", *(names[kind] for kind in kinds)]
-    return markdown_table([*head, "labelled images (train + test)", "note"], rows)
+    return markdown_table([*head, "labelled images (train + test)", "pixels", "note"], rows)
 
 
 def probed_json(probed: Sequence[Probed], labelled: str) -> str:
@@ -62,6 +63,7 @@ def probed_json(probed: Sequence[Probed], labelled: str) -> str:
             "model": one.source.name,
             "weights": str(one.source.weights),
             "images": list(one.images),
+            "image_size": list(one.image_size),
             **one.accuracies,
         }
         for one in probed

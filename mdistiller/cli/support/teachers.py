@@ -71,8 +71,12 @@ def distinct(teachers: Iterable[Subject | None]) -> list[Subject]:
     return list({id(one): one for one in teachers if one is not None}.values())
 
 
-def taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
-    """Those of run folders whose method used one teacher; with a name, one of this name."""
+def taught_by(name: str, sources: Sequence[Source], several: bool = False) -> list[Source]:
+    """Those of run folders whose method used one teacher; with a name, one of this name.
+
+    Args:
+        several: those of DISTILLER.TEACHERS as well, with a config that names all.
+    """
     from mdistiller.distillers import get_distiller
     from mdistiller.engine.networks.roles import teacher_configs
 
@@ -83,6 +87,8 @@ def taught_by(name: str, sources: Sequence[Source]) -> list[Source]:
         uses_one = len(configs) == 1 and get_distiller(settings.TYPE).uses_teacher
         if source.run is not None and name in ("", settings.TEACHER) and uses_one:
             taught.append(replace(source, cfg=configs[0]))
+        elif source.run is not None and not name and several and len(configs) > 1:
+            taught.append(source)
     return taught
 
 

@@ -1,7 +1,8 @@
 """Wrong keys and missing files, found before torch is imported.
 
 `stored_defaults.json` holds the defaults of every method and data set; a test holds it to the code
-(`python tests/engine/test_early.py` writes it). Configs with user code are left to the full check.
+(`PYTHONPATH=.:tests python tests/engine/config/test_early.py` writes it). Configs with user code
+are left to the full check.
 """
 
 from __future__ import annotations

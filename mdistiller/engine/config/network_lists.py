@@ -28,6 +28,11 @@ def read_networks(value: Any, name: str, check_norm: Callable[[Any, str], Any]) 
     Raises:
         UserError: it is not such a list.
     """
+    if isinstance(value, str) and "{" in value:
+        raise UserError(
+            f"{name} cannot be read: on the command line it is written with quotes, such as "
+            f"\"[{{'NAME': 'resnet8'}}]\", got {shown(value)}"
+        )
     if isinstance(value, str):
         value = [part.strip(" '\"") for part in value.strip(" []").split(",") if part.strip()]
     if not isinstance(value, (list, tuple)):

@@ -143,8 +143,10 @@ def merge(
         elif isinstance(node[key], CfgNode):
             value = literal(value, name)  # of the command line: "{'patch_size': 4}"
             if not isinstance(value, Mapping):
+                keys = f" with keys {', '.join(node[key])}" if node[key] else ""
                 raise UserError(
-                    f"{name} is a section with keys {', '.join(node[key])}, got {shown(value)}"
+                    f"{name} is a section{keys}, in quotes \"{{'KEY': value}}\" on the command "
+                    f"line, got {shown(value)}"
                 )
             merge(node[key], value, (*path, key), root)
         else:

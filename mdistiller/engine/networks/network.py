@@ -66,21 +66,13 @@ def build_network(
         wanted = False
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
-    net: Any
-    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
-    size = own_size or data.image_size
     with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        channels = len(data.mean)
-        net = make_network(entry, data.num_classes, size, settings, key, channels)
-    if own_size:
-        resize_input(net, own_size)
-    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
-        resize_input(net, size)  # training images are made for the teacher
+        net = _make_for_size(cfg, role, data, entry, settings)
     facts = entry.pretrained_on(settings) if wanted and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True
     check_input(net, name, data, backbone)
-    given, stated = (data.mean, data.std), None
+    stated = None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
     elif weights not in (None, "", PRETRAINED):
@@ -89,12 +81,26 @@ def build_network(
         )
         if not getattr(net, "untrained_head", False):
             match_classes(cfg, net, weights, stated, data, any_head)
-    how = own_preprocessing(cfg, role, entry, weights, stated)
+    how, given = own_preprocessing(cfg, role, entry, weights, stated), (data.mean, data.std)
     renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
         print_log(taken_line(name, role, how, weights))
+    return net
+
+
+def _make_for_size(
+    cfg: Any, role: str, data: Data | TestData, entry: ModelEntry, settings: Any
+) -> Any:
+    """The network in a role, which resizes images of another size than its own."""
+    own_size = teacher_image_size(cfg) if role == "TEACHER" else None
+    size, key = own_size or data.image_size, f"DISTILLER.{role}_ARGS"
+    net = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+    if own_size:
+        resize_input(net, own_size)
+    elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):
+        resize_input(net, size)  # training images are made for the teacher
     return net
 
 

@@ -110,7 +110,7 @@ def measure_teachers(
     See :func:`measure_teacher`. An ensemble with a network whose classifier is not trained has
     None.
     """
-    configs, found = teacher_configs(cfg), []
+    configs, accuracies = teacher_configs(cfg), []
     team = distiller.teacher if len(configs) > 1 else None
     for number, (one, file) in enumerate(zip(configs, weights, strict=True)):
         loader = teacher_test_loader(one, data, device, file)
@@ -118,12 +118,12 @@ def measure_teachers(
         if team is None:
             return [measure_teacher(distiller, data, loader, label)]
         net: Any = team.nets[number]  # type: ignore[index]
-        found.append(measure_teacher(distiller, data, loader, label, net))
-    if None in found:
-        return [*found, None]
+        accuracies.append(measure_teacher(distiller, data, loader, label, net))
+    if None in accuracies:
+        return [*accuracies, None]
     both: Any = team
     ensemble = TeacherEnsemble(both.nets, both.weights.tolist()).to(device)
-    return [*found, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
+    return [*accuracies, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
 
 
 def describe_networks(

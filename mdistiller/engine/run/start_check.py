@@ -7,8 +7,9 @@ from pathlib import Path
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.store import LATEST, Store
 from mdistiller.engine.optim.schedules import depends_on_epochs
+from mdistiller.engine.run.changes import changed_settings, side_settings
 from mdistiller.engine.run.folder import stretched
-from mdistiller.engine.run.record import changed_settings, recorded_settings, side_settings
+from mdistiller.engine.run.record import recorded_settings
 from mdistiller.registry import UserError
 
 _AS_BEFORE = {

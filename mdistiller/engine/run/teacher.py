@@ -18,10 +18,10 @@ from mdistiller.engine.distributed import barrier, from_main_process
 from mdistiller.engine.networks.build import check_pair
 from mdistiller.engine.networks.roles import of_teacher, teacher_configs
 from mdistiller.engine.networks.teacher_weights import find_teacher, no_teacher
+from mdistiller.engine.run.changes import changed_settings
 from mdistiller.engine.run.folder import read_json
 from mdistiller.engine.run.lock import is_locked, locked
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.record import changed_settings
 from mdistiller.engine.user_code.forks import active
 from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError

@@ -18,17 +18,13 @@ from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.distributed import barrier, process_group
 from mdistiller.engine.hooks import Hook, named_hooks
+from mdistiller.engine.run.changes import changed_settings
 from mdistiller.engine.run.folder import keep_full_decoding
 from mdistiller.engine.run.lock import locked
 from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.overview import overview
 from mdistiller.engine.run.prepare import Prepare, prepare_classifier
-from mdistiller.engine.run.record import (
-    RunRecord,
-    changed_settings,
-    recorded_settings,
-    recorded_teacher_acc,
-)
+from mdistiller.engine.run.record import RunRecord, recorded_settings, recorded_teacher_acc
 from mdistiller.engine.run.sharing import data_key
 from mdistiller.engine.run.start_check import check_folder
 from mdistiller.engine.run.summary import describe, summarize

@@ -12,6 +12,9 @@ from support import image_folder, saved_teacher, write_config
 from mdistiller.cli import train as train_command
 from mdistiller.engine.callbacks import console
 from mdistiller.engine.callbacks.console import EpochTable
+from mdistiller.engine.callbacks.ema import AverageStudent
+from mdistiller.engine.callbacks.peers import EvaluatePeers
+from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.run.together import PrefixedStream
 
 TERMS = {"ce": 1.5, "kd": 11.25, "feat": 0.1, "classifier": 1.0, "a": 1e6, "b": 2.0, "c": 3.0}
@@ -22,7 +25,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def printed(monkeypatch, records, stream=None, epochs=100, stage=""):
+def printed(monkeypatch, records, stream=None, epochs=100, stage="", hooks=()):
     """What a table prints for records, one an epoch that takes a second; 3 of 5 are the best."""
     stream = stream or io.StringIO()
     clock = iter(range(1000))
@@ -30,7 +33,7 @@ def printed(monkeypatch, records, stream=None, epochs=100, stage=""):
     trainer = types.SimpleNamespace(
         **{"stage": stage, "epochs": epochs, "epoch": 0, "step": 0, "position": None},
         train_loader=range(4),
-        hooks=(),
+        hooks=hooks,
         epochs_left=lambda epoch: epochs - epoch,
     )
     with monkeypatch.context() as patch:
@@ -69,6 +72,15 @@ def test_a_header_stands_where_columns_change_and_every_40_lines(monkeypatch):
     headers = [number for number, line in enumerate(lines) if "epoch" in line]
     assert headers == [0, 41, 47]
     assert "stage" in printed(monkeypatch, [record("ce")], stage="FSP")[0]
+
+
+def test_hooks_add_columns_behind_those_of_the_trainer(monkeypatch):
+    monkeypatch.setattr(EvaluatePeers, "_peers", lambda self, trainer: [("peer1", None)])
+    scores = {"ema_test_acc": 50.0, "peer1_test_acc": 25.0, "teacher_hits": 75.0}
+    hooks = AverageStudent(), EvaluatePeers(), TeacherCache.__new__(TeacherCache)
+    header, line = printed(monkeypatch, [{**record("ce"), **scores}], hooks=hooks)
+    assert re.search(r"eval %  +ema %  +peer1 %  +cached %  +img/s", header)
+    assert line.split()[4:8] == ["12.50*", "50.00", "25.00", "75"]
 
 
 def test_the_best_epoch_is_coloured_on_a_terminal_alone(monkeypatch):

@@ -21,8 +21,8 @@ from mdistiller.engine.frozen_teacher.frozen import FrozenTeacher
 from mdistiller.engine.frozen_teacher.logit_store import HEADER, FileStore
 from mdistiller.engine.networks import compiling
 from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.run.changes import differences
 from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.record import differences
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError

@@ -90,6 +90,7 @@ def test_cached_logits_of_all_teachers_take_their_place(tmp_path, entries):
     ("settings", "message"),
     [
         ({"TEACHERS": [{"NAME": "resnet8"}, "resnett"]}, "DISTILLER.TEACHERS: unknown CIFAR model"),
+        ({"TEACHERS": "[{NAME: resnet8}]"}, "DISTILLER.TEACHERS cannot be read: on the"),
         ({"TEACHERS": [0]}, "DISTILLER.TEACHERS[0] must be a network's name or a section with"),
         ({"TEACHERS": ["resnet8", "resnet8"]}, "DISTILLER.TEACHERS[0]: no weights for the teacher"),
         ({"TEACHERS": [{"NAME": "resnet8", "WEIGHT": -1}]}, "DISTILLER.TEACHERS[0].WEIGHT must be"),

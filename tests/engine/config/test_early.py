@@ -16,6 +16,8 @@ from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.config.early import STORED, check, stored_config
 from mdistiller.registry import UserError, is_builtin
 
+WRITE = "PYTHONPATH=.:tests python tests/engine/config/test_early.py"
+
 
 def plain(node):
     """A node as JSON: sections that take any key are null."""
@@ -33,7 +35,7 @@ def rendered():
 
 
 def test_the_stored_defaults_are_those_of_the_code():
-    assert STORED.read_text() == rendered(), "run: python tests/engine/test_early.py"
+    assert STORED.read_text() == rendered(), f"run: {WRITE}"
     assert stored_config("train").KD == default_config().KD
 
 
