@@ -104,7 +104,9 @@ def train_together(
         sys.stdout = PrefixedStream(sys.stdout, name)
         return train(cfg, overrides, resume, allow_changes=allow_changes)
 
-    jobs = [functools.partial(job, name, cfg) for name, cfg in zip(names, configs, strict=True)]
+    short = [experiment_name(cfg) for cfg in configs]  # without the overrides, which all share
+    labels = short if len({*short}) == len(names) else names
+    jobs = [functools.partial(job, name, cfg) for name, cfg in zip(labels, configs, strict=True)]
     patience = max(cfg.SOLVER.RANK_TIMEOUT for cfg in configs)
     with process_group(resolve_device(configs[0].DEVICE), patience):
         return in_lock_step(jobs, configs[0])

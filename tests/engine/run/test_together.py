@@ -189,11 +189,11 @@ def test_the_command_takes_several_configs(tmp_path, capsys):
         (tmp_path / name).mkdir()
         file = write_config(tmp_path / name, f"EXPERIMENT: {{NAME: {name}}}\n{text}", epochs=1)
         words += ["--cfg", str(file)]
-    assert train_command.main(words) == 2
+    assert train_command.main([*words, "SOLVER.MOMENTUM", "0.8"]) == 2
     printed = capsys.readouterr()
-    assert "toy/good: epoch 1/1  lr 0.05  loss " in printed.out
-    assert "toy/bad failed:\nerror: non-finite" in printed.err
-    assert (tmp_path / "good" / "out" / "toy" / "good" / "summary.json").is_file()
+    assert "toy/good: epoch 1/1  lr 0.05  loss " in printed.out  # without what all share
+    assert "toy/bad-MOMENTUM=0.8 failed:\nerror: non-finite" in printed.err
+    assert (tmp_path / "good" / "out" / "toy" / "good-MOMENTUM=0.8" / "summary.json").is_file()
 
 
 def test_two_processes_train_together_what_they_train_alone(tmp_path):
