@@ -102,7 +102,7 @@ class Predictor:
             A :class:`Prediction` for one image, else a list of them in order.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or `images` are none of these.
         """
         if isinstance(images, str | os.PathLike):
             if Path(images).is_dir():
@@ -110,6 +110,11 @@ class Predictor:
             return next(self.stream([(images, "")], topk))
         if hasattr(images, "convert") or isinstance(images, np.ndarray | Tensor):
             return next(self.stream([(images, "")], topk))
+        if not isinstance(images, Iterable):
+            raise UserError(
+                "predict takes an image (path, PIL image, array or tensor), a folder, or a list of "
+                f"images, not {images!r}"
+            )
         return list(self.stream(((image, "") for image in images), topk))
 
     @torch.inference_mode()

@@ -120,6 +120,8 @@ def test_an_image_is_a_path_a_picture_or_pixels(there):
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), Image.new("I;16", (4, 4)), 3):
         with pytest.raises(UserError, match=r"uint8 tensor|more than 8 bits"):
             predictor.predict([wrong])
+    with pytest.raises(UserError, match="or a list of images, not 3"):
+        predictor.predict(3)
 
 
 def test_the_cards_code_reads_a_file_as_the_run_did(there, monkeypatch, capsys):

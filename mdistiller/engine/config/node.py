@@ -102,28 +102,30 @@ def fill(
     elif path:
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides)
-    if isinstance(path, (str, Path)) and path and _misnamed(cfg, Path(path), overrides):
-        cfg["EXPERIMENT"]["NAME"] = AUTO
+    if isinstance(path, (str, Path)) and path and not cfg["EXPERIMENT"]["NAME"]:
+        cfg["EXPERIMENT"]["NAME"] = _name(cfg, Path(path), overrides)
     check_values(cfg)
 
 
-def _misnamed(cfg: ConfigNode, path: Path, overrides: Sequence[str]) -> bool:
-    """Whether the only name is the TAG of one of the library's configs, on which another file or
-    the command line builds with another method or other networks."""
+def _name(cfg: ConfigNode, path: Path, overrides: Sequence[str]) -> str:
+    """The NAME of a run whose only name is the TAG of one of the library's configs.
+
+    The TAG with hyphens for its commas, or AUTO if a file that builds on that config, or the
+    command line, changes method or networks; "" for a TAG of the user's own.
+    """
     given = set(overrides[0::2])
-    if cfg["EXPERIMENT"]["NAME"] or TAG in given:
-        return False
     task = task_of(cfg)
     naming = {"DISTILLER.TYPE", *(task.networks if task else NETWORKS)}
-    owner, changed = None, False
+    owner, changed = None, bool(naming & given)
     for file, table in read_layers(path):
         keys = set(flatten(table))
         if TAG in keys:
-            owner, changed = file, False
+            owner, changed = file, bool(naming & given)
         elif naming & keys:
             changed = True
-    ours = owner is not None and owner.is_relative_to(config_root().resolve())
-    return ours and (changed or bool(naming & given))
+    if owner is None or TAG in given or not owner.is_relative_to(config_root().resolve()):
+        return ""
+    return AUTO if changed else str(cfg["EXPERIMENT"]["TAG"]).replace(",", "-")
 
 
 def merge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,9 @@ def experiment_name(cfg: Config, overrides: Sequence[str] = ()) -> str:
     name = _in_project(cfg, _name(cfg, given))
     root = Path(cfg.LOG.PREFIX)
     if not (root / name).exists():
-        for old in _old_names(cfg, given):
-            place = _in_project(cfg, old)
-            if _is_run_of(root / place, cfg):
-                return place
+        old = _in_project(cfg, _old_name(cfg, given))
+        if _is_run_of(root / old, cfg):
+            return old
     return name
 
 
@@ -93,17 +92,14 @@ def _is_automatic(cfg: Config) -> bool:
     return name == AUTO or (not name and tag in ("", "default"))
 
 
-def _old_names(cfg: Config, given: Mapping[str, Any]) -> Iterator[str]:
-    """Names that earlier versions gave: `TAG,METHOD,...KEY:VALUE,KEY:VALUE`."""
-    if given.get(NAME, AUTO) != AUTO:
-        return
-    items = ",".join(f"{key}:{value}" for key, value in given.items() if key not in _PLACES)
+def _old_name(cfg: Config, given: Mapping[str, Any]) -> str:
+    """The name that earlier versions gave: `TAG,METHOD,...KEY:VALUE,KEY:VALUE`."""
     name, tag = cfg.EXPERIMENT.NAME, cfg.EXPERIMENT.TAG
-    if name not in ("", AUTO):
-        yield f"{name}{items}"
-    else:  # the library's configs had commas in their tags
-        for base in dict.fromkeys((tag, tag.replace("-", ","), tag.replace("-", ",", 1))):
-            yield f"{base}{items}"
+    if given.get(NAME, AUTO) != AUTO:
+        return str(name)
+    items = ",".join(f"{key}:{value}" for key, value in given.items() if key not in _PLACES)
+    by_tag = name in ("", AUTO, tag.replace(",", "-"))
+    return f"{tag if by_tag else name}{items}"
 
 
 def _is_run_of(folder: Path, cfg: Config) -> bool:
