@@ -48,7 +48,7 @@ def test_select_by_chooses_the_best_epoch_also_after_resuming(
         return {**dict(zip(names, NUMBERS[epoch], strict=True)), "acc_top5": 90.0}
 
     epochs = []
-    for module in ("trainer", "callbacks.ema"):
+    for module in ("classification", "callbacks.ema"):
         monkeypatch.setattr(f"mdistiller.engine.{module}.evaluate", scripted)
     text = f"DATASET:\n  TYPE: tiny16\nLOG:\n  SELECT_BY: {by}\nSOLVER:\n  EMA: 0.9\n"
     words = ["--cfg", str(write_config(tmp_path, text, epochs=3)), "SOLVER.BATCH_SIZE", "80"]

@@ -268,7 +268,10 @@ def test_the_moving_average_of_a_run(saved, tmp_path, choice):
 def test_of_equal_accuracies_the_card_names_the_epoch_whose_weights_the_files_have(
     tmp_path, monkeypatch
 ):
-    for module, values in (("trainer", [20.0, 30.0, 30.0]), ("callbacks.ema", [40.0, 40.0, 10.0])):
+    for module, values in (
+        ("classification", [20.0, 30.0, 30.0]),
+        ("callbacks.ema", [40.0, 40.0, 10.0]),
+    ):
         rest = {"acc_top5": 50.0, "loss": 1.0}
         scripted = iter([{"acc": value, **rest} for value in values])
         target = f"mdistiller.engine.{module}.evaluate"
