@@ -13,15 +13,13 @@ forward pass of each gives all losses, and all are updated together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdistiller.distillers._base import DISTILLERS
 from mdistiller.distillers._peers import PeerMethod
 from mdistiller.distillers.helpers.losses.logit_losses import kd_loss
-from mdistiller.distillers.helpers.training.settings import require_positive
 
 
 def dml_losses(logits: Sequence[Tensor], temperature: float) -> list[Tensor]:
@@ -42,17 +40,7 @@ def dml_losses(logits: Sequence[Tensor], temperature: float) -> list[Tensor]:
 class DML(PeerMethod):
     """Mutual learning: each network matches the class probabilities of all others."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        cfg: Any,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, cfg, peers)
-        self.temperature = require_positive("DML.T", cfg.DML.T)
-        self.ce_loss_weight = cfg.DML.LOSS.CE_WEIGHT
-        self.kd_loss_weight = cfg.DML.LOSS.KD_WEIGHT
+    section = "DML"
 
     def peer_losses(self, logits: list[Tensor], target: Tensor) -> list[Tensor]:
-        return [self.kd_loss_weight * loss for loss in dml_losses(logits, self.temperature)]
+        return dml_losses(logits, self.temperature)

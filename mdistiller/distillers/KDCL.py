@@ -32,7 +32,7 @@ from mdistiller.distillers._peers import PeerMethod
 from mdistiller.distillers.helpers.losses.decoupled import labelled_mean, target_column
 from mdistiller.distillers.helpers.losses.logit_losses import kd_rows
 from mdistiller.distillers.helpers.losses.numerics import scale_logits
-from mdistiller.distillers.helpers.training.settings import require_one_of, require_positive
+from mdistiller.distillers.helpers.training.settings import require_one_of
 
 TARGETS = ("naive", "minlogit", "mean")
 
@@ -79,6 +79,8 @@ def kdcl_losses(
 class KDCL(PeerMethod):
     """Collaborative learning: each network matches soft targets made of all their logits."""
 
+    section = "KDCL"
+
     def __init__(
         self,
         student: nn.Module,
@@ -87,12 +89,7 @@ class KDCL(PeerMethod):
         peers: Sequence[nn.Module] = (),
     ):
         super().__init__(student, teacher, cfg, peers)
-        node = cfg.KDCL
-        self.kind = require_one_of("KDCL.TARGET", node.TARGET, TARGETS)
-        self.temperature = require_positive("KDCL.T", node.T)
-        self.ce_loss_weight = node.LOSS.CE_WEIGHT
-        self.kd_loss_weight = node.LOSS.KD_WEIGHT
+        self.kind = require_one_of("KDCL.TARGET", cfg.KDCL.TARGET, TARGETS)
 
     def peer_losses(self, logits: list[Tensor], target: Tensor) -> list[Tensor]:
-        losses = kdcl_losses(logits, target, self.temperature, self.kind)
-        return [self.kd_loss_weight * loss for loss in losses]
+        return kdcl_losses(logits, target, self.temperature, self.kind)

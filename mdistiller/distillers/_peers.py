@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdistiller.distillers._base import Distiller, Losses
 from mdistiller.distillers.helpers.losses.numerics import full_precision
 from mdistiller.distillers.helpers.training.checks import logits_and_features
+from mdistiller.distillers.helpers.training.settings import require_positive
 
 
 def like(net: nn.Module) -> nn.Module:
@@ -31,10 +32,14 @@ class PeerMethod(Distiller):
     `peer1_loss` is what the first peer beside the student adds to both. The student alone
     predicts.
 
+    Attributes:
+        section: the method's node of the config, with T, LOSS.CE_WEIGHT and LOSS.KD_WEIGHT.
+
     Args:
         peers: the other networks (DISTILLER.PEERS); by default one like the student.
     """
 
+    section: str
     uses_teacher = False
     uses_hard_label_loss = True
     trains_peers = True
@@ -49,12 +54,16 @@ class PeerMethod(Distiller):
     ):
         super().__init__(student, None)
         self.peers = nn.ModuleList(peers or [like(student)])
+        node = cfg[self.section]
+        self.temperature = require_positive(f"{self.section}.T", node.T)
+        self.ce_loss_weight = node.LOSS.CE_WEIGHT
+        self.kd_loss_weight = node.LOSS.KD_WEIGHT
 
     def students(self) -> list[nn.Module]:
         return [self.student, *self.peers]
 
     def peer_losses(self, logits: list[Tensor], target: Tensor) -> list[Tensor]:
-        """The distillation loss of each network, weighted: scalars, in order.
+        """The distillation loss of each network, unweighted scalars in order.
 
         Args:
             logits: [N, C] of each network.
@@ -68,7 +77,7 @@ class PeerMethod(Distiller):
         ]
         with torch.autocast(image.device.type, enabled=False):
             ce = [self.ce_loss_weight * self.hard_label_loss(z, target) for z in logits]
-            kd = self.peer_losses(logits, target)
+            kd = [self.kd_loss_weight * loss for loss in self.peer_losses(logits, target)]
             terms = zip(ce[1:], kd[1:], strict=True)
             self.metrics = {f"peer{k}_loss": (a + b).detach() for k, (a, b) in enumerate(terms, 1)}
             losses = {"loss_ce": torch.stack(ce).sum(), "loss_kd": torch.stack(kd).sum()}
