@@ -44,8 +44,8 @@ class UnlabelledTrainer(BaseTrainer):
 
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
-        super().check(cfg, train_loader)
         keys = {
+            "SOLVER.CUDA_GRAPHS": cfg.SOLVER.CUDA_GRAPHS,
             "SOLVER.EMA": cfg.SOLVER.EMA,
             "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
@@ -56,6 +56,7 @@ class UnlabelledTrainer(BaseTrainer):
         for key, wanted in keys.items():
             if wanted:
                 raise UserError(f"{key} does not work on data without labels: leave it out")
+        super().check(cfg, train_loader)
 
     def measure(self, output: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         return {}, len(inputs["target"])

@@ -111,7 +111,8 @@ def quantize_student(
         if not drop <= max_drop + 1e-9:
             raise UserError(
                 f"{INT8_FILE} is not written: its top-1 on the {what} is {top1[1]:.2f} %, "
-                f"{drop:.2f} points below float32's {top1[0]:.2f} %, and --max-drop is {max_drop:g}"
+                f"{drop:.2f} points below float32's {top1[0]:.2f} %, and --max-drop is "
+                f"{max_drop:g}; the other files are written, and --force replaces them"
             )
         measured = (original.path, temporary) if timed else ()
         times = tuple(_one_image(file, student) for file in measured)

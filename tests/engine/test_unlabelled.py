@@ -14,7 +14,9 @@ from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.unlabelled import UnlabelledTrainer
 from mdistiller.models import get_model_entry
+from mdistiller.registry import UserError
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)
@@ -108,6 +110,12 @@ def test_which_methods_need_no_labels(pictures, tmp_path, capsys):
     assert "KD needs class labels or logits" in capsys.readouterr().err
     assert run(tmp_path, *data, "DISTILLER.TYPE", "AT", "SOLVER.TRAINER", "dot") == 2
     assert "SOLVER.TRAINER dot reads labels" in capsys.readouterr().err
+    cfg = default_config()
+    for key, value in (("SOLVER.CUDA_GRAPHS", True), ("SOLVER.EMA", 0.9)):
+        asked = cfg.clone()
+        asked.merge_from_list([key, value])
+        with pytest.raises(UserError, match=f"{key} does not work on data without labels"):
+            UnlabelledTrainer.check(asked)
 
 
 def test_a_headless_teacher_on_labelled_data(tmp_path, capsys):
