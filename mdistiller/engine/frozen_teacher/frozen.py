@@ -23,7 +23,7 @@ from mdistiller.engine.frozen_teacher.folding import (
     replace_child,
     without_norm,
 )
-from mdistiller.engine.frozen_teacher.fusing import FusedNetwork, can_fuse, fuse
+from mdistiller.engine.frozen_teacher.fusing import can_fuse, fuse
 from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 
@@ -126,7 +126,7 @@ class FrozenTeacher:
                 layer.to(dtype)
         self.channels_last = False
         self.fuses = False
-        self._fused: dict[torch.Size, FusedNetwork | None] = {}
+        self._fused: dict[torch.Size, Callable[[Tensor], Any] | None] = {}
         self._update()
 
     @classmethod
@@ -178,7 +178,7 @@ class FrozenTeacher:
 
     def __call__(self, image: Tensor) -> Any:
         """Logits and features of [N, 3, H, W] images."""
-        if not torch.compiler.is_compiling() and self._is_stale():
+        if not torch.compiler.is_compiling() and self._state() != self._seen:
             self._update()
         if self._watched:
             return self.teacher(image)
@@ -204,13 +204,11 @@ class FrozenTeacher:
         """Copy the teacher's weights before the next forward pass."""
         self._seen = None
 
-    def _is_stale(self) -> bool:
-        replaced = next(self.teacher.parameters()) is not self._tensors[0]
-        return replaced or self._state() != self._seen
-
     def _state(self) -> list[tuple[int, int]]:
-        """A value that changes whenever autograd records a change of the teacher's tensors."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        """A value that changes whenever the teacher's tensors are replaced, or autograd records a
+        change of them."""
+        state = [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        return [(id(next(self.teacher.parameters())), 0), *state]
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -35,8 +35,9 @@ def can_fuse(image: Tensor) -> bool:
     )
 
 
-def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
-    """`net`, traced and fused for images of this shape; None if that is not possible.
+def fuse(net: nn.Module, image: Tensor) -> fx.GraphModule | None:
+    """`net` with its present weights, traced and fused for images of this shape; None if that is
+    not possible.
 
     One forward pass in eval mode is traced. A value that the network reads as a Python number would
     become a constant, so a network that reads one is not fused, nor one whose fused output differs
@@ -54,12 +55,13 @@ def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
             packed = _fuse(module)
             if not packed:
                 return None
-            fused, close = FusedNetwork(module, packed), CLOSE[packed[0].weight.dtype]
-            pairs = zip(tree_leaves(fused(other)), tree_leaves(net(other)), strict=True)
+            _pack(module, packed)
+            close = CLOSE[packed[0].weight.dtype]
+            pairs = zip(tree_leaves(module(other)), tree_leaves(net(other)), strict=True)
             same = all(_agree(a, b, close) for a, b in pairs)
     except Exception:  # of whatever network: it then runs as it is
         return None
-    return fused if same else None
+    return module if same else None
 
 
 def _memory_format(image: Tensor) -> torch.memory_format:
@@ -93,21 +95,14 @@ class _Packed:
     input_size: list[int]
 
 
-class FusedNetwork:
-    """The traced operations, with the network's weights at that time."""
-
-    def __init__(self, module: fx.GraphModule, packed: list[_Packed]):
-        self._module = module
-        self.count = len(packed)
-        reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
-        for one in packed:
-            weight = reorder(one.weight.detach(), *one.settings, one.input_size)
-            setattr(module, one.name, weight)
-        module.graph.lint()
-        module.recompile()
-
-    def __call__(self, image: Tensor) -> Any:
-        return self._module(image)
+def _pack(module: fx.GraphModule, packed: list[_Packed]) -> None:
+    """Put the weights into oneDNN's memory order, and compile the changed graph."""
+    reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
+    for one in packed:
+        weight = reorder(one.weight.detach(), *one.settings, one.input_size)
+        setattr(module, one.name, weight)
+    module.graph.lint()
+    module.recompile()
 
 
 def _fuse(module: fx.GraphModule) -> list[_Packed]:

@@ -20,8 +20,8 @@ from mdistiller.engine.networks.released import (
     statistics_of,
     taken_line,
 )
+from mdistiller.engine.networks.roles import teacher_image_size
 from mdistiller.engine.networks.start import load_start, student_start
-from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
@@ -75,12 +75,8 @@ def build_network(
     stated = None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
-    elif weights not in (None, "", PRETRAINED):
-        stated = load_network(
-            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
-        )
-        if not getattr(net, "untrained_head", False):
-            match_classes(cfg, net, weights, stated, data, any_head)
+    elif weights and weights != PRETRAINED:
+        stated = _load_weights(cfg, role, net, data, weights, any_head)
     how, given = own_preprocessing(cfg, role, entry, weights, stated), (data.mean, data.std)
     renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated):
@@ -88,6 +84,17 @@ def build_network(
             how = Preprocessing(how.mean, how.std)
         print_log(taken_line(name, role, how, weights))
     return net
+
+
+def _load_weights(
+    cfg: Any, role: str, net: Any, data: Data | TestData, file: str | Path, any_head: bool
+) -> dict[str, Any]:
+    """Load a file into the network in a role, its classes in the data's order; its metadata."""
+    name, student = cfg.DISTILLER[role], role == "STUDENT"
+    stated = load_network(net, file, name, data.num_classes, any_head, any_head, diverged=student)
+    if not getattr(net, "untrained_head", False):
+        match_classes(cfg, net, file, stated, data, any_head)
+    return stated
 
 
 def _make_for_size(

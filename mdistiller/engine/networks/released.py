@@ -79,42 +79,32 @@ def own_preprocessing(
     rest = recorded or (Preprocessing() if trained_here or preprocessing is None else preprocessing)
     if norm == "data":
         return replace(rest, mean=(), std=())
-    statistics: Any = None if isinstance(norm, str) else norm
-    if norm == "auto" and recorded_norm is not None:
-        statistics = read_statistics(recorded_norm)
-        if statistics is None:
-            raise UserError(
-                f"checkpoint {weights} says that its images were normalised by {recorded_norm!r}, "
-                f"which is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
-            )
-    if statistics is None:
-        if preprocessing is None:
-            return recorded
+    if not isinstance(norm, str):
+        statistics = norm
+    elif norm == "auto" and recorded_norm is not None:
+        statistics = _recorded_statistics(recorded_norm, role, weights)
+    elif preprocessing is not None:
         statistics = preprocessing.mean, preprocessing.std
-    mean, std = (tuple(part) for part in statistics)
+    else:
+        return recorded
+    mean, std = map(tuple, statistics)
     return replace(rest, mean=mean, std=std)
 
 
-def own_statistics(
-    cfg: Any,
-    role: str,
-    entry: ModelEntry,
-    weights: str | Path | None,
-    given: Statistics,
-    stated: Mapping[str, Any] | None = None,
-) -> Statistics:
-    """Mean and std by which the images of the network in a role are normalised.
-
-    Args:
-        given: those of the data.
-        (others): see :func:`own_preprocessing`.
-    """
-    how = own_preprocessing(cfg, role, entry, weights, stated)
-    return statistics_of(cfg, role, how, given)
+def _recorded_statistics(norm: Any, role: str, weights: str | Path | None) -> Any:
+    """Mean and std that a checkpoint records."""
+    statistics = read_statistics(norm)
+    if statistics is None:
+        raise UserError(
+            f"checkpoint {weights} says that its images were normalised by {norm!r}, which is not "
+            f"[[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
+        )
+    return statistics
 
 
 def statistics_of(cfg: Any, role: str, how: Preprocessing | None, given: Statistics) -> Statistics:
-    """Those of a network's preprocessing, if it has some of these channels; else `given`.
+    """Mean and std of a network's preprocessing, if they have as many channels as those of the
+    data, `given`; else these.
 
     A network whose weights were released for RGB has no others for grey images.
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mdistiller.dataset import data_spec, load_data
-from mdistiller.distillers import get_distiller
+from mdistiller.dataset import Data, data_spec, load_data
+from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.write import file_entries
@@ -20,8 +20,8 @@ from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.networks.checks import check_labels, check_models
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
+from mdistiller.engine.networks.roles import teacher_image_size
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
-from mdistiller.engine.networks.teacher_size import teacher_image_size
 from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.overview import describe_data
 from mdistiller.engine.run.record import data_facts
@@ -105,16 +105,8 @@ def prepare_classifier(
             distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
         teacher_acc = accuracies[-1]
-    if cfg.SOLVER.SYNC_BN:
-        synchronize_batch_norm(distiller)
-    compile_networks(distiller, cfg.SOLVER.COMPILE)
-    # without labels a loss may not reach all layers
-    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
     loader = with_items(data.train, items, cfg)
-    trainer = trainer_class(name, wrapped, loader, data.val, cfg)
-    if keep_none_alone(loader, trainer, distiller, cfg):
-        trainer = trainer_class(name, wrapped, loader, data.val, cfg)
-    share_cache(trainer)
+    trainer = _make_trainer(trainer_class, name, distiller, loader, data, cfg)
     recorded = teacher_records(cfg, weights, accuracies)
     scores = accuracies or [teacher_acc]
     about = {
@@ -122,3 +114,19 @@ def prepare_classifier(
         **describe_networks(cfg, distiller, weights, scores, measured),
     }
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
+
+
+def _make_trainer(
+    kind: type[BaseTrainer], name: str, distiller: Distiller, loader: Any, data: Data, cfg: Config
+) -> BaseTrainer:
+    """The trainer, after the networks are synchronised, compiled and wrapped as the config says."""
+    if cfg.SOLVER.SYNC_BN:
+        synchronize_batch_norm(distiller)
+    compile_networks(distiller, cfg.SOLVER.COMPILE)
+    # without labels a loss may not reach all layers
+    wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
+    trainer = kind(name, wrapped, loader, data.val, cfg)
+    if keep_none_alone(loader, trainer, distiller, cfg):
+        trainer = kind(name, wrapped, loader, data.val, cfg)
+    share_cache(trainer)
+    return trainer

@@ -21,7 +21,7 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.frozen_teacher.fingerprint import computation, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen, named_tensors
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.roles import teacher_image_size
 from mdistiller.engine.run.together import Turn, current_turn
 from mdistiller.engine.stages import STRIDE
 

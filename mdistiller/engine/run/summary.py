@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.utils import last_and_best
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
