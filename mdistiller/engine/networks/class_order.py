@@ -38,8 +38,7 @@ def match_classes(
 
     Args:
         net: on the CPU; the rows of its classifier are permuted in place.
-        weights: the file.
-        stated: what `load_network` returned.
+        weights, stated: the file, and what `load_network` returned of it.
         data: with `classes` (names by number; empty: not known) and `image_size`.
         any_head: the outputs will not be used: a network for other classes is accepted, and marked
             by `untrained_head`.

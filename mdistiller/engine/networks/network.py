@@ -47,13 +47,14 @@ def build_network(
             the data.
         any_head: the classifier will not be used: weights may be for other classes, or have none.
     """
-    name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
-    entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    name, entry = cfg.DISTILLER[role], model_entry(cfg, role, data)
+    settings = arguments(cfg, role)
     backbone = settings.get("num_classes") == 0
     if backbone and data.num_classes and not any_head:
         raise UserError(
-            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
-            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+            f"DISTILLER.{role}_ARGS {{num_classes: 0}} leaves out the classifier of {name}, which "
+            "is needed here: choose a method that reads features alone (docs/foundation.md), or "
+            "leave it out"
         )
     wanted = settings.pop("pretrained", False)
     start = student_start(cfg) if role == "STUDENT" and weights is None else None
@@ -66,24 +67,33 @@ def build_network(
         wanted = False
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
-    with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = _make_for_size(cfg, role, data, entry, settings)
-    facts = entry.pretrained_on(settings) if wanted and any_head else None
-    if facts is not None and facts.classes != data.num_classes:
-        net.untrained_head = True
+    net = _make(cfg, role, data, entry, settings, any_head)
     check_input(net, name, data, backbone)
     stated = None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
     elif weights and weights != PRETRAINED:
         stated = _load_weights(cfg, role, net, data, weights, any_head)
+    _normalize(cfg, role, net, data, entry, weights, stated)
+    return net
+
+
+def _normalize(
+    cfg: Any,
+    role: str,
+    net: nn.Module,
+    data: Data | TestData,
+    entry: ModelEntry,
+    weights: str | Path | None,
+    stated: Any,
+) -> None:
+    """Have a network normalise images as its weights want them."""
     how, given = own_preprocessing(cfg, role, entry, weights, stated), (data.mean, data.std)
     renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
-        print_log(taken_line(name, role, how, weights))
-    return net
+        print_log(taken_line(cfg.DISTILLER[role], role, how, weights))
 
 
 def _load_weights(
@@ -97,13 +107,18 @@ def _load_weights(
     return stated
 
 
-def _make_for_size(
-    cfg: Any, role: str, data: Data | TestData, entry: ModelEntry, settings: Any
+def _make(
+    cfg: Any, role: str, data: Data | TestData, entry: ModelEntry, settings: Any, any_head: bool
 ) -> Any:
     """The network in a role, which resizes images of another size than its own."""
     own_size = teacher_image_size(cfg) if role == "TEACHER" else None
     size, key = own_size or data.image_size, f"DISTILLER.{role}_ARGS"
-    net = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+    released = settings.get("pretrained")
+    with local_rank_zero_first() if released else contextlib.nullcontext():
+        net = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+    facts = entry.pretrained_on(settings) if released and any_head else None
+    if facts is not None and facts.classes != data.num_classes:
+        net.untrained_head = True
     if own_size:
         resize_input(net, own_size)
     elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):

@@ -81,10 +81,9 @@ def prepare_classifier(
         train_run: trains a teacher that has no weights yet.
     """
     trainer_class = check_trainer(cfg.SOLVER.TRAINER)
-    method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
     trainer_class.check(cfg)
-    items = wanted_items(trainer_class, method)
+    items = wanted_items(trainer_class, get_distiller(cfg.DISTILLER.TYPE))
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
     key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
@@ -107,12 +106,9 @@ def prepare_classifier(
         teacher_acc = accuracies[-1]
     loader = with_items(data.train, items, cfg)
     trainer = _make_trainer(trainer_class, name, distiller, loader, data, cfg)
-    recorded = teacher_records(cfg, weights, accuracies)
-    scores = accuracies or [teacher_acc]
-    about = {
-        "data": describe_data(cfg, data),
-        **describe_networks(cfg, distiller, weights, scores, measured),
-    }
+    recorded, scores = teacher_records(cfg, weights, accuracies), accuracies or [teacher_acc]
+    networks = describe_networks(cfg, distiller, weights, scores, measured)
+    about = {"data": describe_data(cfg, data), **networks}
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
 
 
