@@ -64,9 +64,6 @@ def own_preprocessing(
     recorded = recorded_preprocessing(data, weights)
     norm = cfg.DISTILLER[f"{role}_NORM"]
     preprocessing = _of_release(cfg, role, entry, weights, stated)
-        cfg.DISTILLER[f"{role}_NORM"],
-        _of_release(cfg, role, entry, weights, stated),
-    )
     trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
     rest = recorded or (Preprocessing() if trained_here or preprocessing is None else preprocessing)
     if norm == "data":
