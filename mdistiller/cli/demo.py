@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
@@ -123,7 +123,4 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\n{text}\n\n{seconds:.0f} s; table.md, accuracy.png and all runs are in {args.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: demo(args))
+main = command_line(parser, demo)

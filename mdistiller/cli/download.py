@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch
@@ -307,7 +307,4 @@ def run(args: argparse.Namespace) -> None:
     return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+main = command_line(parser, run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli.support import tables
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.networks import (
     Loaded,
     add_networks,
@@ -136,8 +136,12 @@ def probe(args: argparse.Namespace) -> list[Probed]:
     return probed
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    judge = probe if args.probe or args.labelled else evaluate
-    return guarded(lambda: judge(args))
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, or probe features."""
+    if args.probe or args.labelled:
+        probe(args)
+    else:
+        evaluate(args)
+
+
+main = command_line(parser, run)

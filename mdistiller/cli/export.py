@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistiller.cli.models import SIZES
-from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, command_line
 from mdistiller.engine.config.early import check_early
 from mdistiller.engine.config.files import require_run
 from mdistiller.registry import UserError
@@ -273,7 +273,4 @@ def latencies(
             yield Latency(what, batch, time["ms"], time["low"], time["high"], rounds)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: export(args))
+main = command_line(parser, export)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files.names import split_key
 from mdistiller.registry import UserError, first_line
 
@@ -152,7 +152,4 @@ def _write(found: dict[str, Any], out: Path) -> None:
         raise UserError(f"cannot write {out}: {first_line(error)}") from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: convert(args))
+main = command_line(parser, convert)

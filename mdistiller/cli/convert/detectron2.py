@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.registry import UserError
 
 
@@ -61,7 +61,4 @@ def convert_file(args: argparse.Namespace) -> None:
 _SAID = ("arch", "flavour", "input", "stride_in_1x1", "mask", "channels")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: convert_file(args))
+main = command_line(parser, convert_file)

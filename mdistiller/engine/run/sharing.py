@@ -6,7 +6,6 @@ A run that trains alone shares nothing: the functions here then do nothing.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -145,17 +144,12 @@ class SharedTeacher:
             self._outputs = {key: self._outputs[key] for key in self._outputs if key[:2] == at[:2]}
             output = self._teacher(image)
             self._outputs[at] = (output, _versions(output))
-        return _copied(output)
+        return tree_map(lambda leaf: leaf, output)  # containers that the method may change
 
 
 def _versions(value: Any) -> list[int]:
     """Version counters of the tensors in nested containers."""
     return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _copied(value: Any) -> Any:
-    """The same tensors in containers of their own, so that a method may change these."""
-    return tree_map(lambda leaf: leaf, value)
 
 
 def shared_data(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -203,12 +197,8 @@ def share_cache(trainer: Any) -> None:
         if isinstance(hook, TeacherCache):
             settings = [trainer.cfg.DISTILLER[f"TEACHER_CACHE{end}"] for end in ("", "_GB", "_DIR")]
             key = ("cache", id(shared), *settings)
-            trainer.hooks[place] = cache = turn.share(key, functools.partial(_itself, hook))
+            trainer.hooks[place] = cache = turn.share(key, lambda hook=hook: hook)
             cache.teacher_runs = lambda: always in turn.group.shared
-
-
-def _itself(value: T) -> T:
-    return value
 
 
 def data_key(cfg: Config) -> str:
