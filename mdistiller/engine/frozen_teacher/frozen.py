@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import Distiller
 from mdistiller.distillers.helpers.features.shapes import preserve_state
@@ -23,7 +22,7 @@ from mdistiller.engine.frozen_teacher.folding import (
     replace_child,
     without_norm,
 )
-from mdistiller.engine.frozen_teacher.fusing import can_fuse, fuse
+from mdistiller.engine.frozen_teacher.fusing import agree, can_fuse, fuse
 from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 
@@ -150,7 +149,7 @@ class FrozenTeacher:
                 exact = cls(teacher, net, foldable(net, image) if fold else [], None)
                 if fold:
                     exact.set_layout()
-                if not _agree(exact(image), teacher(image)):
+                if not agree(exact(image), teacher(image), CLOSE):
                     return None
         except _FAILURES:  # a network of whatever kind: it then runs as it is
             return None
@@ -254,13 +253,3 @@ def _random_image(net: nn.Module, image_size: tuple[int, int]) -> Tensor:
     shape = (2, input_channels(net), *image_size)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return image.to(some)
-
-
-def _agree(first: Any, second: Any) -> bool:
-    """Whether all tensors of two outputs are equal to rounding."""
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(
-        bool((a - b).abs().max() <= CLOSE * b.abs().max())
-        for a, b in pairs
-        if isinstance(a, Tensor)
-    )

@@ -57,8 +57,7 @@ def fuse(net: nn.Module, image: Tensor) -> fx.GraphModule | None:
                 return None
             _pack(module, packed)
             close = CLOSE[packed[0].weight.dtype]
-            pairs = zip(tree_leaves(module(other)), tree_leaves(net(other)), strict=True)
-            same = all(_agree(a, b, close) for a, b in pairs)
+            same = agree(module(other), net(other), close)
     except Exception:  # of whatever network: it then runs as it is
         return None
     return module if same else None
@@ -78,7 +77,13 @@ class _NoNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _agree(first: Any, second: Any, close: float) -> bool:
+def agree(first: Any, second: Any, close: float) -> bool:
+    """Whether two outputs are equal, tensors up to `close`, as part of the largest value."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(_is_close(a, b, close) for a, b in pairs)
+
+
+def _is_close(first: Any, second: Any, close: float) -> bool:
     if not isinstance(second, Tensor):
         return bool(first == second)
     same_kind = first.shape == second.shape and first.dtype == second.dtype
