@@ -119,11 +119,9 @@ class Store:
         """Where a file goes."""
         return self.folder / name
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let one process at a time fetch into this folder."""
-        with FileLock(self.folder / f".{RECORD}.lock"):
-            yield
+    def alone(self) -> FileLock:
+        """The lock that lets one process at a time fetch into this folder."""
+        return FileLock(self.folder / f".{RECORD}.lock")
 
     def recorded(self) -> dict[str, Any]:
         """Name -> {"size": bytes, "sha256": digits}."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from mdistiller.cli.support.command import command_line
 from mdistiller.files.names import split_key
-from mdistiller.registry import UserError, first_line
+from mdistiller.registry import UserError
 
 _MINUTES = 10
 _KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # torch may not start without them
@@ -139,17 +139,11 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
     return {**kept, "model": state}
 
 
-def _write(found: dict[str, Any], out: Path) -> None:
-    import torch
+def _write(contents: dict[str, Any], out: Path) -> None:
+    from mdistiller.engine.checkpoints.write import save_checkpoint
 
-    part = out.with_name(f"{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, part)
-        part.replace(out)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {first_line(error)}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(contents, out)
 
 
 main = command_line(parser, convert)
