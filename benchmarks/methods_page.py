@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli import methods
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.probe import random_step, untrained
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
@@ -248,9 +248,11 @@ def run(args: argparse.Namespace) -> None:
     return write(args.write)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     parser = methods.parser()
     parser.add_argument("--write", type=Path, metavar="FILE", help="the page: replace its table")
-    args = parser.parse_args(argv)
-    return guarded(lambda: run(args))
+    return parser
+
+
+main = command_line(parser, run)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mdistiller.cli.support.command import command_line
+from mdistiller.files.atomic import write_failure
 from mdistiller.files.names import split_key
 from mdistiller.registry import UserError
 
@@ -59,7 +60,7 @@ def convert(args: argparse.Namespace) -> None:
         state = network_state(contents, args.file)
         if split_key(args.file)[1]:
             facts = {k: v for k, v in stated(contents, args.file).items() if v is not None}
-            _write({"model": state, **facts}, args.out)
+            write({"model": state, **facts}, args.out)
             print(f"{args.out}: {len(state)} tensors of {args.file}")
             return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
@@ -72,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
         how = "its code was run"
     if loaded is None:
         raise UserError(f"{args.file} is damaged, or weights were not found in it")
-    _write(loaded, args.out)
+    write(loaded, args.out)
     tensors = len(loaded["model"])
     print(f"{args.out}: {tensors} tensors of {args.file}; {how}")
 
@@ -139,10 +140,14 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
     return {**kept, "model": state}
 
 
-def _write(contents: dict[str, Any], out: Path) -> None:
+def write(contents: dict[str, Any], out: Path) -> None:
+    """Write a new file, in a folder that need not exist yet."""
     from mdistiller.engine.checkpoints.write import save_checkpoint
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(write_failure(out, error)) from error
     save_checkpoint(contents, out)
 
 

@@ -115,7 +115,7 @@ def _make(
     size, key = own_size or data.image_size, f"DISTILLER.{role}_ARGS"
     released = settings.get("pretrained")
     with local_rank_zero_first() if released else contextlib.nullcontext():
-        net = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+        net: Any = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
     facts = entry.pretrained_on(settings) if released and any_head else None
     if facts is not None and facts.classes != data.num_classes:
         net.untrained_head = True

@@ -197,7 +197,7 @@ def share_cache(trainer: Any) -> None:
         if isinstance(hook, TeacherCache):
             settings = [trainer.cfg.DISTILLER[f"TEACHER_CACHE{end}"] for end in ("", "_GB", "_DIR")]
             key = ("cache", id(shared), *settings)
-            trainer.hooks[place] = cache = turn.share(key, lambda hook=hook: hook)
+            trainer.hooks[place] = cache = turn.share(key, lambda: hook)  # noqa: B023  # at once
             cache.teacher_runs = lambda: always in turn.group.shared
 
 
