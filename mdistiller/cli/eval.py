@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     if args.csv:
         args.csv.write_text(tables.csv_text(evaluations))
     if picture:
-        panels = [(one.subject.source.label, one.quality.confusion) for one in evaluations]
+        panels = [("\n".join(names), q.confusion) for names, q in tables.merged(evaluations)]
         draw.save(draw.confusions(panels, test.classes), args.confusion)
     elif args.confusion:
         args.confusion.write_text(tables.confusion_text(evaluations, test.classes))
