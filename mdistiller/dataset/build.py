@@ -97,6 +97,7 @@ def load_data(
     device: torch.device | None = None,
     two_views: bool = False,
     train_size: Size | None = None,
+    teacher_view: bool = False,
 ) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
@@ -106,6 +107,8 @@ def load_data(
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
         train_size: make training images of this size, if that is larger than the evaluation's and
             they are files, whose pixels are worth it.
+        teacher_view: training images have an attribute `teacher_view`, [B, 3, H, W]: the same crops
+            without RandAugment and erasing.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
@@ -141,7 +144,7 @@ def load_data(
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
         balanced=balanced,
-        mix=_mix(node, feed_size, len(train.classes)),
+        mix=_mix(node, feed_size, len(train.classes), teacher_view),
         two_views=two_views,
     )
     return Data(
@@ -202,9 +205,13 @@ def _full_preprocessing(
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
 
 
-def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+def _mix(
+    node: dict[str, Any], size: tuple[int, int], num_classes: int, teacher_view: bool
+) -> BatchAugment | None:
     chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
-    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
+    if not (teacher_view or any(chances.values())):
+        return None
+    return BatchAugment(size, num_classes, teacher_view=teacher_view, **chances)
 
 
 class TestData(NamedTuple):

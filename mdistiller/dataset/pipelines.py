@@ -169,7 +169,10 @@ class FilePipeline(InMemoryPipeline):
             )
 
         transform = TrainTransform(
-            self.augment(size), self._eval_transform(train, size), tuple(self.node["RANDAUGMENT"])
+            self.augment(size),
+            self._eval_transform(train, size),
+            tuple(self.node["RANDAUGMENT"]),
+            both=options["mix"] is not None and options["mix"].teacher_view,
         )
         options |= {
             "num_workers": self.node["NUM_WORKERS"],

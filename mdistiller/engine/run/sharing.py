@@ -111,6 +111,8 @@ def _mark(images: Any, at: tuple[int, ...]) -> None:
     """
     for view, image in enumerate([images] if isinstance(images, Tensor) else images):
         image.batch_of_group = (*at, view), image._version
+        if (weak := getattr(image, "teacher_view", None)) is not None:
+            weak.batch_of_group = (*at, -1), weak._version
 
 
 class SharedTeacher:
