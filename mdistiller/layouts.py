@@ -242,6 +242,6 @@ def refuse_other_channels(
     if given != wanted:
         raise UserError(
             f"checkpoint {path} is of a {name} for images of {given} channels, but "
-            f"DATASET.CHANNELS is {wanted}: set it to {given}, or fine-tune the network first with the file as "
-            "DISTILLER.STUDENT_CKPT, which adapts it"
+            f"DATASET.CHANNELS is {wanted}: set it to {given}, or fine-tune the network first with "
+            "the file as DISTILLER.STUDENT_CKPT, which adapts it"
         )
