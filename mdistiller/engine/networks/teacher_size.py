@@ -26,13 +26,16 @@ def teacher_sees_weak(cfg: Any, two_views: bool) -> bool:
         UserError: that is not possible, or would change nothing.
     """
     how, data = cfg.DISTILLER.get("TEACHER_AUGMENT", "same"), cfg.DATASET
+    method = get_distiller(cfg.DISTILLER.TYPE)
     if how not in ("same", "weak"):
         raise UserError(f"DISTILLER.TEACHER_AUGMENT must be same or weak, got {how!r}")
-    if how == "same" or not get_distiller(cfg.DISTILLER.TYPE).uses_teacher:
+    if how == "same" or not method.uses_teacher:
         return False
     reason = ""
     if two_views:
         reason = f"{cfg.DISTILLER.TYPE} shows its teacher a weak and a strong view by itself"
+    elif not method.runs_teacher_once():
+        reason = f"{cfg.DISTILLER.TYPE} runs its teacher in a forward_train of its own"
     elif data.MIXUP or data.CUTMIX:
         reason = "DATASET.MIXUP and CUTMIX make images of two, which the teacher has to see, too"
     elif not (data.RANDAUGMENT or data.ERASING):
