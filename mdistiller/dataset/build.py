@@ -97,6 +97,7 @@ def load_data(
     device: torch.device | None = None,
     two_views: bool = False,
     train_size: Size | None = None,
+    teacher_view: bool = False,
 ) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
@@ -106,6 +107,8 @@ def load_data(
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
         train_size: make training images of this size, if that is larger than the evaluation's and
             they are files, whose pixels are worth it.
+        teacher_view: training images have an attribute `teacher_view`, [B, 3, H, W]: the same crops
+            without RandAugment and erasing.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
@@ -127,9 +130,10 @@ def load_data(
     evaluated, val_name = _images_to_evaluate(node, pipeline.root, splits, labelled)
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     classes = train.classes if labelled else []
-    views = {"balanced": balanced, "two_views": two_views}
+    mix = _mix(node, feed_size, len(train.classes), teacher_view)
+    options = {"balanced": balanced, "two_views": two_views, "mix": mix}
     return Data(
-        train=_train_loader(cfg, node, feed, train, feed_size, statistics, **views),
+        train=_train_loader(cfg, node, feed, train, feed_size, statistics, **options),
         val=loaders[0] if loaders else None,
         test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
@@ -189,7 +193,7 @@ def _train_loader(
     images: Any,
     size: Size,
     statistics: Statistics,
-    **views: bool,
+    **options: Any,
 ) -> TrainLoader:
     return pipeline.train_loader(
         images,
@@ -198,8 +202,7 @@ def _train_loader(
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
-        mix=_mix(node, size, len(images.classes)),
-        **views,
+        **options,
     )
 
 
@@ -214,9 +217,13 @@ def _full_preprocessing(
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
 
 
-def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+def _mix(
+    node: dict[str, Any], size: tuple[int, int], num_classes: int, teacher_view: bool
+) -> BatchAugment | None:
     chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
-    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
+    if not (teacher_view or any(chances.values())):
+        return None
+    return BatchAugment(size, num_classes, teacher_view=teacher_view, **chances)
 
 
 class TestData(NamedTuple):

@@ -21,7 +21,8 @@ from mdistiller.dataset import (
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
-from mdistiller.engine.networks.roles import checkpoint_config, teacher_configs, teacher_image_size
+from mdistiller.engine.networks.roles import checkpoint_config, teacher_configs
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.networks.teacher_weights import find_teacher
 from mdistiller.engine.run.folder import (
     checkpoint_file,
