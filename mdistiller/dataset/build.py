@@ -125,6 +125,8 @@ def load_data(
     if node["VAL_SPLIT"]:
         train = _hold_out(train, node)[0]
         held = _hold_out(splits[0], node)[1]
+    if node["FRACTION"] < 1:
+        train = _fraction(train, node)
     evaluated = [*([held] if held is not None else []), *splits[1:]]
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     if labelled and held is evaluated[-1]:
@@ -310,3 +312,10 @@ def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
             f"DATASET.VAL_SPLIT {node['VAL_SPLIT']} of {len(train)} training images: {error}"
         ) from None
     return train.select(kept), train.select(held)
+
+
+def _fraction(train: Any, node: dict[str, Any]) -> Any:
+    """DATASET.FRACTION of the images of each class, at least one; a part of larger fractions."""
+    classes = len(train.targets.unique())
+    num = max(classes, round(node["FRACTION"] * len(train)))
+    return train.select(hold_out(train.targets, len(train) - num, node["VAL_SEED"])[0])

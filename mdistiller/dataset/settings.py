@@ -26,6 +26,8 @@ def read_node(cfg: Any) -> dict[str, Any]:
     ):
         if not isinstance(node[key], (list, tuple)) and node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    if not 0 < node["FRACTION"] <= 1:
+        raise UserError(f"DATASET.FRACTION {node['FRACTION']} must be above 0 and at most 1")
     try:
         node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
     except ValueError as error:

@@ -99,8 +99,10 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
     assert summary["best_knn"] == summary["last_knn"] == rows[1]["test_knn"]
     command = [str(folder), "--probe", "knn,linear", "--labelled", str(labelled)]
     assert evaluate.main([*command, "--json", str(out)]) == 0
-    latest, best, its_teacher, other = json.loads(out.read_text())["networks"]
+    networks = json.loads(out.read_text())["networks"]
+    latest, untrained, best, its_teacher, other = networks
     assert latest["knn"] == best["knn"] == rows[1]["test_knn"]
+    assert (untrained["label"], untrained["weights"]) == ("random weights", "")
     assert its_teacher["linear"] > 60
     assert its_teacher["weights"] == other["weights"] == str(teacher)
     assert (latest["image_size"], its_teacher["image_size"]) == ([32, 32], [48, 48])

@@ -59,8 +59,8 @@ class ShardSet:
     def select(self, indices: Tensor) -> ShardSet:
         """Raises UserError: shards are read whole."""
         raise UserError(
-            "DATASET.VAL_SPLIT cannot be taken out of shards; leave some out of "
-            "DATASET.SHARDS.TRAIN and name them in DATASET.SHARDS.VAL"
+            "DATASET.VAL_SPLIT and FRACTION cannot take images out of shards; leave shards out of "
+            "DATASET.SHARDS.TRAIN, and name those held out in DATASET.SHARDS.VAL"
         )
 
     def read(self, shard: int, first: int, last: int) -> Iterator[tuple[bytes, str]]:

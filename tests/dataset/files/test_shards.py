@@ -311,7 +311,8 @@ def test_faults_are_one_line(root, tmp_path):
     assert "has cls, png, but no jpg (DATASET.SHARDS.IMAGE)" in fails(cfg(IMAGE="jpg"))
     assert "train-0000.tar has no sample with a class (.label)" in fails(cfg(TARGET="label"))
     assert "run from 0 to 3; they must number 3 from 0" in fails(cfg(CLASSES=3))
-    assert "cannot be taken out of shards" in fails(config("webdataset", ROOT=root, VAL_SPLIT=4))
+    for keys in ({"VAL_SPLIT": 4}, {"FRACTION": 0.5}):
+        assert "cannot take images out of shards" in fails(config("webdataset", ROOT=root, **keys))
     assert "webdataset needs DATASET.LOADER workers" in fails(
         config("webdataset", ROOT=root, LOADER="memory")
     )
