@@ -22,6 +22,7 @@ from mdistiller.dataset.settings import (
     data_root,
     given_statistics,
     has_files,
+    has_labels,
     has_no_test,
     is_balanced,
     is_labelled,
@@ -170,7 +171,7 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
     """The training images and, if the data have them, the test images, of DATASET.CLASSES."""
     train = pipeline.read("train")
     splits = [renumber_classes(train, node["CLASSES"])]
-    if pipeline.source.labels and not has_no_test(node, pipeline.source):
+    if has_labels(node, pipeline.source) and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -242,7 +243,7 @@ def load_test_loader(
     """
     node = read_node(cfg)
     source = source_of(node)
-    held_out = split == "test" and source.labels and has_no_test(node, source)
+    held_out = split == "test" and has_labels(node, source) and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = given_statistics(node, pipeline.source)

@@ -54,7 +54,7 @@ DATASET_CONFIG: dict[str, Any] = {
         "TRAIN": "train*.tar",
         "VAL": "val*.tar",
         "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample; the first one present
-        "TARGET": "cls",  # suffix of its class number
+        "TARGET": "cls",  # suffix of its class number; empty: no labels
         "CLASSES": 0,  # number of classes; 0: the largest class number plus 1
         "SHUFFLE": 1000,  # shuffling distance of a sample within its stream
     },

@@ -102,9 +102,15 @@ def given_statistics(node: dict[str, Any], source: DataSource) -> Statistics | N
     return mean, std
 
 
+def has_labels(node: Mapping[str, Any], source: DataSource) -> bool:
+    """Whether the images have classes; shards with an empty DATASET.SHARDS.TARGET have none."""
+    targets = node["SHARDS"].get("TARGET", "cls") if isinstance(source, Shards) else True
+    return source.labels and bool(targets)
+
+
 def is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
     """Whether training uses labels."""
-    return bool(node["LABELS"] and source.labels)
+    return bool(node["LABELS"]) and has_labels(node, source)
 
 
 def has_no_test(node: dict[str, Any], source: DataSource) -> bool:

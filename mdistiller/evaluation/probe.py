@@ -40,7 +40,7 @@ def probe_all(
 ) -> list[Probed]:
     """Probe networks, each on images prepared its own way; classifiers are left out.
 
-    A run's teacher sees images of DISTILLER.TEACHER_SIZE if that is set. After the first of each
+    A run's teacher sees images of the size that it saw in training. After the first of each
     student's architecture comes the same network with random weights, of seed 0, on its images.
 
     Args:
@@ -52,8 +52,7 @@ def probe_all(
     untrained: set[str] = set()
     for source in sources:
         how = own_preprocessing_of(source, facts)
-        is_sized = source.role == "TEACHER" and facts.files  # else the network resizes
-        size = teacher_image_size(source.cfg) if is_sized else None
+        size = training_size(source) if facts.files else None  # else the network resizes
         if (how, size) not in sets:
             sets[how, size] = labelled_sets(sized(cfg, size) if size else cfg, device, how)
         train, test = sets[how, size]
@@ -71,3 +70,11 @@ def probe_all(
             accuracies = probe(net.to(device).requires_grad_(False), train, test, device, kinds)
             probed.append(Probed(row, accuracies, counts, test.image_size))
     return probed
+
+
+def training_size(source: Source) -> Size:
+    """(height, width) of the images that a run's teacher taught on; None: as its weights say."""
+    if source.role != "TEACHER":
+        return None
+    side = teacher_image_size(source.cfg) or data_spec(source.cfg).side
+    return (side, side) if isinstance(side, int) and side else side or None
