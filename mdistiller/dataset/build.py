@@ -22,6 +22,7 @@ from mdistiller.dataset.settings import (
     data_root,
     given_statistics,
     has_files,
+    has_labels,
     has_no_test,
     is_balanced,
     is_labelled,
@@ -127,6 +128,8 @@ def load_data(
         feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
         train = _hold_out(train, node)[0]
+    if node["FRACTION"] < 1:
+        train = _fraction(train, node)
     evaluated, val_name = _images_to_evaluate(node, pipeline.root, splits, labelled)
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     classes = train.classes if labelled else []
@@ -156,7 +159,7 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
     """The training images and, if the data have them, the test images, of DATASET.CLASSES."""
     train = pipeline.read("train")
     splits = [renumber_classes(train, node["CLASSES"])]
-    if pipeline.source.labels and not has_no_test(node, pipeline.source):
+    if has_labels(node, pipeline.source) and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -259,7 +262,7 @@ def load_test_loader(
     """
     node = read_node(cfg)
     source = source_of(node)
-    held_out = split == "test" and source.labels and has_no_test(node, source)
+    held_out = split == "test" and has_labels(node, source) and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = given_statistics(node, pipeline.source)
@@ -329,3 +332,10 @@ def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
             f"DATASET.VAL_SPLIT {node['VAL_SPLIT']} of {len(train)} training images: {error}"
         ) from None
     return train.select(kept), train.select(held)
+
+
+def _fraction(train: Any, node: dict[str, Any]) -> Any:
+    """DATASET.FRACTION of the images of each class, at least one; a part of larger fractions."""
+    classes = len(train.targets.unique())
+    num = max(classes, round(node["FRACTION"] * len(train)))
+    return train.select(hold_out(train.targets, len(train) - num, node["VAL_SEED"])[0])

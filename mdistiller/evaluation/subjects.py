@@ -48,14 +48,14 @@ class Source:
     Attributes:
         label: what to call it in tables and pictures.
         cfg: its architecture, in a role of DISTILLER.
-        weights: a file, or PRETRAINED.
+        weights: a file, PRETRAINED, or "" for random ones.
         note: of a run's best checkpoint, its epoch and what it was selected on.
         run: the run folder it is from.
     """
 
     label: str
     cfg: Config
-    weights: Path | Literal["pretrained"]
+    weights: Path | Literal["pretrained", ""]
     note: str = ""
     role: str = "STUDENT"
     run: Path | None = None

@@ -29,7 +29,7 @@ _PATHS = ("DATASET.ROOT", *_WEIGHTS)
 # The network and the images that accuracies belong to.
 _SUBJECT = (
     *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.LABELS"),
-    *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
+    *("DATASET.IMAGE_SIZE", "DATASET.FRACTION", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
 )
 _SEED = re.compile(r"[,-]?(EXPERIMENT\.SEED|\bseed)[:=]\d+")
 
