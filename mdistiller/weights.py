@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller import layouts
 from mdistiller.files.manifest import check_file
 from mdistiller.files.names import split_key
-from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 
@@ -189,7 +189,7 @@ def network_state(
         UserError: there are no weights, or those of several networks without a preferred one.
     """
     file, key = split_key(path)
-    states = find_states(contents)
+    states = layouts.find_states(contents)
     if not states:
         keys = ", ".join(str(k)[:40] for k in contents) if isinstance(contents, Mapping) else ""
         raise UserError(
@@ -206,17 +206,17 @@ def network_state(
     expected = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
     if key or expected is None:
-        place, state = choose_state(plain, file, key)
+        place, state = layouts.choose_state(plain, file, key)
     else:
-        place, state = choose_fitting(plain, file, expected, aliases)
+        place, state = layouts.choose_fitting(plain, file, expected, aliases)
     others = [other or "the file itself" for other in states if other != place]
-    if others and not key and not is_of_run(state) and rank() == 0:
+    if others and not key and not layouts.is_of_run(state) and rank() == 0:
         print(
             f"{file}: read {place or 'the file itself'}; {file}:KEY chooses another "
             f"({', '.join(others)})",
             flush=True,
         )
-    return match_keys(state, expected, aliases)
+    return layouts.match_keys(state, expected, aliases)
 
 
 def _odd_key(state: Mapping[Any, Any]) -> str:
@@ -383,6 +383,7 @@ def load_network(
         accept(state)
     state = adapt_state(net, state)
     _refuse_other_head(net, state, path, name, num_classes)
+    layouts.refuse_other_channels(state, net.state_dict(), path, name)
     load_state(net, state, f"checkpoint {path} and network {name}")
     return stated(contents, path)
 

@@ -112,7 +112,7 @@ def _write_files(args: argparse.Namespace, given: Loaded, evaluations: list[Eval
     if _is_picture(args.confusion):
         from mdistiller.evaluation import draw
 
-        panels = [(one.subject.source.label, one.quality.confusion) for one in evaluations]
+        panels = [("\n".join(names), q.confusion) for names, q in tables.merged(evaluations)]
         draw.save(draw.confusions(panels, test.classes), args.confusion)
     elif args.confusion:
         args.confusion.write_text(tables.confusion_text(evaluations, test.classes))

@@ -22,6 +22,7 @@ from mdistiller.dataset.settings import (
     data_root,
     given_statistics,
     has_files,
+    has_labels,
     has_no_test,
     is_balanced,
     is_labelled,
@@ -97,6 +98,7 @@ def load_data(
     device: torch.device | None = None,
     two_views: bool = False,
     train_size: Size | None = None,
+    teacher_view: bool = False,
 ) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
@@ -106,6 +108,8 @@ def load_data(
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
         train_size: make training images of this size, if that is larger than the evaluation's and
             they are files, whose pixels are worth it.
+        teacher_view: training images have an attribute `teacher_view`, [B, 3, H, W]: the same crops
+            without RandAugment and erasing.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
@@ -124,12 +128,15 @@ def load_data(
         feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
         train = _hold_out(train, node)[0]
+    if node["FRACTION"] < 1:
+        train = _fraction(train, node)
     evaluated, val_name = _images_to_evaluate(node, pipeline.root, splits, labelled)
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     classes = train.classes if labelled else []
-    views = {"balanced": balanced, "two_views": two_views}
+    mix = _mix(node, feed_size, len(train.classes), teacher_view)
+    options = {"balanced": balanced, "two_views": two_views, "mix": mix}
     return Data(
-        train=_train_loader(cfg, node, feed, train, feed_size, statistics, **views),
+        train=_train_loader(cfg, node, feed, train, feed_size, statistics, **options),
         val=loaders[0] if loaders else None,
         test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
@@ -152,7 +159,7 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
     """The training images and, if the data have them, the test images, of DATASET.CLASSES."""
     train = pipeline.read("train")
     splits = [renumber_classes(train, node["CLASSES"])]
-    if pipeline.source.labels and not has_no_test(node, pipeline.source):
+    if has_labels(node, pipeline.source) and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -189,7 +196,7 @@ def _train_loader(
     images: Any,
     size: Size,
     statistics: Statistics,
-    **views: bool,
+    **options: Any,
 ) -> TrainLoader:
     return pipeline.train_loader(
         images,
@@ -198,8 +205,7 @@ def _train_loader(
         statistics,
         seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
         drop_last=node["DROP_LAST"],
-        mix=_mix(node, size, len(images.classes)),
-        **views,
+        **options,
     )
 
 
@@ -214,9 +220,13 @@ def _full_preprocessing(
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
 
 
-def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+def _mix(
+    node: dict[str, Any], size: tuple[int, int], num_classes: int, teacher_view: bool
+) -> BatchAugment | None:
     chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
-    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
+    if not (teacher_view or any(chances.values())):
+        return None
+    return BatchAugment(size, num_classes, teacher_view=teacher_view, **chances)
 
 
 class TestData(NamedTuple):
@@ -252,7 +262,7 @@ def load_test_loader(
     """
     node = read_node(cfg)
     source = source_of(node)
-    held_out = split == "test" and source.labels and has_no_test(node, source)
+    held_out = split == "test" and has_labels(node, source) and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = given_statistics(node, pipeline.source)
@@ -322,3 +332,10 @@ def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
             f"DATASET.VAL_SPLIT {node['VAL_SPLIT']} of {len(train)} training images: {error}"
         ) from None
     return train.select(kept), train.select(held)
+
+
+def _fraction(train: Any, node: dict[str, Any]) -> Any:
+    """DATASET.FRACTION of the images of each class, at least one; a part of larger fractions."""
+    classes = len(train.targets.unique())
+    num = max(classes, round(node["FRACTION"] * len(train)))
+    return train.select(hold_out(train.targets, len(train) - num, node["VAL_SEED"])[0])

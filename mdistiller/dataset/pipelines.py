@@ -167,7 +167,10 @@ class FilePipeline(InMemoryPipeline):
             )
 
         transform = TrainTransform(
-            self.augment(size), self._eval_transform(train, size), tuple(self.node["RANDAUGMENT"])
+            self.augment(size),
+            self._eval_transform(train, size),
+            tuple(self.node["RANDAUGMENT"]),
+            both=options["mix"] is not None and options["mix"].teacher_view,
         )
         loader, options = self._loaders()[0], options | self._workers()
         return loader(train, batch_size, transform, *statistics, self.device, **options)

@@ -20,8 +20,8 @@ from mdistiller.engine.networks.released import (
     statistics_of,
     taken_line,
 )
-from mdistiller.engine.networks.roles import teacher_image_size
 from mdistiller.engine.networks.start import load_start, student_start
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input

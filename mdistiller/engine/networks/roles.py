@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mdistiller.distillers import get_distiller
-from mdistiller.preprocessing import height_width, read_image_size
 from mdistiller.registry import UserError
 
 _REST = {"CKPT": "", "CFG": "", "ARGS": {}, "NORM": "auto"}
@@ -61,13 +59,6 @@ def teacher_identity(cfg: Any) -> list[str]:
 def teacher_name(cfg: Any) -> str:
     """The name of the teacher, or of all: "resnet56 + wrn_40_2"."""
     return " + ".join(one.DISTILLER.TEACHER for one in teacher_configs(cfg))
-
-
-def teacher_image_size(cfg: Any) -> tuple[int, int] | None:
-    """(height, width) of the teacher's images; None: those of the student, or no teacher."""
-    size = read_image_size(cfg.DISTILLER.get("TEACHER_SIZE", 0))
-    used = size and get_distiller(cfg.DISTILLER.TYPE).uses_teacher
-    return height_width(size) if used else None
 
 
 def peer_configs(cfg: Any) -> list[Any]:

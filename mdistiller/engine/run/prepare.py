@@ -20,8 +20,8 @@ from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.networks.checks import check_labels, check_models
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
-from mdistiller.engine.networks.roles import teacher_image_size
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
+from mdistiller.engine.networks.teacher_images import teacher_image_size, teacher_sees_weak
 from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.overview import describe_data
 from mdistiller.engine.run.record import data_facts
@@ -86,14 +86,16 @@ def prepare_classifier(
     items = wanted_items(trainer_class, get_distiller(cfg.DISTILLER.TYPE))
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
-    key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
-    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
+    weak, size = teacher_sees_weak(cfg, items.two_views), teacher_image_size(cfg)
+    key = data_key(cfg), items.two_views, weak
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size, weak))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
     train_teacher = turn.alone(train_run) if turn else train_run
     weights = resolve_teachers(cfg, data, device, train_teacher, folder)
     distiller, facts = build_distiller(cfg, data, device, weights), data_facts(data)
+    distiller.teacher_sees_weak = weak
     share_teacher(distiller, cfg, device)
     for net in distiller.students():
         net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.frozen_teacher.fingerprint import computation, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen, named_tensors
-from mdistiller.engine.networks.roles import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.run.together import Turn, current_turn
 from mdistiller.engine.stages import STRIDE
 
@@ -110,6 +110,8 @@ def _mark(images: Any, at: tuple[int, ...]) -> None:
     """
     for view, image in enumerate([images] if isinstance(images, Tensor) else images):
         image.batch_of_group = (*at, view), image._version
+        if (weak := getattr(image, "teacher_view", None)) is not None:
+            weak.batch_of_group = (*at, -1), weak._version
 
 
 class SharedTeacher:
