@@ -32,7 +32,19 @@ from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
 
-DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
+_CORRECTED = "CORRECTEDKD, and CORRECTEDKD.MODE"
+OPTIONS_HERE = {
+    "ABKD": "KD, DKD or TTM, and its DIVERGENCE ab(ALPHA, BETA)",
+    "LSKD": "KD or another method of logits, and LSKD.ENABLE True",
+    "DEEPKD": "KD, DKD, MLKD or CRLD, and SOLVER.TRAINER deepkd",
+    "DOT": "a method, and SOLVER.TRAINER dot",
+    **dict.fromkeys(("SWAP", "LA"), f"{_CORRECTED} swap"),
+    "SOFT_SWAP": f"{_CORRECTED} soft_swap",
+    "RC": f"{_CORRECTED} rc",
+    **dict.fromkeys(("REVISION", "LR"), f"{_CORRECTED} revision"),
+}
+"""Methods of other projects that are settings of a method or of the solver here."""
+DISTILLERS = Registry("distiller (DISTILLER.TYPE)", OPTIONS_HERE)
 _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 

@@ -116,7 +116,8 @@ def run_teachers(
         for number, cfg in enumerate(teacher_configs(one.cfg)):
             source = _run_teacher(one.run, cfg, data, number)
             settings = [cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
-            weights = source.weights if source.weights == PRETRAINED else source.weights.resolve()
+            file = source.weights
+            weights = file if isinstance(file, str) else file.resolve()
             accuracies = teachers.setdefault(repr((settings, weights)), (source, {}))[1]
             accuracies[one.run] = recorded_teacher_acc(one.run)
     return list(teachers.values())
