@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mdistiller.distillers import distiller_dict
-from mdistiller.engine.cfg import Config
-from mdistiller.engine.config.files import overlay
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import find_config, overlay, read_yaml
 from mdistiller.engine.config.values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
+
+if TYPE_CHECKING:
+    from mdistiller.engine.cfg import Config
 
 # In a run's summary; with held-out images the first two are measured on those.
 ACCURACIES = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
@@ -88,6 +91,30 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
         )
     table["VARIANTS"] = [_variant(given) for given in table["VARIANTS"]] or [dict(_VARIANT)]
     return table
+
+
+def check_file(path: str | Path, overrides: Sequence[str], imports: Sequence[str]) -> None:
+    """Refuse wrong keys of a sweep file and of its configs, before torch is imported.
+
+    Raises:
+        UserError: as `read_plan` raises it.
+    """
+    file = find_config(path)
+    table = check_table(read_yaml(file))
+    for variant in table["VARIANTS"]:
+        config = variant["CONFIG"] or table["CONFIG"]
+        beside = file.parent / config
+        config = beside if config and beside.is_file() else config
+        both = words(overlay(nested(table["OVERRIDES"]), nested(variant["OVERRIDES"])))
+        axes = {**table["GRID"], **variant["GRID"]}.items()
+        first = [
+            word for key, values in axes if isinstance(values, list) for word in (key, *values[:1])
+        ]
+        try:
+            check_early(config, [*both, *first, *overrides], imports)
+        except UserError as error:
+            name = variant["NAME"]
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
 
 
 def _variant(given: Any) -> dict[str, Any]:
@@ -189,6 +216,8 @@ def grid_axes(grid: Mapping[str, Any], cfg: Config) -> dict[str, list[Any]]:
     axes = {}
     for key, values in grid.items():
         if key == "DISTILLER.TYPE" and values == "all":
+            from mdistiller.distillers import distiller_dict
+
             values = sorted(distiller_dict, key=str.casefold)
         if not isinstance(values, list) or not values:
             raise UserError(f"GRID: {key} must be a list of values, got {values!r}")
