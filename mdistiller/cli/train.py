@@ -140,7 +140,8 @@ def train_all(configs: list[Any], args: Any) -> int:
     code = 0
     for cfg, outcome in zip(configs, outcomes, strict=True):
         if outcome.error is not None:
-            print(f"{experiment_name(cfg, args.opts)} failed:", file=sys.stderr, flush=True)
+            how = "stopped" if isinstance(outcome.error, KeyboardInterrupt) else "failed"
+            print(f"{experiment_name(cfg, args.opts)} {how}:", file=sys.stderr, flush=True)
             try:
                 failed = guarded(outcome.reraise)
             except Exception:  # the other failures are told as well
