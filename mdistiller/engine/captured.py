@@ -81,6 +81,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
     if not solver.get("CUDA_GRAPHS", False):
         return
     device, cache = resolve_device(cfg.DEVICE).type, cfg.DISTILLER.get("TEACHER_CACHE")
+    weak = cfg.DISTILLER.get("TEACHER_AUGMENT") == "weak"  # an attribute of each batch's images
     settings = {
         f"DEVICE {device}": device != CudaGraph.device_type,
         f"SOLVER.TRAINER {solver.TRAINER}": not plain,
@@ -91,6 +92,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
         f"SOLVER.COMPILE {solver.COMPILE}": bool(solver.COMPILE),
         "SOLVER.SCHEDULE_BY step": solver.get("SCHEDULE_BY") == "step",
         f"DISTILLER.TEACHER_CACHE {cache}": is_wanted(cfg),
+        "DISTILLER.TEACHER_AUGMENT weak": weak,
         f"{world_size()} processes": world_size() > 1,
     }
     for setting, given in settings.items():

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "TOGETHER": "auto",
 }
 _VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}, "TEACHER": ""}
+SEED = "{seed}"  # in a value: the run's
 # Config keys that a sweep sets for each run, and where they come from.
 _SET_BY_SWEEP = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
 
@@ -111,7 +112,7 @@ def check_file(path: str | Path, overrides: Sequence[str], imports: Sequence[str
             word for key, values in axes if isinstance(values, list) for word in (key, *values[:1])
         ]
         try:
-            check_early(config, [*both, *first, *overrides], imports)
+            check_early(config, with_seed([*both, *first, *overrides], 0), imports)
         except UserError as error:
             name = variant["NAME"]
             raise UserError(f"{name}: {error}" if name else str(error)) from None
@@ -167,6 +168,11 @@ def nested(table: Mapping[str, Any]) -> dict[str, Any]:
 def words(sections: Mapping[str, Any]) -> list[Any]:
     """Sections as `[key, value, ...]`."""
     return [word for key in flatten(sections) for word in (key, lookup(sections, key))]
+
+
+def with_seed(pairs: Sequence[Any], seed: int) -> list[Any]:
+    """`[key, value, ...]` with the run's seed for `{seed}`."""
+    return [word.replace(SEED, str(seed)) if isinstance(word, str) else word for word in pairs]
 
 
 def as_settled(pairs: Sequence[Any], cfg: Config) -> list[Any]:

@@ -71,6 +71,7 @@ REFUSED = [
     (["SOLVER.COMPILE", True], r"SOLVER\.COMPILE True"),
     (["SOLVER.SCHEDULE_BY", "step"], r"SOLVER\.SCHEDULE_BY step"),
     (["DISTILLER.TEACHER_CACHE", "memory"], r"DISTILLER\.TEACHER_CACHE memory"),
+    (["DISTILLER.TEACHER_AUGMENT", "weak"], r"DISTILLER\.TEACHER_AUGMENT weak"),
 ]
 
 
