@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -8,6 +9,16 @@ import torch
 def _one_thread():
     """Small tensors run best on one thread, and sums then never depend on how many there are."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick(request):
+    """Files do not wait for the disk, and teachers run unfused, except where a module has FUSES."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        if not getattr(request.module, "FUSES", False):
+            patch.setattr("mdistiller.engine.frozen_teacher.frozen.can_fuse", lambda image: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,7 @@ def _worlds(processes):
 
 
 def _serve():
+    os.fsync = lambda handle: None  # nothing here has to outlive a crash of the machine
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()

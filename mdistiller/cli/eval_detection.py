@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, command_line
 from mdistiller.cli.support.detection_tables import Subject, json_text, tables
 from mdistiller.registry import UserError
 
@@ -184,7 +184,4 @@ def _draw(
     print(f"wrote {path}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: evaluate(args))
+main = command_line(parser, evaluate)

@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     files = args.cfg or [""]
 
     def run() -> int:
+        _check_words(args.opts)
         for file in files:
             check_early(file, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
@@ -102,6 +103,15 @@ def main(argv: list[str] | None = None) -> int:
 
     codes: list[int] = []
     return guarded(lambda: codes.append(run())) or codes[0]
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse a lone word before the KEY VALUE pairs, such as a run folder or a config's name."""
+    if len(words) % 2 and not words[0].partition(".")[0].isupper():
+        run = (Path(words[0]) / "config.yaml").is_file()
+        what = "a run folder" if run else "neither a config (FILE.yaml) nor a KEY VALUE pair"
+        more = f"; --resume {words[0]} continues it" if run else ""
+        raise UserError(f"{words[0]} is {what}{more}")
 
 
 def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., Any]) -> None:

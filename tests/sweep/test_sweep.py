@@ -9,7 +9,6 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from support import REPO, cache_yaml, unpadded, write_config
+from support import REPO, cache_yaml, run_script, unpadded, write_config
 
 from mdistiller.cli import sweep as command
 from mdistiller.cli import train as train_command
@@ -367,14 +366,13 @@ def fork(main, argv, out):
 
 
 def ran_in_a_new_process(request):
-    """Run the test in a new Python, once: forks of a process that has trained may not train."""
+    """Run the test in another process, once: forks of one that has trained may not train."""
     if os.environ.get("NEW_PROCESS"):
         return False
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
-    environment = {**os.environ, "NEW_PROCESS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300
-    )
+    words = ["-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEW_PROCESS", "1")
+        done = run_script(Path(pytest.__file__).with_name("__main__.py"), *words)
     assert done.returncode == 0, done.stdout
     return True
 

@@ -27,11 +27,16 @@ def plain(node):
 
 
 def rendered():
+    """The file's text, one section a line."""
     kinds = {"train": default_config(), "train_detection": detection_defaults()}
     for name in [name for name, cls in DISTILLERS.items() if not is_builtin(cls)]:
         for cfg in kinds.values():
             cfg.pop(name, None)  # of other tests
-    return json.dumps({kind: plain(cfg) for kind, cfg in kinds.items()}, indent=1) + "\n"
+    texts = []
+    for kind, cfg in kinds.items():
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in plain(cfg).items()]
+        texts.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
+    return "{\n" + ",\n".join(texts) + "\n}\n"
 
 
 def test_the_stored_defaults_are_those_of_the_code():
