@@ -18,6 +18,7 @@ from mdistiller.registry import UserError
 
 DEEPEST = 20
 """Sections or lists within one another."""
+_NAMES = "DATASET.CLASSES"
 _LONGEST = 20_000  # characters of a value on the command line
 _MOST_SIGNS = 2_000  # brackets and signs in it
 
@@ -83,13 +84,13 @@ def as_read(value: Any, default: Any, name: str, depth: int = 0) -> Any:
         UserError: a number is spelled in a way that YAML and people read differently.
     """
     if isinstance(value, Written):
-        is_text = isinstance(default, str) and name not in _READERS
+        is_text = isinstance(default, str) and (name not in _READERS or name == _NAMES)
         return value.text if is_text else value.number(name)
     if depth > DEEPEST:  # refused later
         return value
     if isinstance(value, (list, tuple)):
         texts = isinstance(default, (list, tuple)) and {type(item) for item in default} == {str}
-        texts |= name == "DATASET.CLASSES"
+        texts |= name == _NAMES
         items = [as_read(item, "" if texts else None, name, depth + 1) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
@@ -166,7 +167,7 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(NETWORK_LISTS, functools.partial(read_networks, check_norm=check_norm)),
     **dict.fromkeys(("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_SIZE"), _image_size),
     "DISTILLER.CLASS_WEIGHTS": _weights_or_word,
-    "DATASET.CLASSES": _names_or_text,
+    _NAMES: _names_or_text,
     "SOLVER.COMPILE": _switch_or_text,
 }
 """Keys whose values are of several types: (value, key) -> the value, checked."""
