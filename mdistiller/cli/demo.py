@@ -16,6 +16,7 @@ from typing import Any
 from mdistiller.cli.support.command import command_line
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
+from mdistiller.runtime import keep_freed_memory
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
 Curves = dict[str, list[list[float]]]
@@ -50,6 +51,7 @@ def one_thread() -> None:
     """Small networks run best on one thread, several runs side by side."""
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(1)
 
 

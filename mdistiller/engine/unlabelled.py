@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mdistiller.distillers.helpers.training.gather import local_batches
+from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.probe import KEY
-from mdistiller.engine.distributed import is_main_process, sum_over_ranks
-from mdistiller.engine.hooks import Hook, Trainer
+from mdistiller.engine.distributed import broadcast_buffers, is_main_process, sum_over_ranks
+from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
@@ -40,13 +41,16 @@ class UnlabelledTrainer(BaseTrainer):
 
     def make_hooks(self, cfg: Any) -> list[Hook]:
         reports: list[Hook] = [ReportUntrained()] if is_main_process() else []
-        return [*super().make_hooks(cfg), *reports]
+        hooks = [
+            AverageUnlabelled() if isinstance(hook, AverageStudent) else hook
+            for hook in super().make_hooks(cfg)
+        ]
+        return [*hooks, *reports]
 
     @classmethod
     def check(cls, cfg: Any, train_loader: Any = None) -> None:
         keys = {
             "SOLVER.CUDA_GRAPHS": cfg.SOLVER.CUDA_GRAPHS,
-            "SOLVER.EMA": cfg.SOLVER.EMA,
             "SOLVER.QAT_EPOCHS": cfg.SOLVER.QAT_EPOCHS,
             "SOLVER.LABEL_SMOOTHING": cfg.SOLVER.LABEL_SMOOTHING,
             "DISTILLER.CLASS_WEIGHTS": cfg.DISTILLER.CLASS_WEIGHTS != "none",
@@ -99,6 +103,20 @@ class UnlabelledTrainer(BaseTrainer):
 
     def best(self) -> dict[str, float]:
         return {"best_knn" if self.selects == KEY else "best_loss": self.best_acc}
+
+
+class AverageUnlabelled(AverageStudent):
+    """A moving average that no accuracy judges: `student_ema_latest` alone (`eval --probe`)."""
+
+    def after_epoch(self, trainer: Trainer, epoch: int, record: Record) -> None:
+        assert self.average is not None
+        broadcast_buffers(self.average)
+
+    def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
+        return {}
+
+    def summarize(self, trainer: Trainer, data: Any) -> dict[str, Any]:
+        return {}
 
 
 class ReportUntrained(Hook):

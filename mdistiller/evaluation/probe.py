@@ -13,7 +13,7 @@ from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.probe import labelled_sets, probe
 from mdistiller.evaluation.subjects import Source, own_preprocessing_of, sized
-from mdistiller.preprocessing import Preprocessing
+from mdistiller.preprocessing import Preprocessing, height_width
 
 Size = tuple[int, int] | None
 RANDOM = "random weights"
@@ -77,4 +77,4 @@ def training_size(source: Source) -> Size:
     if source.role != "TEACHER":
         return None
     side = teacher_image_size(source.cfg) or data_spec(source.cfg).side
-    return (side, side) if isinstance(side, int) and side else side or None
+    return height_width(side) if side else None

@@ -38,8 +38,6 @@ from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, suggest
 from mdistiller.sweep import fields
 
-_SEED = "{seed}"  # in a value: the run's
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -139,7 +137,9 @@ class _Reader:
                 pairs = [word for pair in chosen.items() for word in pair]
                 row = variant["TEACHER"]
                 changes = [*changed, *pairs, *(["TEACHER", row] if row else [])]
-                by_seed = row or any(_SEED in str(w) for w in [*fixed, *pairs, *self.overrides])
+                by_seed = row or any(
+                    fields.SEED in str(w) for w in [*fixed, *pairs, *self.overrides]
+                )
                 cfg = None if by_seed else self.load(cell, config, [*fixed, *pairs])
                 words = list(filter(None, parts)) or [self.table["SWEEP"]]
                 for seed in self.table["SEEDS"]:
@@ -211,10 +211,7 @@ class _Reader:
         try:
             sibling = self.folder / config
             file = sibling if config and sibling.is_file() else config
-            changes = [
-                word.replace(_SEED, str(seed)) if isinstance(word, str) else word
-                for word in (*overrides, *self.overrides)
-            ]
+            changes = fields.with_seed([*overrides, *self.overrides], seed)
             cfg = load_config(file, changes, self.imports)
             if whole:
                 self.check(cfg)

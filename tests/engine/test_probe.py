@@ -113,7 +113,7 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
 
 
 def test_a_teacher_is_judged_at_the_size_it_had_in_training():
-    words = ["DATASET.TYPE", "images", "DATASET.IMAGE_SIZE", "64"]
+    words = ["DISTILLER.TYPE", "SEED", "DATASET.TYPE", "images", "DATASET.IMAGE_SIZE", "64"]
     sizes = [
         training_size(Source("", load_config("", [*words, *more]), "", role=role))
         for role, more in (

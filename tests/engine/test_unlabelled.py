@@ -64,7 +64,7 @@ def result(folder, name="run"):
 @pytest.mark.parametrize("loader", ["memory", "workers"])
 def test_a_tree_of_pictures_trains_without_accuracies(pictures, tmp_path, loader):
     data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures, "DATASET.LOADER", loader)
-    assert run(tmp_path, *data, "DISTILLER.TYPE", "RKD+SP") == 0
+    assert run(tmp_path, *data, "DISTILLER.TYPE", "RKD+SP", "SOLVER.EMA", 0.5) == 0
     summary, rows = result(tmp_path)
     assert not [
         key for key in (*summary, *rows[0]) if key.endswith("_acc") and key != "teacher_acc"
@@ -76,8 +76,16 @@ def test_a_tree_of_pictures_trains_without_accuracies(pictures, tmp_path, loader
     assert images == pytest.approx(40)  # without the hidden ones
     record = json.loads((tmp_path / "distill" / "run" / "run.json").read_text())
     assert (record["data"]["num_classes"], record["data"]["classes"]) == (0, [])
-    state = load_checkpoint(tmp_path / "distill" / "run" / "student_best")["model"]
+    folder = tmp_path / "distill" / "run"
+    state = load_checkpoint(folder / "student_best")["model"]
     assert state["fc.weight"].shape == (0, 64)
+    names = sorted(path.name for path in folder.glob("student_ema_*"))
+    assert names == ["student_ema_latest"]  # no accuracy selects one
+    averaged, last = (
+        load_checkpoint(folder / f"student_{name}latest")["model"]["conv1.weight"]
+        for name in ("ema_", "")
+    )
+    assert not torch.equal(averaged, last)
 
 
 def test_held_out_images_select_the_epoch_of_the_lowest_loss(pictures, tmp_path):
@@ -111,7 +119,7 @@ def test_which_methods_need_no_labels(pictures, tmp_path, capsys):
     assert run(tmp_path, *data, "DISTILLER.TYPE", "AT", "SOLVER.TRAINER", "dot") == 2
     assert "SOLVER.TRAINER dot reads labels" in capsys.readouterr().err
     cfg = default_config()
-    for key, value in (("SOLVER.CUDA_GRAPHS", True), ("SOLVER.EMA", 0.9)):
+    for key, value in (("SOLVER.CUDA_GRAPHS", True), ("SOLVER.QAT_EPOCHS", 1)):
         asked = cfg.clone()
         asked.merge_from_list([key, value])
         with pytest.raises(UserError, match=f"{key} does not work on data without labels"):

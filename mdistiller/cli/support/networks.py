@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mdistiller.cli.support.command import add_overrides
 from mdistiller.cli.support.teachers import own_teachers, taught_by
 from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_path
 from mdistiller.files.names import EXPORTED, split_key
 from mdistiller.registry import UserError
 
@@ -108,8 +109,8 @@ def find_paths(args: argparse.Namespace) -> None:
     first = args.opts[0] if args.opts else ""
     named = "/" in first or (first and not first.partition(".")[0].isupper())  # config keys are
     for path in [*args.ckpt, *([first] if named else [])]:
-        if path != "pretrain" and not split_key(path)[0].exists():
-            raise UserError(f"run folder or file {path} does not exist")
+        if path != "pretrain":
+            require_path(split_key(path)[0])
 
 
 def _networks_among(paths: Sequence[str], named: bool) -> list[str]:

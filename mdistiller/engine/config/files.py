@@ -36,13 +36,19 @@ def find_config(name: str | Path) -> Path:
     raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), configs)}")
 
 
-def require_run(folder: Path) -> None:
-    """Refuse a path that is not a run folder."""
+ELSE = "; for a checkpoint without one, name the network and the file by -m and -c"
+
+
+def require_run(folder: Path, where: str = "", advice: str = ELSE) -> None:
+    """Refuse a path that is not a run folder; `where` and `advice` stand around the reason."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is not a run folder: it has no config.yaml; for a checkpoint without one, "
-            "name the network and the file by -m and -c"
-        )
+        raise UserError(f"{where}{folder} is not a run folder: it has no config.yaml{advice}")
+
+
+def require_path(path: str | Path) -> None:
+    """Refuse a run folder or file that does not exist."""
+    if not Path(path).exists():
+        raise UserError(f"run folder or file {path} does not exist")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
