@@ -16,8 +16,8 @@ from benchmarks.textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
+from mdistiller.engine.networks.build import channels_last_input
 from mdistiller.engine.networks.compiling import compile_networks
-from mdistiller.engine.networks.memory_format import channels_last_input
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy

@@ -8,6 +8,7 @@ moving average next to it, and prefix its keys by the names of wrappers ("module
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
@@ -222,3 +223,25 @@ def _renamed(state: State, own: State, aliases: Mapping[str, str]) -> dict[str, 
         return other if key not in own and other in own else key
 
     return {name(key): value for key, value in state.items()}
+
+
+def refuse_other_channels(
+    state: State, expected: State, path: str | os.PathLike[str], name: str
+) -> None:
+    """Refuse a network's weights that were made for images of another number of channels.
+
+    Args:
+        state: of the file.
+        expected: of the network, `name`.
+    """
+    differ = [k for k, v in expected.items() if k in state and state[k].shape != v.shape]
+    first = next((k for k, v in expected.items() if v.ndim == 4), None)
+    if first is None or differ != [first] or state[first].ndim != 4:
+        return
+    given, wanted = state[first].shape[1], expected[first].shape[1]
+    if given != wanted:
+        raise UserError(
+            f"checkpoint {path} is of a {name} for images of {given} channels, but "
+            f"DATASET.CHANNELS is {wanted}: set it to {given}, or fine-tune the network first with "
+            "the file as DISTILLER.STUDENT_CKPT, which adapts it"
+        )

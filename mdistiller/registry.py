@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,11 +54,12 @@ class Registry(dict[str, Any]):
 
     Args:
         kind: what the entries are, in the singular, for messages ("distiller", "data set").
+        elsewhere: names that other projects use, in capitals, and what to set here in their place.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, elsewhere: Mapping[str, str] = MappingProxyType({})):
         super().__init__()
-        self.kind = kind
+        self.kind, self.elsewhere = kind, elsewhere
         self.config: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, *, config: dict[str, Any] | None = None) -> Callable[[T], T]:
@@ -93,6 +95,6 @@ class Registry(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         names = ", ".join(sorted(self, key=str.casefold))
-        raise UnknownNameError(
-            f"unknown {self.kind} {name!r}{suggest(str(name), self)} (known: {names})"
-        )
+        instead = self.elsewhere.get(str(name).upper())
+        advice = f"; set {instead}" if instead else suggest(str(name), self)
+        raise UnknownNameError(f"unknown {self.kind} {name!r}{advice} (known: {names})")

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mdistiller import layouts
 from mdistiller.files.manifest import check_file
 from mdistiller.files.names import split_key
-from mdistiller.layouts import choose_fitting, choose_state, find_states, is_of_run, match_keys
 from mdistiller.registry import UserError
 from mdistiller.runtime import rank
 
@@ -75,29 +75,34 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
             warnings.simplefilter("ignore")  # about pickles of other protocols, which then fail
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        convert = f"tools/convert_checkpoint.py {path} NEW takes its weights out"
-        if "TorchScript" in str(error):
-            raise RefusedError(
-                f"checkpoint {path} is a TorchScript program (torch.jit.save), not a state dict; "
-                f"{convert}"
-            ) from None
-        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
-            name = re.search(r"GLOBAL ([\w.]{1,80})", str(error))
-            raise RefusedError(
-                f"checkpoint {path} is refused: it holds more than weights and plain values"
-                f"{f' ({name[1]})' if name else ''}, which could run code when read; {convert}"
-            ) from None
-        start = path.read_bytes()[:32].lstrip()
-        kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "")
-        raise UserError(
-            f"checkpoint {path} is {kind}, not a PyTorch file"
-            if kind
-            else f"checkpoint {path} is truncated, damaged or not a PyTorch file"
-        ) from None
+        raise _unreadable(path, str(error)) from None
 
 
 class RefusedError(UserError):
     """A checkpoint that cannot be read without running code from it."""
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    """The error for a file that torch.load does not read, by the text of its own error."""
+    convert = f"tools/convert_checkpoint.py {path} NEW takes its weights out"
+    if "TorchScript" in reason:
+        return RefusedError(
+            f"checkpoint {path} is a TorchScript program (torch.jit.save), not a state dict; "
+            f"{convert}"
+        )
+    if re.search("unsupported (global|class)", reason, re.IGNORECASE):
+        name = re.search(r"GLOBAL ([\w.]{1,80})", reason)
+        return RefusedError(
+            f"checkpoint {path} is refused: it holds more than weights and plain values"
+            f"{f' ({name[1]})' if name else ''}, which could run code when read; {convert}"
+        )
+    start = path.read_bytes()[:32].lstrip()
+    kind = next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "")
+    return UserError(
+        f"checkpoint {path} is {kind}, not a PyTorch file"
+        if kind
+        else f"checkpoint {path} is truncated, damaged or not a PyTorch file"
+    )
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -184,7 +189,7 @@ def network_state(
         UserError: there are no weights, or those of several networks without a preferred one.
     """
     file, key = split_key(path)
-    states = find_states(contents)
+    states = layouts.find_states(contents)
     if not states:
         keys = ", ".join(str(k)[:40] for k in contents) if isinstance(contents, Mapping) else ""
         raise UserError(
@@ -201,17 +206,17 @@ def network_state(
     expected = None if net is None else net.state_dict()
     aliases = getattr(net, "key_aliases", {})
     if key or expected is None:
-        place, state = choose_state(plain, file, key)
+        place, state = layouts.choose_state(plain, file, key)
     else:
-        place, state = choose_fitting(plain, file, expected, aliases)
+        place, state = layouts.choose_fitting(plain, file, expected, aliases)
     others = [other or "the file itself" for other in states if other != place]
-    if others and not key and not is_of_run(state) and rank() == 0:
+    if others and not key and not layouts.is_of_run(state) and rank() == 0:
         print(
             f"{file}: read {place or 'the file itself'}; {file}:KEY chooses another "
             f"({', '.join(others)})",
             flush=True,
         )
-    return match_keys(state, expected, aliases)
+    return layouts.match_keys(state, expected, aliases)
 
 
 def _odd_key(state: Mapping[Any, Any]) -> str:
@@ -287,6 +292,13 @@ def load_state(net: nn.Module, state: State, what: str) -> None:
     # Some layers (of MNASNet) refuse a state without its version.
     fitting._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
     net.load_state_dict(fitting)
+
+
+def adapt_state(net: Any, state: State) -> dict[str, Tensor]:
+    """`state`, or what the network's own `adapt_state` makes of it if it does not fit."""
+    adapt, expected = getattr(net, "adapt_state", dict), net.state_dict()
+    fits = all(key in state and state[key].shape == expected[key].shape for key in expected)
+    return dict(state if fits else adapt(state))
 
 
 def with_own_head(net: Any, state: State, headless: bool = False) -> dict[str, Tensor]:
@@ -369,13 +381,9 @@ def load_network(
     accept = getattr(net, "accept_neck", None)
     if accept is not None:
         accept(state)
-    expected = net.state_dict()
-    adapt = getattr(net, "adapt_state", None)
-    if adapt is not None and any(
-        k not in state or state[k].shape != expected[k].shape for k in expected
-    ):
-        state = adapt(state)
+    state = adapt_state(net, state)
     _refuse_other_head(net, state, path, name, num_classes)
+    layouts.refuse_other_channels(state, net.state_dict(), path, name)
     load_state(net, state, f"checkpoint {path} and network {name}")
     return stated(contents, path)
 

@@ -161,7 +161,7 @@ def options(name):
     """The options of a command."""
     module = {"benchmark": "benchmarks.main", "faults": "faults.main"}
     module["train_detection"] = "mdistiller.cli.train"
-    module["gpu_check"] = "benchmarks.gpu.main"
+    module |= {"gpu_check": "benchmarks.gpu.main", "methods": "benchmarks.methods_page"}
     parser = importlib.import_module(module.get(name) or module_of(name)).parser()
     parsers = [parser]
     for action in parser._actions:

@@ -174,7 +174,7 @@ def test_own_hook(researcher):
     assert metrics(run)["weight_norm"] == pytest.approx(float(torch.stack(norms).norm()), rel=1e-4)
 
 
-def test_own_optimizer_schedule_augmentation_and_trainer(researcher):
+def test_own_optimizer_schedule_augmentation_network_and_trainer(researcher):
     run = researcher / "output" / "digits" / "training"
     latest = torch.load(run / "latest", weights_only=True)
     assert latest["settings"]["optimizer"] == "SignSGD"
@@ -183,6 +183,7 @@ def test_own_optimizer_schedule_augmentation_and_trainer(researcher):
     config = (run / "config.yaml").read_text()
     assert "AUGMENT: crop_negative" in config
     assert "TRAINER: noisy" in config
+    assert state(run / "student_latest")["6.weight"].shape == (10, 64)  # own_network.py's
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUGMENTS, "crop_negative", None)
         del AUGMENTS["crop_negative"]

@@ -1,5 +1,7 @@
 import pytest
 
+from mdistiller.distillers import DISTILLERS
+from mdistiller.distillers._base import OPTIONS_HERE
 from mdistiller.registry import Registry, UserError
 
 
@@ -33,6 +35,14 @@ def test_unknown_name_gets_the_nearest_and_the_known_ones():
     with pytest.raises(KeyError):  # mappings promise this type
         table["zzz"]
     assert table.get("zzz") is None
+
+
+def test_a_method_that_is_a_setting_here_is_named_with_it():
+    """SWAP, by spelling, would be SP."""
+    for name, advice in (("SWAP", "CORRECTEDKD, and CORRECTEDKD.MODE swap"), ("DeepKD", "deepkd")):
+        with pytest.raises(UserError, match=rf"'{name}'; set [^(]*{advice} \(known: AB, "):
+            DISTILLERS[name]
+    assert not DISTILLERS.keys() & OPTIONS_HERE.keys()
 
 
 def test_a_taken_name_prints_no_address():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mdistiller.cli.methods import main
+from benchmarks.methods_page import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         if error:
             print(f"gpu_check: {error}", file=sys.stderr)
             return 2
+        sys.path.insert(0, folder)  # the page's tables need a package that may be among them
         report = run_parts(args, began + 60 * args.minutes, Path(folder))
-    report["seconds"] = time.monotonic() - began
-    write(report, args.out)
+        report["seconds"] = time.monotonic() - began
+        write(report, args.out)
     failed = [name for name, part in report["parts"].items() if part["failed"]]
     print(f"{report['seconds']:.0f} s; failed: {' '.join(failed) or 'nothing'}; {args.out}/gpu.md")
     return 1 if failed else 0

@@ -27,6 +27,7 @@ FOR_TESTS = {
     "iniconfig": "iniconfig",
     "pluggy": "pluggy",
     "pygments": "pygments",
+    "narwhals": "narwhals",  # of scikit-learn from 1.9 on
     "sklearn": "scikit-learn",
     "scipy": "scipy",
     "joblib": "joblib",

@@ -75,6 +75,13 @@ def settings(case: Row, words: list[str], check: Check) -> argparse.Namespace:
     )
 
 
+def precision(case: Row) -> list[str]:
+    """The overrides for a case's precision; TF32, which convolutions use by default, is set too."""
+    tf32, amp = case["precision"] == "TF32", case["precision"] == "bf16"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    return ["SOLVER.AMP", "bf16" if amp else "none", "SOLVER.CHANNELS_LAST", str(amp)]
+
+
 def generated(case: Row, words: list[str], check: Check) -> tuple[Any, Any, Any]:
     """Config, generated data and untrained distiller of a case."""
     return prepare(settings(case, words, check), check.device)
@@ -82,10 +89,7 @@ def generated(case: Row, words: list[str], check: Check) -> tuple[Any, Any, Any]
 
 def time_step(case: Row, check: Check) -> Row:
     """Milliseconds and images per second of a step; at batch 64 in fp32 the classic loop too."""
-    tf32, amp = case["precision"] == "TF32", case["precision"] == "bf16"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    words = ["SOLVER.AMP", "bf16" if amp else "none", "SOLVER.COMPILE", str(case["compiled"])]
-    words += ["SOLVER.CHANNELS_LAST", str(amp)]
+    words = [*precision(case), "SOLVER.COMPILE", str(case["compiled"])]
     args = settings(case, words, check)
     rounds = 1 if check.quick else 5
     cuda = check.device == "cuda"
@@ -120,11 +124,9 @@ def recorded_cases(check: Check) -> list[Row]:
 
 def time_recorded(case: Row, check: Check) -> Row:
     """Milliseconds of a step as usual and recorded (SOLVER.CUDA_GRAPHS), and whether they agree."""
-    amp = case["precision"] == "bf16"
-    words = ["SOLVER.AMP", "bf16" if amp else "none", "SOLVER.CHANNELS_LAST", str(amp)]
     loops, weights = {}, []
     for form, graphs in (("usual", "False"), ("recorded", "True")):
-        args = settings(case, [*words, "SOLVER.CUDA_GRAPHS", graphs], check)
+        args = settings(case, [*precision(case), "SOLVER.CUDA_GRAPHS", graphs], check)
         args.steps = 6 if check.quick else 100
         torch.manual_seed(0)
         loops[form] = make_loops(args, *prepare(args, check.device))["ours"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -14,9 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
+from mdistiller.runtime import keep_freed_memory
 
 METHODS = {"student alone": "vanilla", "KD": "kd", "DKD": "dkd"}
 Curves = dict[str, list[list[float]]]
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Summary and accuracy curve of a run, trained unless it is there; unfinished ones continue."""
     from mdistiller.engine.cfg import load_config
+    from mdistiller.engine.run.folder import read_lines
     from mdistiller.engine.run.naming import experiment_name
     from mdistiller.engine.run.train import train_or_continue
 
@@ -42,14 +43,15 @@ def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]
     folder = out / experiment_name(cfg, overrides)
     with (out / f"{folder.name}.log").open("a") as log, contextlib.redirect_stdout(log):
         summary = train_or_continue(cfg, overrides)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {**summary, "curve": [json.loads(line)["test_acc"] for line in lines]}
+    rows = read_lines(folder / "metrics.jsonl")
+    return {**summary, "curve": [row["test_acc"] for row in rows]}
 
 
 def one_thread() -> None:
     """Small networks run best on one thread, several runs side by side."""
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(1)
 
 
@@ -123,7 +125,4 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\n{text}\n\n{seconds:.0f} s; table.md, accuracy.png and all runs are in {args.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: demo(args))
+main = command_line(parser, demo)

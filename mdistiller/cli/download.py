@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch
@@ -119,11 +119,9 @@ class Store:
         """Where a file goes."""
         return self.folder / name
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let one process at a time fetch into this folder."""
-        with FileLock(self.folder / f".{RECORD}.lock"):
-            yield
+    def alone(self) -> FileLock:
+        """The lock that lets one process at a time fetch into this folder."""
+        return FileLock(self.folder / f".{RECORD}.lock")
 
     def recorded(self) -> dict[str, Any]:
         """Name -> {"size": bytes, "sha256": digits}."""
@@ -307,7 +305,4 @@ def run(args: argparse.Namespace) -> None:
     return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+main = command_line(parser, run)

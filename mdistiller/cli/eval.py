@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli.support import tables
-from mdistiller.cli.support.command import guarded
-from mdistiller.cli.support.networks import add_networks, labelled_networks, load_networks
+from mdistiller.cli.support.command import command_line
+from mdistiller.cli.support.networks import (
+    Loaded,
+    add_networks,
+    labelled_networks,
+    load_networks,
+)
 from mdistiller.cli.support.teachers import check_teachers, distinct
 from mdistiller.registry import UserError
 
@@ -59,10 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     """Load, run over the data once, print a line a network and the tables, write the files."""
-    outputs = [path for path in (args.json, args.csv, args.confusion) if path]
-    tables.check_places(outputs)
-    picture = args.confusion is not None and args.confusion.suffix.lower() in (".png", ".svg")
-    if picture:
+    tables.check_places([path for path in (args.json, args.csv, args.confusion) if path])
+    if _is_picture(args.confusion):
         from mdistiller.evaluation import draw
 
         draw.check_out(args.confusion, "--confusion")
@@ -71,16 +74,9 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     from mdistiller.evaluation.evaluate import evaluate
 
     test = given.test
-    evaluations = evaluate(
-        given.subjects,
-        test.loader,
-        test.num_classes,
-        given.device,
-        given.teachers,
-        args.features,
-    )
+    loader, classes, device = test.loader, test.num_classes, given.device
+    evaluations = evaluate(given.subjects, loader, classes, device, given.teachers, args.features)
     check_teachers(evaluations, given.subjects, given.recorded)
-    teachers = distinct(given.teachers)
     for one in evaluations:
         quality = one.quality
         images = test.name if test.name != "test set" else f"{quality.images} images"
@@ -92,6 +88,16 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
     print(f"\n{tables.markdown(evaluations, test.classes)}")
     if args.per_class:
         print(f"\n{tables.per_class(evaluations, test.classes)}")
+    _write_files(args, given, evaluations)
+    return evaluations
+
+
+def _is_picture(path: Path | None) -> bool:
+    return path is not None and path.suffix.lower() in (".png", ".svg")
+
+
+def _write_files(args: argparse.Namespace, given: Loaded, evaluations: list[Evaluation]) -> None:
+    test, teachers = given.test, distinct(given.teachers)
     facts = {
         "dataset": given.dataset,
         "classes": test.classes,
@@ -103,12 +109,13 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
         args.json.write_text(tables.json_text(facts, evaluations))
     if args.csv:
         args.csv.write_text(tables.csv_text(evaluations))
-    if picture:
-        panels = [(one.subject.source.label, one.quality.confusion) for one in evaluations]
+    if _is_picture(args.confusion):
+        from mdistiller.evaluation import draw
+
+        panels = [("\n".join(names), q.confusion) for names, q in tables.merged(evaluations)]
         draw.save(draw.confusions(panels, test.classes), args.confusion)
     elif args.confusion:
         args.confusion.write_text(tables.confusion_text(evaluations, test.classes))
-    return evaluations
 
 
 def probe(args: argparse.Namespace) -> list[Probed]:
@@ -117,8 +124,7 @@ def probe(args: argparse.Namespace) -> list[Probed]:
         raise UserError("--probe and --labelled belong together: give both")
     if args.csv or args.confusion or args.features:
         raise UserError("--probe prints a table and writes --json; leave out --csv, --confusion")
-    outputs = [args.json] if args.json else []
-    tables.check_places(outputs)
+    tables.check_places([args.json] if args.json else [])
     sources, cfg, device = labelled_networks(args)
     from mdistiller.evaluation.probe import probe_all
 
@@ -130,8 +136,12 @@ def probe(args: argparse.Namespace) -> list[Probed]:
     return probed
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    judge = probe if args.probe or args.labelled else evaluate
-    return guarded(lambda: judge(args))
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, or probe features."""
+    if args.probe or args.labelled:
+        probe(args)
+    else:
+        evaluate(args)
+
+
+main = command_line(parser, run)

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, command_line
 from mdistiller.cli.support.detection_tables import Subject, json_text, tables
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_path
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Load, measure one network after the other, print the tables, write the files."""
+    for path in args.ckpt:
+        require_path(path)
+    if not args.ckpt and not args.cfg:
+        raise UserError("name run folders by -c, or a config by --cfg (see --help)")
+    check_early(args.cfg, args.opts, args.imports, "train_detection")
     from mdistiller.cli.support.tables import check_places
     from mdistiller.detection.data import val_loader
     from mdistiller.engine.distributed import process_group
@@ -118,8 +125,7 @@ def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
             cfg, file, label = given, path, str(path)
         given = given or cfg
         subjects.append(Subject(label, _with(cfg.DETECTION.STUDENT, str(file))))
-    if given is None:
-        raise UserError("name run folders by -c, or a config by --cfg (see --help)")
+    assert given is not None  # of a run or of --cfg
     if args.teacher:
         node = given.DETECTION.TEACHER
         if not node.WEIGHTS:
@@ -184,7 +190,4 @@ def _draw(
     print(f"wrote {path}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: evaluate(args))
+main = command_line(parser, evaluate)

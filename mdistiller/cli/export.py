@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistiller.cli.models import SIZES
-from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.command import add_overrides, command_line
 from mdistiller.engine.config.early import check_early
 from mdistiller.engine.config.files import require_run
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.export import Exported, Latency, Student
+    from mdistiller.export.quantize import Int8
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of measurement for each batch size, spread over what is measured
@@ -32,6 +33,18 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_source(parser)
+    parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
+    add_formats(parser)
+    add_int8(parser)
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--no-latency", action="store_true", help="measure no times for the card")
+    add_overrides(parser)
+    return parser
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name the student."""
     parser.add_argument(
         "--checkpoint",
         default="best",
@@ -56,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="side in pixels (default: what the file records, else the zoo's)",
     )
-    parser.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/export)")
+
+
+def add_formats(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which files, and what they hold."""
     parser.add_argument(
         "--formats", nargs="+", default=["safetensors", "onnx", "torch"], metavar="FORMAT"
     )
@@ -89,11 +105,6 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="ONNX for any batch size (default), or for one image at a time",
     )
-    add_int8(parser)
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
-    parser.add_argument("--no-latency", action="store_true", help="measure no times for the card")
-    add_overrides(parser)
-    return parser
 
 
 def add_int8(parser: argparse.ArgumentParser) -> None:
@@ -175,11 +186,10 @@ def export(args: argparse.Namespace) -> None:
     check_int8(args)
     student = find_student(args)
     from mdistiller.export import export_backbone, export_student, model_card, write_card
-    from mdistiller.export.quantize import INT8_FILE, check_epoch, quantize_student
+    from mdistiller.export.quantize import INT8_FILE, check_epoch
 
     if args.int8:
         check_epoch(student)
-
     out = Path(args.out or Path(args.opts[0]) / "export")
     if args.backbone:
         path, usage = export_backbone(student, out, args.force)
@@ -194,30 +204,36 @@ def export(args: argparse.Namespace) -> None:
         student,
         out,
         args.formats,
-        args.normalization,
-        args.force,
-        args.opset,
-        args.dynamic_batch,
-        [INT8_FILE] if args.int8 else [],
+        normalization=args.normalization,
+        force=args.force,
+        opset=args.opset,
+        dynamic_batch=args.dynamic_batch,
+        also=[INT8_FILE] if args.int8 else [],
     )
     for file in files:
         print(f"{file.path}: logits within {file.difference:.1e} of PyTorch's", flush=True)
     int8, refusal = None, None
-    if args.int8:
-        original = next(file for file in files if file.format == "onnx")
-        try:
-            int8 = quantize_student(
-                student, original, args.calibration, args.max_drop, not args.no_latency
-            )
-            files.append(int8.files[1])
-            print(f"{int8.files[1].path}\n\n{int8.text()}\n", flush=True)
-        except UserError as error:
-            refusal = error  # the card still describes the other files
+    try:
+        int8 = _quantize(args, student, files) if args.int8 else None
+    except UserError as error:
+        refusal = error  # the card still describes the other files
     latencies, machine = ([], "") if args.no_latency else measure(student, files)
     write_card(model_card(student, files, latencies, machine, int8), out)
     print(out / "README.md")
     if refusal:
         raise refusal
+
+
+def _quantize(args: argparse.Namespace, student: Student, files: list[Exported]) -> Int8:
+    """Add the ONNX file in 8 bits to the others, and print it beside the original."""
+    from mdistiller.export.quantize import quantize_student
+
+    original = next(file for file in files if file.format == "onnx")
+    timed = not args.no_latency
+    int8 = quantize_student(student, original, args.calibration, args.max_drop, timed)
+    files.append(int8.files[1])
+    print(f"{int8.files[1].path}\n\n{int8.text()}\n", flush=True)
+    return int8
 
 
 def measure(student: Student, files: list[Exported]) -> tuple[list[Latency], str]:
@@ -257,7 +273,4 @@ def latencies(
             yield Latency(what, batch, time["ms"], time["low"], time["high"], rounds)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: export(args))
+main = command_line(parser, export)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError, first_line
 
@@ -104,7 +104,4 @@ def by(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else "x".join(map(str, shape))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: show(args))
+main = command_line(parser, show)

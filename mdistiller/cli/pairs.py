@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.probe import CIFAR, random_step, untrained
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
@@ -119,7 +119,4 @@ def using() -> str:
     return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: table(args))
+main = command_line(parser, table)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from mdistiller.cli.support.command import FAILED, add_overrides, guarded
 from mdistiller.cli.support.tables import check_places
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_path
 from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 
@@ -61,6 +63,11 @@ def predict(args: argparse.Namespace) -> int:
     if min(args.topk, args.batch_size) < 1:
         raise UserError("--topk and --batch-size must be at least 1")
     check_places([path for path in (args.csv, args.json) if path])
+    require_path(args.network)
+    for path in paths:
+        if path != "-" and not Path(path).exists():
+            raise UserError(f"image or folder {path} does not exist")
+    check_early("", overrides, args.imports)
     if args.mistakes:
         from mdistiller.evaluation import draw
 
@@ -113,10 +120,8 @@ def _find(paths: Sequence[str], classes: Sequence[str]) -> list[tuple[str, str]]
             images += [(line.strip(), "") for line in sys.stdin if line.strip()]
         elif Path(path).is_dir():
             images += find_images(Path(path), classes)
-        elif Path(path).exists():
-            images.append((path, ""))
         else:
-            raise UserError(f"image or folder {path} does not exist")
+            images.append((path, ""))
     if not images:
         raise UserError("standard input names no images (one path a line)")
     return images

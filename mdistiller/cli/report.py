@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 
@@ -83,7 +83,4 @@ def report(args: argparse.Namespace) -> None:
         print(markdown(report), end="")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: report(args))
+main = command_line(parser, report)

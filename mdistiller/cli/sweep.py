@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli.support.command import add_overrides, guarded
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import find_config
 from mdistiller.registry import UserError
+from mdistiller.sweep.fields import check_file
 
 if TYPE_CHECKING:
     from mdistiller.sweep.plan import Plan
@@ -46,8 +45,7 @@ def sweep(args: argparse.Namespace) -> bool:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {args.jobs}")
     try:
-        find_config(args.cfg)
-        check_early("", args.opts, args.imports)
+        check_file(args.cfg, args.opts, args.imports)
     except UserError as error:
         raise UserError(f"{args.cfg}: {error}") from None
     from mdistiller.sweep import table

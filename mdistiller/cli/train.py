@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from mdistiller.cli.support.command import add_overrides, guarded
+from mdistiller.cli.support.command import FAILED, add_overrides, guarded
 from mdistiller.cli.support.fork_flags import add_fork_flags, fork_overrides
 from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_run
 from mdistiller.registry import UserError
 
 
@@ -79,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     files = args.cfg or [""]
 
     def run() -> int:
+        _check_words(args.opts)
+        if args.resume not in (None, *WORDS):
+            require_run(Path(args.resume), "--resume: ", "")
         for file in files:
             check_early(file, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
@@ -102,6 +107,15 @@ def main(argv: list[str] | None = None) -> int:
 
     codes: list[int] = []
     return guarded(lambda: codes.append(run())) or codes[0]
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse a lone word before the KEY VALUE pairs, such as a run folder or a config's name."""
+    if len(words) % 2 and not words[0].partition(".")[0].isupper():
+        run = (Path(words[0]) / "config.yaml").is_file()
+        what = "a run folder" if run else "neither a config (FILE.yaml) nor a KEY VALUE pair"
+        more = f"; --resume {words[0]} continues it" if run else ""
+        raise UserError(f"{words[0]} is {what}{more}")
 
 
 def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., Any]) -> None:
@@ -136,6 +150,12 @@ def train_all(configs: list[Any], args: Any) -> int:
     code = 0
     for cfg, outcome in zip(configs, outcomes, strict=True):
         if outcome.error is not None:
-            print(f"{experiment_name(cfg, args.opts)} failed:", file=sys.stderr, flush=True)
-            code = guarded(outcome.reraise) or code
+            how = "stopped" if isinstance(outcome.error, KeyboardInterrupt) else "failed"
+            print(f"{experiment_name(cfg, args.opts)} {how}:", file=sys.stderr, flush=True)
+            try:
+                failed = guarded(outcome.reraise)
+            except Exception:  # the other failures are told as well
+                traceback.print_exc()
+                failed = FAILED
+            code = code or failed
     return code

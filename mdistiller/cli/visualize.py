@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.networks import add_networks, find_paths, load_networks
 from mdistiller.cli.support.teachers import check_teachers, distinct
 from mdistiller.registry import UserError
@@ -102,7 +102,4 @@ def visualize(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_intermixed_args(argv)
-    return guarded(lambda: visualize(args))
+main = command_line(parser, visualize)

@@ -22,6 +22,7 @@ from mdistiller.dataset.settings import (
     data_root,
     given_statistics,
     has_files,
+    has_labels,
     has_no_test,
     is_balanced,
     is_labelled,
@@ -97,6 +98,7 @@ def load_data(
     device: torch.device | None = None,
     two_views: bool = False,
     train_size: Size | None = None,
+    teacher_view: bool = False,
 ) -> Data:
     """Read the data set of `cfg.DATASET` and build its loaders.
 
@@ -106,6 +108,8 @@ def load_data(
         two_views: training items are ((weak, strong), target, index), see `memory/two_views.py`.
         train_size: make training images of this size, if that is larger than the evaluation's and
             they are files, whose pixels are worth it.
+        teacher_view: training images have an attribute `teacher_view`, [B, 3, H, W]: the same crops
+            without RandAugment and erasing.
 
     Raises:
         UserError: a key is invalid, or the data are missing or broken.
@@ -114,7 +118,7 @@ def load_data(
     pipeline = feed = _pipeline(node, "train", _device(cfg, device))
     labelled = is_labelled(node, pipeline.source)
     balanced = is_balanced(node, pipeline.source)
-    splits, held = _read_splits(node, pipeline, labelled), None
+    splits = _read_splits(node, pipeline, labelled)
     train = splits[0]
     size = pipeline.size(*splits)
     statistics = given_statistics(node, pipeline.source) or pipeline.statistics(train)
@@ -124,28 +128,15 @@ def load_data(
         feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
     if node["VAL_SPLIT"]:
         train = _hold_out(train, node)[0]
-        held = _hold_out(splits[0], node)[1]
-    evaluated = [*([held] if held is not None else []), *splits[1:]]
+    if node["FRACTION"] < 1:
+        train = _fraction(train, node)
+    evaluated, val_name = _images_to_evaluate(node, pipeline.root, splits, labelled)
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
-    if labelled and held is evaluated[-1]:
-        _report_no_test(pipeline.root, len(held))
     classes = train.classes if labelled else []
-    val_name = TEST_SET if loaders else "training images"
-    if held is not None:
-        val_name = f"{len(held)} held-out training images"
-    train_loader = feed.train_loader(
-        train,
-        cfg.SOLVER.BATCH_SIZE,
-        feed_size,
-        statistics,
-        seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
-        drop_last=node["DROP_LAST"],
-        balanced=balanced,
-        mix=_mix(node, feed_size, len(train.classes)),
-        two_views=two_views,
-    )
+    mix = _mix(node, feed_size, len(train.classes), teacher_view)
+    options = {"balanced": balanced, "two_views": two_views, "mix": mix}
     return Data(
-        train=train_loader,
+        train=_train_loader(cfg, node, feed, train, feed_size, statistics, **options),
         val=loaders[0] if loaders else None,
         test=loaders[1] if labelled and len(loaders) > 1 else None,
         num_data=len(train),
@@ -168,7 +159,7 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
     """The training images and, if the data have them, the test images, of DATASET.CLASSES."""
     train = pipeline.read("train")
     splits = [renumber_classes(train, node["CLASSES"])]
-    if pipeline.source.labels and not has_no_test(node, pipeline.source):
+    if has_labels(node, pipeline.source) and not has_no_test(node, pipeline.source):
         test = pipeline.read("test")
         same_classes(train.classes, test.classes, pipeline.root)
         splits.append(renumber_classes(test, node["CLASSES"]))
@@ -182,13 +173,40 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
     return splits
 
 
-def _report_no_test(root: Path, held: int) -> None:
-    if rank() == 0:
+def _images_to_evaluate(
+    node: dict[str, Any], root: Path, splits: list[Any], labelled: bool
+) -> tuple[list[Any], str]:
+    """Those that the best epoch is selected on, in words as well, then those of the test."""
+    if not node["VAL_SPLIT"]:
+        return splits[1:], TEST_SET if splits[1:] else "training images"
+    held = _hold_out(splits[0], node)[1]
+    if labelled and len(splits) == 1 and rank() == 0:
         print(
-            f"{root} has no test images (val/ or test/): the {held} held-out training images "
+            f"{root} has no test images (val/ or test/): the {len(held)} held-out training images "
             "(DATASET.VAL_SPLIT) serve for selection and evaluation",
             flush=True,
         )
+    return [held, *splits[1:]], f"{len(held)} held-out training images"
+
+
+def _train_loader(
+    cfg: Any,
+    node: dict[str, Any],
+    pipeline: InMemoryPipeline,
+    images: Any,
+    size: Size,
+    statistics: Statistics,
+    **options: Any,
+) -> TrainLoader:
+    return pipeline.train_loader(
+        images,
+        cfg.SOLVER.BATCH_SIZE,
+        size,
+        statistics,
+        seed=int(cfg.get("EXPERIMENT", {}).get("SEED", 0)),
+        drop_last=node["DROP_LAST"],
+        **options,
+    )
 
 
 def _full_preprocessing(
@@ -202,9 +220,13 @@ def _full_preprocessing(
     return replace(how, mean=mean, std=std, image_size=side, interpolation=interpolation)
 
 
-def _mix(node: dict[str, Any], size: tuple[int, int], num_classes: int) -> BatchAugment | None:
+def _mix(
+    node: dict[str, Any], size: tuple[int, int], num_classes: int, teacher_view: bool
+) -> BatchAugment | None:
     chances = {name: node[name.upper()] for name in ("erasing", "mixup", "cutmix")}
-    return BatchAugment(size, num_classes, **chances) if any(chances.values()) else None
+    if not (teacher_view or any(chances.values())):
+        return None
+    return BatchAugment(size, num_classes, teacher_view=teacher_view, **chances)
 
 
 class TestData(NamedTuple):
@@ -240,7 +262,7 @@ def load_test_loader(
     """
     node = read_node(cfg)
     source = source_of(node)
-    held_out = split == "test" and source.labels and has_no_test(node, source)
+    held_out = split == "test" and has_labels(node, source) and has_no_test(node, source)
     split = "train" if held_out else split
     pipeline = _pipeline(node, split, _device(cfg, device), network)
     statistics = given_statistics(node, pipeline.source)
@@ -310,3 +332,10 @@ def _hold_out(train: Any, node: dict[str, Any]) -> tuple[Any, Any]:
             f"DATASET.VAL_SPLIT {node['VAL_SPLIT']} of {len(train)} training images: {error}"
         ) from None
     return train.select(kept), train.select(held)
+
+
+def _fraction(train: Any, node: dict[str, Any]) -> Any:
+    """DATASET.FRACTION of the images of each class, at least one; a part of larger fractions."""
+    classes = len(train.targets.unique())
+    num = max(classes, round(node["FRACTION"] * len(train)))
+    return train.select(hold_out(train.targets, len(train) - num, node["VAL_SEED"])[0])

@@ -59,7 +59,7 @@ def renumber_classes(images: Any, wanted: str | Sequence[Any]) -> Any:
             without images. Data with numbers for names (shards) take the names in order.
 
     Raises:
-        UserError: a name occurs twice, or the data names_in_data a class that is not in the list.
+        UserError: a name occurs twice, or the data have a class that is not in the list.
     """
     if not wanted:
         return images

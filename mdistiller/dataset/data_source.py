@@ -26,7 +26,8 @@ DATASET_CONFIG: dict[str, Any] = {
     "WORKER_TIMEOUT": 1800,  # seconds to wait for a batch before the run ends; 0: no limit
     "ROOT": "",  # empty: the data set's default folder under data/
     "VAL_SPLIT": 0,  # training images held out for model selection; the test set is then used once
-    "VAL_SEED": 0,  # seed of that split; independent of EXPERIMENT.SEED
+    "VAL_SEED": 0,  # seed of that split, and of FRACTION; independent of EXPERIMENT.SEED
+    "FRACTION": 1.0,  # train on this share of the images of each class, after VAL_SPLIT
     "LABELS": True,  # False: train without the labels of the data
     "CLASSES": [],  # class order: names, a file with one a line, or natural (as timm sorts them)
     "IMAGE_SIZE": 0,  # image folders: resize to this side, or [height, width]; 0: as they are
@@ -53,7 +54,7 @@ DATASET_CONFIG: dict[str, Any] = {
         "TRAIN": "train*.tar",
         "VAL": "val*.tar",
         "IMAGE": "jpg;jpeg;png;webp",  # suffix of the image in a sample; the first one present
-        "TARGET": "cls",  # suffix of its class number
+        "TARGET": "cls",  # suffix of its class number; empty: no labels
         "CLASSES": 0,  # number of classes; 0: the largest class number plus 1
         "SHUFFLE": 1000,  # shuffling distance of a sample within its stream
     },

@@ -73,6 +73,8 @@ class BatchAugment:
         num_classes: C; where images are mixed, targets become probabilities, float32 [B, C].
         erasing: probability for each image.
         mixup, cutmix: alpha of the Beta distributions, 0 for none.
+        teacher_view: whether the images get an attribute of that name, as they are without erasing
+            and RandAugment; loaders that apply the latter give both, [B, 2, 3, H, W].
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class BatchAugment:
         erasing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        teacher_view: bool = False,
     ):
         self.height, self.width = size
-        self.num_classes, self.erasing = num_classes, erasing
+        self.num_classes, self.erasing, self.teacher_view = num_classes, erasing, teacher_view
         self.alphas = {"mixup": mixup, "cutmix": cutmix}
         self.kinds = [kind for kind, alpha in self.alphas.items() if alpha]
 
@@ -100,6 +103,9 @@ class BatchAugment:
         for _ in range(start if self.kinds else 0):
             self.draw_mix(mixing)
         for images, targets, index in batches:
+            weak = images
+            if images.dim() == 5:
+                images, weak = (view.contiguous() for view in images.unbind(1))
             if self.erasing:
                 if boxes is None:
                     boxes = self.draw_boxes(num_data, erasing).to(images.device)
@@ -107,6 +113,8 @@ class BatchAugment:
             if self.kinds:
                 labels = F.one_hot(targets, self.num_classes).float()
                 images, targets = self.mix(images, labels, mixing)
+            if self.teacher_view:
+                images.teacher_view = weak  # type: ignore[attr-defined]
             yield images, targets, index
 
     def mix(

@@ -104,9 +104,7 @@ class InMemoryPipeline:
         """The training loader; with `two_views` its images are pairs of views."""
         loader = TrainLoader
         if two_views:
-            from mdistiller.dataset.memory.two_views import (
-                TwoViewLoader,  # imports torchvision, which is slow
-            )
+            from mdistiller.dataset.memory.two_views import TwoViewLoader  # torchvision is slow
 
             if self.options.channels != 3:
                 raise UserError(
@@ -169,35 +167,29 @@ class FilePipeline(InMemoryPipeline):
             )
 
         transform = TrainTransform(
-            self.augment(size), self._eval_transform(train, size), tuple(self.node["RANDAUGMENT"])
+            self.augment(size),
+            self._eval_transform(train, size),
+            tuple(self.node["RANDAUGMENT"]),
+            both=options["mix"] is not None and options["mix"].teacher_view,
         )
-        options |= {
-            "num_workers": self.node["NUM_WORKERS"],
-            "timeout": self.node["WORKER_TIMEOUT"],
-        }
-        loader = self._loaders()[0]
+        loader, options = self._loaders()[0], options | self._workers()
         return loader(train, batch_size, transform, *statistics, self.device, **options)
 
     def eval_loader(self, images: Any, size: Size, statistics: Statistics) -> EvalLoader:
-        return self._loaders()[1](
-            images,
-            self.node["TEST"]["BATCH_SIZE"],
-            self._eval_transform(images, size),
-            *statistics,
-            self.device,
-            num_workers=self.node["NUM_WORKERS"],
-            timeout=self.node["WORKER_TIMEOUT"],
-        )
+        loader, batch_size = self._loaders()[1], self.node["TEST"]["BATCH_SIZE"]
+        transform, options = self._eval_transform(images, size), self._workers()
+        return loader(images, batch_size, transform, *statistics, self.device, **options)
+
+    def _workers(self) -> dict[str, Any]:
+        return {"num_workers": self.node["NUM_WORKERS"], "timeout": self.node["WORKER_TIMEOUT"]}
 
     def _loaders(self) -> tuple[type[WorkerTrainLoader], type[WorkerEvalLoader]]:
-        from mdistiller.dataset.files import loader as _workers
+        from mdistiller.dataset.files.loader import WorkerEvalLoader, WorkerTrainLoader
 
-        return _workers.WorkerTrainLoader, _workers.WorkerEvalLoader
+        return WorkerTrainLoader, WorkerEvalLoader
 
     def _eval_transform(self, images: Any, size: Size) -> EvalTransform:
-        from mdistiller.dataset.files.transforms import (
-            EvalTransform,  # imports torchvision, which is slow
-        )
+        from mdistiller.dataset.files.transforms import EvalTransform  # torchvision is slow
 
         return EvalTransform(size, self.preprocessing, image_name(images, 0))
 
@@ -210,9 +202,9 @@ class ShardPipeline(FilePipeline):
         return self.source.shards(self.root, split, self.options)
 
     def _loaders(self) -> tuple[type[WorkerTrainLoader], type[WorkerEvalLoader]]:
-        from mdistiller.dataset.files import shard_loader as _shard_loaders
+        from mdistiller.dataset.files.shard_loader import ShardEvalLoader, ShardTrainLoader
 
-        return _shard_loaders.ShardTrainLoader, _shard_loaders.ShardEvalLoader
+        return ShardTrainLoader, ShardEvalLoader
 
 
 def choose_pipeline(node: Mapping[str, Any], split: Split, *args: Any) -> InMemoryPipeline:

@@ -26,6 +26,8 @@ def read_node(cfg: Any) -> dict[str, Any]:
     ):
         if not isinstance(node[key], (list, tuple)) and node[key] < 0:
             raise UserError(f"DATASET.{key} {node[key]} must not be negative")
+    if not 0 < node["FRACTION"] <= 1:
+        raise UserError(f"DATASET.FRACTION {node['FRACTION']} must be above 0 and at most 1")
     try:
         node["IMAGE_SIZE"] = read_image_size(node["IMAGE_SIZE"])
     except ValueError as error:
@@ -100,9 +102,15 @@ def given_statistics(node: dict[str, Any], source: DataSource) -> Statistics | N
     return mean, std
 
 
+def has_labels(node: Mapping[str, Any], source: DataSource) -> bool:
+    """Whether the images have classes; shards with an empty DATASET.SHARDS.TARGET have none."""
+    targets = node["SHARDS"].get("TARGET", "cls") if isinstance(source, Shards) else True
+    return source.labels and bool(targets)
+
+
 def is_labelled(node: Mapping[str, Any], source: DataSource) -> bool:
     """Whether training uses labels."""
-    return bool(node["LABELS"] and source.labels)
+    return bool(node["LABELS"]) and has_labels(node, source)
 
 
 def has_no_test(node: dict[str, Any], source: DataSource) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mdistiller import runtime
 from mdistiller.dataset.files.loader import WorkerPool
@@ -29,11 +30,7 @@ class _CollatedBatch:
     targets: list[dict[str, Any]]
 
     def _each(self, move: Any) -> _CollatedBatch:
-        targets = [
-            {key: move(value) if isinstance(value, Tensor) else value for key, value in t.items()}
-            for t in self.targets
-        ]
-        return _CollatedBatch([move(image) for image in self.images], targets)
+        return _CollatedBatch(*tree_map_only(Tensor, move, (self.images, self.targets)))
 
     def pin_memory(self) -> _CollatedBatch:
         return self._each(Tensor.pin_memory)

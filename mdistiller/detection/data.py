@@ -56,7 +56,10 @@ def build_set(cfg: Any, split: str, masks: bool | None = None) -> CocoDetectionS
     """
     node, train = cfg.DETECTION.DATA, split == "TRAIN"
     check_keys(node)
-    images, annotations = (_resolve(node[f"{split}_{what}"]) for what in ("IMAGES", "ANNOTATIONS"))
+    images, annotations = (
+        project_root() / Path(node[f"{split}_{what}"]).expanduser()
+        for what in ("IMAGES", "ANNOTATIONS")
+    )
     return CocoDetectionSet(
         images,
         annotations,
@@ -85,11 +88,6 @@ def check_keys(node: Any) -> None:
         raise UserError(
             f"DETECTION.DATA.BAD_ANNOTATIONS {node.BAD_ANNOTATIONS!r} is unknown; use error or fix"
         )
-
-
-def _resolve(text: str) -> Path:
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else project_root() / path
 
 
 def check_same_classes(train: CocoDetectionSet, val: CocoDetectionSet) -> None:

@@ -181,7 +181,8 @@ class DetectionDistiller(Distiller):
         kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
         layers = [module for module in self.modules() if isinstance(module, kinds)]
         norms = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-        special = self._special_groups()
+        extra = [group for part in self.parts for group in part.extra_groups()]
+        special = [group for group in extra if group.keys() != {"params"}]
         apart = norms | {id(p) for group in special for p in group["params"]}
         trained = [p for p in self.get_learnable_parameters() if p.requires_grad]
         groups = [{"params": [p for p in trained if id(p) not in apart]}]
@@ -189,14 +190,3 @@ class DetectionDistiller(Distiller):
         if of_norms:
             groups.append({"params": of_norms, "weight_decay": self.norm_decay})  # type: ignore[dict-item]
         return [*groups, *special]
-
-    def _special_groups(self) -> list[dict[str, Any]]:
-        """Groups of the methods' own parameters that have more settings than "params"."""
-        special = []
-        for part in self.parts:
-            extra = {id(p) for p in part.extra_parameters()}
-            for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in extra]
-                if params and group.keys() != {"params"}:
-                    special.append({**group, "params": params})
-        return special

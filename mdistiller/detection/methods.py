@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mdistiller.detection.networks.components import STRIDES
 from mdistiller.detection.networks.detector import Detector
-from mdistiller.distillers import DISTILLERS, Distiller, Output, get_distiller
+from mdistiller.distillers import DISTILLERS, Distiller, Output, get_distiller, why_alone
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import default_config as classification_config
 from mdistiller.engine.config.values import flatten, lookup
@@ -166,16 +166,10 @@ def unsuitable(name: str, reason: str) -> UserError:
 
 def _unsuitable(cls: type[Distiller]) -> str:
     """Why a method's class does not suit detectors; "" if it may."""
-    if not cls.uses_teacher:
-        return "it has no teacher"
-    if cls.two_views:
+    if cls.uses_teacher and cls.two_views:
         return "it needs two views of each image"
-    if cls.forward_train is not Distiller.forward_train:
-        return "it has a training step of its own"
-    if cls.forward_test is not Distiller.forward_test:
-        return "it predicts with more than the student"
-    if cls.alone:
-        return cls.alone
+    if reason := why_alone(cls):
+        return reason
     if "num_data" in inspect.signature(cls.__init__).parameters:
         return "it remembers every training sample, and regions are new ones in every step"
     if not cls.teacher_in_eval_mode:

@@ -46,7 +46,7 @@ def hint_layer(wanted: int, layers: int) -> int:
     if wanted == DEFAULTS["HINT_LAYER"] >= layers:
         warnings.warn(f"FITNET: no layer {wanted}; the hint is layer {layers - 1}", stacklevel=2)
         return layers - 1
-    if not 0 <= wanted < layers:
+    if wanted not in range(layers):
         raise UserError(
             f"FITNET.HINT_LAYER must be one of 0 to {layers - 1} for these networks, got {wanted}"
         )

@@ -17,6 +17,7 @@ W is the cost of the plan after ITERATIONS Sinkhorn rounds with smoothing LAMBDA
 
 WKD-F compares the maps `feats[HINT_LAYER]`, the student's through a PROJECTOR: conv1x1
 (convolution, norm, ReLU) or bottleneck (three of them: 1x1, 3x3 and 1x1, WIDTH channels between).
+HINT_LAYERS names several maps, such as a detector's pyramid, with a projector each; their F add up.
 With mu and sigma = sqrt(var + 1e-5), mean and deviation of a channel in each cell of a GRID x GRID
 division,
 
@@ -130,6 +131,7 @@ def cosine_decay(epoch: int, start: int, epochs: int) -> float:
         "LAMBDA": 0.05,
         "ITERATIONS": 10,
         "HINT_LAYER": -1,
+        "HINT_LAYERS": [],  # several, in place of HINT_LAYER
         "PROJECTOR": "bottleneck",  # or conv1x1
         "WIDTH": 256,  # of the bottleneck
         "GRID": 4,
@@ -199,16 +201,21 @@ class WKD(Distiller):
     def _init_features(self, node: Any, image_size: Size) -> None:
         assert self.teacher is not None
         self.grid, self.ratio = int(require_positive("WKD.GRID", node.GRID)), node.RATIO
-        self.layer = node.HINT_LAYER
+        key = "HINT_LAYERS" if node.HINT_LAYERS else "HINT_LAYER"
+        self.layers = list(node.HINT_LAYERS) or [node.HINT_LAYER]
         shapes = [probe(net, image_size)["feats"] for net in (self.student, self.teacher)]
-        if not all(-len(maps) <= self.layer < len(maps) for maps in shapes):
+        counts = [len(maps) for maps in shapes]
+        if not all(layer in range(-min(counts), min(counts)) for layer in self.layers):
             raise UserError(
-                f"WKD.HINT_LAYER {self.layer}: the networks return {len(shapes[0])} (student) and "
-                f"{len(shapes[1])} (teacher) maps; -1 is the last"
+                f"WKD.{key} {node[key]}: the networks return {counts[0]} (student) and "
+                f"{counts[1]} (teacher) maps; -1 is the last"
             )
-        inputs, outputs = (maps[self.layer][1] for maps in shapes)
         width = int(require_positive("WKD.WIDTH", node.WIDTH))
-        self.projector = make_projector(node.PROJECTOR, inputs, outputs, width)
+        projectors = [
+            make_projector(node.PROJECTOR, shapes[0][layer][1], shapes[1][layer][1], width)
+            for layer in self.layers
+        ]
+        self.projector, self.more_projectors = projectors[0], nn.ModuleList(projectors[1:])
 
     def take_fact(self, name: str, value: Tensor) -> None:
         super().take_fact(name, value)
@@ -225,10 +232,17 @@ class WKD(Distiller):
             }
             terms.append(target_term + decay * self.logit_weight * transport_term)
         if self.feat_weight:
-            maps = self.projector(student["feats"][self.layer]), teacher["feats"][self.layer]
-            distance = wkd_feature_loss(*maps, self.grid, self.ratio)
+            distance = self._feature_term(student["feats"], teacher["feats"])
             self.metrics["wkd_feat"] = distance.detach()
             terms.append(decay * self.feat_weight * distance)
+        return torch.stack(terms).sum()
+
+    def _feature_term(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        projectors = [self.projector, *self.more_projectors]
+        terms = [
+            wkd_feature_loss(project(student[layer]), teacher[layer], self.grid, self.ratio)
+            for project, layer in zip(projectors, self.layers, strict=True)
+        ]
         return torch.stack(terms).sum()
 
     def _logit_terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> Any:

@@ -10,7 +10,7 @@ import pkgutil
 from types import ModuleType
 
 from mdistiller.distillers._base import DISTILLERS, Distiller, Vanilla
-from mdistiller.distillers._compose import get_distiller, part_names
+from mdistiller.distillers._compose import get_distiller, part_names, why_alone
 from mdistiller.distillers._teachers import TeacherEnsemble, TeacherTeam, check_several, several
 from mdistiller.distillers.helpers.features.connectors import ConvReg, pool_to
 from mdistiller.distillers.helpers.features.heads import classify, linear_head
@@ -66,6 +66,7 @@ __all__ = [
     "several",
     "stage_modules",
     "warmup_factor",
+    "why_alone",
 ]
 
 distiller_dict = DISTILLERS

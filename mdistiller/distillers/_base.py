@@ -20,14 +20,31 @@ from mdistiller.distillers.helpers.training.arguments import (
     missing_arguments,
     view_names,
 )
-from mdistiller.distillers.helpers.training.checks import logits_and_features, loss_of, require_call
+from mdistiller.distillers.helpers.training.checks import (
+    logits_and_features,
+    loss_of,
+    require_call,
+    teacher_view,
+)
 from mdistiller.distillers.helpers.training.teacher_facts import TeacherFact
 from mdistiller.distillers.helpers.training.trainable import Trainable
 from mdistiller.registry import Registry, UserError
 
 __all__ = ["DISTILLERS", "Distiller", "Losses", "Output", "Vanilla"]
 
-DISTILLERS = Registry("distiller (DISTILLER.TYPE)")
+_CORRECTED = "CORRECTEDKD, and CORRECTEDKD.MODE"
+OPTIONS_HERE = {
+    "ABKD": "KD, DKD or TTM, and its DIVERGENCE ab(ALPHA, BETA)",
+    "LSKD": "KD or another method of logits, and LSKD.ENABLE True",
+    "DEEPKD": "KD, DKD, MLKD or CRLD, and SOLVER.TRAINER deepkd",
+    "DOT": "a method, and SOLVER.TRAINER dot",
+    **dict.fromkeys(("SWAP", "LA"), f"{_CORRECTED} swap"),
+    "SOFT_SWAP": f"{_CORRECTED} soft_swap",
+    "RC": f"{_CORRECTED} rc",
+    **dict.fromkeys(("REVISION", "LR"), f"{_CORRECTED} revision"),
+}
+"""Methods of other projects that are settings of a method or of the solver here."""
+DISTILLERS = Registry("distiller (DISTILLER.TYPE)", OPTIONS_HERE)
 _TEACHER_SEAMS = ("run_teacher", "forward_train", "forward")
 _STEPS = {"distill", "forward_train", "forward", "init_loss", "forward_init"}
 
@@ -82,6 +99,8 @@ class Distiller(Trainable):
         frozen: a faster equivalent of a teacher in eval mode, run in its place if set; not a
             submodule, so not in the state dict.
         fixed_norms: modules that stay in eval mode while training (SOLVER.FREEZE).
+        teacher_sees_weak: True to run the teacher on an image's attribute `teacher_view`
+            (DISTILLER.TEACHER_AUGMENT); the engine sets it.
         watches_teacher: True if the method has registered hooks on the teacher; the engine sets it.
     """
 
@@ -105,6 +124,7 @@ class Distiller(Trainable):
     split: Split | None = None
     distills: bool = True
     frozen: Any = None
+    teacher_sees_weak: bool = False
     watches_teacher: bool = False
     fixed_norms: Sequence[nn.Module] = ()
 
@@ -140,8 +160,12 @@ class Distiller(Trainable):
     @classmethod
     def can_do_without_teacher(cls) -> bool:
         """Whether cached `teacher_logits` can replace the teacher's forward pass."""
-        plain = all(getattr(cls, name) is getattr(Distiller, name) for name in _TEACHER_SEAMS)
-        return cls.teacher_logits_only and plain
+        return cls.teacher_logits_only and cls.runs_teacher_once()
+
+    @classmethod
+    def runs_teacher_once(cls) -> bool:
+        """Whether the teacher runs once a step, by the code of this class."""
+        return all(getattr(cls, name) is getattr(Distiller, name) for name in _TEACHER_SEAMS)
 
     @classmethod
     def build(
@@ -308,6 +332,8 @@ class Distiller(Trainable):
         """The teacher's output, without gradient."""
         if self.teacher is None:
             raise TypeError(f"{type(self).__name__} has no teacher to run")
+        if self.teacher_sees_weak:
+            image = teacher_view(image, self)
         fast = self.frozen is not None and not self.teacher.training
         output = (self.frozen if fast else self.teacher)(image)
         logits, features = logits_and_features(output, self.teacher)

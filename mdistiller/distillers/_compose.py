@@ -132,17 +132,13 @@ class Composed(Distiller):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group for everything, but for what a part gives settings of its own."""
-        common: list[nn.Parameter] = list(self.student.parameters())
-        special = []
+        common, special = list(self.student.parameters()), []
         for part in self.parts.values():
-            assert isinstance(part, Distiller)
-            extra_ids = {id(p) for p in part.extra_parameters()}
-            for group in part.param_groups():
-                params = [p for p in group["params"] if id(p) in extra_ids]
+            for group in part.extra_groups():  # type: ignore[operator]
                 if group.keys() == {"params"}:
-                    common += params
-                elif params:
-                    special.append({**group, "params": params})
+                    common += group["params"]
+                else:
+                    special.append(group)
         return [{"params": common}, *special]
 
     def distill(self, student: Output, teacher: Output, target: Tensor, **batch: Any) -> Tensor:

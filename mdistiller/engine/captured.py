@@ -10,6 +10,7 @@ recorded, or changes other values when replayed ends the run with one line.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,10 +45,16 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     @staticmethod
+    @functools.cache
+    def _stream(device: int) -> torch.cuda.Stream:
+        """The one side stream of a GPU: the allocator keeps memory apart for each stream."""
+        return torch.cuda.Stream(device)
+
+    @classmethod
     @contextlib.contextmanager
-    def warming_up() -> Iterator[None]:
+    def warming_up(cls) -> Iterator[None]:
         """Run steps on a side stream, as those before a recording must."""
-        stream = torch.cuda.Stream()
+        stream = cls._stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
@@ -55,7 +62,8 @@ class CudaGraph:
 
     def record(self, function: Callable[[], Numbers]) -> Numbers:
         """Record `function` without running its kernels; each replay fills the result."""
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        stream = self._stream(torch.cuda.current_device())
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:
@@ -73,6 +81,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
     if not solver.get("CUDA_GRAPHS", False):
         return
     device, cache = resolve_device(cfg.DEVICE).type, cfg.DISTILLER.get("TEACHER_CACHE")
+    weak = cfg.DISTILLER.get("TEACHER_AUGMENT") == "weak"  # an attribute of each batch's images
     settings = {
         f"DEVICE {device}": device != CudaGraph.device_type,
         f"SOLVER.TRAINER {solver.TRAINER}": not plain,
@@ -83,6 +92,7 @@ def check_settings(cfg: Any, plain: bool) -> None:
         f"SOLVER.COMPILE {solver.COMPILE}": bool(solver.COMPILE),
         "SOLVER.SCHEDULE_BY step": solver.get("SCHEDULE_BY") == "step",
         f"DISTILLER.TEACHER_CACHE {cache}": is_wanted(cfg),
+        "DISTILLER.TEACHER_AUGMENT weak": weak,
         f"{world_size()} processes": world_size() > 1,
     }
     for setting, given in settings.items():
@@ -129,7 +139,8 @@ class RecordedSteps:
             self._record(self._graph, data, epoch)
             return self._compare(self._graph, data, epoch, meters)
         self._replay(self._graph, data)
-        self.trainer.guard.before_forward(self.trainer, {"index": data[2]})  # for its reports
+        index = data[2] if len(data) > 2 else None
+        self.trainer.guard.before_forward(self.trainer, {"index": index})  # for its reports
         terms, others, samples = self._numbers
         meters.add(f"epoch {epoch}, step {self.trainer.step}", terms, others, samples)
         return ""
@@ -154,7 +165,10 @@ class RecordedSteps:
         try:
             self._numbers = graph.record(self._step_on_buffers)
         except RuntimeError as error:
-            text = f"{self._trouble} cannot be recorded ({first_line(error)})"
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of a failed recording fails as well
+                cause = cause.__context__
+            text = f"{self._trouble} cannot be recorded ({first_line(cause)})"
             raise UserError(text) from error
         finally:
             self.trainer.hooks = hooks
@@ -216,7 +230,7 @@ def make_capturable(optimizer: Any, device: torch.device) -> None:
     optimizer._warned_capturable_if_run_uncaptured = True  # it would warn of the usual steps
     for group in optimizer.param_groups:
         group["capturable"] = True
-    for values in optimizer.state.values():  # of a run that began without graphs
+    for values in optimizer.state.values():  # of a resumed run
         values["step"] = values["step"].to(device)
 
 

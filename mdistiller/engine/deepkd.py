@@ -22,10 +22,9 @@ How k rises is a choice made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -65,22 +64,9 @@ class ThreeMomenta(KeptGradients):
         self.momenta, self.decay_momentum = momenta, decay_momentum
         self.coded = form == "coded"
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the weights by the task gradients in `.grad` and the stored ones."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        kept = self.forget()
-        for group in self.param_groups:
-            for param in group["params"]:
-                gradients = [param.grad, *(kept[term].get(id(param)) for term in TERMS)]
-                if any(gradient is not None for gradient in gradients):
-                    self._move(param, gradients, group)
-        return loss
-
-    def _move(self, param: Tensor, gradients: list[Tensor | None], group: Any) -> None:
+    def move(self, param: Tensor, gradients: list[Tensor | None], group: Any) -> None:
+        if all(gradient is None for gradient in gradients):
+            return
         task, target, others = self.momenta
         decay = group["weight_decay"]
         if self.coded:

@@ -51,6 +51,25 @@ class KeptGradients(Optimizer):
             for param in group["params"]:
                 param.grad = kept.get(id(param))
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the weights by the task gradients in `.grad` and the stored ones."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        kept = self.forget()
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.move(
+                    param, [param.grad, *(part.get(id(param)) for part in kept.values())], group
+                )
+        return loss
+
+    def move(self, param: Tensor, gradients: list[Tensor | None], group: Any) -> None:
+        """Update a weight by the gradients of the task and of `terms`, those that it has."""
+        raise NotImplementedError
+
     def forget(self) -> dict[str, dict[int, Tensor]]:
         """Drop the stored gradients; returns them by term and id of the parameter."""
         kept, self.kept = self.kept, {term: {} for term in self.kept}
@@ -95,23 +114,12 @@ class DistillationOrientedTrainer(KeptGradients):
         """Store the present gradients as those of the distillation loss, without a step."""
         self.keep("loss_kd")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the weights by the task gradients in `.grad` and the stored distillation
-        gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        kept = self.forget()["loss_kd"]
-        for group in self.param_groups:
-            for param in group["params"]:
-                task, distillation = param.grad, kept.get(id(param))
-                if task is not None:
-                    self._move_by_task(param, task, group, shared=distillation is not None)
-                if distillation is not None:
-                    self._move_by_kd(param, distillation, group, shared=task is not None)
-        return loss
+    def move(self, param: Tensor, gradients: list[Tensor | None], group: Any) -> None:
+        task, distillation = gradients
+        if task is not None:
+            self._move_by_task(param, task, group, shared=distillation is not None)
+        if distillation is not None:
+            self._move_by_kd(param, distillation, group, shared=task is not None)
 
     def _move_by_task(self, param: Tensor, gradient: Tensor, group: Any, shared: bool) -> None:
         gradient = gradient.add(param, alpha=group["weight_decay"])

@@ -13,12 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.optim.param_groups import require_scaled, student_groups
-from mdistiller.engine.optim.schedules import (
-    build_scheduler,
-    by_step,
-    step_scheduler,
-    step_settings,
-)
+from mdistiller.engine.optim.schedules import build_scheduler, step_scheduler, step_settings
 from mdistiller.registry import is_builtin
 
 
@@ -34,6 +29,7 @@ class Optimization:
     train_loader: Any
     optimizer: Optimizer
     scheduler: LRScheduler
+    schedule_by_step: bool
     base_rates: list[float]
     scaler: Any
     accumulate: int
@@ -63,7 +59,7 @@ class Optimization:
     @property
     def schedule_steps(self) -> int:
         """Steps of the schedule in an epoch: 1, or those of the optimizer."""
-        return -(-len(self.train_loader) // self.accumulate) if by_step(self.solver_cfg) else 1
+        return -(-len(self.train_loader) // self.accumulate) if self.schedule_by_step else 1
 
     def check_rates(self) -> None:
         """Refuse rates by name or layer in a trainer that groups the parameters itself."""
@@ -72,7 +68,7 @@ class Optimization:
 
     def end_epoch(self, train_loss: float) -> None:
         """Move the schedule on by an epoch, whose mean training loss was `train_loss`."""
-        if not by_step(self.solver_cfg):
+        if not self.schedule_by_step:
             step_scheduler(self.scheduler, train_loss)
 
     def step_settings(self) -> dict[str, Any]:
@@ -81,7 +77,7 @@ class Optimization:
         A run that is resumed with other values goes on by them, its schedule begun anew.
         """
         settings = step_settings(self.solver_cfg)
-        return settings | ({"STEPS": self.schedule_steps} if by_step(self.solver_cfg) else {})
+        return settings | ({"STEPS": self.schedule_steps} if self.schedule_by_step else {})
 
     def restart_schedule(self, losses: Sequence[float]) -> None:
         """Begin the schedule anew, and bring it to where it is after epochs with these losses."""
@@ -92,7 +88,7 @@ class Optimization:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             for loss in losses:
                 self.end_epoch(loss)
-            if by_step(self.solver_cfg):
+            if self.schedule_by_step:
                 done = -(-self.step // self.accumulate)  # of an epoch that is continued
                 for _ in range(len(losses) * self.schedule_steps + done - 1):
                     self.scheduler.step()
@@ -100,7 +96,7 @@ class Optimization:
     def optimize(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; the last one of a step moves the weights."""
         if self.begins_step:
-            if by_step(self.solver_cfg) and (self.epoch or self.step > 1):
+            if self.schedule_by_step and (self.epoch or self.step > 1):
                 self.scheduler.step()  # here, so that an epoch records the rate of its last step
             self.optimizer.zero_grad(set_to_none=True)
         self.backward(losses)

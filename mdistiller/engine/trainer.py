@@ -45,6 +45,7 @@ from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
 from mdistiller.engine.optim import autocast, build_optimizer
 from mdistiller.engine.optim.param_groups import student_groups
+from mdistiller.engine.optim.schedules import by_step
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.trainer_checks import check_trainer_settings
@@ -108,6 +109,7 @@ class BaseTrainer(Classification, Optimization):
         self.accumulate = cfg.SOLVER.ACCUMULATE
         self.optimizer = self.init_optimizer(cfg)
         self.check_rates()
+        self.schedule_by_step = by_step(self.solver_cfg)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = self.init_scheduler(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.SOLVER.AMP == "fp16")
@@ -172,12 +174,13 @@ class BaseTrainer(Classification, Optimization):
         """One pass over the training data, then the hooks: evaluate, log, save."""
         meters, batches = self.start_epoch(epoch)
         first, take_step = self.step + 1, step_function(self)  # `train_iter`, or replays of it
+        before = self.global_step - self.step
         with self.guard.reporting(self):
             for self.step, data in enumerate(batches, start=first):
                 message = take_step(data, epoch, meters)
                 if not batches.disable:  # on a terminal
                     batches.set_postfix_str(message or f"loss {meters.loss:.3f}", refresh=False)
-                if self.global_step % self.cfg.LOG.TENSORBOARD_FREQ == 0:
+                if (before + self.step) % self.cfg.LOG.TENSORBOARD_FREQ == 0:
                     meters.flush()
                     self.call("after_steps", meters)  # step curves
                 self.call("after_step")  # timed saves, signals

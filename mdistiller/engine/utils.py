@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,29 @@ def evaluate(val_loader: Any, distiller: nn.Module) -> dict[str, float]:
     if cells is not None:
         _, numbers["balanced_acc"], numbers["macro_f1"] = macro_scores(cells).tolist()
     return numbers
+
+
+def last_and_best(
+    net: nn.Module, file: Path, test: Any, prefix: str = "", model: nn.Module | None = None
+) -> dict[str, float]:
+    """Scores on the test set after the training (DATASET.VAL_SPLIT), by their names in a summary.
+
+    Args:
+        net: of the last epoch, and left so.
+        file: the checkpoint with its weights of the best epoch.
+        test: the loader.
+        model: a distiller that evaluates `net`; by default it is one.
+    """
+    last = {key: value.clone() for key, value in net.state_dict().items()}
+    scores: dict[str, float] = {}
+    for which in ("last", "best"):
+        if which == "best":
+            net.load_state_dict(load_checkpoint(file)["model"])
+        numbers = evaluate(test, net if model is None else model)
+        names = [name for name in ("acc", "balanced_acc", "macro_f1") if name in numbers]
+        scores |= {f"{prefix}test_{name}_{which}": numbers[name] for name in names}
+    net.load_state_dict(last)
+    return scores
 
 
 def progress(items: Iterable[Any], title: str, total: int | None = None, done: int = 0) -> tqdm:

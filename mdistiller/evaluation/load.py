@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.dataset import eval_preprocessing, load_test_loader
+from mdistiller.engine.config.files import require_path, require_run
 from mdistiller.engine.networks.make import make_network
 from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import recorded_preprocessing
@@ -55,11 +56,9 @@ def load_predictor(
         UserError: there is no such network, or it does not state its classes and preprocessing.
     """
     path = Path(source)
-    if not path.exists():
-        raise UserError(f"run folder or file {path} does not exist")
-    if path.is_dir() and not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is not a run folder: it has no config.yaml")
+    require_path(path)
     if path.is_dir():
+        require_run(path, advice="")
         return _from_run(path, checkpoint, device, overrides, imports)
     readers: dict[str, Callable[..., Predictor]] = {
         ".onnx": _from_onnx,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mdistiller.dataset import TestData, data_spec
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.network import build_network
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.probe import labelled_sets, probe
 from mdistiller.evaluation.subjects import Source, own_preprocessing_of, sized
 from mdistiller.preprocessing import Preprocessing
 
 Size = tuple[int, int] | None
+RANDOM = "random weights"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def probe_all(
 ) -> list[Probed]:
     """Probe networks, each on images prepared its own way; classifiers are left out.
 
-    A run's teacher sees images of DISTILLER.TEACHER_SIZE if that is set.
+    A run's teacher sees images of the size that it saw in training. After the first of each
+    student's architecture comes the same network with random weights, of seed 0, on its images.
 
     Args:
         cfg: with the labelled data (:func:`labelled_config`).
@@ -47,16 +49,32 @@ def probe_all(
     facts = data_spec(cfg)
     sets: dict[tuple[Preprocessing | None, Size], tuple[TestData, TestData]] = {}
     probed = []
+    untrained: set[str] = set()
     for source in sources:
         how = own_preprocessing_of(source, facts)
-        is_sized = source.role == "TEACHER" and facts.files  # else the network resizes
-        size = teacher_image_size(source.cfg) if is_sized else None
+        size = training_size(source) if facts.files else None  # else the network resizes
         if (how, size) not in sets:
             sets[how, size] = labelled_sets(sized(cfg, size) if size else cfg, device, how)
         train, test = sets[how, size]
         data = test._replace(zoo=data_spec(source.cfg).zoo, classes=[])
-        net = build_network(source.cfg, source.role, data, source.weights, any_head=True)
-        accuracies = probe(net.to(device).requires_grad_(False), train, test, device, kinds)
         counts = len(train.loader.dataset), len(test.loader.dataset)
-        probed.append(Probed(source, accuracies, counts, test.image_size))
+        network = repr((source.name, source.cfg.DISTILLER[f"{source.role}_ARGS"], how))
+        rows = [source]
+        if source.role == "STUDENT" and network not in untrained:
+            untrained.add(network)
+            rows.append(replace(source, label=RANDOM, weights="", note="", run=None))
+        for row in rows:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                net = build_network(row.cfg, row.role, data, row.weights, any_head=True)
+            accuracies = probe(net.to(device).requires_grad_(False), train, test, device, kinds)
+            probed.append(Probed(row, accuracies, counts, test.image_size))
     return probed
+
+
+def training_size(source: Source) -> Size:
+    """(height, width) of the images that a run's teacher taught on; None: as its weights say."""
+    if source.role != "TEACHER":
+        return None
+    side = teacher_image_size(source.cfg) or data_spec(source.cfg).side
+    return (side, side) if isinstance(side, int) and side else side or None

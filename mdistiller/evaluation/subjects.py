@@ -22,7 +22,7 @@ from mdistiller.engine.cfg import Config
 from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import checkpoint_config, teacher_configs
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.networks.teacher_weights import find_teacher
 from mdistiller.engine.run.folder import (
     checkpoint_file,
@@ -48,14 +48,14 @@ class Source:
     Attributes:
         label: what to call it in tables and pictures.
         cfg: its architecture, in a role of DISTILLER.
-        weights: a file, or PRETRAINED.
+        weights: a file, PRETRAINED, or "" for random ones.
         note: of a run's best checkpoint, its epoch and what it was selected on.
         run: the run folder it is from.
     """
 
     label: str
     cfg: Config
-    weights: Path | Literal["pretrained"]
+    weights: Path | Literal["pretrained", ""]
     note: str = ""
     role: str = "STUDENT"
     run: Path | None = None
@@ -116,7 +116,8 @@ def run_teachers(
         for number, cfg in enumerate(teacher_configs(one.cfg)):
             source = _run_teacher(one.run, cfg, data, number)
             settings = [cfg.DISTILLER[f"TEACHER{key}"] for key in ("", "_ARGS", "_NORM")]
-            weights = source.weights if source.weights == PRETRAINED else source.weights.resolve()
+            file = source.weights
+            weights = file if isinstance(file, str) else file.resolve()
             accuracies = teachers.setdefault(repr((settings, weights)), (source, {}))[1]
             accuracies[one.run] = recorded_teacher_acc(one.run)
     return list(teachers.values())

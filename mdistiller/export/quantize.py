@@ -83,15 +83,12 @@ def quantize_student(
     as QuantizeLinear and DequantizeLinear nodes; the logits stay float32.
 
     Args:
-        calibration: how many of the run's training images, drawn at random and not augmented, give
-            the ranges of activations.
-        max_drop: points of top-1 that may be lost, on the images that the run's best epoch was
-            selected on.
+        calibration: training images, drawn at random, that give the ranges of activations.
+        max_drop: points of top-1 that may be lost, on the images that select the best epoch.
         timed: measure the time of one image.
 
     Raises:
-        UserError: the run's data are not there, or too much accuracy is lost;
-            no int8 file is then there.
+        UserError: the run's data are missing, or too much accuracy is lost: no int8 file is left.
     """
     data = _images_of(student)
     path = original.path.with_name(INT8_FILE)

@@ -18,10 +18,10 @@ from mdistiller.engine.networks.released import (
     PRETRAINED,
     arguments,
     own_preprocessing,
-    own_statistics,
     recorded_preprocessing,
     require_classes,
     states_nothing,
+    statistics_of,
     taken_line,
 )
 from mdistiller.engine.networks.roles import checkpoint_config
@@ -134,47 +134,55 @@ def _load(
     run: RunFacts | None,
 ) -> Student:
     """Build and load; without a path, the zoo's released weights."""
-    height, width = data["image_size"]
-    entry = get_model_entry(name, data["zoo"])
     settings = arguments(cfg, "STUDENT")
-    released = settings.pop("pretrained", False)
-    given = (tuple(data["mean"]), tuple(data["std"]))
+    released = settings.pop("pretrained", False) or True
     student = Student(
-        nn.Identity(),
-        name,
-        data["zoo"],
-        settings,
-        data["num_classes"],
-        list(data["classes"]),
-        (height, width),
-        *given,
-        dataset,
-        "released weights" if path is None else path.name,
-        cfg,
-        run,
+        net=nn.Identity(),
+        name=name,
+        zoo=data["zoo"],
+        settings=settings,
+        num_classes=data["num_classes"],
+        classes=list(data["classes"]),
+        image_size=tuple(data["image_size"]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        dataset=dataset,
+        checkpoint="released weights" if path is None else path.name,
+        cfg=cfg,
+        run=run,
     )
     stated = None
     if path is None:
-        wanted = {**settings, "pretrained": released or True}
-        require_classes(entry, wanted, student.num_classes)
-        student.net = student.build(pretrained=wanted["pretrained"])
+        entry = get_model_entry(name, student.zoo)
+        require_classes(entry, {**settings, "pretrained": released}, student.num_classes)
+        student.net = student.build(pretrained=released)
     else:
         student.net = student.build()
         stated = load_network(student.net, path, name, student.num_classes)
         student.classes = stated_classes(path, stated) or student.classes
-    # What the network itself wants: a run may have normalised for the teacher, and this one anew.
-    weights = path or PRETRAINED
-    statistics = own_statistics(cfg, "STUDENT", entry, weights, given, stated)
-    student.mean, student.std = map(tuple, statistics)
-    preprocessing = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
-    if preprocessing is not None and states_nothing(entry, weights, stated):
-        print_log(taken_line(name, "STUDENT", preprocessing, weights))
-    if "preprocessing" in data:
-        student.preprocessing = recorded_preprocessing(data, name)
-    elif preprocessing is not None and preprocessing.resize:
-        student.preprocessing = preprocessing
+    _set_preprocessing(student, data, path or PRETRAINED, stated)
     student.net.eval().requires_grad_(False)
     return student
+
+
+def _set_preprocessing(
+    student: Student, data: Mapping[str, Any], weights: str | Path, stated: Any
+) -> None:
+    """What the network itself wants: a run may have normalised for the teacher, and this one anew.
+
+    Args:
+        stated: what `load_network` found in the file, if the weights are from one.
+    """
+    cfg, entry = student.cfg, get_model_entry(student.name, student.zoo)
+    preprocessing = own_preprocessing(cfg, "STUDENT", entry, weights, stated)
+    given = student.mean, student.std
+    student.mean, student.std = map(tuple, statistics_of(cfg, "STUDENT", preprocessing, given))
+    if preprocessing is not None and states_nothing(entry, weights, stated):
+        print_log(taken_line(student.name, "STUDENT", preprocessing, weights))
+    if "preprocessing" in data:
+        student.preprocessing = recorded_preprocessing(data, student.name)
+    elif preprocessing is not None and preprocessing.resize:
+        student.preprocessing = preprocessing
 
 
 def _evaluated(cfg: Config, path: Path, data: Mapping[str, Any]) -> tuple[nn.Module, Statistics]:

@@ -48,18 +48,13 @@ def build_report(
     bases = find_baselines(groups, baseline)
     images = tables.chosen_by(groups)
     groups.sort(key=lambda g: _rank(g, bases, which, images))
-    taught_by = teachers_of(groups, bases)
-    students = [g for g in groups if g not in taught_by]
+    teachers = teachers_of(groups, bases)
+    students = [g for g in groups if g not in teachers]
     each: list[Group | None] = [*bases] or [None]
-    compared = [
-        section
-        for base in each
-        for section in _compare(_beside(groups, base, bases), base, which, reach, len(bases) > 1)
-    ]
     sections = [
         _means(students, bases, which),
-        tables.accuracy(groups, taught_by),
-        *compared,
+        tables.accuracy(groups, teachers),
+        *(s for base in each for s in _compare(groups, base, bases, which, reach)),
         tables.published(groups),
         listings.ablations(groups, which, images),
         tables.teachers(groups),
@@ -71,9 +66,9 @@ def build_report(
         listings.provenance(groups),
     ]
     kept = [s for s in sections if s.notes or s.tables or s.charts or s.means]
-    results = (sentence(_beside(students, b, bases), b, which, images) for b in each)
-    lead = [*(text for text in results if text), *_lead(groups, bases)]
-    numbers = _numbers(groups, bases, which, reach, taught_by)
+    results = [sentence(_beside(students, b, bases), b, which, images) for b in each]
+    lead = [*filter(None, results), *_lead(groups, bases)]
+    numbers = _numbers(groups, bases, which, reach, teachers)
     return Report(title, lead, kept, numbers, measure(groups))
 
 
@@ -95,9 +90,14 @@ def _means(students: Sequence[Group], bases: Sequence[Group], which: str) -> Sec
 
 
 def _compare(
-    groups: Sequence[Group], base: Group | None, which: str, reach: float | None, several: bool
+    groups: Sequence[Group],
+    base: Group | None,
+    bases: Sequence[Group],
+    which: str,
+    reach: float | None,
 ) -> list[Section]:
     """The sections with a baseline; it is named in their titles if there are several."""
+    groups = _beside(groups, base, bases)
     sections = [
         tables.differences(groups, base, which),
         curves.learning(groups, base),
@@ -105,7 +105,7 @@ def _compare(
         curves.loss_terms(groups, base),
     ]
     for section in sections:
-        section.title += f", {base.name}" if several and base else ""
+        section.title += f", {base.name}" if base and len(bases) > 1 else ""
     return sections
 
 

@@ -18,7 +18,7 @@ from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
 
-# Keys of places and logging, which make no difference to the result.
+# Keys of places and logging, which make no difference to the result (SELECT_BY: to `best`).
 _PLACES = (
     *("EXPERIMENT.NAME", "EXPERIMENT.PROJECT", "EXPERIMENT.TAG", "EXPERIMENT.SEED", "LOG."),
     *("IMPORTS", "DEVICE", "DATASET.NUM_WORKERS", "DATASET.MAX_MEMORY_GB", "DATASET.TEST."),
@@ -29,7 +29,7 @@ _PATHS = ("DATASET.ROOT", *_WEIGHTS)
 # The network and the images that accuracies belong to.
 _SUBJECT = (
     *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.LABELS"),
-    *("DATASET.IMAGE_SIZE", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
+    *("DATASET.IMAGE_SIZE", "DATASET.FRACTION", "DATASET.VAL_SPLIT", "DATASET.VAL_SEED"),
 )
 _SEED = re.compile(r"[,-]?(EXPERIMENT\.SEED|\bseed)[:=]\d+")
 
@@ -126,7 +126,7 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
             {key: own_seed.sub(r"seed\1*", v) if key == "CKPT" else v for key, v in entry.items()}
             for entry in whole["DISTILLER.TEACHERS"]
         ]
-    return {key: value for key, value in whole.items() if not key.startswith(_PLACES)}
+    return {k: v for k, v in whole.items() if k == "LOG.SELECT_BY" or not k.startswith(_PLACES)}
 
 
 @lru_cache(maxsize=1)

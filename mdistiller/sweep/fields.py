@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mdistiller.distillers import distiller_dict
-from mdistiller.engine.cfg import Config
-from mdistiller.engine.config.files import overlay
+from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import find_config, overlay, read_yaml
 from mdistiller.engine.config.values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
+
+if TYPE_CHECKING:
+    from mdistiller.engine.cfg import Config
 
 # In a run's summary; with held-out images the first two are measured on those.
 ACCURACIES = ("last_acc", "best_acc", "test_acc_last", "test_acc_best")
@@ -35,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "TOGETHER": "auto",
 }
 _VARIANT: dict[str, Any] = {"NAME": "", "CONFIG": "", "OVERRIDES": {}, "GRID": {}, "TEACHER": ""}
+SEED = "{seed}"  # in a value: the run's
 # Config keys that a sweep sets for each run, and where they come from.
 _SET_BY_SWEEP = {"EXPERIMENT.SEED": "SEEDS", "EXPERIMENT.NAME": "the trial", "LOG.PREFIX": "--out"}
 
@@ -90,6 +94,30 @@ def check_table(table: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
+def check_file(path: str | Path, overrides: Sequence[str], imports: Sequence[str]) -> None:
+    """Refuse wrong keys of a sweep file and of its configs, before torch is imported.
+
+    Raises:
+        UserError: as `read_plan` raises it.
+    """
+    file = find_config(path)
+    table = check_table(read_yaml(file))
+    for variant in table["VARIANTS"]:
+        config = variant["CONFIG"] or table["CONFIG"]
+        beside = file.parent / config
+        config = beside if config and beside.is_file() else config
+        both = words(overlay(nested(table["OVERRIDES"]), nested(variant["OVERRIDES"])))
+        axes = {**table["GRID"], **variant["GRID"]}.items()
+        first = [
+            word for key, values in axes if isinstance(values, list) for word in (key, *values[:1])
+        ]
+        try:
+            check_early(config, with_seed([*both, *first, *overrides], 0), imports)
+        except UserError as error:
+            name = variant["NAME"]
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+
+
 def _variant(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not given.get("NAME"):
         raise UserError(f"VARIANTS: each needs a NAME, got {given!r}")
@@ -142,6 +170,11 @@ def words(sections: Mapping[str, Any]) -> list[Any]:
     return [word for key in flatten(sections) for word in (key, lookup(sections, key))]
 
 
+def with_seed(pairs: Sequence[Any], seed: int) -> list[Any]:
+    """`[key, value, ...]` with the run's seed for `{seed}`."""
+    return [word.replace(SEED, str(seed)) if isinstance(word, str) else word for word in pairs]
+
+
 def as_settled(pairs: Sequence[Any], cfg: Config) -> list[Any]:
     """`[key, value, ...]` of a file with the values that `cfg`, or one like it, takes from it."""
     kinds = {key: lookup(cfg, key) for key in flatten(cfg)}
@@ -189,6 +222,8 @@ def grid_axes(grid: Mapping[str, Any], cfg: Config) -> dict[str, list[Any]]:
     axes = {}
     for key, values in grid.items():
         if key == "DISTILLER.TYPE" and values == "all":
+            from mdistiller.distillers import distiller_dict
+
             values = sorted(distiller_dict, key=str.casefold)
         if not isinstance(values, list) or not values:
             raise UserError(f"GRID: {key} must be a list of values, got {values!r}")

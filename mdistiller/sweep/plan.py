@@ -2,7 +2,8 @@
 
     SWEEP: NAME            name of the study; marks the file as a sweep
     CONFIG: FILE           the config that trials start from: beside this file, or configs/...
-    OVERRIDES: {...}       sections as in a config, laid over every trial
+    OVERRIDES: {...}       sections as in a config, laid over every trial; {seed} in a value of a
+                           grid is the run's seed
     VARIANTS: [...]        each with NAME, and CONFIG, OVERRIDES, GRID of its own as needed;
                            TEACHER: ROW takes the student of a row above, of the same seed
     GRID: {KEY: [...]}     all combinations of the values; DISTILLER.TYPE: all is every method
@@ -136,12 +137,15 @@ class _Reader:
                 pairs = [word for pair in chosen.items() for word in pair]
                 row = variant["TEACHER"]
                 changes = [*changed, *pairs, *(["TEACHER", row] if row else [])]
-                cfg = None if row else self.load(cell, config, [*fixed, *pairs])
+                by_seed = row or any(
+                    fields.SEED in str(w) for w in [*fixed, *pairs, *self.overrides]
+                )
+                cfg = None if by_seed else self.load(cell, config, [*fixed, *pairs])
                 words = list(filter(None, parts)) or [self.table["SWEEP"]]
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
                     more = self.taught(variant, seed)
-                    loaded = cfg or self.load(cell, config, [*fixed, *pairs, *more])
+                    loaded = cfg or self.load(cell, config, [*fixed, *pairs, *more], seed=seed)
                     run = self.placed(loaded, name, words, seed)
                     self.made[name] = Trial(cell, name, changes, (run,))
                     yield self.made[name]
@@ -200,12 +204,15 @@ class _Reader:
         fields.refuse_set_keys(fixed, {}, "OVERRIDES:")
         return fixed
 
-    def load(self, name: str, config: str, overrides: list[Any], whole: bool = True) -> Config:
+    def load(
+        self, name: str, config: str, overrides: list[Any], whole: bool = True, seed: int = 0
+    ) -> Config:
         """A trial's config; if it is the `whole` one, checked as far as that goes without data."""
         try:
             sibling = self.folder / config
             file = sibling if config and sibling.is_file() else config
-            cfg = load_config(file, [*overrides, *self.overrides], self.imports)
+            changes = fields.with_seed([*overrides, *self.overrides], seed)
+            cfg = load_config(file, changes, self.imports)
             if whole:
                 self.check(cfg)
         except UserError as error:

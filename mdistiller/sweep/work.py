@@ -6,7 +6,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import multiprocessing
 import os
 import threading
@@ -23,6 +22,7 @@ from optuna.trial import TrialState
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.run.folder import read_lines
 from mdistiller.engine.run.naming import experiment_name
 from mdistiller.engine.run.record import one_line
 from mdistiller.engine.run.sharing import data_key
@@ -235,7 +235,7 @@ def _run(cfg: Config, hook: Hook) -> dict[str, Any]:
         except Exception:
             traceback.print_exc()
             raise
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "metrics.jsonl")
     curve = [{key: row[key] for key in CURVE if key in row} for row in rows if "epoch" in row]
     return {**summary, "first": curve[0], "last": curve[-1]}
 

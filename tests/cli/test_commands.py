@@ -187,11 +187,16 @@ def test_resume_may_stand_behind_the_overrides():
     assert (args.cfg, args.resume, args.opts) == (None, "out/run", ["SOLVER.LR", "1"])
 
 
-def test_a_config_may_be_named_as_other_programs_do():
+def test_a_config_may_be_named_as_other_programs_do(tmp_path, capsys):
     for words in (["--config", "a.yaml"], ["a.yaml"], ["--resume", "./a.yaml"]):
         args = train_command.parser().parse_intermixed_args([*words, "SOLVER.LR", "0.1"])
         assert (Path(args.cfg[0]).name, args.opts) == ("a.yaml", ["SOLVER.LR", "0.1"])
         assert args.resume in (None, "yes")
+    (tmp_path / "config.yaml").write_text("")
+    said = {"kd": "neither a config (FILE", tmp_path: "a run folder; --resume"}
+    for word, message in said.items():
+        assert train_command.main([str(word), "SOLVER.LR", "0.1"]) == 2
+        assert f"{word} is {message}" in capsys.readouterr().err
 
 
 def test_image_folder_from_training_to_evaluation(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import image_folder, saved_teacher
+from support import image_folder, saved_teacher, write_config
 
 import mdistiller
 from mdistiller.cli import eval as eval_command
@@ -152,3 +152,37 @@ def test_the_teacher_may_see_images_of_another_size(tmp_path, photographs, capsy
     out = capsys.readouterr().out
     for key in ("teacher_acc", "last_acc"):
         assert f"top-1 {run.summary[key]:.2f}" in out
+
+
+def test_the_teacher_may_see_images_without_erasing(tmp_path, capsys):
+    """The student's image is erased, the teacher's is the same crop; runs alike but for the key."""
+    seen = {}
+
+    class Spy(mdistiller.Hook):
+        def before_train(self, trainer):
+            for role in ("student", "teacher"):
+                getattr(trainer.model, role).register_forward_pre_hook(
+                    lambda _, x, role=role: seen.update({role: seen.get(role, x[0].clone())})
+                )
+
+    words = {"TYPE": "KD", "TEACHER": "resnet8", "STUDENT": "resnet8", "TEACHER_AUGMENT": "weak"}
+    words["TEACHER_CKPT"] = saved_teacher(tmp_path)
+    words["TEACHER_FOLD"] = "False"
+    path = write_config(tmp_path, epochs=1)
+    given = [str(x) for k, v in words.items() for x in (f"DISTILLER.{k}", v)]
+    mdistiller.train(str(path), [*given, "DATASET.ERASING", "1"], hooks=[Spy()])
+    erased = (seen["student"] == 0).all(dim=1)
+    assert erased.flatten(1).any(dim=1).all()
+    same = seen["student"] == seen["teacher"]
+    assert same.movedim(1, -1)[~erased].all()
+    assert not same.movedim(1, -1)[erased].any()
+    refused = {
+        "DATASET.ERASING 0": "neither DATASET.RANDAUGMENT nor ERASING is set",
+        "DATASET.ERASING 1 DATASET.MIXUP 1": "make images of two",
+        "DATASET.ERASING 1 DISTILLER.TYPE CRLD": "shows its teacher a weak and a strong view",
+        "DATASET.ERASING 1 DISTILLER.TEACHER_CACHE memory": "make views without number",
+        "DISTILLER.TEACHER_AUGMENT flip": "must be same or weak, got 'flip'",
+    }
+    for more, message in refused.items():
+        assert train_command.main(["--cfg", str(path), *given, *more.split()]) == 2
+        assert message in capsys.readouterr().err

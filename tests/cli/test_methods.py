@@ -5,7 +5,7 @@ import re
 import pytest
 from support import unpadded
 
-from mdistiller.cli import methods
+from benchmarks import methods_page as methods
 from mdistiller.distillers import distiller_dict
 from mdistiller.runtime import project_root
 

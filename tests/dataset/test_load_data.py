@@ -88,6 +88,22 @@ def test_which_images_are_held_out_depends_on_val_seed_alone(shapes):
     assert not torch.equal(held(), held(VAL_SEED=1))
 
 
+def test_a_fraction_of_each_class_is_trained_on_and_all_else_stays(shapes):
+    def sets(fraction, **keys):
+        data = load_data(config("shapes", VAL_SPLIT=18, FRACTION=fraction, **keys))
+        return data, data.train.dataset
+
+    (whole, all_images), (data, half), (_, few) = sets(1.0), sets(0.5), sets(0.06)
+    assert half.targets.bincount().tolist() == [20, 12, 4]
+    assert few.targets.bincount().tolist() == [2, 1, 1]
+    assert pixels(few.images) <= pixels(half.images) <= pixels(all_images.images)
+    assert (data.num_data, data.mean, data.std) == (36, whole.mean, whole.std)
+    assert torch.equal(data.val.dataset.images, whole.val.dataset.images)
+    assert not torch.equal(half.images, sets(0.5, VAL_SEED=1)[1].images)
+    with pytest.raises(UserError, match=r"DATASET\.FRACTION 0\.0 must be above 0 and at most 1"):
+        sets(0.0)
+
+
 @pytest.mark.parametrize("num", [0, 1, 7, 30, 86])
 def test_hold_out_takes_the_number_asked_and_empties_no_class(num):
     targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 9 + [3])

@@ -163,6 +163,24 @@ def test_erasing_does_not_depend_on_processes():
     assert whole[1].dtype == torch.int64  # labels stay
 
 
+@pytest.mark.parametrize("randaugment", [[], [2, 15]])
+def test_the_teachers_view_lacks_what_the_students_has_more(randaugment):
+    """Erasing in memory; after RandAugment by workers, here the loading process."""
+
+    def images(*flags, **keys):
+        cfg = config("digits", batch_size=256, NUM_WORKERS=0, **keys)
+        return next(iter(load_data(cfg, None, False, None, *flags).train))[0]
+
+    kind = "workers" if randaugment else "memory"
+    plain = images(LOADER=kind)
+    keys = {"ERASING": 0.5, "RANDAUGMENT": randaugment, "LOADER": kind}
+    both, strong = images(True, **keys), images(**keys)
+    assert torch.equal(both, strong)
+    assert torch.equal(both.teacher_view, plain)
+    assert not torch.equal(strong, plain)
+    assert not hasattr(strong, "teacher_view")
+
+
 def test_config_keys_make_soft_labels():
     for keys in ({"MIXUP": 0.8}, {"CUTMIX": 1.0}):
         data = load_data(config("digits", batch_size=32, **keys))

@@ -11,10 +11,12 @@ from mdistiller.distillers.CorrectedKD import mode_loss
 from mdistiller.distillers.CRLD import crld_terms
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
+from mdistiller.distillers.helpers.losses.split import Split, split_terms
 from mdistiller.distillers.NormKD import normkd_loss
 from mdistiller.distillers.RLD import rld_loss
 from mdistiller.engine.cfg import default_config
 
+AS_CODED = Split(batch_weight=True)
 Form = Callable[..., Tensor]
 
 
@@ -76,6 +78,11 @@ def forms(target: Tensor) -> dict[str, tuple[int, Form, Form]]:
             1,
             corrected("revision", target),
             lambda z, v: textbook_logits.revision(z, v, target),
+        ),
+        "KD split": (
+            1,
+            lambda z, v: sum(split_terms(z, v, target, 4.0, AS_CODED, 1, as_kd=True)),
+            lambda z, v: textbook_logits.split_kd(z, v, target, 4.0),
         ),
     }
 

@@ -130,7 +130,7 @@ BY_SAMPLE = {  # means over samples
         f"KDCL {kind}": lambda s, t, kind=kind: sum(
             kdcl_losses([s, t], torch.full((len(s),), 3), 2.0, kind)
         )
-        for kind in ("naive", "minlogit", "mean")
+        for kind in ("naive", "minlogit", "mean", "linear")
     },
     "PSKD": lambda s, t: pskd_loss(
         s, t.float().clamp(-1e30, 1e30).softmax(dim=1), torch.full((len(s),), 3)

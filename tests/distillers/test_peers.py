@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import golden_values
 
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.distillers.DML import dml_losses
-from mdistiller.distillers.KDCL import kdcl_losses
+from mdistiller.distillers.helpers.losses.decoupled import target_column
+from mdistiller.distillers.KDCL import ensemble, kdcl_losses
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -61,6 +63,26 @@ def test_kdcl_is_kd_from_what_the_networks_agree_on(kind):
         assert losses[k].item() == pytest.approx(total / len(counted), rel=1e-9)
     grads = torch.autograd.grad(losses[0], leaves, allow_unused=True)
     assert [grad is not None for grad in grads] == [True, False, False]
+
+
+def test_the_linear_target_has_the_least_cross_entropy_of_all_mixes():
+    """Against a grid over the simplex, in each size of logits; unlabelled samples do not count."""
+    column, labelled = target_column(TARGET)
+    grid = [(i / 100, j / 100) for i in range(101) for j in range(101 - i)]
+    mixes = torch.tensor([(a, b, 1 - a - b) for a, b in grid], dtype=torch.float64)
+    for scale in (0.1, 1.0, 10.0):
+        stacked = scale * torch.stack(LOGITS)
+        mixed = torch.einsum("mk,knc->mnc", mixes, stacked)[:, labelled].flatten(0, 1)
+        rows = F.cross_entropy(mixed, TARGET[labelled].repeat(len(mixes)), reduction="none")
+        losses = rows.unflatten(0, (len(mixes), -1)).mean(dim=1)
+        best = losses.min()
+        e = ensemble([*stacked], column, "linear", labelled)
+        got = F.cross_entropy(e[labelled], TARGET[labelled])
+        assert got < best + 0.02 * (losses.max() - best)
+        pairs = zip(e[labelled].tolist(), stacked[0][labelled].tolist(), strict=True)
+        want = [kd(row, z, 2.0) for row, z in pairs]
+        loss = kdcl_losses([*stacked], TARGET, 2.0, "linear")[0]
+        assert loss.item() == pytest.approx(sum(want) / 3, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["DML", "KDCL"])

@@ -15,7 +15,7 @@ from mdistiller.distillers.DKD import dkd_loss
 from mdistiller.distillers.GDKD import gdkd_loss
 from mdistiller.distillers.GDKD3 import gdkd3_loss
 from mdistiller.distillers.helpers.losses.standardize import standardize
-from mdistiller.distillers.KD import kd_loss
+from mdistiller.distillers.KD import kd_loss, kd_rows
 from mdistiller.distillers.NormKD import normkd_loss
 from mdistiller.distillers.RLD import rld_loss, rld_terms
 from mdistiller.engine.cfg import default_config, load_config
@@ -233,9 +233,12 @@ def test_crld_thresholds_choose_samples_of_a_mean_over_all():
     torch.testing.assert_close(terms, {"within": within / 8, "cross": cross / 8})
 
 
-def test_normkd_on_standardised_logits_is_lskd():
-    z, v = (standardize(x) for x in (STUDENT, TEACHER))
-    torch.testing.assert_close(normkd_loss(z, v, 2.0), kd_loss(z, v, 2.0), rtol=1e-6, atol=0)
+def test_normkd_is_lskd_times_the_teachers_variance():
+    """Of any logits; of standardised ones, whose variance is 1, it is LSKD."""
+    z, v = (standardize(x, eps=0.0) for x in (STUDENT, TEACHER))
+    want = (TEACHER.var(dim=1) * kd_rows(z, v, 2.0)).mean()
+    torch.testing.assert_close(normkd_loss(STUDENT, TEACHER, 2.0), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(normkd_loss(z, v, 2.0), kd_loss(z, v, 2.0), rtol=1e-12, atol=0)
 
 
 def test_normkd_sees_nothing_in_constant_logits():

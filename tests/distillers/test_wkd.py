@@ -167,16 +167,21 @@ def test_weights_choose_the_terms_and_the_schedule_spares_the_targets():
     assert only_l.logit_weight == 30.0
 
 
-def test_the_hint_layer_is_that_of_the_config():
-    for layer in (1, 2):
-        distiller = build(f"{LOSS}.WKD_FEAT_WEIGHT", 0.5, "WKD.HINT_LAYER", layer)
-        items = batch()
-        with torch.no_grad():
-            own = distiller.run_student(items["image"])["feats"][layer]
-            other = distiller.run_teacher(items["image"])["feats"][layer]
-            distiller(**items)
-            want = textbook.wkd_maps(distiller.projector(own), other, 4, 2.0)
-        assert distiller.metrics["wkd_feat"].item() == pytest.approx(want.item(), rel=1e-4)
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([1], ["WKD.HINT_LAYER", 1]), ([2, 1, -1], ["WKD.HINT_LAYERS", [2, 1, -1]])],
+)
+def test_the_hint_layers_are_those_of_the_config(layers, words):
+    distiller = build(f"{LOSS}.WKD_FEAT_WEIGHT", 0.5, *words)
+    items, want = batch(), 0.0
+    projectors = [distiller.projector, *distiller.more_projectors]
+    with torch.no_grad():
+        own = distiller.run_student(items["image"])["feats"]
+        other = distiller.run_teacher(items["image"])["feats"]
+        distiller(**items)
+        for layer, project in zip(layers, projectors, strict=True):
+            want += textbook.wkd_maps(project(own[layer]), other[layer], 4, 2.0)
+    assert distiller.metrics["wkd_feat"].item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_the_projectors_are_convolutions_with_norm_and_relu():
@@ -209,6 +214,10 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
         ([f"{LOSS}.WKD_LOGIT_WEIGHT", -3.0], "neither may be negative"),
         (["WKD.LAMBDA", 0.0], "WKD.LAMBDA must be positive, got 0"),
         ([f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.HINT_LAYER", 9], "WKD.HINT_LAYER 9: the networks"),
+        (
+            [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.HINT_LAYERS", [1, 1.5]],
+            r"WKD.HINT_LAYERS \[1, 1\.5\]: the networks",
+        ),
         (
             [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"],
             "WKD.PROJECTOR 'mlp' is not one of",

@@ -102,3 +102,18 @@ def revision(student, teacher, target):
     )
     hard = (p - (b * q + (1 - b) * own)).pow(2).mean(1)
     return (easy * right + hard * ~right).mean()
+
+
+def split_kd(student, teacher, target, temperature):
+    """KD's two terms, as DeepKD's code weights them, added up."""
+    own = F.one_hot(target, student.shape[1]).bool()
+
+    def split(logits):
+        p = F.softmax(logits / temperature, 1)
+        binary = torch.stack([(p * own).sum(1), (p * ~own).sum(1)], 1)
+        return binary, F.softmax(logits / temperature - 1000.0 * own, 1)
+
+    (s_binary, s_rest), (t_binary, t_rest) = split(student), split(teacher)
+    weight = t_binary[:, 1].mean()
+    total = kl(t_binary, s_binary).mean() + weight * kl(t_rest, s_rest).mean()
+    return total * temperature**2

@@ -71,6 +71,7 @@ REFUSED = [
     (["SOLVER.COMPILE", True], r"SOLVER\.COMPILE True"),
     (["SOLVER.SCHEDULE_BY", "step"], r"SOLVER\.SCHEDULE_BY step"),
     (["DISTILLER.TEACHER_CACHE", "memory"], r"DISTILLER\.TEACHER_CACHE memory"),
+    (["DISTILLER.TEACHER_AUGMENT", "weak"], r"DISTILLER\.TEACHER_AUGMENT weak"),
 ]
 
 
@@ -133,7 +134,10 @@ def test_a_recording_that_fails_or_does_something_else_is_refused(tmp_path, stan
         train(config(tmp_path / "idle"))
 
     def record(self, function):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(stand_in, "record", record)
     with pytest.raises(UserError, match=r"cannot be recorded \(operation not permitted when"):
@@ -147,3 +151,25 @@ def test_a_hook_within_the_step_is_refused(tmp_path, stand_in):
 
     with pytest.raises(UserError, match="does not work with the hook Watching"):
         train(config(tmp_path), hooks=[Watching()])
+
+
+class AsOnAGpu(Hook):
+    """Leaves the optimizer's groups as recorded steps do, and stops in the second epoch."""
+
+    def after_epoch(self, trainer, epoch, record):
+        trainer.optimizer.param_groups[0]["capturable"] = True
+
+    def before_epoch(self, trainer, saved):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_a_run_of_recorded_steps_goes_on_without_them(tmp_path):
+    """Adam refuses `capturable` on a CPU."""
+    cfg = config(tmp_path, words=["SOLVER.CUDA_GRAPHS", False, "SOLVER.TYPE", "Adam"])
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, hooks=[AsOnAGpu()])
+    state, _ = left_by(tmp_path)
+    assert state["optimizer"]["param_groups"][0]["capturable"] is True
+    train(cfg, resume=True)
+    assert left_by(tmp_path)[0]["epoch"] == 2

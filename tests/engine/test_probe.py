@@ -12,7 +12,10 @@ from support import image_folder, saved_teacher
 from mdistiller.cli import eval as evaluate
 from mdistiller.cli import train
 from mdistiller.engine import probe
+from mdistiller.engine.cfg import load_config
 from mdistiller.engine.probe import knn_accuracy, linear_accuracy
+from mdistiller.evaluation.probe import training_size
+from mdistiller.evaluation.subjects import Source
 
 
 def clusters(count, spread, seed):
@@ -99,12 +102,27 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
     assert summary["best_knn"] == summary["last_knn"] == rows[1]["test_knn"]
     command = [str(folder), "--probe", "knn,linear", "--labelled", str(labelled)]
     assert evaluate.main([*command, "--json", str(out)]) == 0
-    latest, best, its_teacher, other = json.loads(out.read_text())["networks"]
+    networks = json.loads(out.read_text())["networks"]
+    latest, untrained, best, its_teacher, other = networks
     assert latest["knn"] == best["knn"] == rows[1]["test_knn"]
+    assert (untrained["label"], untrained["weights"]) == ("random weights", "")
     assert its_teacher["linear"] > 60
     assert its_teacher["weights"] == other["weights"] == str(teacher)
     assert (latest["image_size"], its_teacher["image_size"]) == ([32, 32], [48, 48])
     assert "k-NN top-1 %" in capsys.readouterr().out
+
+
+def test_a_teacher_is_judged_at_the_size_it_had_in_training():
+    words = ["DATASET.TYPE", "images", "DATASET.IMAGE_SIZE", "64"]
+    sizes = [
+        training_size(Source("", load_config("", [*words, *more]), "", role=role))
+        for role, more in (
+            ("TEACHER", []),
+            ("TEACHER", ["DISTILLER.TEACHER_SIZE", "[48, 32]"]),
+            ("STUDENT", []),
+        )
+    ]
+    assert sizes == [(64, 64), (48, 32), None]
 
 
 def test_a_probe_without_labelled_images_is_refused(tmp_path, capsys):

@@ -93,3 +93,8 @@ def test_eval_has_a_table_of_classes_a_picture_and_the_scores(tmp_path, capsys):
     assert row["test_balanced_acc"] == pytest.approx(one["balanced_accuracy"], rel=1e-5)
     assert row["test_macro_f1"] == pytest.approx(one["macro_f1"], rel=1e-5)
     assert eval_command.main([str(run), "--confusion", str(tmp_path / "no" / "a.png")]) == 2
+    capsys.readouterr()
+    assert eval_command.main([str(run), "--per-class"]) == 0
+    table = capsys.readouterr().out  # of an only epoch, the last and the best
+    assert table.count("most often mistaken for") == 1
+    assert "toy/run latest = toy/run best\n" in table

@@ -336,7 +336,7 @@ def test_a_student_with_its_own_normalisation_is_exported_with_it(normalised, tm
 def test_a_run_exported_with_another_normalisation_than_its_evaluation_is_refused(
     normalised, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(source, "own_statistics", lambda *_: ([MEAN] * 3, [STD] * 3))
+    monkeypatch.setattr(source, "statistics_of", lambda *_: ([MEAN] * 3, [STD] * 3))
     words = ["--out", tmp_path, "--formats", "safetensors", "--no-latency"]
     line = refused(capsys, normalised, *words)
     assert "does not agree with the network: of 1 images, logits differ" in line

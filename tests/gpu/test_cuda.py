@@ -50,3 +50,18 @@ def test_no_step_waits_for_the_gpu(tmp_path, solver):
     data = load_data(cfg, device)
     distiller = build_distiller(cfg, data, device)
     assert waits(cfg, distiller, data) == {"error": "", "calls": {}, "unread": 6}
+
+
+@pytest.mark.parametrize("solver", ["TYPE: SGD", "TYPE: AdamW\n  LR: 0.001", "AMP: bf16"])
+def test_recorded_steps_are_the_usual_ones(tmp_path, solver):
+    """Five steps an epoch: three before the recording, one compared, one replayed."""
+    losses = {}
+    for graphs in (False, True):
+        place = tmp_path / str(graphs)
+        place.mkdir()
+        text = f"DEVICE: cuda\nSOLVER:\n  {solver}\n  CUDA_GRAPHS: {graphs}\n"
+        config = write_config(place, text=text, **settings(tmp_path))
+        assert train_command.main(["--cfg", str(config)]) == 0
+        log = place / "out" / "toy" / "run" / "metrics.jsonl"
+        losses[graphs] = [json.loads(line)["train_loss"] for line in log.read_text().splitlines()]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)

@@ -10,6 +10,7 @@ from mdistiller.dataset.pipelines import luminance
 from mdistiller.engine.networks.make import make_network
 from mdistiller.models import get_model_entry, with_channels
 from mdistiller.registry import UserError
+from mdistiller.weights import load_network
 
 
 def make(name, channels, **settings):
@@ -34,6 +35,12 @@ def test_in_chans_of_timm_is_taken_and_has_to_fit():
     for channels, given, message in ((3, 1, "takes images of 1 channels, and the data have 3"),):
         with pytest.raises(UserError, match=message):
             make(name, channels, in_chans=given)
+
+
+def test_a_file_for_images_of_other_channels_is_refused(tmp_path):
+    torch.save({"model": make("resnet8", 3).state_dict()}, tmp_path / "colour")
+    with pytest.raises(UserError, match=r"of a resnet8 for images of 3 .* DATASET\.CHANNELS is 1"):
+        load_network(make("resnet8", 1), tmp_path / "colour", "resnet8", 4)
 
 
 def test_a_network_that_does_not_begin_with_a_convolution_is_refused():

@@ -142,6 +142,9 @@ def test_where_a_run_lies_and_keys_that_are_newer_than_it_part_no_group(tmp_path
     (other / "config.yaml").write_text(text.replace("NORM_DECAY: true", "NORM_DECAY: false"))
     first, second = group(read_runs([tmp_path]))
     assert (first.name, second.name) == ("x (NORM_DECAY=True)", "x (NORM_DECAY=False)")
+    (other / "config.yaml").write_text(text.replace("SELECT_BY: top1", "SELECT_BY: loss"))
+    first, second = group(read_runs([tmp_path]))  # what "best" means
+    assert (first.name, second.name) == ("x (SELECT_BY=top1)", "x (SELECT_BY=loss)")
 
 
 def test_runs_of_one_seed_count_once(tmp_path):

@@ -109,6 +109,18 @@ def test_text_of_a_sweep_is_kept_as_it_is_written(sweep):
     assert read_plan(sweep(axes)).space["EXPERIMENT.TAG"] == ("0.1", "1e-1", "010")
 
 
+def test_a_run_can_start_from_the_student_of_its_own_seed(sweep, capsys):
+    start = sweep.folder / "start-{seed}"
+    path = sweep(f"SEEDS: [4, 7]\nOVERRIDES: {{DISTILLER: {{STUDENT_CKPT: '{start}'}}}}\n")
+    files = [sweep.folder / f"start-{seed}" for seed in (4, 7)]
+    files[0].touch()
+    assert command.main([*words(path), "--dry-run"]) == 2
+    assert f"{files[1]} does not exist" in capsys.readouterr().err
+    files[1].touch()
+    trials = read_plan(path, out=sweep.out).trials
+    assert [trial.configs[0].DISTILLER.STUDENT_CKPT for trial in trials] == [*map(str, files)]
+
+
 def test_all_methods_are_those_registered_now(sweep, monkeypatch):
     cache_yaml(monkeypatch)
     path = sweep("GRID: {DISTILLER.TYPE: all}\n", TEACHER="Dot", TEACHER_CFG="toy.yaml")
@@ -121,6 +133,9 @@ def test_all_methods_are_those_registered_now(sweep, monkeypatch):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(REPO).as_posix())
 def test_every_shipped_sweep_can_be_planned(path, monkeypatch):
     cache_yaml(monkeypatch)
+    for module in ("start", "teacher_weights"):  # files of weights are the user's
+        place = f"mdistiller.engine.networks.{module}.find_file"
+        monkeypatch.setattr(place, lambda cfg, key: Path(cfg.DISTILLER[key]))
     text = path.read_text()
     if "MODE:" in text and "MODE" not in default_config().DKD:
         pytest.skip("DKD.MODE is not there yet")

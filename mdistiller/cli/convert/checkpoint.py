@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.support.command import command_line
+from mdistiller.files.atomic import write_failure
 from mdistiller.files.names import split_key
-from mdistiller.registry import UserError, first_line
+from mdistiller.registry import UserError
 
 _MINUTES = 10
 _KEPT = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # torch may not start without them
@@ -59,7 +60,7 @@ def convert(args: argparse.Namespace) -> None:
         state = network_state(contents, args.file)
         if split_key(args.file)[1]:
             facts = {k: v for k, v in stated(contents, args.file).items() if v is not None}
-            _write({"model": state, **facts}, args.out)
+            write({"model": state, **facts}, args.out)
             print(f"{args.out}: {len(state)} tensors of {args.file}")
             return
         print(f"{args.file} holds weights and plain values only: it needs no conversion")
@@ -72,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
         how = "its code was run"
     if loaded is None:
         raise UserError(f"{args.file} is damaged, or weights were not found in it")
-    _write(loaded, args.out)
+    write(loaded, args.out)
     tensors = len(loaded["model"])
     print(f"{args.out}: {tensors} tensors of {args.file}; {how}")
 
@@ -139,20 +140,15 @@ def _read(path: Path, mode: str) -> dict[str, Any] | None:
     return {**kept, "model": state}
 
 
-def _write(found: dict[str, Any], out: Path) -> None:
-    import torch
+def write(contents: dict[str, Any], out: Path) -> None:
+    """Write a new file, in a folder that need not exist yet."""
+    from mdistiller.engine.checkpoints.write import save_checkpoint
 
-    part = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, part)
-        part.replace(out)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {first_line(error)}") from error
+    except OSError as error:
+        raise UserError(write_failure(out, error)) from error
+    save_checkpoint(contents, out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: convert(args))
+main = command_line(parser, convert)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mdistiller.cli.support.command import guarded
+from mdistiller.cli.convert.checkpoint import write
+from mdistiller.cli.support.command import command_line
 from mdistiller.registry import UserError
 
 
@@ -40,7 +41,6 @@ def convert_file(args: argparse.Namespace) -> None:
     from mdistiller.detection.convert.caffe2 import convert_backbone, is_backbone
     from mdistiller.detection.convert.detectron2 import convert, read
     from mdistiller.detection.convert.weights import FACTS
-    from mdistiller.engine.checkpoints.write import save_checkpoint
 
     arrays = read(args.file)
     if is_backbone(arrays):
@@ -53,15 +53,11 @@ def convert_file(args: argparse.Namespace) -> None:
         settings = (
             f"WEIGHTS, with {settings}, for {facts['num_classes']} classes, background included"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(contents, args.out)
+    write(contents, args.out)
     print(f"{args.out}: {len(contents['model'])} tensors; in a config for {settings}")
 
 
 _SAID = ("arch", "flavour", "input", "stride_in_1x1", "mask", "channels")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: convert_file(args))
+main = command_line(parser, convert_file)

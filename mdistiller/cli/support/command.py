@@ -65,6 +65,18 @@ def guarded(command: Callable[[], object]) -> int:
     return 0
 
 
+def command_line(
+    parser: Callable[[], argparse.ArgumentParser], command: Callable[[argparse.Namespace], object]
+) -> Callable[..., int]:
+    """A command's `main(argv=None)`: parses the arguments, and returns the exit code."""
+
+    def main(argv: list[str] | None = None) -> int:
+        args = parser().parse_intermixed_args(argv)
+        return guarded(lambda: command(args))
+
+    return main
+
+
 def _nobody_reads() -> bool:
     """Whether standard output is a closed pipe; what is left for it is then discarded."""
     try:

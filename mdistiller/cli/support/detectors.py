@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 def picture(args: argparse.Namespace, count: int) -> Figure:
     """The figure of `visualize detections RUN ...`.
 
-    The teacher is that of --teacher, or of the first run if it had one.
-
     Args:
         count: of images.
     """
-    from mdistiller.cli.eval_detection import name_subjects
-    from mdistiller.cli.support.detection_tables import Subject
     from mdistiller.detection.data import build_set
     from mdistiller.detection.networks.models import build_detector
     from mdistiller.detection.visualize import draw_detections
@@ -38,6 +34,26 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold must be in 0..1, got {args.threshold}")
 
+    cfg, runs = _name_runs(args, paths)
+    device, data = resolve_device(cfg.DEVICE), build_set(cfg, "VAL")
+    networks = []
+    for one in runs:
+        net = build_detector(one.node, data.num_classes, one.where, data.class_names)
+        networks.append((one.label, net.to(device)))
+    chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
+    labels = choose_classes(data.class_names, chosen, 0)
+    size = (cfg.DETECTION.DATA.TEST_MIN_SIZE, cfg.DETECTION.DATA.MAX_SIZE)
+    return draw_detections(networks, data, size, device, labels, count, args.threshold, args.seed)
+
+
+def _name_runs(args: argparse.Namespace, paths: list[str]) -> tuple[Any, list[Any]]:
+    """The config of the data, and the detectors: the runs', and first of all their teacher.
+
+    That is the one of --teacher, or of the first run if it had one.
+    """
+    from mdistiller.cli.eval_detection import name_subjects
+    from mdistiller.cli.support.detection_tables import Subject
+
     def named(ckpt: list[str], checkpoint: str) -> Any:
         asked = {"cfg": args.cfg, "opts": args.opts, "imports": args.imports, "teacher": False}
         return name_subjects(argparse.Namespace(ckpt=ckpt, checkpoint=checkpoint, **asked))
@@ -50,15 +66,4 @@ def picture(args: argparse.Namespace, count: int) -> Figure:
         runs.insert(0, replace(named([args.teacher], "latest")[1][0], label="teacher"))
     elif cfg.DISTILLER.TYPE != "NONE" and not cfg.DETECTION.TEACHER.NEW_HEAD:
         runs.insert(0, Subject("teacher", cfg.DETECTION.TEACHER, "DETECTION.TEACHER"))
-    device, data = resolve_device(cfg.DEVICE), build_set(cfg, "VAL")
-    networks = [
-        (
-            one.label,
-            build_detector(one.node, data.num_classes, one.where, data.class_names).to(device),
-        )
-        for one in runs
-    ]
-    chosen = [name.strip() for name in args.classes.split(",") if name.strip()]
-    labels = choose_classes(data.class_names, chosen, 0)
-    size = (cfg.DETECTION.DATA.TEST_MIN_SIZE, cfg.DETECTION.DATA.MAX_SIZE)
-    return draw_detections(networks, data, size, device, labels, count, args.threshold, args.seed)
+    return cfg, runs

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mdistiller.cli.support.command import add_overrides
 from mdistiller.cli.support.teachers import own_teachers, taught_by
 from mdistiller.engine.config.early import check_early
+from mdistiller.engine.config.files import require_path
 from mdistiller.files.names import EXPORTED, split_key
 from mdistiller.registry import UserError
 
@@ -57,6 +58,11 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="config to take DATASET, STUDENT_ARGS and STUDENT_NORM from (TEACHER_*, too)",
     )
+    _add_teacher(parser)
+    add_overrides(parser)
+
+
+def _add_teacher(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         default="",
@@ -70,7 +76,6 @@ def add_networks(parser: argparse.ArgumentParser) -> None:
         help="its weights; default: the run folders' own if it is theirs, else the released ones. "
         "Of a run: the latest",
     )
-    add_overrides(parser)
 
 
 @dataclass
@@ -104,8 +109,8 @@ def find_paths(args: argparse.Namespace) -> None:
     first = args.opts[0] if args.opts else ""
     named = "/" in first or (first and not first.partition(".")[0].isupper())  # config keys are
     for path in [*args.ckpt, *([first] if named else [])]:
-        if path != "pretrain" and not split_key(path)[0].exists():
-            raise UserError(f"run folder or file {path} does not exist")
+        if path != "pretrain":
+            require_path(split_key(path)[0])
 
 
 def _networks_among(paths: Sequence[str], named: bool) -> list[str]:
@@ -138,23 +143,27 @@ def _networks_among(paths: Sequence[str], named: bool) -> list[str]:
     return found
 
 
+def _read_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
+    """The config that the arguments name, and the overrides in it."""
+    find_paths(args)
+    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
+    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
+    check_early(args.cfg, overrides, args.imports)
+    from mdistiller.engine.cfg import load_config
+
+    return load_config(args.cfg, overrides, args.imports), overrides
+
+
 def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
     """The networks and the data that the arguments name.
 
     Args:
         usual: checkpoints of a run folder, where --checkpoint names none.
     """
-    find_paths(args)
-    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
-    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
-    check_early(args.cfg, overrides, args.imports)
-    from mdistiller.engine.cfg import load_config
+    given, overrides = _read_config(args)
     from mdistiller.evaluation.subjects import data_config, load_all
     from mdistiller.runtime import resolve_device
 
-    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
-    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
-    given = load_config(args.cfg, overrides, args.imports)
     sources = _sources(args, args.ckpt, given, usual)
     teacher = _teacher(args, given, sources)
     all_runs = [*sources, *([teacher] if teacher else [])]
@@ -177,18 +186,12 @@ def load_networks(args: argparse.Namespace, usual: Sequence[str]) -> Loaded:
 
 def labelled_networks(args: argparse.Namespace) -> tuple[list[Source], Config, torch.device]:
     """Networks to probe, the runs' own teachers among them, and the config of labelled data."""
-    find_paths(args)
-    dataset = ["DATASET.TYPE", args.dataset] if args.dataset else []
-    overrides = [*dataset, "DATASET.TEST.BATCH_SIZE", str(args.batch_size), *args.opts]
-    check_early(args.cfg, overrides, args.imports)
-    from mdistiller.cli.support.teachers import taught_by
+    given, _ = _read_config(args)
     from mdistiller.dataset import DATASETS
-    from mdistiller.engine.cfg import load_config
     from mdistiller.engine.probe import labelled_config
     from mdistiller.evaluation.subjects import run_teachers
     from mdistiller.runtime import resolve_device
 
-    given = load_config(args.cfg, overrides, args.imports)
     sources = _sources(args, args.ckpt, given, ["latest", "best"])
     teacher = _teacher(args, given, sources)
     cfg = labelled_config(given, args.labelled)

@@ -14,6 +14,7 @@ from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
     from mdistiller.evaluation.evaluate import Evaluation
+    from mdistiller.evaluation.predictions import Quality
     from mdistiller.evaluation.probe import Probed
 
 
@@ -92,8 +93,8 @@ def per_class(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
     """A table a network, the class of the lowest F1 first; classes without images are left out."""
     head = ["class", "images", "precision %", "recall %", "F1 %", "most often mistaken for"]
     tables = []
-    for one in found:
-        quality, rows = one.quality, []
+    for labels, quality in merged(found):
+        rows = []
         scores = list(zip(*quality.class_scores.values(), strict=True))
         for k, row in enumerate(quality.confusion):
             wrong = {j: count for j, count in enumerate(row) if count and j != k}
@@ -103,8 +104,19 @@ def per_class(found: Sequence[Evaluation], classes: Sequence[str]) -> str:
             rows.append((scores[k][2], [classes[k], str(sum(row)), *numbers, mistaken]))
         rows = [row for row in rows if not math.isnan(row[0])]
         rows.sort(key=lambda row: row[0])
-        tables.append(f"{_names(one)[1]}\n\n{markdown_table(head, [cells for _, cells in rows])}")
+        table = markdown_table(head, [cells for _, cells in rows])
+        tables.append(f"{' = '.join(labels)}\n\n{table}")
     return "\n\n".join(tables)
+
+
+def merged(found: Sequence[Evaluation]) -> list[tuple[list[str], Quality]]:
+    """Results by class with the labels of all networks that have them: the last epoch may be the
+    best."""
+    alike: dict[str, tuple[list[str], Quality]] = {}
+    for one in found:
+        labels, _ = alike.setdefault(str(one.quality.confusion), ([], one.quality))
+        labels.append(_names(one)[1])
+    return list(alike.values())
 
 
 def _comparison(found: Sequence[Evaluation]) -> str:

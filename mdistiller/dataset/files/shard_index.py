@@ -24,6 +24,7 @@ def index_shards(
     threads: int,
     readable: Sequence[str] = (),
     scale_16_bit: bool = False,
+    images: Sequence[str] = (),
 ) -> list[list[int | None]]:
     """Classes of the samples of every shard; each shard is read once, then cached.
 
@@ -33,13 +34,16 @@ def index_shards(
 
     Args:
         urls: of the shards.
-        target: suffix of the class in a sample.
+        target: suffix of the class in a sample; empty: every sample with an image is of class 0.
         threads: number of threads.
         readable: suffixes of images to decode; a sample whose image is unreadable gets None.
         scale_16_bit: accept images of 16 bits.
+        images: suffixes of images.
     """
+    wanted = (target,) if target else tuple(images)
     files = [Path(url) if os.path.isfile(url) else None for url in urls]
-    stamps = [_stamp(target, file, readable, scale_16_bit) for file in files]
+    key = target or f"images {';'.join(images)}"
+    stamps = [_stamp(key, file, readable, scale_16_bit) for file in files]
     folder = files[0].parent if files[0] else Path()
     names = [
         Path(os.path.relpath(file, folder)).as_posix() if file else url
@@ -53,7 +57,8 @@ def index_shards(
     missing = [k for k, name in enumerate(names) if index.get(name, [None])[0] != stamps[k]]
     if missing:
         with ThreadPoolExecutor(threads) as pool:
-            counted = pool.map(lambda k: _classes(urls[k], target, readable, scale_16_bit), missing)
+            rest = (target, wanted, readable, scale_16_bit)
+            counted = pool.map(lambda k: _classes(urls[k], *rest), missing)
             bar = tqdm(counted, "counting shards", len(missing), leave=False, disable=None)
             for k, classes in zip(missing, bar, strict=True):
                 index[names[k]] = [stamps[k], classes]
@@ -74,13 +79,13 @@ def _stamp(
 
 
 def _classes(
-    url: str, target: str, readable: Sequence[str], scale_16_bit: bool
+    url: str, target: str, wanted: Sequence[str], readable: Sequence[str], scale_16_bit: bool
 ) -> list[int | None]:
     classes: list[int | None] = []
     for sample in read_shard(url, only="" if readable else target):
-        if target in sample:
+        if any(key in sample for key in wanted):
             try:
-                label = int(sample[target])
+                label = int(sample[target]) if target else 0
                 classes.append(label if _is_readable(sample, readable, scale_16_bit) else None)
             except ValueError:
                 raise UserError(

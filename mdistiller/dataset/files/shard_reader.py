@@ -29,7 +29,8 @@ class ShardSet:
         targets: classes of all samples, in the order of the shards, int64, [N].
         classes: class names.
         image_keys: suffixes of the image in a sample; the first one present is used.
-        target_key: suffix of its class; samples without one are skipped.
+        target_key: suffix of its class; samples without one are skipped. Empty: of samples without
+            classes, where those without an image are.
         window: shuffling distance of a sample within its stream.
         upright, scale_16_bit, jpeg_scaling: see :class:`EncodedImage`.
         skipped: by shard, positions of samples with unreadable images.
@@ -59,14 +60,15 @@ class ShardSet:
     def select(self, indices: Tensor) -> ShardSet:
         """Raises UserError: shards are read whole."""
         raise UserError(
-            "DATASET.VAL_SPLIT cannot be taken out of shards; leave some out of "
-            "DATASET.SHARDS.TRAIN and name them in DATASET.SHARDS.VAL"
+            "DATASET.VAL_SPLIT and FRACTION cannot take images out of shards; leave shards out of "
+            "DATASET.SHARDS.TRAIN, and name those held out in DATASET.SHARDS.VAL"
         )
 
     def read(self, shard: int, first: int, last: int) -> Iterator[tuple[bytes, str]]:
         """Samples `first` to `last` of a shard: bytes of the image file, and a name for errors."""
         url = self.urls[shard]
-        samples = (sample for sample in read_shard(url) if self.target_key in sample)
+        wanted = (self.target_key,) if self.target_key else self.image_keys
+        samples = (sample for sample in read_shard(url) if any(key in sample for key in wanted))
         skipped = self.skipped.get(shard, ())
         samples = (sample for place, sample in enumerate(samples) if place not in skipped)
         count = 0

@@ -57,11 +57,13 @@ class TrainTransform:
         augment: takes an image at the size of the set; ResizedCropFlip takes any size.
         resize: brings an image to the size of the set.
         randaugment: operations and magnitude of RandAugment after it; empty: none.
+        both: return the view with and that without RandAugment, [2, 3, height, width].
     """
 
     augment: Identity
     resize: EvalTransform
     randaugment: Sequence[int] = ()
+    both: bool = False
 
     def draw(self, num: int, generator: torch.Generator) -> Tensor:
         """Parameters of the augmentation and a seed for `num` images: int64, [num, P]."""
@@ -76,7 +78,10 @@ class TrainTransform:
             else:
                 store = self.augment.store(self.resize(image, name)[None])
                 view = self.augment.apply(store, parameters[None, :-1], _FIRST)[0]
-            return self._randaugment(view) if self.randaugment else view
+            if not self.randaugment:
+                return view
+            strong: Tensor = self._randaugment(view)
+            return torch.stack([strong, view]) if self.both else strong
 
     @property
     def num_views(self) -> int | None:

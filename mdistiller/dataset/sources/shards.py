@@ -3,7 +3,9 @@
 A shard holds, for each sample, an image and its class in digits under one name (``0017.jpg``,
 ``0017.cls``), as the package webdataset writes them. ``DATASET.SHARDS.TRAIN`` and ``VAL`` name the
 shards: a pattern below ``DATASET.ROOT`` with braces (``train-{0000..0099}.tar``) or with ``*`` and
-``?``, or a URL that webdataset opens. Samples are counted once and remembered beside the shards.
+``?``, or a URL that webdataset opens. With an empty ``TARGET`` the samples need no class, for
+methods that need no labels (docs/foundation.md). Samples are counted once and remembered beside the
+shards.
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ class Shards(DataSource):
         """One split, its samples counted."""
         import_webdataset()
         settings = {**DATASET_CONFIG["SHARDS"], **options.shards}
+        if split == "test" and not settings["TARGET"]:
+            raise UserError(
+                f"the shards in {root} have no labels to evaluate on (DATASET.SHARDS.TARGET is "
+                "empty): name a labelled data set, or judge the features by mdistiller eval RUN "
+                "--probe knn --labelled FOLDER"
+            )
         key = "TRAIN" if split == "train" else "VAL"
         if settings["SHUFFLE"] < 0 or settings["CLASSES"] < 0:
             raise UserError("DATASET.SHARDS.SHUFFLE and CLASSES must not be negative")
@@ -51,12 +59,13 @@ class Shards(DataSource):
         checked = images if options.skip_corrupt else ()
         with local_rank_zero_first():
             index = index_shards(
-                urls, settings["TARGET"], options.workers, checked, options.scale_16_bit
+                urls, settings["TARGET"], options.workers, checked, options.scale_16_bit, images
             )
         classes, skipped = _without_corrupt(urls, index)
         empty = next((url for url, labels in zip(urls, classes, strict=True) if not labels), None)
         if empty:
-            raise UserError(f"shard {empty} has no sample with a class (.{settings['TARGET']})")
+            what = f"a class (.{settings['TARGET']})" if settings["TARGET"] else "an image"
+            raise UserError(f"shard {empty} has no sample with {what}")
         targets = torch.tensor([label for labels in classes for label in labels])
         num = settings["CLASSES"] or int(targets.max()) + 1
         if not 0 <= int(targets.min()) <= int(targets.max()) < num:

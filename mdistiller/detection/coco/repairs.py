@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from mdistiller.dataset.files.images import FORMATS, UnreadableError
+from mdistiller.dataset.files.images import UnreadableError, header_size
 
 SLACK = 1.0  # pixels that a box may stick out, by rounding
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange height and width
 LARGEST_SIDE = 2**31 - 1
 
 
@@ -44,15 +41,10 @@ class ImageFiles:
         Raises:
             UnreadableError: the file is missing or not an image.
         """
-        try:
-            with Image.open(self.folder / name, formats=FORMATS) as file:
-                width, height = file.size
-                turned = self.upright and file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        except Exception as error:  # Pillow's readers raise many kinds
-            if self.skip:
-                return LARGEST_SIDE, LARGEST_SIDE
-            raise UnreadableError(f"{self.folder / name} cannot be read as an image") from error
-        return (width, height) if turned else (height, width)
+        size = header_size(self.folder / name, self.upright)
+        if size is None and not self.skip:
+            raise UnreadableError(f"{self.folder / name} cannot be read as an image")
+        return size or (LARGEST_SIDE, LARGEST_SIDE)
 
 
 def number_ids(written: Sequence[int | str]) -> dict[int | str, int]:

@@ -12,11 +12,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
-from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.distributed import broadcast_buffers
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
-from mdistiller.engine.utils import evaluate
+from mdistiller.engine.utils import evaluate, last_and_best
 from mdistiller.registry import UserError
 
 

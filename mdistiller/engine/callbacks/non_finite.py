@@ -66,9 +66,7 @@ class NonFiniteGuard(Hook):
         Raises:
             NonFiniteLossError: a value is not finite, and no more steps may be skipped.
         """
-        if not self.looks:
-            return True
-        if not self._terms:  # of a trainer whose `train_iter` is its own
+        if not self._terms:  # not looked at, or of a trainer whose `train_iter` is its own
             return True
         finite = torch.stack([term for terms in self._terms for term in terms.values()]).isfinite()
         good = finite.all()

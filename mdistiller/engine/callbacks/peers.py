@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.callbacks.last_and_best import last_and_best
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
-from mdistiller.engine.utils import evaluate
+from mdistiller.engine.utils import evaluate, last_and_best
 
 
 class EvaluatePeers(Hook):

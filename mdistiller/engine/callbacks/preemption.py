@@ -7,6 +7,7 @@ flag; every few steps they exchange them, and all stop at the same step.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import shlex
 import signal
@@ -151,8 +152,9 @@ class PreemptionHandler(Hook):
 
     def _stop(self, where: str) -> None:
         barrier()  # a launcher ends all when one has ended
-        words = " ".join(where.split())
-        raise Preempted(f"stopped by {_asked_name()} {words}; continue with\n{same_command()}")
+        by = _asked.name if _asked.signal else "a signal to another process"
+        text = f"stopped by {by} {' '.join(where.split())}; continue with"
+        raise Preempted(f"{text}\n{same_command()}")
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, agreed by all processes."""
@@ -165,7 +167,8 @@ class PreemptionHandler(Hook):
             return False, False
         flags = [stop, save and is_main_process(), (now - self._looked) / self._interval]
         shared = torch.tensor(flags, dtype=torch.float64)
-        max_over_ranks(shared, self.patience)
+        work = dist.all_reduce(shared, dist.ReduceOp.MAX, group=side_group(), async_op=True)
+        work.wait(datetime.timedelta(seconds=self.patience))
         stop, save, seconds = bool(shared[0]), bool(shared[1]), float(shared[2])
         self._looked = time.monotonic()
         self._interval = self._left = int(min(max(LOOK / max(seconds, 1e-6), 1), FARTHEST))
@@ -192,15 +195,3 @@ def same_command() -> str:
     else:
         program = ["mdistiller"] if script.stem == "mdistiller" else ["python", *program]
     return shlex.join([*program, *words])
-
-
-def max_over_ranks(values: torch.Tensor, seconds: float) -> None:
-    """Elementwise maximum over all processes, in place; RuntimeError after `seconds`."""
-    import datetime
-
-    work = dist.all_reduce(values, dist.ReduceOp.MAX, group=side_group(), async_op=True)
-    work.wait(datetime.timedelta(seconds=seconds))
-
-
-def _asked_name() -> str:
-    return _asked.name if _asked.signal else "a signal to another process"

@@ -108,9 +108,11 @@ class QuantizeStudent(Hook):
         first = trainer.cfg.SOLVER.EPOCHS - trainer.cfg.SOLVER.QAT_EPOCHS + 1
         if trainer.stage or epoch < first:
             return
+        observing = epoch == first
         if not self.roundings:
             self._attach(trainer)
-        self._switch(active=True, observing=epoch == first)
+            observing |= not self.saved  # the key is newer than the first of these epochs
+        self._switch(active=True, observing=observing)
 
     def _attach(self, trainer: Trainer) -> None:
         for name, layer in trainer.model.student.named_modules():

@@ -68,7 +68,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    if device.type != "cpu":
+    if device.type == "cuda":  # perhaps not the current one
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
@@ -80,7 +82,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if device.type in state:
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type in state:
         getattr(torch, device.type).set_rng_state(state[device.type])
 
 
@@ -210,6 +214,9 @@ def restore_schedule(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> 
     before = saved.get("settings", now)  # older files do not say
     configured = [dict(group) for group in optimizer.param_groups]
     if before["optimizer"] == now["optimizer"]:
+        for group, own in zip(saved["optimizer"]["param_groups"], configured, strict=False):
+            if "capturable" in own:  # SOLVER.CUDA_GRAPHS sets it for as long as it is on
+                group["capturable"] = own["capturable"]
         try:
             optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:

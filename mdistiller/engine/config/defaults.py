@@ -24,6 +24,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "STUDENT": "resnet32",
         "TEACHER_ARGS": {},  # keyword arguments of the network's constructor, where it takes any
         "STUDENT_ARGS": {},
+        "TEACHER_AUGMENT": "same",  # weak: its images without RANDAUGMENT and ERASING
         "TEACHER_SIZE": 0,  # side or [height, width] of the teacher's images; 0: the student's
         # Normalisation of the images that a network sees: data (the data set's), own (that of its
         # released weights), auto (own if it starts from those, else data) or [[mean], [std]].

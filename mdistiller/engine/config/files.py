@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import count
+from os.path import isdir, isfile  # False too for what can be no name of a file
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,25 @@ def find_config(name: str | Path) -> Path:
         )
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for candidate in (path, config_root().joinpath(*parts)):
-        if is_file(candidate):
+        if isfile(candidate):
             return candidate
     configs = [p.relative_to(config_root()).as_posix() for p in config_root().rglob("*.yaml")]
     raise UserError(f"config file {shown(str(name))} not found{suggest('/'.join(parts), configs)}")
 
 
-def require_run(folder: Path) -> None:
-    """Refuse a path that is not a run folder."""
+ELSE = "; for a checkpoint without one, name the network and the file by -m and -c"
+
+
+def require_run(folder: Path, where: str = "", advice: str = ELSE) -> None:
+    """Refuse a path that is not a run folder; `where` and `advice` stand around the reason."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} is not a run folder: it has no config.yaml; for a checkpoint without one, "
-            "name the network and the file by -m and -c"
-        )
+        raise UserError(f"{where}{folder} is not a run folder: it has no config.yaml{advice}")
+
+
+def require_path(path: str | Path) -> None:
+    """Refuse a run folder or file that does not exist."""
+    if not Path(path).exists():
+        raise UserError(f"run folder or file {path} does not exist")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def _read_yaml(
     merged: dict[str, Any] = {}
     for base in bases:
         sibling = path.parent / base
-        file = sibling if is_file(sibling) else Path(base)  # "configs/..." works from anywhere
+        file = sibling if isfile(sibling) else Path(base)  # "configs/..." works from anywhere
         merged = overlay(merged, _read_yaml(file, (*chain, resolved), reads, layers))
     layers.append((resolved, dict(table)))
     imports = [*merged.get("IMPORTS", []), *table.pop("IMPORTS", [])]
@@ -104,7 +111,7 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     several = settings.get("TEACHERS")
     entries = [entry for entry in several if isinstance(entry, dict)] if several else []
     for node, key in [(settings, "TEACHER_CFG"), *((entry, "CFG") for entry in entries)]:
-        if isinstance(node.get(key), str) and is_file(folder / node[key]):
+        if isinstance(node.get(key), str) and isfile(folder / node[key]):
             node[key] = str((folder / node[key]).resolve())
 
 
@@ -134,7 +141,7 @@ def resolve_imports(names: Any, folder: Path) -> list[str]:
             name = f"{_find_folder(name, folder)}/"
         elif name.endswith(".py"):
             places = list(dict.fromkeys([folder / name, Path(name)]))
-            file = next((place for place in places if is_file(place)), None)
+            file = next((place for place in places if isfile(place)), None)
             if file is None:
                 raise UserError(
                     f"IMPORTS: no file {' or '.join(shown(str(place))[1:-1] for place in places)}"
@@ -153,23 +160,7 @@ def resolve_fork(name: Any, folder: Path) -> str:
 
 def _find_folder(name: str, folder: Path) -> Path:
     places = list(dict.fromkeys([folder / Path(name).expanduser(), Path(name)]))
-    fork = next((place for place in places if is_folder(place)), None)
+    fork = next((place for place in places if isdir(place)), None)
     if fork is None:
         raise UserError(f"FORK: no folder {' or '.join(shown(str(p))[1:-1] for p in places)}")
     return fork.resolve()
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; False too for what can be no name of one."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False too for what can be no name of one."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from yacs.config import CfgNode
@@ -15,18 +16,9 @@ from mdistiller.engine.config.safe_yaml import Written, shown
 from mdistiller.preprocessing import read_image_size
 from mdistiller.registry import UserError
 
-NORMS = ("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM")  # text or lists
-
-IMAGE_SIZES = ("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_SIZE")
-"""Keys whose values are a number of pixels, or two."""
-WEIGHTS = ("DISTILLER.CLASS_WEIGHTS",)
-"""Keys whose values are a list of weights, or a word."""
-LISTS_OR_TEXT = ("DATASET.CLASSES",)
-"""Keys whose values are a list of names, or text."""
-SWITCHES_OR_TEXT = ("SOLVER.COMPILE",)
-"""Keys whose values are True, False or a word."""
 DEEPEST = 20
 """Sections or lists within one another."""
+_NAMES = "DATASET.CLASSES"
 _LONGEST = 20_000  # characters of a value on the command line
 _MOST_SIGNS = 2_000  # brackets and signs in it
 
@@ -52,18 +44,8 @@ def coerce(value: Any, default: Any, name: str, fractions: bool = False) -> Any:
             is a user's, who may have written 4 and meant 4.0.
     """
     value = as_read(value, default, name)
-    if name in NORMS:
-        return check_norm(literal(value, name), name)
-    if name in NETWORK_LISTS:
-        return read_networks(literal(value, name), name, check_norm)
-    if name in IMAGE_SIZES:
-        return _image_size(literal(value, name), name)
-    if name in WEIGHTS:
-        return _weights_or_word(literal(value, name), name)
-    if name in LISTS_OR_TEXT:
-        return _names_or_text(literal(value, name), name)
-    if name in SWITCHES_OR_TEXT:
-        return _switch_or_text(literal(value, name), name)
+    if name in _READERS:
+        return _READERS[name](literal(value, name), name)
     if isinstance(default, str):
         if isinstance(value, str):
             return value
@@ -102,13 +84,13 @@ def as_read(value: Any, default: Any, name: str, depth: int = 0) -> Any:
         UserError: a number is spelled in a way that YAML and people read differently.
     """
     if isinstance(value, Written):
-        is_text = isinstance(default, str) and name not in (*NORMS, *WEIGHTS, *SWITCHES_OR_TEXT)
+        is_text = isinstance(default, str) and (name not in _READERS or name == _NAMES)
         return value.text if is_text else value.number(name)
     if depth > DEEPEST:  # refused later
         return value
     if isinstance(value, (list, tuple)):
         texts = isinstance(default, (list, tuple)) and {type(item) for item in default} == {str}
-        texts |= name in LISTS_OR_TEXT
+        texts |= name == _NAMES
         items = [as_read(item, "" if texts else None, name, depth + 1) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
@@ -178,6 +160,17 @@ def _names_or_text(value: Any, name: str) -> list[str] | str:
     if isinstance(value, (list, tuple)) and all(type(item) in (str, int) for item in value):
         return [str(item) for item in value]
     raise UserError(f"{name} must be a list of names, or text, got {shown(value)}")
+
+
+_READERS: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("DISTILLER.TEACHER_NORM", "DISTILLER.STUDENT_NORM"), check_norm),
+    **dict.fromkeys(NETWORK_LISTS, functools.partial(read_networks, check_norm=check_norm)),
+    **dict.fromkeys(("DATASET.IMAGE_SIZE", "DISTILLER.TEACHER_SIZE"), _image_size),
+    "DISTILLER.CLASS_WEIGHTS": _weights_or_word,
+    _NAMES: _names_or_text,
+    "SOLVER.COMPILE": _switch_or_text,
+}
+"""Keys whose values are of several types: (value, key) -> the value, checked."""
 
 
 def _items_fit(items: Sequence[Any], default: Sequence[Any], fractions: bool = False) -> bool:

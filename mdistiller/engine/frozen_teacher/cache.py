@@ -32,7 +32,7 @@ from mdistiller.engine.frozen_teacher.fingerprint import (
     view_digest,
 )
 from mdistiller.engine.frozen_teacher.frozen import is_frozen
-from mdistiller.engine.frozen_teacher.logit_store import FileStore, LogitStore, MemoryStore
+from mdistiller.engine.frozen_teacher.logit_store import FileStore, MemoryStore
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.networks.roles import teacher_identity
 from mdistiller.engine.optim import autocast
@@ -73,7 +73,7 @@ class TeacherCache(Hook):
         if distiller.watches_teacher:
             raise refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
         self.teacher = teacher
-        self._store: LogitStore | None = None
+        self._store: MemoryStore | FileStore | None = None
         self._writes = True
         self._epoch = 0  # the one begun
         self.teacher_runs: Callable[[], bool] = lambda: False
@@ -201,7 +201,7 @@ class TeacherCache(Hook):
             return part
         return torch.cat([part, part[-1:].expand(lacking)])
 
-    def _open(self) -> LogitStore:
+    def _open(self) -> MemoryStore | FileStore:
         """The store of this teacher, these images and views."""
         probes = self._probe()
         self.width, self._weights = probes.shape[1], teacher_digest(self.teacher)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from mdistiller.distillers import Distiller
 from mdistiller.distillers.helpers.features.shapes import preserve_state
@@ -23,7 +22,7 @@ from mdistiller.engine.frozen_teacher.folding import (
     replace_child,
     without_norm,
 )
-from mdistiller.engine.frozen_teacher.fusing import FusedNetwork, can_fuse, fuse
+from mdistiller.engine.frozen_teacher.fusing import agree, can_fuse, fuse
 from mdistiller.preprocessing import input_channels
 from mdistiller.registry import UserError
 
@@ -126,7 +125,7 @@ class FrozenTeacher:
                 layer.to(dtype)
         self.channels_last = False
         self.fuses = False
-        self._fused: dict[torch.Size, FusedNetwork | None] = {}
+        self._fused: dict[torch.Size, Callable[[Tensor], Any] | None] = {}
         self._update()
 
     @classmethod
@@ -150,7 +149,7 @@ class FrozenTeacher:
                 exact = cls(teacher, net, foldable(net, image) if fold else [], None)
                 if fold:
                     exact.set_layout()
-                if not _agree(exact(image), teacher(image)):
+                if not agree(exact(image), teacher(image), CLOSE):
                     return None
         except _FAILURES:  # a network of whatever kind: it then runs as it is
             return None
@@ -178,7 +177,7 @@ class FrozenTeacher:
 
     def __call__(self, image: Tensor) -> Any:
         """Logits and features of [N, 3, H, W] images."""
-        if not torch.compiler.is_compiling() and self._is_stale():
+        if not torch.compiler.is_compiling() and self._state() != self._seen:
             self._update()
         if self._watched:
             return self.teacher(image)
@@ -204,13 +203,11 @@ class FrozenTeacher:
         """Copy the teacher's weights before the next forward pass."""
         self._seen = None
 
-    def _is_stale(self) -> bool:
-        replaced = next(self.teacher.parameters()) is not self._tensors[0]
-        return replaced or self._state() != self._seen
-
     def _state(self) -> list[tuple[int, int]]:
-        """A value that changes whenever autograd records a change of the teacher's tensors."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        """A value that changes whenever the teacher's tensors are replaced, or autograd records a
+        change of them."""
+        state = [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        return [(id(next(self.teacher.parameters())), 0), *state]
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -256,13 +253,3 @@ def _random_image(net: nn.Module, image_size: tuple[int, int]) -> Tensor:
     shape = (2, input_channels(net), *image_size)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return image.to(some)
-
-
-def _agree(first: Any, second: Any) -> bool:
-    """Whether all tensors of two outputs are equal to rounding."""
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    return all(
-        bool((a - b).abs().max() <= CLOSE * b.abs().max())
-        for a, b in pairs
-        if isinstance(a, Tensor)
-    )

@@ -35,8 +35,9 @@ def can_fuse(image: Tensor) -> bool:
     )
 
 
-def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
-    """`net`, traced and fused for images of this shape; None if that is not possible.
+def fuse(net: nn.Module, image: Tensor) -> fx.GraphModule | None:
+    """`net` with its present weights, traced and fused for images of this shape; None if that is
+    not possible.
 
     One forward pass in eval mode is traced. A value that the network reads as a Python number would
     become a constant, so a network that reads one is not fused, nor one whose fused output differs
@@ -54,12 +55,12 @@ def fuse(net: nn.Module, image: Tensor) -> FusedNetwork | None:
             packed = _fuse(module)
             if not packed:
                 return None
-            fused, close = FusedNetwork(module, packed), CLOSE[packed[0].weight.dtype]
-            pairs = zip(tree_leaves(fused(other)), tree_leaves(net(other)), strict=True)
-            same = all(_agree(a, b, close) for a, b in pairs)
+            _pack(module, packed)
+            close = CLOSE[packed[0].weight.dtype]
+            same = agree(module(other), net(other), close)
     except Exception:  # of whatever network: it then runs as it is
         return None
-    return fused if same else None
+    return module if same else None
 
 
 def _memory_format(image: Tensor) -> torch.memory_format:
@@ -76,7 +77,13 @@ class _NoNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _agree(first: Any, second: Any, close: float) -> bool:
+def agree(first: Any, second: Any, close: float) -> bool:
+    """Whether two outputs are equal, tensors up to `close`, as part of the largest value."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(_is_close(a, b, close) for a, b in pairs)
+
+
+def _is_close(first: Any, second: Any, close: float) -> bool:
     if not isinstance(second, Tensor):
         return bool(first == second)
     same_kind = first.shape == second.shape and first.dtype == second.dtype
@@ -93,21 +100,14 @@ class _Packed:
     input_size: list[int]
 
 
-class FusedNetwork:
-    """The traced operations, with the network's weights at that time."""
-
-    def __init__(self, module: fx.GraphModule, packed: list[_Packed]):
-        self._module = module
-        self.count = len(packed)
-        reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
-        for one in packed:
-            weight = reorder(one.weight.detach(), *one.settings, one.input_size)
-            setattr(module, one.name, weight)
-        module.graph.lint()
-        module.recompile()
-
-    def __call__(self, image: Tensor) -> Any:
-        return self._module(image)
+def _pack(module: fx.GraphModule, packed: list[_Packed]) -> None:
+    """Put the weights into oneDNN's memory order, and compile the changed graph."""
+    reorder: Callable[..., Tensor] = torch.ops.mkldnn._reorder_convolution_weight
+    for one in packed:
+        weight = reorder(one.weight.detach(), *one.settings, one.input_size)
+        setattr(module, one.name, weight)
+    module.graph.lint()
+    module.recompile()
 
 
 def _fuse(module: fx.GraphModule) -> list[_Packed]:

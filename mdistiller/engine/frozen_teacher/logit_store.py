@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -31,30 +31,15 @@ FORMAT = "mdistiller teacher logits 1"
 _BLOCK = 4096  # rows summed at a time
 
 
-class LogitStore(Protocol):
-    """Rows [C] by slot.
-
-    Attributes:
-        replaced: why an existing file was replaced; "" if it was not.
-    """
-
-    replaced: str
-
-    def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
-        """Which of M slots hold a row, [M], and the rows, [M, C], with 0 for missing ones."""
-        ...
-
-    def write(self, slots: Slots, rows: Floats) -> None:
-        """Store M rows in different slots."""
-        ...
-
-
 class MemoryStore:
-    """Rows in this process's memory, which is allocated as rows are written.
+    """Rows [C] by slot in this process's memory, which is allocated as rows are written.
 
     Args:
         count: number of slots.
         width: C.
+
+    Attributes:
+        replaced: why an existing file was replaced; "" if it was not.
     """
 
     replaced = ""
@@ -64,14 +49,14 @@ class MemoryStore:
         self._known = np.zeros(count, dtype=bool)
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
-        """See :class:`LogitStore`."""
+        """Which of M slots hold a row, [M], and the rows, [M, C], with 0 for missing ones."""
         stored = self._known[slots]
         rows = np.zeros((len(slots), self._rows.shape[1]), dtype=np.float32)
         rows[stored] = self._rows[slots[stored]]
         return stored, rows
 
     def write(self, slots: Slots, rows: Floats) -> None:
-        """See :class:`LogitStore`."""
+        """Store M rows in different slots."""
         self._rows[slots], self._known[slots] = rows, True
 
 
@@ -129,7 +114,7 @@ class FileStore:
             file.truncate(self._size)
 
     def read(self, slots: Slots) -> tuple[NDArray[np.bool_], Floats]:
-        """See :class:`LogitStore`. A file that was truncated meanwhile is replaced."""
+        """See :class:`MemoryStore`. A file that was truncated meanwhile is replaced."""
         if os.fstat(self._file.fileno()).st_size != self._size:  # else the process would be ended
             self.open()
         rows = self._table[slots]
@@ -139,7 +124,7 @@ class FileStore:
         return stored, logits
 
     def write(self, slots: Slots, rows: Floats) -> None:
-        """See :class:`LogitStore`.
+        """See :class:`MemoryStore`.
 
         Not through the memory map, where a full disk would kill the process by SIGBUS.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, TeacherEnsemble, TeacherTeam, get_distiller, several
@@ -16,7 +17,6 @@ from mdistiller.engine.frozen_teacher.facts import supply_facts
 from mdistiller.engine.frozen_teacher.frozen import count_hooks, prepare_teacher
 from mdistiller.engine.networks.checks import groups_here
 from mdistiller.engine.networks.class_balance import set_hard_label_loss
-from mdistiller.engine.networks.memory_format import use_channels_last
 from mdistiller.engine.networks.network import build_network
 from mdistiller.engine.networks.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.engine.networks.teacher_weights import find_teacher, no_teacher
@@ -108,6 +108,24 @@ def check_pair(cfg: Any, data: Data) -> None:
     if groups_here(cfg):
         groups = student_groups(distiller.param_groups(), cfg.SOLVER, distiller)
         build_optimizer(groups, cfg.SOLVER)
+
+
+def use_channels_last(distiller: Distiller) -> None:
+    """Convert all convolution weights to torch.channels_last, in place (SOLVER.CHANNELS_LAST).
+
+    Student and teacher convert their images likewise, whoever calls them: the maps between two
+    convolutions then follow by themselves. Copies of a network do the same.
+    """
+    convert_conv2d_weight_memory_format(distiller, torch.channels_last)  # type: ignore[arg-type]
+    for net in (*distiller.students(), distiller.teacher):
+        if isinstance(net, nn.Module):
+            net.register_forward_pre_hook(channels_last_input)
+
+
+def channels_last_input(net: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The hook of :func:`use_channels_last`."""
+    image, *rest = inputs
+    return (image.contiguous(memory_format=torch.channels_last), *rest)
 
 
 def freeze_teacher(distiller: Distiller) -> None:

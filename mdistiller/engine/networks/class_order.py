@@ -38,8 +38,7 @@ def match_classes(
 
     Args:
         net: on the CPU; the rows of its classifier are permuted in place.
-        weights: the file.
-        stated: what `load_network` returned.
+        weights, stated: the file, and what `load_network` returned of it.
         data: with `classes` (names by number; empty: not known) and `image_size`.
         any_head: the outputs will not be used: a network for other classes is accepted, and marked
             by `untrained_head`.
@@ -54,29 +53,24 @@ def match_classes(
         if stated.get("norm") is None and not cfg.DATASET.CLASSES:
             _warn_of_natural_order(weights, ours)
         return
-    difference = first_difference(ours, theirs)
-    if sorted(ours) != sorted(theirs):
-        if are_numbers(ours) or are_numbers(theirs):  # one of the two has no names
-            return
-        if any_head:
-            net.untrained_head = True
-            return
+    difference, same = first_difference(ours, theirs), sorted(ours) == sorted(theirs)
+    if not same and (are_numbers(ours) or are_numbers(theirs)):  # one of the two has no names
+        return
+    if same and reorder_outputs(net, torch.tensor(list(map(theirs.index, ours))), data.image_size):
+        print_log(f"{weights} numbers the classes in another order ({difference}): mapped by name")
+    elif any_head:
+        net.untrained_head = True
+    elif same:
+        raise UserError(
+            f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
+            f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
+        )
+    else:
         raise UserError(
             f"{weights} is of a network for other classes: {difference}; {FEATURES_ONLY}; name "
             "another file, or, if the classes are the same by other names, set "
             "DISTILLER.CHECK_CLASSES False"
         )
-    number = {name: k for k, name in enumerate(theirs)}
-    order = torch.tensor([number[name] for name in ours])
-    if not reorder_outputs(net, order, data.image_size):
-        if any_head:
-            net.untrained_head = True
-            return
-        raise UserError(
-            f"{weights} numbers the classes in another order ({difference}), and the outputs of a "
-            f"{type(net).__name__} cannot be reordered: give DATASET.CLASSES the file's order"
-        )
-    print_log(f"{weights} numbers the classes in another order ({difference}): mapped by name")
 
 
 def stated_classes(weights: str | Path, stated: Mapping[str, Any]) -> list[str] | None:

@@ -38,24 +38,19 @@ def _compile(net: nn.Module, role: str, mode: str) -> None:
     except Exception as error:  # no support at all on this system or Python
         _give_up(net, role, error)
         return
+    from torch._dynamo.exc import TorchDynamoException  # of the compiler, not of the network
+
     compiled = net._compiled_call_impl
     assert compiled is not None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(*args, **kwargs)
-        except _failures() as error:
+        except TorchDynamoException as error:
             _give_up(net, role, error)
             return net(*args, **kwargs)
 
     net._compiled_call_impl = call
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """Errors of the compiler, not of the network."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return (TorchDynamoException,)
 
 
 def _give_up(net: nn.Module, role: str, error: BaseException) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers.helpers.features.shapes import preserve_state
@@ -152,15 +153,9 @@ def try_step(
         return None if finite else "its losses are not finite"
 
 
-def _first(value: Any, count: int) -> Any:
+def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
     """A batch's first samples."""
-    if isinstance(value, Tensor):
-        return value[:count]
-    if isinstance(value, Mapping):
-        return {key: _first(part, count) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_first(part, count) for part in value]
-    return value
+    return tree_map_only(Tensor, lambda value: value[:count], batch)  # type: ignore[no-any-return]
 
 
 def _twice(value: Any) -> Any:

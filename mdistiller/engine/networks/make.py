@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,24 +40,8 @@ def make_network(
     if settings.get("num_classes") == 0:
         num_classes = settings.pop("num_classes")
     facts = constructor_facts(entry, max(1, num_classes), image_size)
-    clash = sorted(facts.keys() & settings.keys())
-    if clash:
-        raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
     name = getattr(entry.constructor, "__name__", "of your own")
-    missing = required_arguments(entry) - {*facts, *settings}
-    if missing:
-        raise UserError(f"network {name} needs {', '.join(sorted(missing))}: give it in {key}")
-    try:
-        net = entry(**facts, **settings)
-    except TypeError as error:
-        if not settings:
-            raise
-        raise UserError(f"{key} {dict(settings)}: {error}") from error
-    if not isinstance(net, nn.Module):
-        raise UserError(
-            f"the constructor of network {name} returns a {type(net).__name__}, not a module "
-            "(docs/own_backbone.md)"
-        )
+    net = _construct(entry, name, facts, settings, key)
     takes, staged = input_channels(net), as_staged(net, name, image_size)
     if takes == 3 and channels != 3:
         with_channels(staged, channels, name)
@@ -68,6 +53,29 @@ def make_network(
     if num_classes == 0:
         remove_classes(staged, name)
     return staged
+
+
+def _construct(
+    entry: ModelEntry, name: str, facts: Mapping[str, Any], settings: dict[str, Any], key: str
+) -> nn.Module:
+    clash = sorted(facts.keys() & settings.keys())
+    if clash:
+        raise UserError(f"{key} gives {', '.join(clash)}, which comes from the data: leave it out")
+    missing = required_arguments(entry) - {*facts, *settings}
+    if missing:
+        raise UserError(f"network {name} needs {', '.join(sorted(missing))}: give it in {key}")
+    try:
+        net = entry(**facts, **settings)
+    except TypeError as error:
+        if not settings:
+            raise
+        raise UserError(f"{key} {settings}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"the constructor of network {name} returns a {type(net).__name__}, not a module "
+            "(docs/own_backbone.md)"
+        )
+    return net
 
 
 def remove_classes(net: Any, name: str) -> None:
@@ -106,9 +114,9 @@ def constructor_facts(
     """The facts about the data that are passed to an entry's constructor."""
     wanted = inspect.signature(entry.constructor).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
-    facts: dict[str, Any] = {"num_classes": num_classes}
-    if "num_classes" not in wanted and not takes_any:
-        facts.clear()
+    facts: dict[str, Any] = {}
+    if "num_classes" in wanted or takes_any:
+        facts["num_classes"] = num_classes
     if "image_size" in wanted:
         facts["image_size"] = image_size
     return facts

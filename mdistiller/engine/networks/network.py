@@ -21,7 +21,7 @@ from mdistiller.engine.networks.released import (
     taken_line,
 )
 from mdistiller.engine.networks.start import load_start, student_start
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.utils import print_log
 from mdistiller.models import ModelEntry, get_model_entry
 from mdistiller.models.normalize import renormalize_input, resize_input
@@ -47,13 +47,14 @@ def build_network(
             the data.
         any_head: the classifier will not be used: weights may be for other classes, or have none.
     """
-    name, key = cfg.DISTILLER[role], f"DISTILLER.{role}_ARGS"
-    entry, settings = model_entry(cfg, role, data), arguments(cfg, role)
+    name, entry = cfg.DISTILLER[role], model_entry(cfg, role, data)
+    settings = arguments(cfg, role)
     backbone = settings.get("num_classes") == 0
     if backbone and data.num_classes and not any_head:
         raise UserError(
-            f"{key} {{num_classes: 0}} leaves out the classifier of {name}, which is needed here: "
-            "choose a method that reads features alone (docs/foundation.md), or leave it out"
+            f"DISTILLER.{role}_ARGS {{num_classes: 0}} leaves out the classifier of {name}, which "
+            "is needed here: choose a method that reads features alone (docs/foundation.md), or "
+            "leave it out"
         )
     wanted = settings.pop("pretrained", False)
     start = student_start(cfg) if role == "STUDENT" and weights is None else None
@@ -66,37 +67,58 @@ def build_network(
         wanted = False
     if wanted:
         settings |= {"pretrained": wanted, "new_head": weights is None or any_head}
-    with local_rank_zero_first() if wanted else contextlib.nullcontext():
-        net = _make_for_size(cfg, role, data, entry, settings)
-    facts = entry.pretrained_on(settings) if wanted and any_head else None
-    if facts is not None and facts.classes != data.num_classes:
-        net.untrained_head = True
+    net = _make(cfg, role, data, entry, settings, any_head)
     check_input(net, name, data, backbone)
     stated = None
     if start is not None:
         stated = load_start(cfg, net, start, name, data)
-    elif weights not in (None, "", PRETRAINED):
-        stated = load_network(
-            net, weights, name, data.num_classes, any_head, any_head, diverged=role == "STUDENT"
-        )
-        if not getattr(net, "untrained_head", False):
-            match_classes(cfg, net, weights, stated, data, any_head)
+    elif weights and weights != PRETRAINED:
+        stated = _load_weights(cfg, role, net, data, weights, any_head)
+    _normalize(cfg, role, net, data, entry, weights, stated)
+    return net
+
+
+def _normalize(
+    cfg: Any,
+    role: str,
+    net: nn.Module,
+    data: Data | TestData,
+    entry: ModelEntry,
+    weights: str | Path | None,
+    stated: Any,
+) -> None:
+    """Have a network normalise images as its weights want them."""
     how, given = own_preprocessing(cfg, role, entry, weights, stated), (data.mean, data.std)
     renormalize_input(net, given, statistics_of(cfg, role, how, given))
     if weights and how and states_nothing(entry, weights, stated):
         if data.preprocessing.resize == "keep":
             how = Preprocessing(how.mean, how.std)
-        print_log(taken_line(name, role, how, weights))
-    return net
+        print_log(taken_line(cfg.DISTILLER[role], role, how, weights))
 
 
-def _make_for_size(
-    cfg: Any, role: str, data: Data | TestData, entry: ModelEntry, settings: Any
+def _load_weights(
+    cfg: Any, role: str, net: Any, data: Data | TestData, file: str | Path, any_head: bool
+) -> dict[str, Any]:
+    """Load a file into the network in a role, its classes in the data's order; its metadata."""
+    name, student = cfg.DISTILLER[role], role == "STUDENT"
+    stated = load_network(net, file, name, data.num_classes, any_head, any_head, diverged=student)
+    if not getattr(net, "untrained_head", False):
+        match_classes(cfg, net, file, stated, data, any_head)
+    return stated
+
+
+def _make(
+    cfg: Any, role: str, data: Data | TestData, entry: ModelEntry, settings: Any, any_head: bool
 ) -> Any:
     """The network in a role, which resizes images of another size than its own."""
     own_size = teacher_image_size(cfg) if role == "TEACHER" else None
     size, key = own_size or data.image_size, f"DISTILLER.{role}_ARGS"
-    net = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+    released = settings.get("pretrained")
+    with local_rank_zero_first() if released else contextlib.nullcontext():
+        net: Any = make_network(entry, data.num_classes, size, settings, key, len(data.mean))
+    facts = entry.pretrained_on(settings) if released and any_head else None
+    if facts is not None and facts.classes != data.num_classes:
+        net.untrained_head = True
     if own_size:
         resize_input(net, own_size)
     elif role == "STUDENT" and getattr(data, "train_size", None) not in (None, size):

@@ -48,11 +48,10 @@ def own_preprocessing(
 ) -> Preprocessing | None:
     """The preprocessing of the network in a role, as far as it differs from the data's.
 
-    DISTILLER.{role}_NORM says mean and std: "data", those of the data; "own", those of its released
-    weights; a list of the two; "auto", what the file of its weights says, else "own" for a network
-    that is or was trained from released weights, or whose weights are a plain state dict for
-    another library's architecture. Size, resizing, crop and interpolation are those that the file
-    records; else the library's in the last two cases, unless the network was trained here.
+    DISTILLER.{role}_NORM gives mean and std; "auto" means what the file of its weights says, else
+    "own" for a network that is or was trained from released weights, or whose weights are a plain
+    state dict for another library's architecture. Size, resizing, crop and interpolation are those
+    that the file records; else the library's for "own", unless the network was trained here.
 
     Args:
         weights: what it is built with, see `build_network`.
@@ -63,58 +62,57 @@ def own_preprocessing(
     """
     data, recorded_norm = (stated or {}).get("data"), (stated or {}).get("norm")
     recorded = recorded_preprocessing(data, weights)
+    norm = cfg.DISTILLER[f"{role}_NORM"]
+    preprocessing = _of_release(cfg, role, entry, weights, stated)
+    trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
+    rest = recorded or (Preprocessing() if trained_here or preprocessing is None else preprocessing)
+    if norm == "data":
+        return replace(rest, mean=(), std=())
+    if not isinstance(norm, str):
+        statistics = norm
+    elif norm == "auto" and recorded_norm is not None:
+        statistics = _recorded_statistics(recorded_norm, role, weights)
+    elif preprocessing is not None:
+        statistics = preprocessing.mean, preprocessing.std
+    else:
+        return recorded
+    mean, std = map(tuple, statistics)
+    return replace(rest, mean=mean, std=std)
+
+
+def _of_release(
+    cfg: Any, role: str, entry: ModelEntry, weights: str | Path | None, stated: Any
+) -> Preprocessing | None:
+    """The preprocessing of released weights, where the network is from those or NORM is own."""
     norm, settings = cfg.DISTILLER[f"{role}_NORM"], arguments(cfg, role)
     released = settings.get("pretrained") or weights == PRETRAINED
-    if weights and not released and recorded_norm is None:
+    if weights and not released and (stated or {}).get("norm") is None:
         released = entry.is_release(weights) or states_nothing(entry, weights, stated)
-    preprocessing = None
-    if released or norm == "own":
-        preprocessing = entry.preprocessing(settings, weights or "")
+    if not released and norm != "own":
+        return None
+    preprocessing = entry.preprocessing(settings, weights or "")
     if norm == "own" and preprocessing is None:
         raise UserError(
             f"DISTILLER.{role}_NORM own: {cfg.DISTILLER[role]} has no released weights that say "
             "how their images were normalised; give [[mean], [std]], or data"
         )
-    trained_here = not weights or not _is_silent(stated) or in_run_folder(weights)
-    rest = recorded or (Preprocessing() if trained_here or preprocessing is None else preprocessing)
-    if norm == "data":
-        return replace(rest, mean=(), std=())
-    statistics: Any = None if isinstance(norm, str) else norm
-    if norm == "auto" and recorded_norm is not None:
-        statistics = read_statistics(recorded_norm)
-        if statistics is None:
-            raise UserError(
-                f"checkpoint {weights} says that its images were normalised by {recorded_norm!r}, "
-                f"which is not [[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
-            )
+    return preprocessing
+
+
+def _recorded_statistics(norm: Any, role: str, weights: str | Path | None) -> Any:
+    """Mean and std that a checkpoint records."""
+    statistics = read_statistics(norm)
     if statistics is None:
-        if preprocessing is None:
-            return recorded
-        statistics = preprocessing.mean, preprocessing.std
-    mean, std = (tuple(part) for part in statistics)
-    return replace(rest, mean=mean, std=std)
-
-
-def own_statistics(
-    cfg: Any,
-    role: str,
-    entry: ModelEntry,
-    weights: str | Path | None,
-    given: Statistics,
-    stated: Mapping[str, Any] | None = None,
-) -> Statistics:
-    """Mean and std by which the images of the network in a role are normalised.
-
-    Args:
-        given: those of the data.
-        (others): see :func:`own_preprocessing`.
-    """
-    how = own_preprocessing(cfg, role, entry, weights, stated)
-    return statistics_of(cfg, role, how, given)
+        raise UserError(
+            f"checkpoint {weights} says that its images were normalised by {norm!r}, which is not "
+            f"[[mean], [std]]; set DISTILLER.{role}_NORM to these two, or to data"
+        )
+    return statistics
 
 
 def statistics_of(cfg: Any, role: str, how: Preprocessing | None, given: Statistics) -> Statistics:
-    """Those of a network's preprocessing, if it has some of these channels; else `given`.
+    """Mean and std of a network's preprocessing, if they have as many channels as those of the
+    data, `given`; else these.
 
     A network whose weights were released for RGB has no others for grey images.
 

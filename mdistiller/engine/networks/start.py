@@ -15,6 +15,7 @@ from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import project_root, rank
 from mdistiller.weights import (
+    adapt_state,
     head_state,
     load_checkpoint,
     load_state,
@@ -93,12 +94,7 @@ def _adapt(
     net: Any, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`state` with position embeddings and the first convolution in the network's shape."""
-    adapt = getattr(net, "adapt_state", None)
-    if adapt is not None and any(
-        key not in state or state[key].shape != expected[key].shape for key in expected
-    ):
-        state = adapt(state)
-    adapted = dict(state)
+    adapted = adapt_state(net, state)
     first = next((key for key, value in expected.items() if value.ndim == 4), None)
     if first in adapted and adapted[first].ndim == 4:
         adapted[first] = with_channels(adapted[first], expected[first].shape[1])

@@ -68,8 +68,7 @@ def config_to_resume(
     Raises:
         UserError: likewise.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume: {folder} is not a run folder: it has no config.yaml")
+    require_run(folder, "--resume: ", "")
     cfg = recorded_config(folder, overrides, imports, load).clone()
     cfg.defrost()
     place, project = folder.resolve(), Path(cfg.EXPERIMENT.PROJECT).parts

@@ -20,7 +20,7 @@ from mdistiller.engine.networks.class_order import doubts
 from mdistiller.engine.networks.network import model_entry
 from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.engine.networks.roles import peer_configs, teacher_configs
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.run.overview import describe_network
 from mdistiller.engine.utils import print_log, validate
 from mdistiller.weights import recorded_facts

@@ -24,7 +24,6 @@ from mdistiller.engine.tasks import task_of
 from mdistiller.engine.utils import coloured, width
 
 _INDENT = 10
-_AMP = {"none": "fp32"}
 
 
 def overview(cfg: Config, trainer: Trainer, about: Mapping[str, str], folder: Path) -> str:
@@ -107,7 +106,7 @@ def _method(cfg: Config) -> str:
 
 def _device(cfg: Config, device: torch.device) -> str:
     count, threads = world_size(), torch.get_num_threads()
-    parts = [describe_device(device), _AMP.get(cfg.SOLVER.AMP, cfg.SOLVER.AMP)]
+    parts = [describe_device(device), "fp32" if cfg.SOLVER.AMP == "none" else cfg.SOLVER.AMP]
     parts += [f"{count} processes"] if count > 1 else []
     parts += [f"{threads} thread{'s' * (threads > 1)}"] if device.type == "cpu" else []
     return ", ".join(parts)

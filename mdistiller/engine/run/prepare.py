@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mdistiller.dataset import data_spec, load_data
-from mdistiller.distillers import get_distiller
+from mdistiller.dataset import Data, data_spec, load_data
+from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.batch_items import wanted_items, with_items
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.write import file_entries
@@ -21,7 +21,7 @@ from mdistiller.engine.networks.checks import check_labels, check_models
 from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size, teacher_sees_weak
 from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.overview import describe_data
 from mdistiller.engine.run.record import data_facts
@@ -81,20 +81,21 @@ def prepare_classifier(
         train_run: trains a teacher that has no weights yet.
     """
     trainer_class = check_trainer(cfg.SOLVER.TRAINER)
-    method = get_distiller(cfg.DISTILLER.TYPE)
     check_labels(cfg)
     trainer_class.check(cfg)
-    items = wanted_items(trainer_class, method)
+    items = wanted_items(trainer_class, get_distiller(cfg.DISTILLER.TYPE))
     if not data_spec(cfg).labels:
         trainer_class = require_base(cfg, trainer_class)
-    key, size = (data_key(cfg), items.two_views), teacher_image_size(cfg)
-    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size))
+    weak, size = teacher_sees_weak(cfg, items.two_views), teacher_image_size(cfg)
+    key = data_key(cfg), items.two_views, weak
+    data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size, weak))
     check_models(cfg, data)  # before hours go into a teacher
     check_views(cfg, data.train)
     folder, turn = Path(cfg.LOG.PREFIX) / name, current_turn()
     train_teacher = turn.alone(train_run) if turn else train_run
     weights = resolve_teachers(cfg, data, device, train_teacher, folder)
     distiller, facts = build_distiller(cfg, data, device, weights), data_facts(data)
+    distiller.teacher_sees_weak = weak
     share_teacher(distiller, cfg, device)
     for net in distiller.students():
         net.file_entries = {**file_entries(net), "data": facts}  # type: ignore[assignment]
@@ -105,20 +106,25 @@ def prepare_classifier(
             distiller, lambda: measure_teachers(distiller, cfg, data, device, weights)
         )
         teacher_acc = accuracies[-1]
+    loader = with_items(data.train, items, cfg)
+    trainer = _make_trainer(trainer_class, name, distiller, loader, data, cfg)
+    recorded, scores = teacher_records(cfg, weights, accuracies), accuracies or [teacher_acc]
+    networks = describe_networks(cfg, distiller, weights, scores, measured)
+    about = {"data": describe_data(cfg, data), **networks}
+    return Prepared(trainer, data, facts, teacher_acc, recorded, about)
+
+
+def _make_trainer(
+    kind: type[BaseTrainer], name: str, distiller: Distiller, loader: Any, data: Data, cfg: Config
+) -> BaseTrainer:
+    """The trainer, after the networks are synchronised, compiled and wrapped as the config says."""
     if cfg.SOLVER.SYNC_BN:
         synchronize_batch_norm(distiller)
     compile_networks(distiller, cfg.SOLVER.COMPILE)
     # without labels a loss may not reach all layers
     wrapped = wrap(distiller, cfg.SOLVER.FIND_UNUSED_PARAMETERS or not data.num_classes)
-    loader = with_items(data.train, items, cfg)
-    trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+    trainer = kind(name, wrapped, loader, data.val, cfg)
     if keep_none_alone(loader, trainer, distiller, cfg):
-        trainer = trainer_class(name, wrapped, loader, data.val, cfg)
+        trainer = kind(name, wrapped, loader, data.val, cfg)
     share_cache(trainer)
-    recorded = teacher_records(cfg, weights, accuracies)
-    scores = accuracies or [teacher_acc]
-    about = {
-        "data": describe_data(cfg, data),
-        **describe_networks(cfg, distiller, weights, scores, measured),
-    }
-    return Prepared(trainer, data, facts, teacher_acc, recorded, about)
+    return trainer

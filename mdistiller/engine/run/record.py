@@ -140,21 +140,8 @@ def write_record(
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_cfg(cfg))
     before = read_record(folder)
-    starts = before["starts"]
-    starts.append(
-        {
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
-            "seed": cfg.EXPERIMENT.SEED,
-            "device": describe_device(device),
-            "processes": world_size(),
-            "threads": torch.get_num_threads(),
-            "git": git_revision(),
-            "versions": versions(),
-            **({"changes": list(changes)} if changes else {}),
-        }
-    )
-    record = {"starts": starts, "data": data, "teacher_acc": teacher_acc}
+    start = _describe_start(cfg, device) | ({"changes": list(changes)} if changes else {})
+    record = {"starts": [*before["starts"], start], "data": data, "teacher_acc": teacher_acc}
 
     def seen(weights: Any) -> Any:
         return os.path.relpath(weights, folder) if isinstance(weights, Path) else weights
@@ -169,6 +156,19 @@ def write_record(
         record["teacher"] = seen(teacher)
     with replacing(folder / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _describe_start(cfg: Any, device: torch.device) -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "seed": cfg.EXPERIMENT.SEED,
+        "device": describe_device(device),
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "git": git_revision(),
+        "versions": versions(),
+    }
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ A run that trains alone shares nothing: the functions here then do nothing.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from mdistiller.engine.frozen_teacher.cache import TeacherCache
 from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.frozen_teacher.fingerprint import computation, teacher_digest
 from mdistiller.engine.frozen_teacher.frozen import is_frozen, named_tensors
-from mdistiller.engine.networks.teacher_size import teacher_image_size
+from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.run.together import Turn, current_turn
 from mdistiller.engine.stages import STRIDE
 
@@ -111,6 +110,8 @@ def _mark(images: Any, at: tuple[int, ...]) -> None:
     """
     for view, image in enumerate([images] if isinstance(images, Tensor) else images):
         image.batch_of_group = (*at, view), image._version
+        if (weak := getattr(image, "teacher_view", None)) is not None:
+            weak.batch_of_group = (*at, -1), weak._version
 
 
 class SharedTeacher:
@@ -145,17 +146,12 @@ class SharedTeacher:
             self._outputs = {key: self._outputs[key] for key in self._outputs if key[:2] == at[:2]}
             output = self._teacher(image)
             self._outputs[at] = (output, _versions(output))
-        return _copied(output)
+        return tree_map(lambda leaf: leaf, output)  # containers that the method may change
 
 
 def _versions(value: Any) -> list[int]:
     """Version counters of the tensors in nested containers."""
     return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _copied(value: Any) -> Any:
-    """The same tensors in containers of their own, so that a method may change these."""
-    return tree_map(lambda leaf: leaf, value)
 
 
 def shared_data(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -203,12 +199,8 @@ def share_cache(trainer: Any) -> None:
         if isinstance(hook, TeacherCache):
             settings = [trainer.cfg.DISTILLER[f"TEACHER_CACHE{end}"] for end in ("", "_GB", "_DIR")]
             key = ("cache", id(shared), *settings)
-            trainer.hooks[place] = cache = turn.share(key, functools.partial(_itself, hook))
+            trainer.hooks[place] = cache = turn.share(key, lambda: hook)  # noqa: B023  # at once
             cache.teacher_runs = lambda: always in turn.group.shared
-
-
-def _itself(value: T) -> T:
-    return value
 
 
 def data_key(cfg: Config) -> str:

@@ -50,12 +50,17 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
         )
     if not (folder / "config.yaml").is_file():  # runs of the original recorded none
         return []
+    return [*_check_changes(folder, cfg, allow_changes), *side_settings(folder, cfg)]
+
+
+def _check_changes(folder: Path, cfg: Config, allowed: bool) -> list[str]:
+    """The changed settings of a resumed run that influence weights; refuse those that may not."""
     changes = changed_settings(folder, cfg, goes_on=True)
     recorded = recorded_settings(folder)
     data = recorded.get("DATASET", {})
     same = [text for key, text in _AS_BEFORE.items() if key not in data]
     changes = [change for change in changes if change not in same]
-    if "RESIZE" not in data and not allow_changes and stretched(recorded, cfg):
+    if "RESIZE" not in data and not allowed and stretched(recorded, cfg):
         raise UserError(
             f"--resume: {folder} was begun by an earlier version, which stretched photographs: "
             "set DATASET.RESIZE stretch and DATASET.EXIF False in its config, or give "
@@ -63,7 +68,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
         )
     if not depends_on_epochs(cfg.SOLVER):  # then epochs may be added
         changes = [change for change in changes if not change.startswith("SOLVER.EPOCHS ")]
-    if changes and not allow_changes:
+    if changes and not allowed:
         raise UserError(
             f"--resume: {folder} was started with other settings ({'; '.join(changes)}): "
             "change them back, start another run under EXPERIMENT.NAME, or give --allow-changes"
@@ -75,7 +80,7 @@ def check_folder(folder: Path, cfg: Config, resume: bool, allow_changes: bool = 
             f"--resume: {folder} has begun with what cannot be changed any more "
             f"({'; '.join(begun)}): change it back, or start another run under EXPERIMENT.NAME"
         )
-    return [*changes, *side_settings(folder, cfg)]
+    return changes
 
 
 def trained_file(folder: Path) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdistiller.engine.callbacks.last_and_best import last_and_best
+from mdistiller.engine.run.folder import read_lines
 from mdistiller.engine.trainer import BaseTrainer
+from mdistiller.engine.utils import last_and_best
 
 
 def summarize(trainer: BaseTrainer, data: Any, teacher_acc: float | None) -> dict[str, Any]:
@@ -58,8 +58,7 @@ def kind_of(numbers: Mapping[str, Any]) -> str:
 
 def stage_seconds(folder: Path) -> float:
     """Seconds of the initialisation stages, from the run's metrics."""
-    path = folder / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else []
+    rows = read_lines(folder / "metrics.jsonl")
     return sum(row.get("seconds", 0.0) for row in rows if "stage" in row)
 
 

@@ -19,10 +19,14 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from mdistiller.engine.checkpoints.resume import add_waited, random_state, set_random_state
+from mdistiller.runtime import barrier
 
 T = TypeVar("T")
 Progress = tuple[int, int, int]
 """0 in an initialisation stage or before, 1 in the main one; epoch; step."""
+
+SAME_FAILURE = 60.0
+"""Seconds in which a failure of one process counts as that of all."""
 
 _thread = threading.local()
 
@@ -63,6 +67,9 @@ def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
             outcome.value = job()
         except BaseException as error:
             outcome.error = error
+            if isinstance(error, Exception) and not fails_everywhere():
+                group.broken_by = error
+                group.stop()
         finally:
             turn.end()
 
@@ -84,7 +91,21 @@ def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
         raise
     finally:
         ambient.restore()
+    if group.broken_by is not None:
+        raise group.broken_by
     return outcomes
+
+
+def fails_everywhere() -> bool:
+    """Whether a run that has failed here does so in all processes of a launch, within a minute.
+
+    Else another one is waiting within the run, and would mix up its sums with those of the next.
+    """
+    try:
+        barrier(SAME_FAILURE)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Ambient:
@@ -115,6 +136,7 @@ class Group:
         self._working: int | None = None
         self._ended = 0
         self._stopped = False
+        self.broken_by: Exception | None = None  # what ended a run in this process alone
         self.shared: dict[Hashable, Any] = {}
 
     def wait(self, number: int, progress: Progress) -> None:
@@ -124,10 +146,10 @@ class Group:
                 self._working = None
             self._waiting[number] = progress
             self._choose()
-            while self._working != number:
-                if self._stopped:
-                    raise GroupStoppedError
+            while self._working != number and not self._stopped:
                 self._changed.wait()
+            if self._stopped:
+                raise GroupStoppedError
 
     def end(self, number: int) -> None:
         """Take a run out of the group."""

@@ -67,7 +67,9 @@ def train(
     set_determinism(cfg.SOLVER.DETERMINISTIC)
     if resume == "auto":
         resume = bool(Store(Path(cfg.LOG.PREFIX) / name).candidates())
-    with handle_signals(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
+    # each thread of runs in lock-step has a current GPU of its own
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with current, handle_signals(), process_group(device, cfg.SOLVER.RANK_TIMEOUT):
         return _train(cfg, name, resume, device, hooks, allow_changes, prepare)
 
 

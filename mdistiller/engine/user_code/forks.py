@@ -122,7 +122,8 @@ def activate(names: Sequence[str]) -> None:
     What a program has put into the tables by itself stays.
     """
     imported = {id(item) for code in LOADED.values() for item, _ in code.entries.values()}
-    _enter({at: entry for at, entry in _BEFORE.items() if id(_entered(*at)) in imported})
+    current = {at: id(_TABLES[at[0]][1].get(at[1])) for at in _BEFORE}
+    _enter({at: entry for at, entry in _BEFORE.items() if current[at] in imported})
     _ACTIVE.clear()
     for name in names:
         if name in LOADED:
@@ -142,10 +143,6 @@ def active(names: Sequence[str] | None = None) -> Iterator[None]:
         yield
     finally:
         activate(before)
-
-
-def _entered(table: int, name: str) -> Any:
-    return _TABLES[table][1].get(name)
 
 
 def _enter(entries: Mapping[tuple[int, str], tuple[Any, Any]]) -> None:
@@ -170,11 +167,6 @@ def import_method(file: Path, place: Path) -> tuple[ModuleType, Mapping[str, Any
     """One method's file of a fork, and the defaults of the fork."""
     package = fork_package(place)
     return _import(f"{package}.distillers.{file.stem}", place), _defaults(package, place)
-
-
-def is_loaded(name: str) -> bool:
-    """Whether a fork has been imported in this process already."""
-    return name in LOADED
 
 
 def snapshot() -> list[Snapshot]:
@@ -241,14 +233,10 @@ def _import(name: str, place: Path) -> ModuleType:
 
 
 def _defaults(package: str, place: Path) -> Mapping[str, Any]:
+    """The defaults that a fork's cfg.py holds, as nested mappings."""
     if not (place / "engine" / "cfg.py").is_file():
         return {}
-    return _plain(_import(f"{package}.engine.cfg", place), place)
-
-
-def _plain(module: ModuleType, place: Path) -> Mapping[str, Any]:
-    """The defaults that a fork's cfg.py holds, as nested mappings."""
-    defaults = getattr(module, "CFG", None)
+    defaults = getattr(_import(f"{package}.engine.cfg", place), "CFG", None)
     if not isinstance(defaults, Mapping):
         raise UserError(f"FORK: {place}/engine/cfg.py gives no CFG, a yacs node of defaults")
     return _mapping(defaults)

@@ -21,7 +21,6 @@ from mdistiller.engine.user_code.forks import (
     UserCode,
     around,
     import_method,
-    is_loaded,
     keep,
     load_fork,
     put_in_force,
@@ -83,12 +82,8 @@ def _load(name: str) -> UserCode:
 
 def is_imported(name: str) -> bool:
     """Whether a file, a module or a fork has been imported in this process already."""
-    if name.endswith("/"):
-        return is_loaded(name)
-    return (
-        name in LOADED
-        or (_module_name(Path(name)) if name.endswith(".py") else name) in sys.modules
-    )
+    module = _module_name(Path(name)) if name.endswith(".py") else name
+    return name in LOADED or (not name.endswith("/") and module in sys.modules)
 
 
 def _module_name(path: Path) -> str:

@@ -302,6 +302,27 @@ def test_a_missing_package_is_one_line(root, monkeypatch):
     )
 
 
+def test_shards_without_classes_are_images_without_labels(tmp_path):
+    with wds.ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=5, verbose=0) as writer:
+        for k in range(12):
+            writer.write({"__key__": f"{k:05d}", "png": png(k)})
+        writer.write({"__key__": "note", "txt": "no image"})
+
+    def cfg(image):
+        cfg = config("webdataset", ROOT=tmp_path, NUM_WORKERS=0, IMAGE_SIZE=8, AUGMENT="none")
+        cfg.DATASET.MEAN, cfg.DATASET.STD = [0.0] * 3, [1.0] * 3
+        return set_key(cfg, IMAGE=image, TARGET="")
+
+    data = load_data(cfg("png"))
+    assert (data.num_data, data.num_classes, data.classes) == (12, 0, [])
+    assert (data.val, data.test) == (None, None)
+    images, _, index = collect(data.train)
+    assert sorted(levels(images)) == sorted(index.tolist()) == list(range(12))
+    with pytest.raises(UserError, match="have no labels to evaluate on"):
+        load_test_loader(cfg("png"))
+    assert "has no sample with an image" in fails(cfg("jpg"))
+
+
 def test_faults_are_one_line(root, tmp_path):
     def cfg(where=root, **keys):
         return set_key(config("webdataset", ROOT=where, NUM_WORKERS=0, IMAGE_SIZE=8), **keys)
@@ -311,7 +332,8 @@ def test_faults_are_one_line(root, tmp_path):
     assert "has cls, png, but no jpg (DATASET.SHARDS.IMAGE)" in fails(cfg(IMAGE="jpg"))
     assert "train-0000.tar has no sample with a class (.label)" in fails(cfg(TARGET="label"))
     assert "run from 0 to 3; they must number 3 from 0" in fails(cfg(CLASSES=3))
-    assert "cannot be taken out of shards" in fails(config("webdataset", ROOT=root, VAL_SPLIT=4))
+    for keys in ({"VAL_SPLIT": 4}, {"FRACTION": 0.5}):
+        assert "cannot take images out of shards" in fails(config("webdataset", ROOT=root, **keys))
     assert "webdataset needs DATASET.LOADER workers" in fails(
         config("webdataset", ROOT=root, LOADER="memory")
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from support import same_state, write_config
 from mdistiller.cli import export as export_command
 from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
-from mdistiller.engine.callbacks.qat import RoundedConv2d, Rounding
+from mdistiller.engine.callbacks.qat import QuantizeStudent, RoundedConv2d, Rounding
 from mdistiller.models import get_model_entry
 
 
@@ -92,6 +93,18 @@ def test_resume_is_exact_to_the_bit(runs):
     first, second = (torch.load(run / "latest", weights_only=True) for run in runs[:2])
     assert same_state(first["model"], second["model"])
     assert same_state(first["int8_ranges"], second["int8_ranges"])
+
+
+def test_a_run_that_gets_the_key_late_observes_in_its_next_epoch():
+    """Else all ranges would stay empty, and all inputs be rounded to zero."""
+    for saved, observes in (({}, True), ({"int8_ranges": {"0": torch.ones(2)}}, False)):
+        model = SimpleNamespace(student=torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)))
+        cfg = SimpleNamespace(SOLVER=SimpleNamespace(EPOCHS=3, QAT_EPOCHS=2))
+        trainer = SimpleNamespace(cfg=cfg, model=model, epoch=2, stage="", device="cpu")
+        hook = QuantizeStudent()
+        hook.load_state(trainer, saved)
+        hook.before_epoch(trainer, {})  # the third, one after the first of two
+        assert hook.roundings["0"].observing is observes
 
 
 def test_weights_from_before_are_not_exported_in_8_bits(runs, tmp_path, capsys):

@@ -233,7 +233,7 @@ def test_a_process_enters_its_own_lock_again(tmp_path):
 
 def test_low_disk_is_told_before_the_first_step(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr("mdistiller.engine.checkpoints.disk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("mdistiller.engine.callbacks.default.shutil.disk_usage", lambda path: usage)
     run = train(tmp_path, epochs=1)
     out = capsys.readouterr().out
     assert "low disk" in out

@@ -27,11 +27,16 @@ def plain(node):
 
 
 def rendered():
+    """The file's text, one section a line."""
     kinds = {"train": default_config(), "train_detection": detection_defaults()}
     for name in [name for name, cls in DISTILLERS.items() if not is_builtin(cls)]:
         for cfg in kinds.values():
             cfg.pop(name, None)  # of other tests
-    return json.dumps({kind: plain(cfg) for kind, cfg in kinds.items()}, indent=1) + "\n"
+    texts = []
+    for kind, cfg in kinds.items():
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in plain(cfg).items()]
+        texts.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
+    return "{\n" + ",\n".join(texts) + "\n}\n"
 
 
 def test_the_stored_defaults_are_those_of_the_code():
@@ -96,6 +101,15 @@ sys.exit(bool(wrong))
 """
 
 
+SWEEPS = ("GRDI: {SOLVER.LR: [1]}", "GRID: {SOLVER.LRR: [1]}", "OVERRIDES: {SOLVER: {LRR: 1}}")
+
+
+def sweep_file(folder, text):
+    file = folder / f"{SWEEPS.index(text)}.yaml"
+    file.write_text(f"SWEEP: x\nCONFIG: configs/digits/kd.yaml\n{text}\n")
+    return file
+
+
 def test_help_and_bad_input_come_without_torch(tmp_path):
     """All in one process: a module that one of them imports is seen by all behind it."""
     cases = [(["--help"], 0), (["--version"], 0), (["tain"], 2)]
@@ -103,10 +117,17 @@ def test_help_and_bad_input_come_without_torch(tmp_path):
     cases += [
         (["train", "SOLVER.LRR", "1"], 2),
         (["train", "--cfg", "nothing.yaml"], 2),
+        (["train", "--resume", "output/nothing"], 2),
         (["train_detection", "--cfg", "nothing.yaml"], 2),
         (["train_detection", "SOLVER.LRR", "1"], 2),
         (["sweep", "--cfg", "nothing.yaml"], 2),
+        *((["sweep", "--cfg", str(sweep_file(tmp_path, text))], 2) for text in SWEEPS),
         (["eval", "nothing"], 2),
+        (["eval_detection", "-c", "nothing"], 2),
+        (["eval_detection", "--cfg", "nothing.yaml"], 2),
+        (["predict", "nothing", "a.png"], 2),
+        (["predict", "README.md", "nothing.png"], 2),
+        (["predict", "README.md", "README.md", "DATASET.EXIV", "1"], 2),
         (["eval", "-c", "nothing.pth", "-m", "resnet8"], 2),
         (["visualize", "tsne", "nothing", "--out", "a.png"], 2),
         (["export", "nothing"], 2),

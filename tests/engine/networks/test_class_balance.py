@@ -30,13 +30,14 @@ def build(folder, teacher, method, *words):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_is_the_weighted_mean_over_labelled_samples(smoothing):
+def test_a_sample_has_the_weight_of_its_class_and_unlabelled_ones_none(smoothing):
+    """Not one weight for each class of the smoothed label, as torch's cross-entropy has it."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator).double()
     target = torch.tensor([0, 3, -100, 1, 0, 2])
     weights = torch.tensor([0.5, 2.0, 0.0, 1.5])
     share = F.one_hot(target.clamp(min=0), 4).double() * (1 - smoothing) + smoothing / 4
-    rows = -(share * weights * logits.log_softmax(1)).sum(1)
+    rows = -(share * logits.log_softmax(1)).sum(1) * weights[target.clamp(min=0)]
     rows[2] = 0
     loss = cross_entropy(logits, target, smoothing, weights.double())
     assert loss.item() == pytest.approx(rows.sum().item() / 5, rel=1e-12)
@@ -47,8 +48,10 @@ def test_the_loss_is_the_weighted_mean_over_labelled_samples(smoothing):
     assert loss.item() == pytest.approx(sum(halves).item() / 5, rel=1e-12)
     hard = F.one_hot(target[3:], 4).double()
     mixed = 0.3 * hard + 0.7 * hard.flip(0)
-    share = mixed * (1 - smoothing) + smoothing / 4
-    want = -(share * weights * logits[3:].log_softmax(1)).sum(1).mean()
+    want = sum(
+        part * cross_entropy(logits[3:], labels.argmax(1), smoothing, weights.double())
+        for part, labels in ((0.3, hard), (0.7, hard.flip(0)))
+    )
     got = cross_entropy(logits[3:], mixed, smoothing, weights.double())
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
 

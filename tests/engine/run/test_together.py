@@ -1,5 +1,6 @@
 """Runs that train in lock-step compute what each computes alone, to the bit."""
 
+import argparse
 import json
 import time
 
@@ -8,8 +9,10 @@ import torch
 from support import command, same_state, saved_teacher, write_config
 
 from mdistiller.cli import train as train_command
+from mdistiller.engine.callbacks.preemption import Preempted
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.run.sharing import SharedTeacher, _mark
+from mdistiller.engine.run.together import Outcome
 from mdistiller.engine.run.train import train, train_together
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
@@ -196,17 +199,45 @@ def test_the_command_takes_several_configs(tmp_path, capsys):
     assert (tmp_path / "good" / "out" / "toy" / "good-MOMENTUM=0.8" / "summary.json").is_file()
 
 
+def test_every_failure_is_told_and_the_first_one_gives_the_exit_code(tmp_path, monkeypatch, capsys):
+    outcomes = [Outcome() for _ in range(3)]
+    errors = (UserError("the first"), RuntimeError("the second"), Preempted("the third"))
+    for outcome, error in zip(outcomes, errors, strict=True):
+        outcome.error = error
+    monkeypatch.setattr("mdistiller.engine.run.train.train_together", lambda *_, **__: outcomes)
+    args = argparse.Namespace(opts=[], resume=None, allow_changes=False)
+    assert train_command.train_all(configs(tmp_path, ["plain", "kd", "maps"]), args) == 2
+    printed = capsys.readouterr().err
+    assert all(f"{error}\n" in printed for error in errors)
+
+
 def test_two_processes_train_together_what_they_train_alone(tmp_path):
-    """Gloo processes: all take the turns in the same order."""
+    """Gloo processes: all take the turns in the same order, also when a run has failed in both."""
     names = ["kd", "plain"]
     words = {}
     for folder in (tmp_path / "alone", tmp_path / "together"):
         configs(folder, names, epochs=1)
         words[folder.name] = [["--cfg", folder / name / "toy.yaml"] for name in names]
-    for given in (*words["alone"], [*words["together"][0], *words["together"][1]]):
+    (tmp_path / "bad").mkdir()
+    bad = write_config(tmp_path / "bad", "EXPERIMENT: {NAME: bad}\nSOLVER: {LR: 1.0e+30}\n")
+    group = [*words["together"][0], "--cfg", bad, *words["together"][1]]
+    for given, code in ((words["alone"][0], 0), (words["alone"][1], 0), (group, 2)):
         done = command(*given, processes=2)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
+    assert done.stderr.count("error: non-finite") == 1
     same_runs(tmp_path / "alone", tmp_path / "together", names)
+
+
+def test_a_run_that_fails_in_one_process_alone_ends_all(alone, monkeypatch):
+    """The other process waits within this run: the sums of the next one would mix with its own."""
+    folder = alone.parent / "one_process"
+    monkeypatch.setattr("mdistiller.engine.run.together.fails_everywhere", lambda: False)
+    first, second = configs(folder, ["plain", "kd"])
+    first.defrost()
+    first.SOLVER.LR = 1e30
+    with pytest.raises(UserError, match="non-finite"):
+        train_together([first, second])
+    assert not (folder / "kd" / "out" / "toy" / "kd" / "summary.json").exists()
 
 
 def test_options_of_forks_are_refused_for_several_configs(tmp_path, capsys):

@@ -73,11 +73,20 @@ def cross_entropy(
         logits: [N, C].
         target: [N] class indices, IGNORE_INDEX where unlabelled; or [N, C] class probabilities.
         smoothing: part of the probability that is spread evenly over all classes.
-        weights: of each class's term, [C]; None: 1.
+        weights: of the samples of each class, [C]; None: 1.
     """
     logits = scale_logits(logits, 1.0)
-    if target.is_floating_point():
-        return F.cross_entropy(logits, target, weights, label_smoothing=smoothing)
+    soft = target.is_floating_point()
+    labelled = len(target) if soft else (target != IGNORE_INDEX).sum().clamp(min=1)
+    if weights is not None and smoothing > 0:
+        # torch weights each class of the evenly spread part by itself, whatever the sample's class:
+        # the large weights of rare classes then outweigh a frequent label.
+        if soft:
+            of_samples = (weights * target).sum(dim=1)
+        else:
+            of_samples = weights[target.clamp(min=0)] * (target != IGNORE_INDEX)
+        even = -(of_samples * logits.log_softmax(dim=1).mean(dim=1)).sum() / labelled
+        return torch.lerp(cross_entropy(logits, target, 0.0, weights), even, smoothing)
     total = F.cross_entropy(
         logits,
         target,
@@ -86,7 +95,7 @@ def cross_entropy(
         ignore_index=IGNORE_INDEX,
         label_smoothing=smoothing,
     )
-    return total / (target != IGNORE_INDEX).sum().clamp(min=1)
+    return total / labelled
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:

@@ -67,6 +67,27 @@ def split_rows(
 ) -> tuple[Tensor, Tensor]:
     """TCKD and NCKD with T² of each sample, [N] and [N]; 0 where the sample has no label.
 
+    Args: as of :func:`split_terms`.
+    """
+    rows, labelled = _rows(
+        logits_student, logits_teacher, target, temperature, split, epoch, as_kd, form
+    )
+    scale = labelled.to(rows[0].dtype) * temperature**2
+    return rows[0] * scale, rows[1] * scale
+
+
+def split_terms(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float,
+    split: Split,
+    epoch: int,
+    as_kd: bool,
+    form: Divergence = divergence,
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD with T², means over the labelled samples: two scalars.
+
     Args:
         logits_student, logits_teacher: [N, C].
         target: [N] class indices, or [N, C] probabilities of which the largest counts.
@@ -74,6 +95,24 @@ def split_rows(
         as_kd: weight NCKD by 1 - q_y, so that the two add up to KD.
         form: what is measured in place of KL.
     """
+    rows, labelled = _rows(
+        logits_student, logits_teacher, target, temperature, split, epoch, as_kd, form
+    )
+    shares = labelled_shares(labelled, rows[0].dtype) * temperature**2
+    return torch.dot(rows[0], shares), torch.dot(rows[1], shares)
+
+
+def _rows(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    temperature: float,
+    split: Split,
+    epoch: int,
+    as_kd: bool,
+    form: Divergence,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """TCKD and NCKD without T² of every sample, and which ones have a label."""
     column, labelled = target_column(target)
     student, teacher = (scale_logits(z, temperature) for z in (logits_student, logits_teacher))
     (s_binary, s_within), (t_binary, t_within) = (
@@ -87,26 +126,7 @@ def split_rows(
     if as_kd:
         weight = t_binary[:, 1].exp()
         other_rows = other_rows * (_batch_mean(weight, labelled) if split.batch_weight else weight)
-    scale = labelled.to(target_rows.dtype) * temperature**2
-    return target_rows * scale, other_rows * scale
-
-
-def split_terms(
-    logits_student: Tensor,
-    logits_teacher: Tensor,
-    target: Tensor,
-    temperature: float,
-    split: Split,
-    epoch: int,
-    as_kd: bool,
-    form: Divergence = divergence,
-) -> tuple[Tensor, Tensor]:
-    """The means of :func:`split_rows` over the labelled samples, two scalars."""
-    rows = split_rows(
-        logits_student, logits_teacher, target, temperature, split, epoch, as_kd, form
-    )
-    shares = labelled_shares(target_column(target)[1], rows[0].dtype)
-    return torch.dot(rows[0], shares), torch.dot(rows[1], shares)
+    return (target_rows, other_rows), labelled
 
 
 def _within(logits: Tensor, target: Tensor) -> Tensor:

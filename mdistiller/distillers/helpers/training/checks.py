@@ -46,6 +46,21 @@ def logits_and_features(output: Any, net: nn.Module | None) -> tuple[Any, Any]:
     )
 
 
+def teacher_view(image: Any, method: object) -> Tensor:
+    """The view of a batch's images for the teacher, [N, 3, H, W], which the loader attached.
+
+    Raises:
+        UserError: the method or the trainer has made other images.
+    """
+    view: Tensor | None = getattr(image, "teacher_view", None)
+    if view is None:
+        raise UserError(
+            f"DISTILLER.TEACHER_AUGMENT weak: {type(method).__name__} or its trainer shows the "
+            "teacher images that it has made itself; set it to same"
+        )
+    return view
+
+
 def loss_of(method: object, loss: Any, function: str = "distill") -> Tensor:
     """The loss that `distill` of a method, or the named function, returned, checked.
 

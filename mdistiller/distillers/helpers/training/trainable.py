@@ -43,6 +43,15 @@ class Trainable(nn.Module):
         learnable = {id(p): p for p in self.get_learnable_parameters()}
         return [{"params": list(learnable.values())}]
 
+    def extra_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups without the networks' parameters; empty ones are left out."""
+        extra = {id(p) for p in self.extra_parameters()}
+        groups = (
+            {**group, "params": [p for p in group["params"] if id(p) in extra]}
+            for group in self.param_groups()
+        )
+        return [group for group in groups if group["params"]]
+
     def get_extra_parameters(self) -> int:
         """Number of values the method adds to the student while training (0 at test time)."""
         return sum(p.numel() for p in self.extra_parameters())
