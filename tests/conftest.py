@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -28,6 +29,12 @@ def _no_code_of_another_test():
     forks = sys.modules.get("mdistiller.engine.user_code.forks")
     if forks is not None:
         forks.activate(())
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the search for garbage need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def command(*words, module="train", prefix=(), processes=0, cwd=None):
     """Run tools/MODULE.py in a process of its own, one thread; returns the finished process.
 
     Args:
-        prefix: words before the script, as those of :func:`torchrun`; a new Python then runs it.
+        prefix: words before the script; a new Python then runs it.
         processes: how many share the run; without torchrun, which takes seconds to start them.
     """
     script = REPO / "tools" / f"{module}.py"
@@ -110,17 +109,6 @@ def _environment():
 @functools.cache
 def _server():
     return warm_start.Server(_environment())
-
-
-def torchrun(processes):
-    """Command words that start a script in several processes on this machine."""
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
 
 
 def saved_teacher(folder, model="resnet8", num_classes=10, seed=1, zoo="cifar"):

@@ -51,7 +51,8 @@ def follow(folder, page, config, *more):
 def execute(folder, lines, *more):
     """Run words of commands in one process, training as `follow`; returns what they printed."""
     small = [*more, "SOLVER.EPOCHS", "1", "DEVICE", "cpu"]
-    extra = {"train": small, "sweep": ["--jobs", "1", *small], "export": ["--no-latency"]}
+    extra = {"train": small, "sweep": ["--jobs", "1", *small]}
+    extra["export"] = ["--no-latency", "--formats", "safetensors"]
     words = [[*line, *extra.get(line[0], [])] for line in lines]
     script = folder.parent / "run.py"
     script.write_text(RUN)

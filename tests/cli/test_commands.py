@@ -172,7 +172,7 @@ def test_the_recorded_config_can_be_used_again_elsewhere(tmp_path, monkeypatch):
 
 
 def test_errors_reach_the_shell_as_one_line(tmp_path):
-    done = command("--cfg", write_config(tmp_path), "SOLVER.LRR", "1", prefix=[sys.executable])
+    done = command("--cfg", write_config(tmp_path), "SOLVER.LRR", "1")
     assert done.returncode == 2
     assert done.stderr == "error: unknown config key SOLVER.LRR; did you mean 'SOLVER.LR'?\n"
 

@@ -18,7 +18,7 @@ from mdistiller.models import get_model_entry
 from mdistiller.weights import load_checkpoint
 
 FILES = {
-    name: f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth" for name in ("resnet56", "vgg13")
+    name: f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth" for name in ("resnet56", "wrn_40_2")
 }
 
 
@@ -63,7 +63,7 @@ def visible(folder):
 
 def test_one_archive_brings_all_teachers_through_cut_connections(site, archive, tmp_path):
     site.cut = [100_000, 1_000_000]
-    assert get(tmp_path, "resnet56", "cifar/vgg13") == 0
+    assert get(tmp_path, "resnet56", "cifar/wrn_40_2") == 0
     assert get(tmp_path, "resnet56") == 0
     assert site.log == ["", "bytes=100000-", "bytes=1100000-"]
     assert visible(tmp_path) == ["cifar_teachers", "hashes.json"]
@@ -123,9 +123,9 @@ def test_mirrors(site, archive, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "cifar_teachers.tar").write_bytes(archive[0])
     assert get(tmp_path / "1", "resnet56", "--from", str(tmp_path / "a")) == 0
-    assert get(tmp_path / "2", "vgg13", "--from", str(tmp_path / "1")) == 0
+    assert get(tmp_path / "2", "wrn_40_2", "--from", str(tmp_path / "1")) == 0
     assert site.log == []
-    assert get(tmp_path / "3", "vgg13", "--from", site.url) == 0
+    assert get(tmp_path / "3", "wrn_40_2", "--from", site.url) == 0
     tiny = "tiny_imagenet_teachers/ResNet18_vanilla/ti_res18"
     assert "no address of tiny_imagenet/ResNet18" in refused(
         capsys, tmp_path / "4", "tiny_imagenet/ResNet18"

@@ -24,9 +24,7 @@ def test_the_pages_rows_are_what_the_command_makes():
     """All methods have theirs; those of some are made."""
     page = unpadded(PAGE.read_text().partition(methods.MARK)[2])
     assert re.findall(r"^\| `?(\w+)`? \|", page.partition("|---")[2], re.MULTILINE) == NAMES
-    head, _, *made = unpadded(
-        methods.table(["CRD", "DKD", "MLKD", "REVIEWKD", "USKD"])
-    ).splitlines()
+    head, _, *made = unpadded(methods.table(["CRD", "DKD", "USKD"])).splitlines()
     assert not {head, *made} - set(page.splitlines()), ADVICE
     assert page.startswith(f"\n{methods.feature_only()}\n| "), ADVICE
 

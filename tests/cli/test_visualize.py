@@ -117,8 +117,8 @@ def test_files_are_the_same_twice_and_change_with_the_seed(picture, words, tmp_p
 
     svg = written("a.svg").read_bytes()
     assert svg.startswith(b"<?xml")
-    assert written("c.svg", "--seed", "1").read_bytes() != svg
     if picture == "tsne":  # the others draw nothing at random, and share how files are written
+        assert written("c.svg", "--seed", "1").read_bytes() != svg
         assert written("b.svg").read_bytes() == svg
         return
     with Image.open(written("a.png")) as image:

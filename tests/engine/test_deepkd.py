@@ -237,8 +237,8 @@ def test_the_settings_reach_the_optimizer_and_the_loss(tmp_path, form):
 def test_without_differences_of_momenta_it_is_sgd_on_the_sum(tmp_path):
     """With per-sample weights the terms add up to KD; decay has SGD's momentum."""
     deltas = ", DELTA_TOG: 0.0, DELTA_TCG: 0.0, DELTA_NCG: 0.0"
-    got = train(config(tmp_path / "deep", deltas, form="written"))
-    path = config(tmp_path / "base", deltas, form="written")
+    got = train(config(tmp_path / "deep", deltas, form="written", epochs=1))
+    path = config(tmp_path / "base", deltas, form="written", epochs=1)
     (path.parent / "toy.yaml").write_text("_BASE_: toy_base.yaml\n")
     plain = train(path)
     for one, two in zip(got, plain, strict=True):
@@ -246,24 +246,13 @@ def test_without_differences_of_momenta_it_is_sgd_on_the_sum(tmp_path):
         assert one["train_loss_tckd"] + one["train_loss_nckd"] == pytest.approx(
             two["train_loss_kd"], rel=1e-2
         )
-    delta = train(config(tmp_path / "delta", form="written"))
-    assert delta[1]["train_loss"] != pytest.approx(got[1]["train_loss"], rel=1e-6)
+    delta = train(config(tmp_path / "delta", form="written", epochs=1))
+    assert delta[0]["train_loss"] != pytest.approx(got[0]["train_loss"], rel=1e-6)
 
 
-def test_as_coded_the_tasks_delta_has_no_effect_and_as_written_it_has(tmp_path):
-    for form, same in (("coded", True), ("written", False)):
-        first, second = (
-            train(config(tmp_path / f"{form}{delta}", f", DELTA_TOG: {delta}", form=form, epochs=1))
-            for delta in (0.075, -0.2)
-        )
-        losses = first[-1]["train_loss"], second[-1]["train_loss"]
-        assert (losses[1] == pytest.approx(losses[0], rel=1e-6)) is same, (form, losses)
-
-
-@pytest.mark.parametrize("form", ["coded", "written"])
-def test_a_run_in_two_parts_is_the_whole_run(tmp_path, form):
+def test_a_run_in_two_parts_is_the_whole_run(tmp_path):
     solver = "  AMP: bf16\n  CLIP_GRAD_NORM: 5.0"
-    path = config(tmp_path, ", TOPK: 0", form=form, method="DKD", solver=solver)
+    path = config(tmp_path, ", TOPK: 0", form="written", method="DKD", solver=solver)
     for name, *parts in (("whole", []), ("parts", ["SOLVER.EPOCHS", 1], ["--resume"])):
         for words in parts:
             words = [*words, "EXPERIMENT.NAME", name]

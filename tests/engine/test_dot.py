@@ -46,7 +46,7 @@ def test_negative_settings_are_refused(name):
         DistillationOrientedTrainer([torch.zeros(1)], **{"lr": 0.1, name: -1.0})
 
 
-def kd_settings(folder, student="resnet8", epochs=2):
+def kd_settings(folder, student="resnet8", epochs=1):
     teacher = str(saved_teacher(folder))
     return {
         "method": "KD",
@@ -78,7 +78,7 @@ def test_without_difference_of_momenta_the_step_is_that_of_two_sgds(tmp_path):
         tmp_path / "d", text.format("dot").replace("0.0}", "0.075}"), **kd_settings(tmp_path)
     )
     assert dot[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-3)
-    assert delta[1]["train_loss"] != pytest.approx(dot[1]["train_loss"], rel=1e-6)
+    assert delta[0]["train_loss"] != pytest.approx(dot[0]["train_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -119,7 +119,7 @@ def test_clipping_bounds_the_sum_of_both_gradients(tmp_path):
         "SOLVER:\n  TRAINER: dot\n  BATCH_SIZE: 160\n  WEIGHT_DECAY: 0.0\n  LR: 0.5\n"
         "  CLIP_GRAD_NORM: 0.01\n"
     )
-    train(tmp_path, text, **kd_settings(tmp_path, epochs=1))
+    train(tmp_path, text, **kd_settings(tmp_path))
     from mdistiller.engine.trainer import seed_everything
     from mdistiller.models import get_model_entry
 

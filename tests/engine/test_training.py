@@ -80,9 +80,9 @@ def test_a_run_leaves_the_files_of_the_original(tmp_path):
 def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
-    first, again = train(tmp_path / "a"), train(tmp_path / "b")
+    first, again = train(tmp_path / "a", epochs=1), train(tmp_path / "b", epochs=1)
     assert untimed(first) == untimed(again)
-    folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1).parent
+    folder = train(tmp_path / "c", "EXPERIMENT.SEED", 1, epochs=1).parent
     other = untimed(folder / "run-seed=1")
     assert other[0]["train_loss"] != untimed(first)[0]["train_loss"]
 
@@ -114,25 +114,24 @@ def test_a_plateau_lowers_the_rate_and_resumes_exactly(tmp_path, monkeypatch, ca
     assert "holds no schedule, and a plateau" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])  # SGD learns above
 def test_every_optimizer_learns(tmp_path, kind):
-    lr = 0.05 if kind == "SGD" else 0.002
-    text = f"SOLVER:\n  TYPE: {kind}\n  LR: {lr}\n"
-    rows = metrics(train(tmp_path, epochs=3, text=text))
+    text = f"SOLVER:\n  TYPE: {kind}\n  LR: 0.002\n"
+    rows = metrics(train(tmp_path, epochs=2, text=text))
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains_close_to_full(tmp_path, amp):
+def test_mixed_precision_trains_close_to_full(tmp_path):
     teacher = str(saved_teacher(tmp_path))
-    for name in ("full", amp):
+    for name in ("full", "bf16", "fp16"):
         (tmp_path / name).mkdir()
     settings = {"method": "DKD", "TEACHER": "resnet8", "TEACHER_CKPT": teacher, "epochs": 1}
     full = metrics(train(tmp_path / "full", **settings))
-    text = f"SOLVER:\n  AMP: {amp}\n  CLIP_GRAD_NORM: 1000.0\n"
-    half = metrics(train(tmp_path / amp, text=text, **settings))
-    assert half[0]["train_loss"] != full[0]["train_loss"]
-    assert half[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=0.05)
+    for amp in ("bf16", "fp16"):
+        text = f"SOLVER:\n  AMP: {amp}\n  CLIP_GRAD_NORM: 1000.0\n"
+        half = metrics(train(tmp_path / amp, text=text, **settings))
+        assert half[0]["train_loss"] != full[0]["train_loss"], amp
+        assert half[0]["train_loss"] == pytest.approx(full[0]["train_loss"], rel=0.05), amp
 
 
 def test_clipping_bounds_the_step(tmp_path):
@@ -247,6 +246,12 @@ def test_a_teacher_is_never_trained_in_the_students_folder(tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("latest"))
 
 
+@pytest.fixture(scope="module")
+def in_32s(tmp_path_factory):
+    """A run of one process in batches of 32."""
+    return train(tmp_path_factory.mktemp("in_32s"), epochs=1)
+
+
 @pytest.mark.parametrize(
     ("split", "processes", "refusal"),
     [
@@ -256,12 +261,13 @@ def test_a_teacher_is_never_trained_in_the_students_folder(tmp_path, capsys):
         ({"BATCH_SIZE": 16}, 1, "SOLVER.BATCH_SIZE was 32, is now 16"),
     ],
 )
-def test_a_run_goes_on_with_as_many_images_a_step(tmp_path, monkeypatch, split, processes, refusal):
-    folder = train(tmp_path, epochs=1)
+def test_a_run_goes_on_with_as_many_images_a_step(
+    in_32s, tmp_path, monkeypatch, split, processes, refusal
+):
     solver = "".join(f"  {key}: {value}\n" for key, value in split.items())
     cfg = load_config(write_config(tmp_path, f"SOLVER:\n{solver}" if split else "", epochs=1))
     monkeypatch.setattr("mdistiller.engine.run.changes.world_size", lambda: processes)
-    changes = changed_settings(folder, cfg, goes_on=True)
+    changes = changed_settings(in_32s, cfg, goes_on=True)
     if refusal is None:
         assert changes == []
     else:
@@ -547,15 +553,15 @@ trainer_dict["older"] = OlderTrainer
 """
 
 
-@pytest.mark.parametrize("name", ["old", "older"])
-def test_a_trainer_of_the_original_gives_the_same_run(tmp_path, name):
+def test_a_trainer_of_the_original_gives_the_same_run(tmp_path):
     """One overrides an iteration, the other the whole epoch."""
     (tmp_path / "old.py").write_text(OLD_TRAINER)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    ours = metrics(train(tmp_path / "a"))
-    text = f"SOLVER:\n  TRAINER: {name}\n"
-    old = metrics(train(tmp_path / "b", "--import", tmp_path / "old.py", text=text))
-    for mine, theirs in zip(ours, old, strict=True):
-        for key in ("train_loss", "train_acc", "test_acc"):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-6)
+    for name in ("base", "old", "older"):
+        (tmp_path / name).mkdir()
+    ours = metrics(train(tmp_path / "base"))
+    for name in ("old", "older"):
+        text = f"SOLVER:\n  TRAINER: {name}\n"
+        old = metrics(train(tmp_path / name, "--import", tmp_path / "old.py", text=text))
+        for mine, theirs in zip(ours, old, strict=True):
+            for key in ("train_loss", "train_acc", "test_acc"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-6), name

@@ -355,13 +355,6 @@ def of_other_weights(kind):
     return write
 
 
-def of_other_normalization(kind):
-    def write(student, deployed):
-        return kind.write(student, Deployed(student.net, student.image_size, [0.5] * 3, [0.5] * 3))
-
-    return write
-
-
 def of_one_batch_size(kind):
     def write(student, deployed):
         deployed.program = torch.export.export(deployed, deployed.example, strict=False)
@@ -375,7 +368,6 @@ def of_one_batch_size(kind):
     [
         ("onnx", of_other_weights, "does not agree with the network"),
         ("safetensors", of_other_weights, "does not agree with the network"),
-        ("torch", of_other_normalization, "does not agree with the network"),
         ("torch", of_one_batch_size, "student.pt2 cannot be run, and is not written"),
     ],
 )

@@ -255,7 +255,7 @@ def claims(path, queue):
 
 @needs_fork
 def test_processes_in_a_race_never_take_the_same_trial(sweep):
-    path = sweep("SEEDS: 8\n")
+    path = sweep("SEEDS: 4\n")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     racers = [context.Process(target=claims, args=(path, queue)) for _ in range(3)]
@@ -265,7 +265,7 @@ def test_processes_in_a_race_never_take_the_same_trial(sweep):
     for racer in racers:
         racer.join()
     assert Counter(name for names in taken for name in names) == {
-        f"s,seed:{seed}": 1 for seed in range(8)
+        f"s,seed:{seed}": 1 for seed in range(4)
     }
 
 

@@ -55,7 +55,7 @@ def check_models(cfg: Any, data: Data | DataSource) -> None:
             f"DISTILLER.PEERS: {cfg.DISTILLER.TYPE} trains no networks beside the student; leave "
             f"it out, or choose one of {', '.join(takers)}"
         )
-    for one in peer_configs(cfg):
+    for one in peer_configs(cfg) if method.trains_peers else ():
         model_entry(one, "STUDENT", data, "PEERS")
     entries = cfg.DISTILLER.TEACHERS if method.uses_teacher else []
     if len(entries) > 1:

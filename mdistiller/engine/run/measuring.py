@@ -156,8 +156,9 @@ def describe_networks(
     released = "released weights" if cfg.DISTILLER.STUDENT_ARGS.get("pretrained") else ""
     origin = cfg.DISTILLER.STUDENT_CKPT or released
     lines["student"] = describe_network(cfg.DISTILLER.STUDENT, distiller.student, origin=origin)
-    peers = zip(peer_configs(cfg), distiller.students()[1:], strict=False)
-    for number, (one, net) in enumerate(peers, start=1):
+    peers = distiller.students()[1:]
+    configs = peer_configs(cfg) if peers else []
+    for number, (one, net) in enumerate(zip(configs, peers, strict=False), start=1):
         lines[f"peer {number}"] = describe_network(one.DISTILLER.STUDENT, net)
     return lines
 

@@ -18,7 +18,7 @@ from mdistiller.engine.metrics import Meters
 CPU = torch.device("cpu")
 
 
-def setting(method, *words, classes=0, student="resnet8", teacher="resnet14"):
+def setting(method, *words, classes=0, student="resnet8", teacher="resnet8"):
     """Config, data and distiller of a small pair on 64 generated images; 0 classes: 10."""
     pair = ["DISTILLER.TYPE", method, "DISTILLER.STUDENT", student, "DISTILLER.TEACHER", teacher]
     cfg = load_config("", [*pair, "SOLVER.BATCH_SIZE", "16", "DATASET.TYPE", "cifar10", *words])
@@ -27,7 +27,7 @@ def setting(method, *words, classes=0, student="resnet8", teacher="resnet14"):
     return cfg, data, untrained_distiller(cfg, data, CPU)
 
 
-@pytest.mark.parametrize("method", ["NONE", "KD", "DKD", "AT", "KD+RKD", "CRD"])
+@pytest.mark.parametrize("method", ["NONE", "DKD", "KD+RKD", "CRD"])
 def test_all_loops_have_the_same_loss_and_step(method):
     # CRD: 8 images of each of 8 classes, so that all rivals are drawn and nothing is left to chance
     cfg, data, distiller = setting(method, "CRD.NCE.K", "56", classes=8)

@@ -27,10 +27,11 @@ from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 
+FUSES = True
 CPU = torch.device("cpu")
 
 
-def config(folder, method="KD", epochs=3, text=""):
+def config(folder, method="KD", epochs=2, text=""):
     """The toy config, of 9 views an image, with a teacher; returns its path."""
     folder.mkdir(exist_ok=True)
     teacher = {"TEACHER": "resnet8", "TEACHER_CKPT": str(saved_teacher(folder))}
@@ -107,14 +108,14 @@ def test_training_is_the_same(tmp_path, case):
     cached = train(tmp_path / "b", "memory", **RUNS[case])
     assert_same(cached, plain, exact_epochs=1)
     path = tmp_path / "b" / "toy.yaml"
-    assert hits(cached[0]) == pytest.approx(drawn_hits(path, 3))
-    assert hits(cached[0])[-1] > 10
+    assert hits(cached[0]) == pytest.approx(drawn_hits(path, 2))
+    assert hits(cached[0])[-1] > 5
 
 
 def test_bf16_trains_the_same(tmp_path):
     text = "SOLVER:\n  AMP: bf16\nDATASET:\n  AUGMENT: none\n"
     plain, cached = train(tmp_path / "a", text=text), train(tmp_path / "b", "disk", text=text)
-    assert hits(cached[0]) == [0, 100, 100]
+    assert hits(cached[0]) == [0, 100]
     for row, other in zip(cached[0], plain[0], strict=True):
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=2e-2)
     assert cached[0][0]["train_loss"] == plain[0][0]["train_loss"]
@@ -133,12 +134,12 @@ def passes(monkeypatch):
 def test_a_second_run_finds_all_that_the_first_left(tmp_path, passes, capsys):
     """Another method, the same seed: no image goes through the teacher in any epoch."""
     first, _ = train(tmp_path, "disk")
-    wanted = drawn_hits(tmp_path / "toy.yaml", 3)
+    wanted = drawn_hits(tmp_path / "toy.yaml", 2)
     assert hits(first) == pytest.approx(wanted)
-    assert f"saved {sum(wanted) / 3:.1f} % of the teacher's passes" in capsys.readouterr().out
+    assert f"saved {sum(wanted) / 2:.1f} % of the teacher's passes" in capsys.readouterr().out
     passes.clear()
     again, _ = train(tmp_path, "disk", name="again", method="DKD")
-    assert hits(again) == [100, 100, 100]
+    assert hits(again) == [100, 100]
     assert passes == [2, 32, 32]  # when it is folded; then to compare it with the file
     out = capsys.readouterr().out
     assert "cached %" in out
@@ -154,16 +155,16 @@ def test_another_seed_finds_its_share(tmp_path):
     loaders = [load_data(load_config(path, ["EXPERIMENT.SEED", str(s)]), CPU).train for s in (0, 1)]
     seen, wanted = set(), []
     for loader in loaders:
-        for epoch in (1, 2, 3):
+        for epoch in (1, 2):
             loader.set_epoch(epoch)
             pairs = set(enumerate(loader.views.tolist()))
             wanted.append(100 * len(pairs & seen) / 160)
             seen |= pairs
-    assert hits(rows) == pytest.approx(wanted[3:])
+    assert hits(rows) == pytest.approx(wanted[2:])
 
 
 def test_what_is_missing_goes_through_the_teacher_in_full_batches(tmp_path, passes):
-    rows, _ = train(tmp_path, "memory", epochs=4)
+    rows, _ = train(tmp_path, "memory")
     missing = [round(160 * (1 - share / 100)) for share in hits(rows)]
     probing, of_epochs = passes[:3], passes[3:]
     assert probing == [2, 32, 32]
@@ -186,17 +187,17 @@ def test_the_limit_keeps_the_first_images(tmp_path, capsys):
     """9 views of 10 classes are 360 bytes an image in memory, 432 on disk."""
     for cache, gigabytes in (("memory", 36.1e-6), ("disk", 43.21e-6)):
         folder = tmp_path / cache
-        rows, _ = train(folder, cache, "DISTILLER.TEACHER_CACHE_GB", gigabytes, epochs=4)
-        assert hits(rows) == pytest.approx(drawn_hits(folder / "toy.yaml", 4, kept=100))
+        rows, _ = train(folder, cache, "DISTILLER.TEACHER_CACHE_GB", gigabytes)
+        assert hits(rows) == pytest.approx(drawn_hits(folder / "toy.yaml", 2, kept=100))
         assert "for the first 100 of 160 images" in capsys.readouterr().out
     (file,) = (tmp_path / "disk" / "out" / "teacher_cache").glob("*.logits")
     assert file.stat().st_size == HEADER + 43200 + 8 * 48  # those to compare
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole = train(tmp_path / "a", "disk", epochs=4)
-    train(tmp_path / "b", "disk", epochs=2)
-    path = config(tmp_path / "b", epochs=4)
+    whole = train(tmp_path / "a", "disk")
+    train(tmp_path / "b", "disk", epochs=1)
+    path = config(tmp_path / "b")
     words = ["EXPERIMENT.NAME", "run", "DISTILLER.TEACHER_CACHE", "disk"]
     assert train_command.main(["--cfg", str(path), *words, "--resume"]) == 0
     run = tmp_path / "b" / "out" / "toy" / "run"
@@ -243,7 +244,7 @@ class Staged(KD):
 def test_a_stage_before_the_main_one_runs_the_teacher(tmp_path, monkeypatch, passes):
     monkeypatch.setitem(DISTILLERS, "STAGED", Staged)
     text = "DATASET:\n  AUGMENT: none\n"
-    rows, _ = train(tmp_path, "memory", method="STAGED", text=text, epochs=2)
+    rows, _ = train(tmp_path, "memory", method="STAGED", text=text)
     assert ["teacher_hits" in row for row in rows] == [False, False, True, True]
     assert hits(rows[2:]) == [0, 100]
     assert len(passes) == 1 + 2 * 5 + 2 + 5  # folding; the stage; probing; the first epoch
@@ -526,13 +527,13 @@ def test_runs_of_a_sweep_share_one_file(shared):
     """Two at once, and then a third, which finds all that they left. Every image has one view."""
     assert len(list((shared / "sweep" / "teacher_cache").glob("*.logits"))) == 1
     seen = {run.name: hits(rows_of(run)) for run in (shared / "sweep" / "toy").glob("*-seed=0")}
-    assert seen.pop("TEMPERATURE=2-seed=0") == [100, 100, 100]
-    assert [rates[1:] for rates in seen.values()] == [[100, 100]] * 2
+    assert seen.pop("TEMPERATURE=2-seed=0") == [100, 100]
+    assert [rates[1:] for rates in seen.values()] == [[100]] * 2
 
 
 @pytest.mark.parametrize(("cache", "memories"), [("disk", 1), ("memory", 2)])
 def test_processes_of_a_run_share_a_file_but_not_their_memory(shared, cache, memories):
     found = hits(rows_of(shared / "out" / "toy" / cache))
     path = shared / "toy.yaml"
-    assert found == pytest.approx(drawn_hits(path, 3, ranks=2, shared=memories == 1))
-    assert found[2] > 0
+    assert found == pytest.approx(drawn_hits(path, 2, ranks=2, shared=memories == 1))
+    assert found[1] > 0

@@ -61,7 +61,7 @@ def assert_same(plain, other):
 
 
 @pytest.mark.filterwarnings("ignore:student and teacher have 1 and 3 stages")
-@pytest.mark.parametrize("method", ["KD", "MLKD", "REVIEWKD"])
+@pytest.mark.parametrize("method", ["MLKD", "REVIEWKD"])
 def test_tensors_lie_so_in_both_networks_and_losses_stay(tmp_path, method):
     """Of one view or two, in training and validation, of the moving average as well."""
     words = ["SOLVER.EMA", 0.5]
@@ -78,11 +78,10 @@ def test_tensors_lie_so_in_both_networks_and_losses_stay(tmp_path, method):
     assert_same(before["ema"]["model"], after["ema"]["model"])
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_run_may_be_resumed_with_the_other_setting(tmp_path, first):
+def test_a_run_may_be_resumed_with_the_other_setting(tmp_path):
     whole, _, want = run(tmp_path / "whole", False, method="KD", epochs=2)
-    run(tmp_path / "parts", first, method="KD", epochs=1)
-    parts, seen, found = run(tmp_path / "parts", not first, method="KD", epochs=2, resume=True)
-    assert all(map(all, seen.values())) != first
+    run(tmp_path / "parts", True, method="KD", epochs=1)
+    parts, seen, found = run(tmp_path / "parts", False, method="KD", epochs=2, resume=True)
+    assert not all(map(all, seen.values()))
     assert parts[1]["train_loss"] == pytest.approx(whole[1]["train_loss"], rel=1e-4)
     assert_same(want["model"], found["model"])

@@ -49,17 +49,23 @@ def train(folder, compiled):
     return [torch.load(run / name, weights_only=True)["model"] for name in names]
 
 
-def test_a_run_is_the_same_and_its_files_have_the_same_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "BACKEND", counting)
-    plain = train(tmp_path / "plain", False)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Weights of the run without COMPILE."""
+    torch.set_num_threads(1)
+    weights = train(tmp_path_factory.mktemp("plain") / "run", False)
     assert not RAN
+    return weights
+
+
+def test_a_run_is_the_same_and_its_files_have_the_same_names(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", counting)
     compiled = train(tmp_path / "compiled", True)
     assert len(RAN) >= 2  # student and teacher
     assert all(map(same_state, plain, compiled))
 
 
-def test_a_failure_is_one_line_and_training_goes_on(tmp_path, monkeypatch, capsys):
-    plain = train(tmp_path / "plain", False)
+def test_a_failure_is_one_line_and_training_goes_on(plain, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiling, "BACKEND", failing)
     capsys.readouterr()
     failed = train(tmp_path / "failed", True)

@@ -54,7 +54,7 @@ def in_float64(images, mean, std):
 
 @pytest.mark.parametrize(
     ("method", "loader"),
-    [("KD", "workers"), *((m, "memory") for m in ("KD", "MLKD", "KD+AT", "SIMKD", "OFA", "SDD"))],
+    [("KD", "workers"), *((m, "memory") for m in ("KD", "MLKD", "SIMKD"))],
 )
 def test_a_step_gives_each_network_its_own_normalisation(tmp_path, method, loader):
     keys = ["DATASET.LOADER", loader, "DATASET.NUM_WORKERS", 0, "SOLVER.BATCH_SIZE", 8]
@@ -78,7 +78,7 @@ def test_teacher_accuracy_and_files_are_those_of_the_own_pipeline(tmp_path, caps
     """A network trained on images normalised by OWN is the same teacher, and student, elsewhere."""
     norm = ["DATASET.MEAN", OWN[0], "DATASET.STD", OWN[1]]
     (tmp_path / "own").mkdir()
-    own = train(tmp_path / "own", *norm, "EXPERIMENT.NAME", "run", epochs=3)
+    own = train(tmp_path / "own", *norm, "EXPERIMENT.NAME", "run", epochs=1)
     last = json.loads((own / "metrics.jsonl").read_text().splitlines()[-1])
     ckpt = str(own / "student_latest")
     settings = {"method": "KD", "TEACHER": "resnet8", "TEACHER_CKPT": ckpt, "epochs": 1}
@@ -101,7 +101,7 @@ def far(tmp_path_factory):
     """A run whose student's images are normalised far from the data's."""
     folder = tmp_path_factory.mktemp("far")
     torch.set_num_threads(1)
-    return train(folder, text="SOLVER:\n  EMA: 0.5\n", epochs=3, STUDENT_NORM=FAR)
+    return train(folder, text="SOLVER:\n  EMA: 0.5\n", epochs=1, STUDENT_NORM=FAR)
 
 
 def rows(run):

@@ -1,4 +1,6 @@
-"""Two gloo processes on this machine; test_failure.py starts such by torchrun."""
+"""Two gloo processes on this machine; test_failure.py starts such by torchrun, and test_worlds.py
+compares their numbers with those of one.
+"""
 
 import json
 
@@ -32,53 +34,29 @@ def seen(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """One process with batches of 48, and two of 24, on 153 images: the last batch splits 5 / 4.
-
-    The student has no batch norm: its statistics would be each process's own.
-    """
+def run(tmp_path_factory):
+    """The folder of a run of two, in batches of 24, on 153 images: the last batch splits 5 / 4."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "recorder.py").write_text(RECORDER)
-    teacher = str(saved_teacher(folder))
-    for name, batch, processes in (("one", 48, 0), ("two", 24, 2)):
-        (folder / name / "seen").mkdir(parents=True)
-        config = write_config(
-            folder / name,
-            method="Recorder",
-            student="BabyStudent",
-            epochs=3,
-            TEACHER="resnet8",
-            TEACHER_CKPT=teacher,
-            text=f"SOLVER:\n  BATCH_SIZE: {batch}\n  LR: 0.02\nDATASET:\n  VAL_SPLIT: 7\n",
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SEEN", str(folder / name / "seen"))
-            words = ["--import", folder / "recorder.py"]
-            done = command("--cfg", config, *words, processes=processes)
-        assert done.returncode == 0, done.stderr
+    (folder / "seen").mkdir()
+    config = write_config(
+        folder,
+        method="Recorder",
+        student="BabyStudent",
+        TEACHER="resnet8",
+        TEACHER_CKPT=str(saved_teacher(folder)),
+        text="SOLVER:\n  BATCH_SIZE: 24\n  LR: 0.02\nDATASET:\n  VAL_SPLIT: 7\n",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEEN", str(folder / "seen"))
+        done = command("--cfg", config, "--import", folder / "recorder.py", processes=2)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-def rows(folder, name):
-    path = folder / name / "out" / "toy" / "run" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_two_processes_follow_one_with_the_doubled_batch(runs):
-    for one, two in zip(rows(runs, "one"), rows(runs, "two"), strict=True):
-        for key in ("train_loss", "train_loss_kd", "test_loss", "train_acc", "test_acc"):
-            assert two[key] == pytest.approx(one[key], rel=2e-5), key
-    states = [
-        torch.load(runs / name / "out" / "toy" / "run" / "student_latest", weights_only=True)
-        for name in ("one", "two")
-    ]
-    for key, value in states[0]["model"].items():
-        torch.testing.assert_close(states[1]["model"][key], value, rtol=1e-4, atol=1e-6)
-
-
-def test_each_sample_is_seen_once_an_epoch_in_another_order(runs):
-    epochs = seen(runs / "two" / "seen")
-    assert set(epochs) == {1, 2, 3}
+def test_each_sample_is_seen_once_an_epoch_in_another_order(run):
+    epochs = seen(run / "seen")
+    assert set(epochs) == {1, 2}
     for by_rank in epochs.values():
         assert set(by_rank) == {"0", "1"}
         assert sorted(by_rank["0"] + by_rank["1"]) == list(range(153))
@@ -86,8 +64,8 @@ def test_each_sample_is_seen_once_an_epoch_in_another_order(runs):
     assert set(epochs[1]["0"]) != set(epochs[2]["0"])  # the processes' shares differ as well
 
 
-def test_one_process_writes(runs):
-    record = json.loads((runs / "two" / "out" / "toy" / "run" / "run.json").read_text())
+def test_one_process_writes(run):
+    record = json.loads((run / "out" / "toy" / "run" / "run.json").read_text())
     assert len(record["starts"]) == 1
     assert record["starts"][0]["processes"] == 2
 

@@ -5,7 +5,8 @@ import threading
 import time
 
 import pytest
-from support import command, torchrun, write_config
+import torch.distributed.run
+from support import REPO, command, run_script, write_config
 
 from mdistiller.cli.support.command import guarded
 from mdistiller.engine.run import failure
@@ -58,10 +59,12 @@ def test_the_cause_is_told_once(tmp_path, words, cause, start):
 def test_no_cause_is_made_up_for_a_process_that_was_killed(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     config = write_config(tmp_path, student="BabyStudent", epochs=1)
-    words = ["--import", tmp_path / "fails.py", "SOLVER.TRAINER", "dies"]
-    done = command("--cfg", config, *words, prefix=torchrun(2))
+    words = ["--standalone", "--nproc-per-node=2", REPO / "tools" / "train.py", "--cfg", config]
+    words += ["--import", tmp_path / "fails.py", "SOLVER.TRAINER", "dies"]
+    done = run_script(torch.distributed.run.__file__, *words)
     assert done.returncode != 0
-    ours = done.stderr[: done.stderr.index("torch/distributed/elastic")]
+    ours, _, torchruns = done.stderr.rpartition("Traceback")
+    assert "warm_start.py" in torchruns  # which forked it
     assert "Traceback" not in ours
     assert ours.count("error") == ours.count("error: another process ended without a word")
     assert "Signal 9" in done.stderr

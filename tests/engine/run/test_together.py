@@ -42,7 +42,7 @@ def configs(folder, names=tuple(RUNS), overrides=(), **more):
             weights = saved_teacher(folder.parent, "resnet8")
             settings = {"TEACHER": "resnet8", "TEACHER_CKPT": str(weights), **settings}
         text = f"EXPERIMENT: {{NAME: {name}}}\n"
-        path = write_config(place, text, method=method, epochs=2, **settings, **more)
+        path = write_config(place, text, method=method, **{"epochs": 2, **settings, **more})
         made.append(load_config(path, [*COMMON, *OVERRIDES.get(name, []), *overrides]))
     return made
 
@@ -216,7 +216,7 @@ def test_two_processes_train_together_what_they_train_alone(tmp_path):
     names = ["kd", "plain"]
     words = {}
     for folder in (tmp_path / "alone", tmp_path / "together"):
-        configs(folder, names)
+        configs(folder, names, epochs=1)
         words[folder.name] = [["--cfg", folder / name / "toy.yaml"] for name in names]
     (tmp_path / "bad").mkdir()
     bad = write_config(tmp_path / "bad", "EXPERIMENT: {NAME: bad}\nSOLVER: {LR: 1.0e+30}\n")

@@ -66,9 +66,9 @@ def teacher(tmp_path):
 
 
 def test_a_resumed_run_is_exact_to_the_bit(folder, teacher):
-    whole = train(folder("whole"), method="MLKD", epochs=3, **teacher)
+    whole = train(folder("whole"), method="MLKD", epochs=2, **teacher)
     half = train(folder("half"), method="MLKD", epochs=1, **teacher)
-    words = ["--cfg", str(half.parents[2] / "toy.yaml"), "SOLVER.EPOCHS", "3"]
+    words = ["--cfg", str(half.parents[2] / "toy.yaml"), "SOLVER.EPOCHS", "2"]
     assert train_command.main([*words, "EXPERIMENT.NAME", "run", "--resume"]) == 0
     assert same_state(load(whole / "latest")["model"], load(half / "latest")["model"])
     assert untimed(whole) == untimed(half)
@@ -81,7 +81,7 @@ def test_a_distiller_and_a_trainer_of_a_fork_see_what_ours_do(tmp_path, folder, 
     (tmp_path / "fork.py").write_text(FORK)
     words = ["--import", tmp_path / "fork.py"]
     runs = [
-        metrics(train(folder(trainer), *words, method="TwoViews", text=text, epochs=2, **teacher))
+        metrics(train(folder(trainer), *words, method="TwoViews", text=text, epochs=1, **teacher))
         for trainer in ("base", "aug")
         for text in [f"SOLVER:\n  TRAINER: {trainer}\n"]
     ]

@@ -62,8 +62,8 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(folder, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_each_sample_counts_once(folder, world):
-    """In training on 150 images, and in validation on 10, which 4 processes share unevenly."""
+    """In training on 54 images, and in validation on 10, which 4 processes share unevenly."""
     seen = json.loads((folder / str(world) / "seen.json").read_text())
-    assert sorted(seen["KD"]) == list(range(150))
+    assert sorted(seen["SYNC_BN"]) == list(range(54))
     assert seen["validated"] == pytest.approx(seen["held out"])
     assert len(set(seen["validated"])) == 10
