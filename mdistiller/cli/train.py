@@ -82,15 +82,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> int:
         _check_words(args.opts)
-        if args.resume not in (None, *WORDS):
-            require_run(Path(args.resume), "--resume: ", "")
+        check_resume(args)
         for file in files:
             check_early(file, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
         from mdistiller.engine.run.train import train
 
-        if len(files) > 1 and args.resume not in (None, *WORDS):
-            raise UserError("--resume RUN continues one run, by its own config: leave --cfg out")
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
             if len(files) > 1:
                 raise UserError(
@@ -118,12 +115,18 @@ def _check_words(words: list[str]) -> None:
         raise UserError(f"{words[0]} is {what}{more}")
 
 
+def check_resume(args: Any) -> None:
+    """Refuse `--resume RUN` beside a config, or of what is no run folder."""
+    if args.resume not in (None, *WORDS):
+        if args.cfg:
+            raise UserError("--resume RUN continues one run, by its own config: leave --cfg out")
+        require_run(Path(args.resume), "--resume: ", "")
+
+
 def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., Any]) -> None:
     """Train by a config, or print it, as the arguments say."""
     if args.resume in (None, *WORDS):
         cfg, overrides = load(file, args.opts, args.imports), args.opts
-    elif file:
-        raise UserError("--resume RUN continues a run by its own config: leave --cfg out")
     else:
         from mdistiller.engine.run.folder import config_to_resume
 

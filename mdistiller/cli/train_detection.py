@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mdistiller.cli.support.command import guarded
-from mdistiller.cli.train import follow, parser
+from mdistiller.cli.train import check_resume, follow, parser
 from mdistiller.engine.config.early import check_early
 from mdistiller.registry import UserError
 
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         file, *others = args.cfg or [""]
         if others:
             raise UserError("--cfg names one config here; only `train` takes several")
+        check_resume(args)
         check_early(file, args.opts, args.imports, "train_detection")
         from mdistiller.detection.config import load_config
         from mdistiller.detection.run import train

@@ -505,7 +505,7 @@ def test_a_teacher_that_looks_at_its_batch_is_refused(tmp_path, monkeypatch):
         return self.net(image - image.mean(dim=0, keepdim=True))
 
     monkeypatch.setattr(frozen.FrozenTeacher, "__call__", by_batch)
-    monkeypatch.setattr(frozen, "_agree", lambda *outputs: True)
+    monkeypatch.setattr(frozen, "agree", lambda *outputs: True)
     with pytest.raises(UserError, match="depend on more than the image"):
         cache_of(tmp_path)
 
