@@ -102,6 +102,7 @@ def check_file(path: str | Path, overrides: Sequence[str], imports: Sequence[str
     """
     file = find_config(path)
     table = check_table(read_yaml(file))
+    seed = table["SEEDS"][0]
     for variant in table["VARIANTS"]:
         config = variant["CONFIG"] or table["CONFIG"]
         beside = file.parent / config
@@ -109,10 +110,13 @@ def check_file(path: str | Path, overrides: Sequence[str], imports: Sequence[str
         both = words(overlay(nested(table["OVERRIDES"]), nested(variant["OVERRIDES"])))
         axes = {**table["GRID"], **variant["GRID"]}.items()
         first = [
-            word for key, values in axes if isinstance(values, list) for word in (key, *values[:1])
+            word
+            for key, values in axes
+            if isinstance(values, list) and values
+            for word in (key, values[0])
         ]
         try:
-            check_early(config, with_seed([*both, *first, *overrides], 0), imports)
+            check_early(config, with_seed([*both, *first, *overrides], seed), imports)
         except UserError as error:
             name = variant["NAME"]
             raise UserError(f"{name}: {error}" if name else str(error)) from None
@@ -172,7 +176,15 @@ def words(sections: Mapping[str, Any]) -> list[Any]:
 
 def with_seed(pairs: Sequence[Any], seed: int) -> list[Any]:
     """`[key, value, ...]` with the run's seed for `{seed}`."""
-    return [word.replace(SEED, str(seed)) if isinstance(word, str) else word for word in pairs]
+    return [_with_seed(word, str(seed)) for word in pairs]
+
+
+def _with_seed(value: Any, seed: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(SEED, seed)
+    if isinstance(value, Mapping):
+        return {key: _with_seed(part, seed) for key, part in value.items()}
+    return [_with_seed(part, seed) for part in value] if isinstance(value, list) else value
 
 
 def as_settled(pairs: Sequence[Any], cfg: Config) -> list[Any]:

@@ -2,8 +2,8 @@
 
     SWEEP: NAME            name of the study; marks the file as a sweep
     CONFIG: FILE           the config that trials start from: beside this file, or configs/...
-    OVERRIDES: {...}       sections as in a config, laid over every trial; {seed} in a value of a
-                           grid is the run's seed
+    OVERRIDES: {...}       sections as in a config, laid over every trial; {seed} in a value is the
+                           run's seed
     VARIANTS: [...]        each with NAME, and CONFIG, OVERRIDES, GRID of its own as needed;
                            TEACHER: ROW takes the student of a row above, of the same seed
     GRID: {KEY: [...]}     all combinations of the values; DISTILLER.TYPE: all is every method
@@ -175,11 +175,14 @@ class _Reader:
 
     def points(self) -> Iterator[Trial]:
         """The trials of a search, still without their values."""
-        cfg = self.load("", self.table["CONFIG"], self.fixed({}))
+        fixed, seeds = self.fixed({}), self.table["SEEDS"]
+        configs = {s: self.load("", self.table["CONFIG"], fixed, seed=s) for s in seeds}
         for number in range(self.table["TRIALS"]):
             name = f"trial {number}"
-            seeds = self.table["SEEDS"]
-            runs = tuple(self.placed(cfg, f"{name},seed:{seed}", [name], seed) for seed in seeds)
+            runs = tuple(
+                self.placed(cfg, f"{name},seed:{seed}", [name], seed)
+                for seed, cfg in configs.items()
+            )
             yield Trial(name, name, [], runs)
 
     def space(self) -> dict[str, fields.Axis]:
@@ -205,9 +208,19 @@ class _Reader:
         return fixed
 
     def load(
-        self, name: str, config: str, overrides: list[Any], whole: bool = True, seed: int = 0
+        self,
+        name: str,
+        config: str,
+        overrides: list[Any],
+        whole: bool = True,
+        seed: int | None = None,
     ) -> Config:
-        """A trial's config; if it is the `whole` one, checked as far as that goes without data."""
+        """A trial's config; if it is the `whole` one, checked as far as that goes without data.
+
+        Args:
+            seed: of the run; by default the first of SEEDS.
+        """
+        seed = self.table["SEEDS"][0] if seed is None else seed
         try:
             sibling = self.folder / config
             file = sibling if config and sibling.is_file() else config

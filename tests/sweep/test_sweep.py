@@ -27,6 +27,7 @@ from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.run import teacher
 from mdistiller.registry import UserError
 from mdistiller.sweep import table, trial_state, work
+from mdistiller.sweep.fields import with_seed
 from mdistiller.sweep.plan import read_plan
 from mdistiller.sweep.study import Study
 from mdistiller.sweep.trial_state import Status, attempts_by_trial
@@ -119,6 +120,17 @@ def test_a_run_can_start_from_the_student_of_its_own_seed(sweep, capsys):
     files[1].touch()
     trials = read_plan(path, out=sweep.out).trials
     assert [trial.configs[0].DISTILLER.STUDENT_CKPT for trial in trials] == [*map(str, files)]
+    search = path.read_text() + "TRIALS: 1\nSPACE: {SOLVER.LR: {LOW: 0.1, HIGH: 0.2}}\n"
+    path.write_text(search)
+    (trial,) = read_plan(path, out=sweep.out).trials
+    assert [cfg.DISTILLER.STUDENT_CKPT for cfg in trial.configs] == [*map(str, files)]
+
+
+def test_the_seed_of_a_run_stands_in_lists_too_and_an_axis_without_values_is_named(sweep, capsys):
+    given = ["A", [{"CKPT": "x-{seed}"}, 3], "B", "{seed}"]
+    assert with_seed(given, 7) == ["A", [{"CKPT": "x-7"}, 3], "B", "7"]
+    assert command.main([*words(sweep("GRID: {SOLVER.LR: []}\n")), "--dry-run"]) == 2
+    assert "GRID: SOLVER.LR must be a list of values, got []" in capsys.readouterr().err
 
 
 def test_all_methods_are_those_registered_now(sweep, monkeypatch):
