@@ -7,7 +7,7 @@ is an error. A trial step before training shows whether that would happen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -155,13 +155,25 @@ def try_step(
 
 def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
     """A batch's first samples."""
-    return tree_map_only(Tensor, lambda value: value[:count], batch)  # type: ignore[no-any-return]
+
+    def first(value: Tensor) -> Tensor:
+        return _each_view(value, lambda view: view[:count])
+
+    return tree_map_only(Tensor, first, batch)  # type: ignore[no-any-return]
+
+
+def _each_view(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Changed images, with those for the teacher (DISTILLER.TEACHER_AUGMENT) changed likewise."""
+    changed = change(images)
+    if (weak := getattr(images, "teacher_view", None)) is not None:
+        changed.teacher_view = change(weak)  # type: ignore[attr-defined]
+    return changed
 
 
 def _twice(value: Any) -> Any:
     """A batch of one sample as a batch of two."""
     if isinstance(value, Tensor):
-        return torch.cat([value, value])
+        return _each_view(value, lambda view: torch.cat([view, view]))
     if isinstance(value, Mapping):
         return {key: _twice(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)) and isinstance(value[0], Tensor) and value[0].ndim == 4:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset.sampler import DistributedBatchSampler
+from mdistiller.engine.networks import lone_image
 from mdistiller.engine.networks.lone_image import try_step
 from mdistiller.models import get_model_entry
 
@@ -29,6 +30,15 @@ def test_a_plan_joins_only_a_lone_image(count, steps):
     assert plan.smallest >= 2
     spans = [plan.local_batch(step) for step in range(steps)]
     assert [index for span in spans for index in range(*span)] == list(range(count))
+
+
+def test_parts_of_a_batch_keep_the_view_of_the_teacher():
+    image = torch.arange(3.0)
+    image.teacher_view = -image
+    one = lone_image._first({"image": image, "epoch": 1}, 1)
+    for images, weak in ((one["image"], [0]), (lone_image._twice(one)["image"], [0, 0])):
+        assert images.teacher_view.tolist() == weak
+    assert not hasattr(lone_image._first({"image": image + 1}, 2)["image"], "teacher_view")
 
 
 def test_each_process_of_several_has_two():
