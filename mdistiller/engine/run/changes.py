@@ -69,10 +69,15 @@ def side_settings(folder: Path, cfg: Any) -> list[str]:
     keys = [key for key in flatten(cfg) if key.startswith(names) and key != "EXPERIMENT.NAME"]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
-        f"{key} was {before}, is now {now}"
+        _text(key, before, now)
         for key, before, now in pairs
         if before is not None and before != now
     ]
+
+
+def _text(key: str, before: Any, now: Any) -> str:
+    before, now = ("empty" if value == "" else value for value in (before, now))
+    return f"{key} was {before}, is now {now}"
 
 
 def recorded_processes(folder: Path) -> int:
@@ -104,7 +109,7 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
         elif key in ("DATASET.ROOT", "DISTILLER.STUDENT_CKPT"):
             before, now = (str(Path(str(value or "")).resolve()) for value in (before, now))
         if None not in (before, now) and before != now:
-            changes.append(f"{key} was {before}, is now {now}")
+            changes.append(_text(key, before, now))
     return changes
 
 
