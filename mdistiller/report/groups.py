@@ -14,6 +14,7 @@ from typing import Any
 
 from mdistiller.engine.cfg import CFG
 from mdistiller.engine.config.values import flatten, lookup
+from mdistiller.engine.run.naming import folder_word
 from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
@@ -152,17 +153,20 @@ def varying_keys(groups: Sequence[Group]) -> dict[str, list[Any]]:
 def find_baselines(groups: Sequence[Group], name: str | None) -> list[Group]:
     """The groups that others are compared with; no two of them are comparable.
 
-    Without a name: plain training of each student, where exactly one group is that.
+    Args:
+        name: of a group, or of a sweep's row, whose folders may be written otherwise. None: plain
+            training of each student, where exactly one group is that.
 
     Raises:
         UserError: no group has the name.
     """
     if name is not None:
         named = {g.name: g for g in groups}
-        if name not in named:
+        base = named.get(name) or named.get(folder_word(name))
+        if base is None:
             names = ", ".join(named)
             raise UserError(f"--baseline {name!r}{suggest(name, named)}: the groups are {names}")
-        return [named[name]]
+        return [base]
     distilled = [g for g in groups if g.config.get("DISTILLER.TYPE", "NONE") != "NONE"]
     plain = [g for g in groups if g.config.get("DISTILLER.TYPE") == "NONE"]
     plain = [g for g in plain if any(comparable(g, d) for d in distilled)]

@@ -162,6 +162,8 @@ def test_the_baseline_is_plain_training_of_the_same_student(two):
     assert [g.name for g in find_baselines(groups, "KD")] == ["KD"]
     with pytest.raises(UserError, match=r"'plane'; did you mean 'plain'\?: the groups are KD, "):
         find_baselines(groups, "plane")
+    groups[0].name = "no_distillation"  # the folder of a sweep's row
+    assert find_baselines(groups, "no distillation") == [groups[0]]
     make_run(two / "plain, longer", [80.0], "SOLVER.EPOCHS", 20)
     assert find_baselines(group(read_runs([two])), None) == []
 
