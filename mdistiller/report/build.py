@@ -77,7 +77,7 @@ def _means(students: Sequence[Group], bases: Sequence[Group], which: str) -> Sec
     section = Section("Means")
     each: list[Group | None] = [*bases] or [None]
     for base in each:
-        chart = means(_beside(students, base, bases), base, which, curves.MOST)
+        chart = means(_beside(students, base, bases), base, which)
         chart.title += f", {base.name}" if base and len(bases) > 1 else ""
         if len(chart.points) > 1:
             section.means.append(chart)

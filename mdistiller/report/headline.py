@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mdistiller.report.curves import MOST
 from mdistiller.report.document import Mean, Means
 from mdistiller.report.groups import Group, comparable, comparable_groups, measure
 from mdistiller.report.numbers import verdict
@@ -60,12 +61,14 @@ def sentence(students: Sequence[Group], base: Group | None, which: str, images: 
     return f"{text}, {plus_minus(gap, '+')} points over {base.name} ({tested}{verdict(gap, p)})."
 
 
-def means(students: Sequence[Group], base: Group | None, which: str, most: int) -> Means:
-    """The chart of means with intervals, the best first, of the first `most` groups."""
+def means(students: Sequence[Group], base: Group | None, which: str) -> Means:
+    """The chart of means with intervals, the best first; colours as in the curves, which have
+    `curves.MOST`."""
     points = []
-    for style, g in enumerate(comparable_groups(students, base)[:most]):
+    for number, g in enumerate(comparable_groups(students, base)):
         value = over_seeds(g, which)
         if value is not None:
+            style = number % MOST
             points.append(Mean(g.name, value.mean, value.half, plus_minus(value), style))
     reference = over_seeds(base, which) if base else None
     points.sort(key=lambda point: -point.mean)

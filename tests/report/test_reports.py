@@ -349,6 +349,15 @@ def test_convergence_counts_epochs_and_seconds_to_the_goal(two):
     assert curves.reached(groups[0].runs[0], 99.0) is None
 
 
+def test_all_groups_have_their_mean_drawn_and_the_first_ten_their_curves(tmp_path):
+    for k in range(12):
+        make_run(tmp_path / f"run {k}", [70.0, 71.0 + k], "SOLVER.LR", 0.1 + k)
+    sections = {section.title: section for section in build_report([tmp_path]).sections}
+    assert len(sections["Means"].means[0].points) == 12
+    assert {len(chart.lines) for chart in sections["Learning curves"].charts} == {10}
+    assert "Of 12 groups the first 10 of the table are drawn." in sections["Learning curves"].notes
+
+
 def test_curves_are_means_with_the_lowest_and_the_highest(two):
     report = build_report([two])
     (section,) = (s for s in report.sections if s.title == "Learning curves")
