@@ -107,13 +107,9 @@ def revision(student, teacher, target):
 def split_kd(student, teacher, target, temperature):
     """KD's two terms, as DeepKD's code weights them, added up."""
     own = F.one_hot(target, student.shape[1]).bool()
-
-    def split(logits):
-        p = F.softmax(logits / temperature, 1)
-        binary = torch.stack([(p * own).sum(1), (p * ~own).sum(1)], 1)
-        return binary, F.softmax(logits / temperature - 1000.0 * own, 1)
-
-    (s_binary, s_rest), (t_binary, t_rest) = split(student), split(teacher)
+    (s_binary, (_, s_rest)), (t_binary, (_, t_rest)) = (
+        groups(logits / temperature, [own, ~own]) for logits in (student, teacher)
+    )
     weight = t_binary[:, 1].mean()
     total = kl(t_binary, s_binary).mean() + weight * kl(t_rest, s_rest).mean()
     return total * temperature**2
