@@ -14,7 +14,7 @@ from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.run import prepare as run_module
-from mdistiller.engine.run.changes import changed_settings
+from mdistiller.engine.run.changes import changed_settings, differences
 from mdistiller.models import get_model_entry
 
 
@@ -272,6 +272,39 @@ def test_a_run_goes_on_with_as_many_images_a_step(
         assert changes == []
     else:
         assert any(refusal in change for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (
+            [
+                *("DATASET.SHARDS.TARGET", "", "DATASET.EXIF", False, "DATASET.VAL_SEED", 3),
+                *("LSKD.EPS", 0.1, "SOLVER.DOT.DELTA", 0.2, "SOLVER.DEEPKD.TOPK", 5),
+                *("DISTILLER.TEACHER", "resnet8", "DISTILLER.CE_WEIGHT", 0.5),
+            ],
+            False,
+        ),
+        (["DATASET.TYPE", "webdataset", "DATASET.SHARDS.TARGET", ""], True),
+        (["DATASET.TYPE", "webdataset", "DATASET.EXIF", False], True),
+        (["DATASET.TYPE", "imagefolder", "DATASET.EXIF", False], True),
+        (["DATASET.VAL_SPLIT", 9, "DATASET.VAL_SEED", 3], True),
+        (["LSKD.ENABLE", True, "LSKD.EPS", 0.1], True),
+        (["SOLVER.TRAINER", "dot", "SOLVER.DOT.DELTA", 0.2], True),
+        (["SOLVER.TRAINER", "deepkd", "SOLVER.DEEPKD.TOPK", 5], True),
+        (["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet8"], True),
+        (["DISTILLER.TYPE", "KD+AT", "DISTILLER.CE_WEIGHT", 0.5], True),
+    ],
+)
+def test_a_key_that_the_run_does_not_read_is_no_change(words, changed):
+    """The last pair is what has changed since the run was recorded."""
+    before, now = (
+        load_config("", ["DATASET.TYPE", "digits", *some])
+        for some in (words[:-2] if changed else [], words)
+    )
+    changes = differences(before, now)
+    assert len(changes) == changed
+    assert all(text.startswith(f"{words[-2]} was") for text in changes)
 
 
 def test_the_teacher_config_is_trained_once_first(tmp_path, capsys):
