@@ -126,6 +126,25 @@ def test_a_run_can_start_from_the_student_of_its_own_seed(sweep, capsys):
     assert [cfg.DISTILLER.STUDENT_CKPT for cfg in trial.configs] == [*map(str, files)]
 
 
+def test_configs_of_teachers_are_found_beside_the_file(sweep, monkeypatch):
+    """Also with the run's seed in their names, among several teachers, and on an axis."""
+    text = "SEEDS: [4, 7]\nOVERRIDES: {DISTILLER: {TYPE: KD, TEACHER: Dot, %s}}\n%s"
+    for name in ("t-4.yaml", "t-7.yaml"):
+        (sweep.folder / name).write_text("_BASE_: toy.yaml\n")
+    files = [str(sweep.folder / f"t-{seed}.yaml") for seed in (4, 7)]
+    for place in (sweep.folder, sweep.folder.parent):
+        monkeypatch.chdir(place)
+        path = sweep(text % ("TEACHER_CFG: 't-{seed}.yaml'", ""))
+        nodes = [trial.configs[0].DISTILLER for trial in read_plan(path).trials]
+        assert [node.TEACHER_CFG for node in nodes] == files
+    path = sweep(text % ("TEACHERS: [{NAME: Dot, CFG: 't-{seed}.yaml'}]", ""))
+    nodes = [trial.configs[0].DISTILLER for trial in read_plan(path).trials]
+    assert [node.TEACHERS[0]["CFG"] for node in nodes] == files
+    path = sweep(text % ("COMBINE: losses", "GRID: {DISTILLER.TEACHER_CFG: [t-4.yaml, t-7.yaml]}"))
+    nodes = [trial.configs[0].DISTILLER for trial in read_plan(path).trials]
+    assert [node.TEACHER_CFG for node in nodes[::2]] == files
+
+
 def test_the_seed_of_a_run_stands_in_lists_too_and_an_axis_without_values_is_named(sweep, capsys):
     given = ["A", [{"CKPT": "x-{seed}"}, 3], "B", "{seed}"]
     assert with_seed(given, 7) == ["A", [{"CKPT": "x-7"}, 3], "B", "7"]
