@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page
 from mdistiller.report.build import build_report
-from mdistiller.report.document import Chart, Line, markdown
+from mdistiller.report.document import Chart, Line, Mean, Means, Report, Section, markdown
 from mdistiller.report.groups import find_baselines, grids, group, varying_keys
 from mdistiller.report.latex import latex
 from mdistiller.report.numbers import difference, estimate, holm, verdict
@@ -429,6 +430,18 @@ def test_axes_enclose_the_values_with_round_numbers():
     line = Line("x", [1.0, math.nan, 3.0], [1.0, math.nan, 3.0], [1.0, math.nan, 3.0])
     (curve,) = page.draw(Chart("t", "u", [line])).curves
     assert "nan" not in curve.path
+
+
+@pytest.mark.parametrize("means", [(97.3, 99.9), (97.11, 97.34), (10.0, 99.0), (5.0, 5.0)])
+def test_numbers_at_the_axis_of_means_stand_apart_on_a_telephone(means):
+    """On 112 pixels, the least width of that column; a digit of 11 pixels has about 6.2."""
+    points = [Mean(f"p{number}", mean, 0.01, "") for number, mean in enumerate(means)]
+    text = page.page(Report("t", [], [Section("s", means=[Means("m", points)])], []))
+    labels = re.findall(r'<text x="([\d.]+)%" y="13" text-anchor="middle">([^<]+)</text>', text)
+    places = [(float(x) * 1.12, 6.2 * len(label) / 2) for x, label in labels]
+    assert len(places) >= 2
+    for (left, half), (right, other) in itertools.pairwise(places):
+        assert right - left > half + other + 4
 
 
 def test_numbers_for_a_spreadsheet_are_not_rounded(two):
