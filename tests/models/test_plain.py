@@ -8,9 +8,9 @@ from torch import nn
 
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.models import ModelEntry
 from mdistiller.models.external.plain import PlainNet
+from mdistiller.networks.make import check_input, make_network
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 
