@@ -1,4 +1,4 @@
-"""The Python API: `mdistiller.train`, `evaluate`, `load`. docs/python.md describes it."""
+"""The Python API: `mdistiller.train`, `evaluate`, `load`. docs/extend/python.md describes it."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _construct(
     if not isinstance(net, nn.Module):
         raise UserError(
             f"the constructor of network {name} returns a {type(net).__name__}, not a module "
-            "(docs/own_backbone.md)"
+            "(docs/extend/own_backbone.md)"
         )
     return net
 
@@ -87,7 +87,7 @@ def remove_classes(net: Any, name: str) -> None:
     if not hasattr(net, "classifier"):
         raise UserError(
             f"network {name} cannot serve as a backbone without classes: it has no classifier() "
-            "that could be left out; derive it from StagedNet (docs/own_backbone.md)"
+            "that could be left out; derive it from StagedNet (docs/extend/own_backbone.md)"
         )
     layer = net.classifier()
     width = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
@@ -147,5 +147,5 @@ def check_input(net: nn.Module, name: str, data: Data | TestData, backbone: bool
         raise UserError(
             f"network {name} gives logits {list(logits.shape)} for an image, but the data has "
             f"{data.num_classes} classes; let its constructor take num_classes "
-            "(docs/own_backbone.md)"
+            "(docs/extend/own_backbone.md)"
         )
