@@ -1,6 +1,7 @@
 """Imports point one way: the table below is DESIGN's, and every module is held to it."""
 
 import ast
+import collections
 import functools
 import graphlib
 import importlib
@@ -106,6 +107,15 @@ def test_every_layer_is_in_the_table():
 def test_the_table_has_no_circles():
     """Whatever is imported today, packages have an order from the bottom to the commands."""
     assert list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())[-1] == "__main__"
+
+
+def test_folders_have_at_most_15_files():
+    """Beside each other; methods are a file each, and forks import them by their names."""
+    roots = (REPO / "mdistiller", REPO / "docs", REPO / "benchmarks")
+    kinds = (".py", ".md", ".yaml", ".ipynb")
+    files = (path for root in roots for path in root.rglob("*.*") if path.suffix in kinds)
+    sizes = collections.Counter(path.parent.relative_to(REPO).as_posix() for path in files)
+    assert {f for f, n in sizes.items() if n > 15} == {"mdistiller/distillers"}
 
 
 def private_imports():

@@ -21,7 +21,7 @@ from mdistiller.networks.compiling import compile_networks
 from mdistiller.networks.lone_image import keep_none_alone
 from mdistiller.networks.sync_bn import synchronize_batch_norm
 from mdistiller.networks.teacher_images import teacher_image_size, teacher_sees_weak
-from mdistiller.run.batch_items import wanted_items, with_items
+from mdistiller.run.batch_items import BatchItems, wanted_items, with_items
 from mdistiller.run.build import build_distiller
 from mdistiller.run.checks import check_labels, check_models
 from mdistiller.run.measuring import describe_networks, measure_teachers, teacher_records
@@ -80,12 +80,7 @@ def prepare_classifier(
         teacher_acc: the teacher's accuracy in percent; None: measure it.
         train_run: trains a teacher that has no weights yet.
     """
-    trainer_class = check_trainer(cfg.SOLVER.TRAINER)
-    check_labels(cfg)
-    trainer_class.check(cfg)
-    items = wanted_items(trainer_class, get_distiller(cfg.DISTILLER.TYPE))
-    if not data_spec(cfg).labels:
-        trainer_class = require_base(cfg, trainer_class)
+    trainer_class, items = _choose_trainer(cfg)
     weak, size = teacher_sees_weak(cfg, items.two_views), teacher_image_size(cfg)
     key = data_key(cfg), items.two_views, weak
     data = shared_data(key, lambda: load_data(cfg, device, items.two_views, size, weak))
@@ -112,6 +107,15 @@ def prepare_classifier(
     networks = describe_networks(cfg, distiller, weights, scores, measured)
     about = {"data": describe_data(cfg, data), **networks}
     return Prepared(trainer, data, facts, teacher_acc, recorded, about)
+
+
+def _choose_trainer(cfg: Config) -> tuple[type[BaseTrainer], BatchItems]:
+    """The class of the trainer, and what it and the method read of a batch."""
+    kind = check_trainer(cfg.SOLVER.TRAINER)
+    check_labels(cfg)
+    kind.check(cfg)
+    items = wanted_items(kind, get_distiller(cfg.DISTILLER.TYPE))
+    return kind if data_spec(cfg).labels else require_base(cfg, kind), items
 
 
 def _make_trainer(
