@@ -1,8 +1,8 @@
 """The configuration: defaults, under a YAML file, under command-line overrides.
 
 Defaults live beside the code they steer: each distiller registers its own node, the data package
-its `DATASET` node, the engine has `config/defaults.py`. A key that has no default is an error that
-names the nearest one. How a config is merged is in `config/node.py`; what values may be, in
+its `DATASET` node; the others are in `config/defaults.py`. A key that has no default is an error
+that names the nearest one. How a config is merged is in `config/node.py`; what values may be, in
 `config/values.py` (types) and `config/checks.py`.
 """
 
