@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from mdistiller.cli.support.command import command_line
-from mdistiller.engine.config.early import stored_names
+from mdistiller.config.early import stored_names
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.probe import CIFAR, random_step, untrained
-from mdistiller.engine.config.early import check_names
+from mdistiller.config.early import check_names
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
