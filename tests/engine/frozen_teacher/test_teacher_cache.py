@@ -175,12 +175,12 @@ def test_what_is_missing_goes_through_the_teacher_in_full_batches(tmp_path, pass
 def test_logits_do_not_depend_on_what_else_is_known(tmp_path, known):
     """To the bit: so a run that goes on without what it knew ends in the same weights."""
     whole, part = cache_of(tmp_path / "a", "memory"), cache_of(tmp_path / "b", "memory")
-    rows = [whole.logits(step) for step in range(5)]
+    rows = [whole.rows(step) for step in range(5)]
     whole.finish()
     slots = part._slots[::-1][:known].copy()
     part._store.write(slots, whole._store.read(slots)[1])
     part.begin()
-    assert all(torch.equal(part.logits(step), row) for step, row in enumerate(rows))
+    assert all(torch.equal(part.rows(step), row) for step, row in enumerate(rows))
 
 
 def test_the_limit_keeps_the_first_images(tmp_path, capsys):
@@ -268,7 +268,7 @@ def cache_of(folder, cache="disk", method="KD", text="", **changes):
 def fill(cache):
     """An epoch of its own; the percentage of hits."""
     for step in range(len(cache.loader)):
-        cache.logits(step)
+        cache.rows(step)
     return cache.finish()["teacher_hits"]
 
 
@@ -365,7 +365,7 @@ def test_a_teacher_whose_code_has_changed_starts_anew(filled, tmp_path, monkeypa
     monkeypatch.setattr(network, "forward", lambda self, x: forward(self, x.flip(3)))
     capsys.readouterr()
     assert fill(cache_of(tmp_path)) == 0
-    assert "gives other logits now" in capsys.readouterr().out
+    assert "gives other outputs now" in capsys.readouterr().out
     assert len(names(tmp_path)) == 1
 
 
@@ -394,7 +394,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch, cap
     cache = cache_of(tmp_path)
     monkeypatch.setattr(FileStore, "write", full)
     assert fill(cache) == 0
-    assert "no more logits are stored: no space left" in capsys.readouterr().out
+    assert "no more outputs are stored: no space left" in capsys.readouterr().out
     cache.begin()
     assert fill(cache) == 0
 
@@ -416,17 +416,17 @@ def test_a_teacher_that_changes_ends_the_run_and_nothing_is_kept(tmp_path, how):
 def test_what_a_method_writes_into_its_logits_is_not_kept(tmp_path):
     cache = cache_of(tmp_path)
     for step in range(len(cache.loader)):
-        cache.logits(step).zero_()
+        cache.rows(step).zero_()
     cache.finish()
     cache.begin()
-    assert cache.logits(0).abs().min() > 0
+    assert cache.rows(0).abs().min() > 0
 
 
 # Refusals
 
 REFUSED = {
     r"DISTILLER.TEACHER_CACHE disk: DISTILLER.TYPE FITNET reads more": {"method": "FITNET"},
-    r"disk: DISTILLER.TYPE AT reads more of the teacher than its logits": {"method": "KD+AT"},
+    r"disk: DISTILLER.TYPE AT reads more of the teacher than logits": {"method": "KD+AT"},
     r"disk: DISTILLER.TYPE OFD has its teacher in train mode": {"method": "OFD"},
     r"disk: DISTILLER.TYPE MLKD reads more": {"method": "MLKD"},
     r"disk: DATASET.AUGMENT rotate_flip": {"text": "DATASET:\n  AUGMENT: rotate_flip\n"},
