@@ -71,7 +71,8 @@ def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
     assert (latest["note"], latest["model"], latest["images"]) == ("", "resnet8", 60)
     assert latest["label"] == "toy/run latest"
     shown = unpadded(printed.out).splitlines()
-    line = f"resnet8 on toy (60 images): top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
+    scores = f"top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
+    line = f"resnet8, toy/run latest, on toy (60 images): {scores}"
     assert shown[0] == f"[EVAL] {line}  loss {latest['nll']:.4f}"
     assert any(text.startswith("| resnet8 | toy/run best |") for text in shown)
 
