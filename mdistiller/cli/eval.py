@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
 
         draw.check_out(args.confusion, "--confusion")
     given = load_networks(args, ["latest", "best"])
-    from mdistiller.engine.utils import print_log
+    from mdistiller.console import print_log
     from mdistiller.evaluation.evaluate import evaluate
 
     test = given.test

@@ -207,7 +207,7 @@ class Distiller(Trainable):
             if " " not in str(error):  # yacs names the missing key and nothing else
                 raise UserError(
                     f"{cls.__name__} reads the config key {error}, which is not set: give it in "
-                    f"the config, or declare defaults (docs/method.md)"
+                    f"the config, or declare defaults (docs/extend/method.md)"
                 ) from error
             raise
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdistiller.console import print_log, progress
 from mdistiller.distillers.helpers.training.gather import local_batches
+from mdistiller.distributed import broadcast_buffers, is_main_process, sum_over_ranks
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.probe import KEY
-from mdistiller.engine.distributed import broadcast_buffers, is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from mdistiller.engine.tasks import TASKS
+from mdistiller.config.tasks import TASKS
 from mdistiller.report.document import Chart, Line, Section, Table
 from mdistiller.report.groups import Group, comparable_groups
 from mdistiller.report.numbers import estimate

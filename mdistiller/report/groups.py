@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mdistiller.config.tasks import TASKS, task_of
+from mdistiller.config.values import flatten, lookup
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.naming import folder_word
-from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
+from mdistiller.run_folder.naming import folder_word
 
 # Keys of places and logging, which make no difference to the result (SELECT_BY: to `best`).
 _PLACES = (

@@ -13,10 +13,10 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
-from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.unlabelled import UnlabelledTrainer
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
+from mdistiller.run.build import build_distiller
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)

@@ -18,10 +18,10 @@ from support import REPO, cache_yaml, write_config
 
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
+from mdistiller.config.values import flatten, lookup
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from mdistiller.cli.support.command import add_overrides
 from mdistiller.cli.support.teachers import own_teachers, taught_by
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_path
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_path
 from mdistiller.files.names import EXPORTED, split_key
 from mdistiller.registry import UserError
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.engine.distributed import sum_over_ranks
+from mdistiller.distributed import sum_over_ranks
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
 from mdistiller.engine.utils import evaluate, last_and_best
