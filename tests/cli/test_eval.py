@@ -77,6 +77,15 @@ def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
     assert any(text.startswith("| resnet8 | toy/run best |") for text in shown)
 
 
+def test_runs_of_one_name_in_two_folders_are_told_apart(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / run.parent.name / run.name)
+    networks = evaluated(tmp_path, run, other, "--checkpoint", "latest")["networks"]
+    assert [one["label"] for one in networks] == [f"{run} latest", f"{other} latest"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[EVAL]")]
+    for line, folder in zip(lines, (run, other), strict=True):
+        assert line.startswith(f"[EVAL] resnet8, {folder} latest, on toy")
+
+
 def test_checkpoints_of_a_run_are_chosen_by_name_or_file(run, tmp_path):
     (named,) = evaluated(tmp_path, run, "--checkpoint", "latest")["networks"]
     (file,) = evaluated(tmp_path, "-c", run / "student_latest")["networks"]
