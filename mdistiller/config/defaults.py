@@ -39,7 +39,7 @@ ENGINE_CONFIG: dict[str, Any] = {
         "PEERS": [],  # networks that DML and KDCL train beside the student; one like it by default
         "TEACHER_FOLD": True,  # run a frozen teacher folded and in channels_last: the same, faster
         "TEACHER_DTYPE": "auto",  # of a frozen teacher: fp32, bf16, fp16, or auto: as SOLVER.AMP
-        "TEACHER_CACHE": "none",  # remember a frozen teacher's logits: none, memory or disk
+        "TEACHER_CACHE": "none",  # remember a frozen teacher's outputs: none, memory or disk
         "TEACHER_CACHE_GB": 4.0,  # at most so much, 1e9 bytes, for a teacher and a data set
         "TEACHER_CACHE_DIR": "",  # disk: the folder; empty: teacher_cache in LOG.PREFIX
     },

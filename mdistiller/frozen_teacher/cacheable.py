@@ -1,4 +1,4 @@
-"""Checks whether a teacher's logits can be cached (DISTILLER.TEACHER_CACHE)."""
+"""Checks whether a teacher's outputs can be cached (DISTILLER.TEACHER_CACHE)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def is_wanted(cfg: Any) -> bool:
 
 
 def check_method(cfg: Any) -> None:
-    """Refuse a cache for a method that needs more of the teacher than its logits."""
+    """Refuse a cache for a method that reads more of the teacher than a cache holds."""
     name = cfg.DISTILLER.TYPE
-    if not is_wanted(cfg) or get_distiller(name).can_do_without_teacher():
+    if not is_wanted(cfg) or get_distiller(name).cacheable_outputs():
         return
     parts = {part: get_distiller(part) for part in part_names(name)}
-    guilty = [part for part, cls in parts.items() if not cls.can_do_without_teacher()]
-    fault = "reads more of the teacher than its logits for a view that can be numbered"
+    guilty = [part for part, cls in parts.items() if not cls.cacheable_outputs()]
+    fault = "reads more of the teacher than logits and summary vector of a numbered view"
     if not all(parts[part].teacher_in_eval_mode for part in guilty):
         fault = "has its teacher in train mode, where logits depend on the whole batch"
     raise refusal(cfg, f"DISTILLER.TYPE {' and '.join(guilty)} {fault}")

@@ -1,4 +1,4 @@
-"""Hashes of what a frozen teacher's logits depend on: weights, images, views, numerics."""
+"""Hashes of what a frozen teacher's outputs depend on: weights, images, views, numerics."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def view_digest(loader: TrainLoader) -> str:
 
 
 def computation(distiller: Distiller, cfg: Any, device: torch.device) -> str:
-    """Description of all that changes the teacher's logits: device, dtype, folding, ..."""
+    """Description of all that changes the teacher's outputs: device, dtype, folding, ..."""
     frozen = distiller.frozen
     if frozen is None or getattr(frozen, "plain", False):
         form, dtype = "plain", cfg.SOLVER.AMP

@@ -1,4 +1,4 @@
-"""What runs in lock-step share: batches, the frozen teacher's outputs, the cache of its logits.
+"""What runs in lock-step share: batches, the frozen teacher's outputs, and their cache.
 
 A run that trains alone shares nothing: the functions here then do nothing.
 """
@@ -190,7 +190,7 @@ def share_teacher(distiller: Distiller, cfg: Any, device: torch.device) -> None:
 
 
 def share_cache(trainer: Any) -> None:
-    """Have the runs of this thread's group share the cache of the teacher's logits."""
+    """Have the runs of this thread's group that read the same outputs share their cache."""
     turn, shared = current_turn(), trainer.model.frozen
     if turn is None or not isinstance(shared, SharedTeacher):
         return
@@ -198,7 +198,7 @@ def share_cache(trainer: Any) -> None:
     for place, hook in enumerate(trainer.hooks):
         if isinstance(hook, TeacherCache):
             settings = [trainer.cfg.DISTILLER[f"TEACHER_CACHE{end}"] for end in ("", "_GB", "_DIR")]
-            key = ("cache", id(shared), *settings)
+            key = ("cache", id(shared), hook.outputs.names, *settings)
             trainer.hooks[place] = cache = turn.share(key, lambda: hook)  # noqa: B023  # at once
             cache.teacher_runs = lambda: always in turn.group.shared
 

@@ -1,11 +1,13 @@
-"""Cache of a frozen teacher's logits by (image, view): DISTILLER.TEACHER_CACHE.
+"""Cache of a frozen teacher's outputs by (image, view): DISTILLER.TEACHER_CACHE.
+
+Logits, summary vectors or both, whichever the method reads (`frozen_teacher/rows.py`).
 
 The loader draws order and views of an epoch before it starts, so the cache knows all misses in
 advance. It copies the hits to the device at once, runs the teacher on the misses in full batches
-just before a step needs them, and stores the new logits at the end of the epoch or when the run is
+just before a step needs them, and stores the new rows at the end of the epoch or when the run is
 saved. Within the epoch nothing waits for the device.
 
-Cached logits must not depend on which images were misses together: the teacher always runs on
+Cached rows must not depend on which images were misses together: the teacher always runs on
 batches of one size, padded if necessary, where each row's bits are independent of the others.
 """
 
@@ -36,17 +38,18 @@ from mdistiller.frozen_teacher.fingerprint import (
 )
 from mdistiller.frozen_teacher.frozen import is_frozen
 from mdistiller.frozen_teacher.logit_store import FileStore, MemoryStore
+from mdistiller.frozen_teacher.rows import OutputRows
 from mdistiller.registry import UserError
 from mdistiller.runtime import autocast
 
-_PROBES = 8  # images whose logits a file holds to be compared
+_PROBES = 8  # images whose rows a file holds to be compared
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2  # what they may be off, as part of the largest
 
 
 class TeacherCache(Hook):
-    """Adds the teacher's logits to every batch, so that the teacher need not run.
+    """Adds the teacher's outputs to every batch, so that the teacher need not run.
 
-    Each epoch: :meth:`begin`, :meth:`logits` of every step in order, :meth:`finish`.
+    Each epoch: :meth:`begin`, :meth:`rows` of every step in order, :meth:`finish`.
 
     Args:
         cfg: the whole config.
@@ -72,7 +75,7 @@ class TeacherCache(Hook):
             raise refusal(cfg, "the teacher is trained")
         if distiller.watches_teacher:
             raise refusal(cfg, f"{cfg.DISTILLER.TYPE} watches its teacher while that runs")
-        self.teacher = teacher
+        self.teacher, self.outputs = teacher, OutputRows(distiller)
         self._store: MemoryStore | FileStore | None = None
         self._writes = True
         self._epoch = 0  # the one begun
@@ -87,7 +90,7 @@ class TeacherCache(Hook):
     def before_forward(self, trainer: Trainer, inputs: dict[str, Any]) -> None:
         if self.teacher_runs():
             self._take_batch(trainer.step - 1, inputs["image"])
-        inputs["teacher_logits"] = self.logits(trainer.step - 1)
+        inputs |= self.outputs.unpack(self.rows(trainer.step - 1))
 
     def epoch_numbers(self, trainer: Trainer) -> dict[str, float]:
         return self.finish()
@@ -100,7 +103,7 @@ class TeacherCache(Hook):
         return {"known": self.known(trainer.step)}
 
     def begin(self, step: int = 0, hits: int = 0) -> None:
-        """Read the stored logits of the epoch that the loader has drawn, and continue after `step`.
+        """Read the stored rows of the epoch that the loader has drawn, and continue after `step`.
 
         Args:
             hits: how many images before `step` were stored, as :meth:`known` gave it.
@@ -131,8 +134,8 @@ class TeacherCache(Hook):
         self._index = index.to(self.device)
         self._todo = torch.from_numpy(self._missing).to(self.device)
 
-    def logits(self, step: int) -> Tensor:
-        """The teacher's logits for the batch of a step (from 0): float32 [B, C], on the device."""
+    def rows(self, step: int) -> Tensor:
+        """The rows of the batch of a step (from 0): float32 [B, D], on the device."""
         start, stop = self._before(step), self._before(step + 1)
         needed = np.searchsorted(self._missing, stop)
         while self._done < needed:
@@ -160,7 +163,7 @@ class TeacherCache(Hook):
         return int(self._found[: self._before(step)].sum())
 
     def keep(self, step: int) -> None:
-        """Store the new logits of the steps before this one.
+        """Store the new rows of the steps before this one.
 
         Raises:
             UserError: the teacher has changed since it was first run.
@@ -175,7 +178,7 @@ class TeacherCache(Hook):
             self._write(self._slots[new], rows)
 
     def finish(self) -> dict[str, float]:
-        """Store the new logits; return the share of hits in percent, over all processes."""
+        """Store the new rows; return the share of hits in percent, over all processes."""
         self.keep(len(self._ends))
         counts = torch.tensor([int(self._found.sum()), len(self._slots)], device=self.device)
         hits, total = sum_over_ranks(counts).tolist()
@@ -187,12 +190,12 @@ class TeacherCache(Hook):
             self._store.write(slots, rows)
         except OSError as error:
             self._writes = False
-            print_log(f"teacher cache: no more logits are stored: {error}")
+            print_log(f"teacher cache: no more outputs are stored: {error}")
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.cfg.SOLVER.AMP):
-            return self.distiller.run_teacher(images).logits
+            return self.outputs.pack(self.distiller.run_teacher(images))
 
     def _filled(self, part: Tensor) -> Tensor:
         """`part`, padded to a whole batch by its last index."""
@@ -234,6 +237,7 @@ class TeacherCache(Hook):
             "weights": self._weights,
             "images": data_digest(loader),
             "views": view_digest(loader),
+            "outputs": self.outputs.names,
             "kept": self.kept,
             "computation": computation(self.distiller, self.cfg, self.device),
         }
@@ -246,14 +250,14 @@ class TeacherCache(Hook):
             stored, rows = store.read(slots)
             if not self._close(rows[stored], probes[stored]):
                 store.open(anew=True)
-                store.replaced = "the teacher gives other logits now"
+                store.replaced = "the teacher gives other outputs now"
             store.write(slots, probes)
         except OSError as error:
             raise UserError(f"{KEY}_DIR: {path} cannot be used: {error}") from None
         return store
 
     def _probe(self) -> Any:
-        """Logits of a few images, [P, C], which must not depend on what else is in a batch."""
+        """Rows of a few images, [P, D], which must not depend on what else is in a batch."""
         size, images = self.loader.batch_size, self.loader.dataset.images
         some = torch.arange(size, device=self.device) % len(images)
         few = some[: max(1, min(_PROBES, size // 2))]
@@ -264,7 +268,7 @@ class TeacherCache(Hook):
                 for index in (some, alike)
             )
         if not self._close(first, second):
-            raise refusal(self.cfg, "the teacher's logits depend on more than the image")
+            raise refusal(self.cfg, "the teacher's outputs depend on more than the image")
         return first
 
     def _close(self, first: Any, second: Any) -> bool:

@@ -77,7 +77,7 @@ def cache_of(folder, cache="disk", method="KD", text="", **changes):
 def fill(cache):
     """An epoch of its own; the percentage of hits."""
     for step in range(len(cache.loader)):
-        cache.logits(step)
+        cache.rows(step)
     return cache.finish()["teacher_hits"]
 
 

@@ -116,12 +116,12 @@ def test_what_is_missing_goes_through_the_teacher_in_full_batches(tmp_path, pass
 def test_logits_do_not_depend_on_what_else_is_known(tmp_path, known):
     """To the bit: so a run that goes on without what it knew ends in the same weights."""
     whole, part = cache_of(tmp_path / "a", "memory"), cache_of(tmp_path / "b", "memory")
-    rows = [whole.logits(step) for step in range(5)]
+    rows = [whole.rows(step) for step in range(5)]
     whole.finish()
     slots = part._slots[::-1][:known].copy()
     part._store.write(slots, whole._store.read(slots)[1])
     part.begin()
-    assert all(torch.equal(part.logits(step), row) for step, row in enumerate(rows))
+    assert all(torch.equal(part.rows(step), row) for step, row in enumerate(rows))
 
 
 def test_the_limit_keeps_the_first_images(tmp_path, capsys):

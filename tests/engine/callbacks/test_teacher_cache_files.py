@@ -106,7 +106,7 @@ def test_a_teacher_whose_code_has_changed_starts_anew(filled, tmp_path, monkeypa
     monkeypatch.setattr(network, "forward", lambda self, x: forward(self, x.flip(3)))
     capsys.readouterr()
     assert fill(cache_of(tmp_path)) == 0
-    assert "gives other logits now" in capsys.readouterr().out
+    assert "gives other outputs now" in capsys.readouterr().out
     assert len(names(tmp_path)) == 1
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch, cap
     cache = cache_of(tmp_path)
     monkeypatch.setattr(FileStore, "write", full)
     assert fill(cache) == 0
-    assert "no more logits are stored: no space left" in capsys.readouterr().out
+    assert "no more outputs are stored: no space left" in capsys.readouterr().out
     cache.begin()
     assert fill(cache) == 0
 
@@ -157,10 +157,10 @@ def test_a_teacher_that_changes_ends_the_run_and_nothing_is_kept(tmp_path, how):
 def test_what_a_method_writes_into_its_logits_is_not_kept(tmp_path):
     cache = cache_of(tmp_path)
     for step in range(len(cache.loader)):
-        cache.logits(step).zero_()
+        cache.rows(step).zero_()
     cache.finish()
     cache.begin()
-    assert cache.logits(0).abs().min() > 0
+    assert cache.rows(0).abs().min() > 0
 
 
 # Several processes

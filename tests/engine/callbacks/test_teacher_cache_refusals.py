@@ -14,7 +14,7 @@ FUSES = True
 
 REFUSED = {
     r"DISTILLER.TEACHER_CACHE disk: DISTILLER.TYPE FITNET reads more": {"method": "FITNET"},
-    r"disk: DISTILLER.TYPE AT reads more of the teacher than its logits": {"method": "KD+AT"},
+    r"disk: DISTILLER.TYPE AT reads more of the teacher than logits": {"method": "KD+AT"},
     r"disk: DISTILLER.TYPE OFD has its teacher in train mode": {"method": "OFD"},
     r"disk: DISTILLER.TYPE MLKD reads more": {"method": "MLKD"},
     r"disk: DATASET.AUGMENT rotate_flip": {"text": "DATASET:\n  AUGMENT: rotate_flip\n"},
