@@ -1,4 +1,4 @@
-"""What a process of the library sets for itself."""
+"""What a process of the library sets for itself, and what several meet together."""
 
 import platform
 import resource
@@ -6,7 +6,9 @@ import resource
 import pytest
 import torch
 
+from mdistiller import runtime
 from mdistiller.cli.support.command import guarded
+from mdistiller.registry import UserError
 from mdistiller.runtime import keep_freed_memory
 
 
@@ -33,3 +35,29 @@ def test_a_user_s_own_settings_of_the_allocator_hold(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("the allocator was changed"))
     keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"), [((True, "no disk"), UserError), ((False, "no disk"), RuntimeError)]
+)
+def test_what_fails_in_one_process_fails_in_all(monkeypatch, other, kind):
+    """With the error's own text, a process's own error first, and before what waits for it."""
+    results = [other]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(runtime, "distributed", lambda: True)
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime, "side_group", lambda: None)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object",
+        lambda values, mine, group: values.__setitem__(slice(None), [*results, mine]),
+    )
+    with pytest.raises(kind, match="no disk"):
+        runtime.fail_together(None)
+    with pytest.raises(KeyError, match="mine"):
+        runtime.fail_together(KeyError("mine"))
+    entered = False
+    with pytest.raises(kind, match="no disk"), runtime.local_rank_zero_first():
+        entered = True
+    assert not entered
+    results[0] = None
+    runtime.fail_together(None)

@@ -113,9 +113,11 @@ def linear_weights(stacked: Tensor, index: Tensor, shares: Tensor) -> Tensor:
 
 
 def error_products(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """C times the number of samples, [K, K], of logits [N, C] each and their labels [N]."""
+    """C times the number of labelled samples, [K, K], of logits [N, C] each and labels [N]."""
+    column, labelled = target_column(target)
     probabilities = torch.stack([scale_logits(z, 1.0).softmax(dim=1) for z in logits])
-    errors = (probabilities - F.one_hot(target, probabilities.shape[2])).flatten(1)
+    errors = probabilities - F.one_hot(column[:, 0], probabilities.shape[2])
+    errors = (errors * labelled[:, None]).flatten(1)
     return errors @ errors.T
 
 

@@ -166,7 +166,8 @@ class SeveralTeachers(Composed):
 
     @classmethod
     def cacheable_outputs(cls) -> tuple[str, ...]:
-        return cls.method.cacheable_outputs()
+        names = cls.method.cacheable_outputs()
+        return tuple(sorted({"logits", *names})) if names and cls.by_confidence else names
 
     @classmethod
     def build(

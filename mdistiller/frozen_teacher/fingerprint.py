@@ -34,10 +34,11 @@ def digest(parts: Iterable[Tensor | str]) -> str:
 
 
 def teacher_digest(teacher: nn.Module) -> str:
-    """Digest of a network's tensors by name, its input normalisation and its forward hooks."""
+    """Digest of a network's tensors by name, its input normalisation, its forward hooks, and the
+    size to which it, or each network of a team, resizes its images."""
     named = (part for name, tensor in named_tensors(teacher) for part in (name, tensor))
     facts = f"{type(teacher).__qualname__} {input_norm(teacher)} {count_hooks(teacher)}"
-    facts += f" {input_size(teacher)}" if input_size(teacher) else ""
+    facts += "".join(f" {size}" for size in map(input_size, teacher.modules()) if size)
     return digest([facts, *named])
 
 

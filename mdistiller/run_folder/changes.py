@@ -131,17 +131,19 @@ def keys_without_effect(cfg: Any) -> tuple[str, ...]:
 
 
 def _unread(cfg: Any) -> list[str]:
-    """Keys outside of DATASET that a run of this config does not read; user code may read any."""
+    """Keys outside of DATASET that a run of this config does not read; a method of the user's may
+    read any."""
     node, parts = cfg.DISTILLER, [DISTILLERS.get(part) for part in part_names(cfg.DISTILLER.TYPE)]
-    taught = any(getattr(part, "uses_teacher", True) for part in parts)
-    single = len(parts) == 1 and is_builtin(parts[0])
+    if not all(map(is_builtin, parts)):
+        return []
+    taught = any(part.uses_teacher for part in parts)
     plain = cfg.SOLVER.TRAINER in ("base", "crd")
     unread = {
         "LSKD.UNBIASED": not cfg.LSKD.ENABLE and not cfg.EXPERIMENT.LOGIT_STAND,
         "LSKD.EPS": not cfg.LSKD.ENABLE and not cfg.EXPERIMENT.LOGIT_STAND,
         "DISTILLER.TEACHER": not taught,
         "DISTILLER.COMBINE": not taught or not node.TEACHERS,
-        "DISTILLER.CE_WEIGHT": single,
+        "DISTILLER.CE_WEIGHT": len(parts) == 1,
         "SOLVER.DOT.": plain,
         "SOLVER.DEEPKD.": plain,
     }

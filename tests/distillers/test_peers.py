@@ -114,6 +114,9 @@ def test_the_general_target_has_the_least_squared_error_on_held_out_images():
     same = general_weights(error_products([nets[0]] * 2, torch.tensor(labels)))
     assert same.tolist() == pytest.approx([0.5, 0.5])
     assert general_weights(torch.zeros(2, 2)).tolist() == [0.5, 0.5]
+    unlabelled = torch.cat([torch.tensor(labels), torch.tensor([-100])])
+    longer = [torch.cat([net, net[:1]]) for net in nets]
+    assert torch.allclose(error_products(longer, unlabelled), products, rtol=1e-12)
     mixed = sum(w * z for w, z in zip(weights, nets, strict=True)).tolist()
     loss = kdcl_losses(nets, TARGET, 2.0, "general", weights)[1]
     rows = [kd(a, b, 2.0) for a, b in zip(mixed, nets[1].tolist(), strict=True)]

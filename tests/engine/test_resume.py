@@ -10,6 +10,7 @@ from support import command, same_state, saved_teacher, write_config
 from test_training import load, metrics, train, untimed
 
 from mdistiller.cli import train as train_command
+from mdistiller.distillers import DISTILLERS, Vanilla
 from mdistiller.engine.cfg import load_config
 from mdistiller.run_folder.changes import changed_settings, differences
 
@@ -145,10 +146,15 @@ def test_a_run_goes_on_with_as_many_images_a_step(
         (["SOLVER.TRAINER", "deepkd", "SOLVER.DEEPKD.TOPK", 5], True),
         (["DISTILLER.TYPE", "KD", "DISTILLER.TEACHER", "resnet8"], True),
         (["DISTILLER.TYPE", "KD+AT", "DISTILLER.CE_WEIGHT", 0.5], True),
+        (["DISTILLER.TYPE", "OWN", "DISTILLER.CE_WEIGHT", 0.5], True),
+        (["DISTILLER.TYPE", "OWN", "DISTILLER.TEACHER", "resnet8"], True),
+        (["DATASET.FRACTION", 0.5, "DATASET.VAL_SEED", 3], True),
     ],
 )
-def test_a_key_that_the_run_does_not_read_is_no_change(words, changed):
-    """The last pair is what has changed since the run was recorded."""
+def test_a_key_that_the_run_does_not_read_is_no_change(words, changed, monkeypatch):
+    """The last pair is what has changed since the run was recorded; a method of the user's may read
+    any key."""
+    monkeypatch.setitem(DISTILLERS, "OWN", type("Own", (Vanilla,), {"__module__": "mine"}))
     before, now = (
         load_config("", ["DATASET.TYPE", "digits", *some])
         for some in (words[:-2] if changed else [], words)

@@ -9,7 +9,11 @@ from support import same_state, saved_teacher, write_config
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
 from mdistiller.cli.support.teachers import taught_by
+from mdistiller.distillers import KD, TeacherTeam
+from mdistiller.distillers._teachers import several
 from mdistiller.evaluation.subjects import run_sources
+from mdistiller.frozen_teacher.fingerprint import teacher_digest
+from mdistiller.models.normalize import resize_input
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,37 @@ def test_cached_outputs_of_all_teachers_take_their_place(tmp_path, entries, sett
     for key in ("train_loss_kd", "train_loss_teacher1", "train_loss_teacher2"):
         assert rows[1][key] == rows[0][key]
     assert "teacher_hits" in rows[1]
+
+
+def test_the_size_of_each_teachers_images_counts_as_its_own_does():
+    """In the digest that names the cache's file: of a team as of one network."""
+    for in_team in (False, True):
+        digests = set()
+        for size in ((8, 8), (16, 16)):
+            nets = [torch.nn.Identity(), torch.nn.Identity()]
+            resize_input(nets[1], size)
+            digests.add(teacher_digest(TeacherTeam(nets, [1, 1]) if in_team else nets[1]))
+        assert len(digests) == 2
+
+
+class SummaryRows(KD):
+    """Reads summary vectors, with a loss for each sample."""
+
+    teacher_logits_only = False
+    teacher_summary_only = True
+
+    def distill_rows(self, student, teacher, target, **batch):
+        return student["pooled_feat"].sum(dim=1) * teacher["pooled_feat"].sum(dim=1)
+
+    def distill(self, student, teacher, target, **batch):
+        return self.distill_rows(student, teacher, target).mean()
+
+
+def test_confidence_reads_the_logits_that_the_method_does_not():
+    assert SummaryRows.cacheable_outputs() == ("pooled_feat",)
+    assert several(SummaryRows, "losses").cacheable_outputs() == ("pooled_feat",)
+    assert several(SummaryRows, "confidence").cacheable_outputs() == ("logits", "pooled_feat")
+    assert several(KD, "confidence").cacheable_outputs() == ("logits",)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mdistiller.distillers import Vanilla
-from mdistiller.distributed import sum_over_ranks
+from mdistiller.distributed import of_all_processes
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
 from mdistiller.engine.utils import evaluate, last_and_best
@@ -50,7 +50,9 @@ class EvaluatePeers(Hook):
         for batch in trainer.val_loader:
             image, target = (item.to(trainer.device, non_blocking=True) for item in batch[:2])
             sums.append(model.held_out_sums(model.all_logits(image), target))
-        numbers: dict[str, float] = model.take_held_out(sum_over_ranks(torch.stack(sums).sum(0)))
+        mine = torch.stack(sums).sum(dim=0).cpu() if sums else None  # no images in this process
+        parts = [part for part in of_all_processes(mine) if part is not None]
+        numbers: dict[str, float] = model.take_held_out(torch.stack(parts).sum(dim=0))
         return numbers
 
     def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:

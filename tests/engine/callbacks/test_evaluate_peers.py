@@ -1,6 +1,7 @@
 """DISTILLER.PEERS: every peer is trained, evaluated, saved, resumed and reported by itself."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from support import same_state, write_config
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import report as report_command
 from mdistiller.cli import train as train_command
+from mdistiller.engine.callbacks import peers as peers_module
+from mdistiller.engine.callbacks.peers import EvaluatePeers
 from mdistiller.export.card import accuracies
 from mdistiller.export.source import from_run
 
@@ -91,6 +94,37 @@ def test_kdcl_general_weights_the_networks_by_held_out_images(tmp_path, capsys):
     bare = {"method": "KDCL", "text": "KDCL: {TARGET: general}\n"}
     run_of(tmp_path / "bare", code=2, **bare)
     assert "KDCL.TARGET general weights the networks by" in capsys.readouterr().err
+
+
+class Adding:
+    """What the hook calls of a method, whose numbers are sums over the held-out images."""
+
+    training = True
+
+    def eval(self):
+        self.training = False
+        return self
+
+    def all_logits(self, image):
+        assert not self.training
+        return [image]
+
+    def held_out_sums(self, logits, target):
+        return (logits[0] * target[:, None]).sum(dim=0)
+
+    def take_held_out(self, total):
+        return {"total": total.tolist()}
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_each_held_out_image_counts_once_and_a_process_may_have_none(monkeypatch, images):
+    """Batches of one in this process, the rest in another one."""
+    image, target = torch.arange(6.0).reshape(3, 2), torch.tensor([1, 2, 3])
+    here = [(image[i : i + 1], target[i : i + 1]) for i in range(images)]
+    rest = Adding().held_out_sums([image[images:]], target[images:])
+    monkeypatch.setattr(peers_module, "of_all_processes", lambda mine: [mine, rest])
+    trainer = SimpleNamespace(model=Adding(), val_loader=here, device=torch.device("cpu"))
+    assert EvaluatePeers()._from_held_out(trainer) == {"total": [16.0, 22.0]}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ CHANGES = {
     "AMP": {"SOLVER.AMP": "bf16"},
     "form": {"DISTILLER.TEACHER_FOLD": False},
     "limit": {"DISTILLER.TEACHER_CACHE_GB": 1e-5},
+    "summary vectors": {"DISTILLER.TYPE": "PKT"},
+    "logits and summary vectors": {"DISTILLER.TYPE": "KD+PKT"},
 }
 SAME = {
     "nothing": {},
