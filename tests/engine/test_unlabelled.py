@@ -10,6 +10,7 @@ from support import TOY, saved_teacher
 
 from mdistiller.cli import train
 from mdistiller.dataset import load_data
+from mdistiller.dataset.sources.images import Images
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
@@ -88,6 +89,21 @@ def test_a_tree_of_pictures_trains_without_accuracies(pictures, tmp_path, loader
     assert not torch.equal(averaged, last)
 
 
+def test_linked_folders_are_read_once_and_a_split_folder_is_reported(tmp_path, capsys):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "train", root / "val", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "0.png")
+    (root / "link").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(root)
+    (elsewhere / "twin").symlink_to(elsewhere / "deep")
+    names = [str(name, "utf-8") for name in Images().files(root, "train").names]
+    assert names == ["link/deep/0.png", "train/0.png", "val/0.png"]
+    assert f"name {root / 'train'} to leave them out" in capsys.readouterr().err
+    Images().files(root / "train", "train")
+    assert not capsys.readouterr().err
+
+
 def test_held_out_images_select_the_epoch_of_the_lowest_loss(pictures, tmp_path):
     data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures, "DATASET.VAL_SPLIT", 8)
     # the learning rate ruins the student in the second epoch
@@ -115,7 +131,9 @@ def test_which_methods_need_no_labels(pictures, tmp_path, capsys):
     assert get_distiller("AT+KD").needs_labels
     data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures)
     assert run(tmp_path, *data, "DISTILLER.TYPE", "KD+AT") == 2
-    assert "KD needs class labels or logits" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "KD needs class labels or logits" in error
+    assert "DATASET.LABELS" not in error  # it is no reason here
     assert run(tmp_path, *data, "DISTILLER.TYPE", "AT", "SOLVER.TRAINER", "dot") == 2
     assert "SOLVER.TRAINER dot reads labels" in capsys.readouterr().err
     cfg = default_config()

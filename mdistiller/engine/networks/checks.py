@@ -71,10 +71,11 @@ def check_labels(cfg: Any) -> None:
     if get_distiller(name).needs_labels and not data_spec(cfg).labels:
         guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
         others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
+        reason = "" if cfg.DATASET.LABELS else ", DATASET.LABELS False"
         raise UserError(
             f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
-            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
-            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}{reason}); choose one of "
+            f"{', '.join(others)}"
         )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
