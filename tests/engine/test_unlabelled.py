@@ -15,11 +15,20 @@ from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.networks.build import build_distiller
+from mdistiller.engine.networks.make import make_network
 from mdistiller.engine.unlabelled import UnlabelledTrainer
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
+FAMILIES = {
+    "timm/test_vit": {},
+    "timm/vit_small_patch16_dinov3": {"embed_dim": 24, "depth": 2, "num_heads": 2},  # registers
+    "timm/test_convnext": {},
+    "timm/test_efficientnet": {},
+    "timm/mobilenetv4_conv_small_035": {},
+    "timm/test_maxvit": {},
+}
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)
 
 
@@ -191,3 +200,28 @@ def test_weights_that_the_loss_does_not_reach_are_reported(pictures, tmp_path, c
     assert "FITNET does not train" in capsys.readouterr().out
     assert run(tmp_path, *data, "DISTILLER.TYPE", "FITNET+SEED", name="all") == 0
     assert "does not train" not in capsys.readouterr().out
+
+
+def test_families_of_timm_teach_and_learn_without_labels():
+    """Each is the teacher of one and the student of another, for a step of both methods."""
+    cfg, size = default_config(), (64, 64)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    networks = [
+        make_network(get_model_entry(name, "cifar"), 0, size, settings, "")
+        for name, settings in FAMILIES.items()
+    ]
+    for number, student in enumerate(networks):
+        teacher = networks[number - 1].eval()
+        tokens = teacher.net.forward_features(images)
+        summary = teacher.net.forward_head(tokens, pre_logits=True)
+        features = teacher(images)[1]
+        torch.testing.assert_close(features["pooled_feat"], summary)
+        if tokens.ndim == 3:  # class and register tokens are not part of the map
+            tokens = tokens[:, teacher.net.num_prefix_tokens :].mT.unflatten(2, (4, 4))
+        torch.testing.assert_close(features["final_map"], tokens)
+        distiller = get_distiller("SEED+RADIO").build(student, teacher, cfg, 8, image_size=size)
+        _, losses = distiller.train()(image=images, target=torch.zeros(2).long(), epoch=1)
+        sum(losses.values()).backward()
+        head = {id(param) for param in student.classifier().parameters()}
+        for name, param in student.named_parameters():
+            assert id(param) in head or param.grad.isfinite().all(), (student.name, name)
