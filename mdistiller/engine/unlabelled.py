@@ -18,6 +18,7 @@ from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.probe import KEY
 from mdistiller.engine.distributed import broadcast_buffers, is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Record, Trainer
+from mdistiller.engine.networks.checks import why_unlabelled
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
@@ -149,8 +150,7 @@ def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:
     if trainer is not BaseTrainer:
         raise UserError(
             f"SOLVER.TRAINER {cfg.SOLVER.TRAINER} reads labels, and these data have none "
-            f"(DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS {cfg.DATASET.LABELS}): set it to "
-            "base"
+            f"({why_unlabelled(cfg)}): set it to base"
         )
     UnlabelledTrainer.check(cfg)
     return UnlabelledTrainer

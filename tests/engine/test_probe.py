@@ -126,6 +126,7 @@ def test_labelled_images_are_cropped_as_the_students_file_records(tmp_path):
     )
     for data in hook.sets:
         assert (data.preprocessing.crop_pct, data.mean) == (0.8, (0.5,) * 3)
+    assert [len(data.loader.dataset) for data in hook.sets] == [24, 12]  # train/ and val/
 
 
 def test_a_teacher_is_judged_at_the_size_it_had_in_training():

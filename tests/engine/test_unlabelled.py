@@ -122,6 +122,8 @@ def test_held_out_images_select_the_epoch_of_the_lowest_loss(pictures, tmp_path)
     assert summary["selected_on"] == "8 held-out training images"
     assert summary["best_epoch"] == 1
     assert summary["best_loss"] == rows[0]["test_loss"] < rows[1]["test_loss"]
+    state = load_checkpoint(tmp_path / "distill" / "run" / "student_latest")["model"]
+    assert state["bn1.num_batches_tracked"] == 4  # batches of training alone
 
 
 def test_labelled_data_train_without_their_labels(tmp_path):

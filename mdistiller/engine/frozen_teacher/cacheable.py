@@ -24,7 +24,7 @@ def check_method(cfg: Any) -> None:
         return
     parts = {part: get_distiller(part) for part in part_names(name)}
     guilty = [part for part, cls in parts.items() if not cls.can_do_without_teacher()]
-    fault = "reads more of the teacher than its logits for a view that can be numbered"
+    fault = "needs more of its teacher than the cache holds, the logits of one view of each image"
     if not all(parts[part].teacher_in_eval_mode for part in guilty):
         fault = "has its teacher in train mode, where logits depend on the whole batch"
     raise refusal(cfg, f"DISTILLER.TYPE {' and '.join(guilty)} {fault}")

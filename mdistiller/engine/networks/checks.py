@@ -71,11 +71,9 @@ def check_labels(cfg: Any) -> None:
     if get_distiller(name).needs_labels and not data_spec(cfg).labels:
         guilty = [part for part in part_names(name) if get_distiller(part).needs_labels]
         others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
-        reason = "" if cfg.DATASET.LABELS else ", DATASET.LABELS False"
         raise UserError(
             f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
-            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}{reason}); choose one of "
-            f"{', '.join(others)}"
+            f"these data have no labels ({why_unlabelled(cfg)}); choose one of {', '.join(others)}"
         )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]
@@ -83,6 +81,12 @@ def check_labels(cfg: Any) -> None:
             f"DISTILLER.TYPE {name}: {' and '.join(guilty)} cannot learn from mixed images, whose "
             "labels are soft; set DATASET.MIXUP and DATASET.CUTMIX to 0"
         )
+
+
+def why_unlabelled(cfg: Any) -> str:
+    """The keys by which data have no labels, for errors."""
+    reason = "" if cfg.DATASET.LABELS else ", DATASET.LABELS False"
+    return f"DATASET.TYPE {cfg.DATASET.TYPE}{reason}"
 
 
 def groups_here(cfg: Any) -> bool:

@@ -22,6 +22,7 @@ from mdistiller.engine.networks.compiling import compile_networks
 from mdistiller.engine.networks.lone_image import keep_none_alone
 from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
 from mdistiller.engine.networks.teacher_images import teacher_image_size, teacher_sees_weak
+from mdistiller.engine.probe import labelled_config
 from mdistiller.engine.run.measuring import describe_networks, measure_teachers, teacher_records
 from mdistiller.engine.run.overview import describe_data
 from mdistiller.engine.run.record import data_facts
@@ -82,6 +83,8 @@ def prepare_classifier(
     """
     trainer_class = check_trainer(cfg.SOLVER.TRAINER)
     check_labels(cfg)
+    if cfg.LOG.PROBE:
+        labelled_config(cfg, cfg.LOG.PROBE)  # is there
     trainer_class.check(cfg)
     items = wanted_items(trainer_class, get_distiller(cfg.DISTILLER.TYPE))
     if not data_spec(cfg).labels:
