@@ -175,7 +175,7 @@ def published(name: str) -> str:
 
 def configs(name: str) -> str:
     """Folders below `configs/` with files for a method, and how many."""
-    from mdistiller.engine.config.safe_yaml import parse_yaml
+    from mdistiller.config.safe_yaml import parse_yaml
     from mdistiller.runtime import config_root
 
     counts: dict[str, int] = {}

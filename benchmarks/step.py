@@ -73,7 +73,7 @@ def prepare(args: argparse.Namespace, device: str) -> tuple[Any, Any, Any]:
 
     from benchmarks.step_data import generated_data, untrained_distiller
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.run.train import set_determinism
+    from mdistiller.run.train import set_determinism
 
     cfg = load_config(args.cfg, args.opts, args.imports)
     cfg.defrost()

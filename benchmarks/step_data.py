@@ -16,9 +16,9 @@ from mdistiller.dataset import DATASETS, Data, DataSource, ImageSet, load_data
 from mdistiller.dataset.data_source import Options
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.build import build_distiller
-from mdistiller.engine.networks.network import build_network
+from mdistiller.networks.network import build_network
 from mdistiller.registry import UserError
+from mdistiller.run.build import build_distiller
 
 GENERATED = "generated_images"
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}

@@ -16,11 +16,12 @@ from benchmarks.textbook import textbook_loss
 from mdistiller.dataset import Data
 from mdistiller.distillers import Distiller, Output
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.build import channels_last_input
-from mdistiller.engine.networks.compiling import compile_networks
-from mdistiller.engine.optim import autocast, build_optimizer
+from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.engine.utils import accuracy
+from mdistiller.networks.compiling import compile_networks
+from mdistiller.run.build import channels_last_input
+from mdistiller.runtime import autocast
 
 
 class Ours:

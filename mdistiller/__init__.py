@@ -1,7 +1,7 @@
 """mdistiller: knowledge distillation for vision models, driven by configs.
 
 The names in `_API` are imported when they are first used, so that `import mdistiller` is quick
-(docs/python.md).
+(docs/extend/python.md).
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The Python API: `mdistiller.train`, `evaluate`, `load`. docs/python.md describes it."""
+"""The Python API: `mdistiller.train`, `evaluate`, `load`. docs/extend/python.md describes it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 import mdistiller.detection  # noqa: F401  # registers what configs have of it
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.run import train as training
-from mdistiller.engine.run.naming import experiment_name
 from mdistiller.evaluation.evaluate import evaluate as evaluate_subjects
 from mdistiller.evaluation.load import load_predictor
 from mdistiller.evaluation.predict import Predictor
 from mdistiller.evaluation.subjects import data_config, load_all, run_sources
+from mdistiller.run import train as training
+from mdistiller.run_folder.naming import experiment_name
 from mdistiller.runtime import resolve_device
 
 __all__ = ["Run", "evaluate", "load", "train"]

@@ -94,6 +94,14 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The mixed-precision context of `SOLVER.AMP`; without effect for "none"."""
+    import torch
+
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def distributed() -> bool:
     """Whether a process group of torch.distributed is up."""
     import torch.distributed as dist

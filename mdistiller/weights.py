@@ -369,11 +369,7 @@ def load_network(
     """
     contents = load_checkpoint(path)
     state = network_state(contents, path, net)
-    broken = not_finite(state, net.state_dict())
-    if broken and not diverged:
-        raise UserError(f"checkpoint {path} {broken}: its training diverged; take an earlier file")
-    if broken and rank() == 0:
-        print(f"WARNING: checkpoint {path} {broken}: its training diverged", flush=True)
+    _check_finite(state, net, path, diverged)
     if new_head or headless:
         own_head = with_own_head(net, state, headless)
         net.untrained_head = any(own_head[key] is not state.get(key) for key in own_head)
@@ -386,6 +382,17 @@ def load_network(
     layouts.refuse_other_channels(state, net.state_dict(), path, name)
     load_state(net, state, f"checkpoint {path} and network {name}")
     return stated(contents, path)
+
+
+def _check_finite(
+    state: Mapping[str, Any], net: Any, path: str | os.PathLike[str], diverged: bool
+) -> None:
+    """Refuse weights with NaN or Inf; with `diverged` print a warning."""
+    broken = not_finite(state, net.state_dict())
+    if broken and not diverged:
+        raise UserError(f"checkpoint {path} {broken}: its training diverged; take an earlier file")
+    if broken and rank() == 0:
+        print(f"WARNING: checkpoint {path} {broken}: its training diverged", flush=True)
 
 
 def recorded_facts(path: str | os.PathLike[str]) -> dict[str, Any]:

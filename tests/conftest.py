@@ -1,9 +1,14 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import support
 import torch
+
+SMALL_IMAGES = ("config", "engine", "frozen_teacher", "networks", "run", "run_folder", "user_code")
+"""Folders whose tests train on images of 16 pixels."""
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +23,17 @@ def _quick(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         if not getattr(request.module, "FUSES", False):
-            patch.setattr("mdistiller.engine.frozen_teacher.frozen.can_fuse", lambda image: False)
+            patch.setattr("mdistiller.frozen_teacher.frozen.can_fuse", lambda image: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _data(request):
+    """Train on the data set that a module names as TRAINS_ON, else on its folder's."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    usual = "tiny16" if folder in SMALL_IMAGES else support.DATA
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "DATA", getattr(request.module, "TRAINS_ON", usual))
         yield
 
 
@@ -26,7 +41,7 @@ def _quick(request):
 def _no_code_of_another_test():
     """What a test's forks and files have put in place of the library's is taken back."""
     yield
-    forks = sys.modules.get("mdistiller.engine.user_code.forks")
+    forks = sys.modules.get("mdistiller.user_code.forks")
     if forks is not None:
         forks.activate(())
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from mdistiller.engine.callbacks.logs import MetricsFile
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.run.record import write_record
-from mdistiller.engine.run.summary import summarize
+from mdistiller.run.summary import summarize
+from mdistiller.run_folder.record import write_record
 
 
 def config(*pairs):

@@ -13,11 +13,11 @@ import torch
 import warm_start
 from PIL import Image
 
-from mdistiller.engine.config.safe_yaml import parse_yaml
+from mdistiller.config.safe_yaml import parse_yaml
 
 REPO = Path(__file__).resolve().parents[1]
 TOY = str(REPO / "tests" / "toy.py")
-DATA = "toy"  # what the configs of write_config train on; tests of the engine take tiny16
+DATA = "toy"  # write_config trains on it; in some folders (conftest.py) on tiny16
 
 
 def unpadded(text):
@@ -36,7 +36,7 @@ def cache_yaml(patch):
     def parse(text, source=None):
         return copy.deepcopy(_parsed(text, source))
 
-    patch.setattr("mdistiller.engine.config.files.parse_yaml", parse)
+    patch.setattr("mdistiller.config.files.parse_yaml", parse)
 
 
 def golden_values(shape, seed):

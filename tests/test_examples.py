@@ -1,4 +1,4 @@
-"""The commands of docs/own_code.md, own_backbone.md and examples/, run in a folder of a user."""
+"""The commands of own_code.md, own_backbone.md and examples/, run in a folder of a user."""
 
 import json
 import re
@@ -16,7 +16,8 @@ from mdistiller.models import cifar_model_dict
 
 DOCS = REPO / "docs"
 EXAMPLES = DOCS / "examples"
-PAGES = {name: (DOCS / name).read_text() for name in ("own_code.md", "own_backbone.md")}
+EXTEND = DOCS / "extend"
+PAGES = {name: (EXTEND / name).read_text() for name in ("own_code.md", "own_backbone.md")}
 RUN = """
 import json, sys, torch
 from mdistiller.cli import main
@@ -61,11 +62,22 @@ def execute(folder, lines, *more):
     return done.stdout
 
 
+def copy_examples(folder):
+    """Copy the files of all examples into a new folder."""
+    folder.mkdir()
+    for path in files_of_examples():
+        shutil.copy(path, folder)
+    return folder
+
+
+def files_of_examples():
+    return [path for path in EXAMPLES.glob("*/*") if path.suffix in (".py", ".yaml")]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A user's folder, with the examples copied into it."""
-    shutil.copytree(EXAMPLES, tmp_path / "mine")
-    return tmp_path / "mine"
+    return copy_examples(tmp_path / "mine")
 
 
 def metrics(run):
@@ -115,24 +127,29 @@ def table():
     for line in (EXAMPLES / "README.md").read_text().splitlines():
         if line.startswith("| ") and not line.startswith("| what "):
             _, files, lines, command = line.strip("| ").split(" | ")
-            yield re.findall(r"\[(\S+)\]", files), lines, re.findall(r"`([^`]+)`", command)
+            paths = [EXAMPLES / link for link in re.findall(r"\((\S+)\)", files)]
+            yield paths, lines, re.findall(r"`([^`]+)`", command)
 
 
 def test_the_table_of_examples_has_every_file_its_lines_and_its_command():
     for files, lines, found in table():
-        texts = [(EXAMPLES / name).read_text().splitlines() for name in files]
+        texts = [path.read_text().splitlines() for path in files]
         assert lines == " + ".join(str(sum(map(bool, text))) for text in texts), files
         comments = [line[2:] for line in texts[-1] if line.startswith("# ")]
         assert found == comments, files
-    listed = {name for files, *_ in table() for name in files}
-    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")}
+    assert {path for files, *_ in table() for path in files} == {*files_of_examples()}
+
+
+def test_each_folder_of_examples_stands_for_itself():
+    for path in files_of_examples():
+        named = re.findall(r'"(own_\w+\.\w+)"', path.read_text())
+        assert [name for name in named if not path.with_name(name).is_file()] == [], path
 
 
 @pytest.fixture(scope="module")
 def researcher(tmp_path_factory):
     """A user's folder in which the table's commands have run; `still` is `cosine` at no rate."""
-    folder = tmp_path_factory.mktemp("researcher") / "mine"
-    shutil.copytree(EXAMPLES, folder)
+    folder = copy_examples(tmp_path_factory.mktemp("researcher") / "mine")
     lines = [shlex.split(line)[1:] for *_, found in table() for line in found]
     assert [line[0] for line in lines] == ["train", "sweep", "report", "train", "train"]
     assert lines[0][-1] == "cosine"
@@ -187,7 +204,7 @@ def test_own_optimizer_schedule_augmentation_network_and_trainer(researcher):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUGMENTS, "crop_negative", None)
         del AUGMENTS["crop_negative"]
-        exec((EXAMPLES / "own_augment.py").read_text(), {})
+        exec((EXAMPLES / "training" / "own_augment.py").read_text(), {})
         augment = AUGMENTS["crop_negative"]((8, 8))
     image = torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8)
     parameters = torch.tensor([[1, 1, 0], [1, 1, 1]])

@@ -1,4 +1,4 @@
-"""The Python API, by the code of docs/python.md and of its notebook.
+"""The Python API, by the code of docs/extend/python.md and of its notebook.
 
 `python tests/test_python_api.py` writes the notebook from the page.
 """
@@ -17,7 +17,7 @@ from mdistiller import api
 from mdistiller.distillers import DISTILLERS
 from mdistiller.registry import UserError
 
-PAGE, NOTEBOOK = REPO / "docs" / "python.md", REPO / "docs" / "python.ipynb"
+PAGE, NOTEBOOK = (REPO / "docs" / "extend" / f"python.{kind}" for kind in ("md", "ipynb"))
 
 
 def notebook():

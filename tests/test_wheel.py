@@ -28,7 +28,7 @@ def test_the_wheel_holds_what_users_need_and_nothing_else(tmp_path):
         "configs/cifar100/kd.yaml",
         "results/published.csv",
         "pages/methods.md",
-        "engine/config/stored_defaults.json",
+        "config/stored_defaults.json",
     ):
         assert f"mdistiller/{name}" in modules
     words = ("benchmark", "textbook", "bad_inputs", "bad_configs", "test")

@@ -31,7 +31,7 @@ IMPORTED = (
     "torch._dynamo",  # by the first optimizer
     "mdistiller.cli.train",
     "mdistiller.detection.run",
-    "mdistiller.engine.run.train",
+    "mdistiller.run.train",
 )
 TIMEOUT = 300.0  # seconds
 

@@ -124,7 +124,7 @@ def steps(check: Check) -> None:
 def compiled(check: Check) -> None:
     """Steps whose networks are compiled."""
     from benchmarks.gpu.timing import cases, time_step
-    from mdistiller.engine.networks import compiling
+    from mdistiller.networks import compiling
 
     if check.quick:
         compiling.BACKEND = "eager"  # inductor takes minutes on a CPU

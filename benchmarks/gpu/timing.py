@@ -18,7 +18,7 @@ from benchmarks.runs import write_runs
 from benchmarks.step import make_loops, per_step, prepare
 from mdistiller.cli.support.timing import race, seconds
 from mdistiller.engine.cfg import Config, load_config
-from mdistiller.engine.run.train import train, train_together
+from mdistiller.run.train import train, train_together
 
 if TYPE_CHECKING:
     from benchmarks.gpu.parts import Check

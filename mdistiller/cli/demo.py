@@ -34,9 +34,9 @@ def parser() -> argparse.ArgumentParser:
 def finished_run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
     """Summary and accuracy curve of a run, trained unless it is there; unfinished ones continue."""
     from mdistiller.engine.cfg import load_config
-    from mdistiller.engine.run.folder import read_lines
-    from mdistiller.engine.run.naming import experiment_name
-    from mdistiller.engine.run.train import train_or_continue
+    from mdistiller.run.train import train_or_continue
+    from mdistiller.run_folder.folder import read_lines
+    from mdistiller.run_folder.naming import experiment_name
 
     overrides = ["LOG.PREFIX", str(out), *overrides]
     cfg = load_config(f"configs/digits/{config}.yaml", overrides)

@@ -70,18 +70,20 @@ def evaluate(args: argparse.Namespace) -> list[Evaluation]:
 
         draw.check_out(args.confusion, "--confusion")
     given = load_networks(args, ["latest", "best"])
-    from mdistiller.engine.utils import print_log
+    from mdistiller.console import print_log
     from mdistiller.evaluation.evaluate import evaluate
 
     test = given.test
     loader, classes, device = test.loader, test.num_classes, given.device
     evaluations = evaluate(given.subjects, loader, classes, device, given.teachers, args.features)
     check_teachers(evaluations, given.subjects, given.recorded)
+    names = [one.subject.source.name for one in evaluations]
     for one in evaluations:
-        quality = one.quality
+        quality, source = one.quality, one.subject.source
+        which = f", {source.label}," if names.count(source.name) > 1 else ""
         images = test.name if test.name != "test set" else f"{quality.images} images"
         print_log(
-            f"{one.subject.source.name} on {given.dataset} ({images}): top-1 "
+            f"{source.name}{which} on {given.dataset} ({images}): top-1 "
             f"{quality.top1:.2f}  top-5 {quality.top5:.2f}  loss {quality.nll:.4f}",
             "EVAL",
         )

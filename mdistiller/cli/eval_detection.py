@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from mdistiller.cli.support.command import add_overrides, command_line
 from mdistiller.cli.support.detection_tables import Subject, json_text, tables
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_path
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_path
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_early(args.cfg, args.opts, args.imports, "train_detection")
     from mdistiller.cli.support.tables import check_places
     from mdistiller.detection.data import val_loader
-    from mdistiller.engine.distributed import process_group
-    from mdistiller.engine.utils import is_main_process
+    from mdistiller.distributed import is_main_process, process_group
     from mdistiller.evaluation.draw import new_figure
     from mdistiller.runtime import resolve_device
 
@@ -106,7 +105,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def name_subjects(args: argparse.Namespace) -> tuple[Config, list[Subject]]:
     """The config of the data, and the networks that the arguments name."""
     from mdistiller.detection.config import load_config
-    from mdistiller.engine.run.folder import checkpoint_file, recorded_config
+    from mdistiller.run_folder.folder import checkpoint_file, recorded_config
 
     given = load_config(args.cfg, args.opts, args.imports) if args.cfg else None
     subjects = []
@@ -147,9 +146,10 @@ def _measure(
     subject: Subject, loader: ValBatches, device: torch.device, cfg: Config, results: Path | None
 ) -> Detector:
     """Fill in what is found of a network, which is returned."""
+    from mdistiller.console import print_log
     from mdistiller.detection.coco.evaluate import CocoEvaluator, detect_all, makes_masks
     from mdistiller.detection.networks.models import build_detector
-    from mdistiller.engine.utils import is_main_process, print_log
+    from mdistiller.distributed import is_main_process
 
     data = loader.dataset
     net = build_detector(subject.node, data.num_classes, subject.where, data.class_names)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mdistiller.cli.models import SIZES
 from mdistiller.cli.support.command import add_overrides, command_line
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_run
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_run
 from mdistiller.registry import UserError
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ def facts(name: str, zoo: str, size: int, classes: int) -> dict[str, Any]:
 
     The stem's shape is None for a network whose features begin with the first stage.
     """
-    from mdistiller.engine.networks.make import make_network
     from mdistiller.models import count_cost, get_model_entry
+    from mdistiller.networks.make import make_network
 
     net = make_network(get_model_entry(name, zoo), classes, (size, size), {}, "").eval()
     try:

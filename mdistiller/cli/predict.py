@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from mdistiller.cli.support.command import FAILED, add_overrides, guarded
 from mdistiller.cli.support.tables import check_places
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_path
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_path
 from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from mdistiller.cli.support.command import FAILED, add_overrides, guarded
 from mdistiller.cli.support.fork_flags import add_fork_flags, fork_overrides
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_run
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_run
 from mdistiller.registry import UserError
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         for file in files:
             check_early(file, args.opts, args.imports)
         from mdistiller.engine.cfg import load_config, method_nodes
-        from mdistiller.engine.run.train import train
+        from mdistiller.run.train import train
 
         if args.logit_stand or args.same_t or {args.base_temp, args.kd_weight} != {None}:
             if len(files) > 1:
@@ -128,7 +128,7 @@ def follow(args: Any, file: str, load: Callable[..., Any], train: Callable[..., 
     if args.resume in (None, *WORDS):
         cfg, overrides = load(file, args.opts, args.imports), args.opts
     else:
-        from mdistiller.engine.run.folder import config_to_resume
+        from mdistiller.run_folder.folder import config_to_resume
 
         cfg, overrides = config_to_resume(Path(args.resume), args.opts, args.imports, load), ()
     if args.print_config:
@@ -146,8 +146,8 @@ def _how(args: Any) -> dict[str, Any]:
 
 def train_all(configs: list[Any], args: Any) -> int:
     """Train several configs in lock-step; the exit code is that of the first run that failed."""
-    from mdistiller.engine.run.naming import experiment_name
-    from mdistiller.engine.run.train import train_together
+    from mdistiller.run.train import train_together
+    from mdistiller.run_folder.naming import experiment_name
 
     outcomes = train_together(configs, args.opts, **_how(args))
     code = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mdistiller.cli.support.command import guarded
 from mdistiller.cli.train import check_resume, follow, parser
-from mdistiller.engine.config.early import check_early
+from mdistiller.config.early import check_early
 from mdistiller.registry import UserError
 
 

@@ -65,7 +65,7 @@ def _picture(args: argparse.Namespace) -> Figure:
 
         return detectors.picture(args, count)
     given = load_networks(args, ["latest"])
-    from mdistiller.engine.utils import print_log
+    from mdistiller.console import print_log
     from mdistiller.evaluation import pictures
     from mdistiller.evaluation.evaluate import evaluate
 

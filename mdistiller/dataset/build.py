@@ -115,21 +115,17 @@ def load_data(
         UserError: a key is invalid, or the data are missing or broken.
     """
     node = read_node(cfg)
-    pipeline = feed = _pipeline(node, "train", _device(cfg, device))
+    pipeline = _pipeline(node, "train", _device(cfg, device))
     labelled = is_labelled(node, pipeline.source)
     balanced = is_balanced(node, pipeline.source)
     splits = _read_splits(node, pipeline, labelled)
-    train = splits[0]
     size = pipeline.size(*splits)
-    statistics = given_statistics(node, pipeline.source) or pipeline.statistics(train)
-    feed_size = size
+    statistics = given_statistics(node, pipeline.source) or pipeline.statistics(splits[0])
+    feed, train, feed_size = pipeline, splits[0], size
     if train_size and math.prod(train_size) > math.prod(size) and has_files(pipeline.source):
         feed = _pipeline({**node, "IMAGE_SIZE": train_size}, "train", _device(cfg, device))
         feed_size, train = train_size, renumber_classes(feed.read("train"), node["CLASSES"])
-    if node["VAL_SPLIT"]:
-        train = _hold_out(train, node)[0]
-    if node["FRACTION"] < 1:
-        train = _fraction(train, node)
+    train = _images_to_train(node, train)
     evaluated, val_name = _images_to_evaluate(node, pipeline.root, splits, labelled)
     loaders = [pipeline.eval_loader(images, size, statistics) for images in evaluated]
     classes = train.classes if labelled else []
@@ -171,6 +167,13 @@ def _read_splits(node: dict[str, Any], pipeline: InMemoryPipeline, labelled: boo
             f"{pipeline.root} has only one class ({classes[0]}); at least two are required"
         )
     return splits
+
+
+def _images_to_train(node: dict[str, Any], images: Any) -> Any:
+    """What DATASET.VAL_SPLIT and FRACTION leave of the training images."""
+    if node["VAL_SPLIT"]:
+        images = _hold_out(images, node)[0]
+    return _fraction(images, node) if node["FRACTION"] < 1 else images
 
 
 def _images_to_evaluate(

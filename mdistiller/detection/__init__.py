@@ -1,6 +1,6 @@
 """Object detection: Faster and Mask R-CNN of torchvision, distilled on COCO-format data."""
 
-from mdistiller.engine.tasks import TASKS, Task
+from mdistiller.config.tasks import TASKS, Task
 
 TASKS.add(
     "detection",

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdistiller.config.defaults import ENGINE_CONFIG
+from mdistiller.config.values import lookup
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.detection.data import DATA
 from mdistiller.detection.methods import DETECTOR_SETTINGS, LEVELS, method_sections
@@ -18,8 +20,6 @@ from mdistiller.detection.networks.models import NETWORK
 from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import load_config as load_any
-from mdistiller.engine.config.defaults import ENGINE_CONFIG
-from mdistiller.engine.config.values import lookup
 from mdistiller.registry import UserError
 
 ITERATIONS: dict[str, Any] = {

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdistiller.config.values import flatten, lookup
 from mdistiller.detection.networks.components import STRIDES
 from mdistiller.detection.networks.detector import Detector
 from mdistiller.distillers import DISTILLERS, Distiller, Output, get_distiller, why_alone
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.cfg import default_config as classification_config
-from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size
 

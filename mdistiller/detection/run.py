@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from mdistiller.console import print_log
 from mdistiller.detection.batches import TrainBatches, ValBatches
 from mdistiller.detection.coco.dataset import CocoDetectionSet
 from mdistiller.detection.coco.evaluate import evaluate_detector
@@ -21,16 +22,15 @@ from mdistiller.detection.networks.detector import Detector
 from mdistiller.detection.networks.models import build_detector, located
 from mdistiller.detection.trainer import SCORE, DetectionTrainer, IterationEpochs
 from mdistiller.distillers import Vanilla
+from mdistiller.distributed import wrap
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.distributed import wrap
-from mdistiller.engine.networks.lone_image import refuse_lone_picture
-from mdistiller.engine.networks.sync_bn import synchronize_batch_norm
-from mdistiller.engine.run import train as engine
-from mdistiller.engine.run.overview import describe_network
-from mdistiller.engine.run.prepare import Prepared
 from mdistiller.engine.trainer import seed_everything, trainer_dict
-from mdistiller.engine.utils import print_log
+from mdistiller.networks.lone_image import refuse_lone_picture
+from mdistiller.networks.sync_bn import synchronize_batch_norm
 from mdistiller.registry import UserError
+from mdistiller.run import train as engine
+from mdistiller.run.overview import describe_network
+from mdistiller.run.prepare import Prepared
 
 
 @dataclass
@@ -166,4 +166,4 @@ def measure_teacher(teacher: Detector, val: Any, device: torch.device, cfg: Conf
 
 
 train = partial(engine.train, prepare=prepare)
-"""Train what a detection config describes; arguments and result as of `engine.run.train`."""
+"""Train what a detection config describes; arguments and result as of `run.train`."""

@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import (
     MultiStepLR,
 )
 
+from mdistiller.config.tasks import TASKS
 from mdistiller.detection.batches import Batch, TrainBatches
 from mdistiller.detection.coco.evaluate import evaluate_detector
 from mdistiller.engine.hooks import Hook, Trainer
-from mdistiller.engine.tasks import TASKS
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict
 from mdistiller.registry import UserError
 from mdistiller.runtime import world_size

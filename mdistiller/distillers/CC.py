@@ -96,6 +96,7 @@ class CC(Distiller):
     """Correlation congruence: relations between samples are as the teacher's."""
 
     needs_teacher_classifier = False
+    teacher_summary_only = True
     needs_labels = False
     soft_labels = True
 

@@ -87,6 +87,7 @@ class CRD(Distiller):
     """
 
     needs_teacher_classifier = False
+    teacher_summary_only = True
     own_state = ("contrast.", "negatives.")
 
     def __init__(

@@ -77,6 +77,7 @@ class PKT(Distiller):
     """Probabilistic knowledge transfer: samples have the same probable neighbours."""
 
     needs_teacher_classifier = False
+    teacher_summary_only = True
     needs_labels = False
     soft_labels = True
 

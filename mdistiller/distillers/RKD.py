@@ -119,6 +119,7 @@ class RKD(Distiller):
     """Relational knowledge: distances and angles between samples, up to a common scale."""
 
     needs_teacher_classifier = False
+    teacher_summary_only = True
     needs_labels = False
     soft_labels = True
 

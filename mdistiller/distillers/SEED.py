@@ -69,6 +69,7 @@ class SEED(Distiller):
     """
 
     needs_teacher_classifier = False
+    teacher_summary_only = True
     needs_labels = False
     soft_labels = True
     own_state = ("queue", "position")

@@ -70,6 +70,7 @@ class Distiller(Trainable):
             logits can then replace the teacher's forward pass, unless the class overrides
             `forward_train`, `run_teacher` or `forward`. A class that overrides `distill` does not
             inherit True.
+        teacher_summary_only: the same for the teacher's summary vector, `pooled_feat`.
         needs_teacher_classifier: False if the loss depends on neither the teacher's logits nor its
             classifier: the teacher may have other classes, and its checkpoint may lack the
             classifier. A class that overrides a training step does not inherit False.
@@ -110,6 +111,7 @@ class Distiller(Trainable):
     alone: str = ""
     takes_standardized_logits = False
     teacher_logits_only = False
+    teacher_summary_only = False
     needs_teacher_classifier = True
     needs_labels = True
     two_views = False
@@ -149,7 +151,8 @@ class Distiller(Trainable):
         if {"forward_train", "forward"} & vars(cls).keys():
             cls.uses_hard_label_loss = vars(cls).get("uses_hard_label_loss", False)
         if "distill" in vars(cls):
-            cls.teacher_logits_only = vars(cls).get("teacher_logits_only", False)
+            for name in ("teacher_logits_only", "teacher_summary_only"):
+                setattr(cls, name, vars(cls).get(name, False))
             for name in ("distill_split", "distill_rows"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(Distiller, name))
@@ -158,9 +161,14 @@ class Distiller(Trainable):
             cls.needs_labels = vars(cls).get("needs_labels", True)
 
     @classmethod
-    def can_do_without_teacher(cls) -> bool:
-        """Whether cached `teacher_logits` can replace the teacher's forward pass."""
-        return cls.teacher_logits_only and cls.runs_teacher_once()
+    def cacheable_outputs(cls) -> tuple[str, ...]:
+        """What of "logits" and "pooled_feat" can replace the teacher's forward pass if cached.
+
+        Empty if the step may read other outputs.
+        """
+        if not cls.runs_teacher_once():
+            return ()
+        return ("logits",) * cls.teacher_logits_only + ("pooled_feat",) * cls.teacher_summary_only
 
     @classmethod
     def runs_teacher_once(cls) -> bool:
@@ -199,7 +207,7 @@ class Distiller(Trainable):
             if " " not in str(error):  # yacs names the missing key and nothing else
                 raise UserError(
                     f"{cls.__name__} reads the config key {error}, which is not set: give it in "
-                    f"the config, or declare defaults (docs/method.md)"
+                    f"the config, or declare defaults (docs/extend/method.md)"
                 ) from error
             raise
 
@@ -270,12 +278,13 @@ class Distiller(Trainable):
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
         """Student logits [N, C] and the loss terms, which the trainer sums.
 
-        With `teacher_logits` [N, C] in `batch`, the teacher does not run.
+        With `teacher_logits` [N, C] in `batch`, and `teacher_features` if the method reads them,
+        the teacher does not run.
         """
-        cached = batch.pop("teacher_logits", None)
+        cached, features = batch.pop("teacher_logits", None), batch.pop("teacher_features", {})
         student, teacher = self.run_student(image), None
         if self.distills:
-            teacher = self.run_teacher(image) if cached is None else Output(cached, {})
+            teacher = self.run_teacher(image) if cached is None else Output(cached, features)
         with torch.autocast(image.device.type, enabled=False):
             losses: Losses = {}
             if student.logits.shape[1]:  # without labels there are no classes

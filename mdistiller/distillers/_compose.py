@@ -40,7 +40,7 @@ def get_distiller(name: str) -> type[Distiller]:
         "soft_labels": all(c.soft_labels for c in methods.values()),
         "needs_teacher_classifier": any(c.needs_teacher_classifier for c in methods.values()),
         "needs_labels": any(c.needs_labels for c in methods.values()),
-        "teacher_logits_only": all(c.can_do_without_teacher() for c in methods.values()),
+        "teacher_logits_only": all(c.cacheable_outputs() == ("logits",) for c in methods.values()),
     }
     return type("Composed", (Composed,), facts)
 
@@ -104,6 +104,11 @@ class Composed(Distiller):
             for role in ("student", "teacher"):
                 object.__setattr__(part, role, part._modules.pop(role))
         self.parts = nn.ModuleDict(parts)
+
+    @classmethod
+    def cacheable_outputs(cls) -> tuple[str, ...]:
+        parts = [method.cacheable_outputs() for method in cls.methods.values()]
+        return tuple(sorted(set().union(*parts))) if all(parts) else ()
 
     @classmethod
     def build(

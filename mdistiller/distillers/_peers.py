@@ -34,6 +34,7 @@ class PeerMethod(Distiller):
 
     Attributes:
         section: the method's node of the config, with T, LOSS.CE_WEIGHT and LOSS.KD_WEIGHT.
+        reads_held_out: whether to call :meth:`take_held_out` after each epoch.
 
     Args:
         peers: the other networks (DISTILLER.PEERS); by default one like the student.
@@ -43,6 +44,7 @@ class PeerMethod(Distiller):
     uses_teacher = False
     uses_hard_label_loss = True
     trains_peers = True
+    reads_held_out = False
     soft_labels = True
 
     def __init__(
@@ -62,6 +64,14 @@ class PeerMethod(Distiller):
     def students(self) -> list[nn.Module]:
         return [self.student, *self.peers]
 
+    def held_out_sums(self, logits: list[Tensor], target: Tensor) -> Tensor:
+        """What :meth:`take_held_out` needs of a held-out batch; added up over the batches."""
+        raise NotImplementedError
+
+    def take_held_out(self, total: Tensor) -> dict[str, float]:
+        """Learn from those sums, over all processes; returns numbers for the epoch's record."""
+        raise NotImplementedError
+
     def peer_losses(self, logits: list[Tensor], target: Tensor) -> list[Tensor]:
         """The distillation loss of each network, unweighted scalars in order.
 
@@ -71,10 +81,12 @@ class PeerMethod(Distiller):
         """
         raise NotImplementedError
 
+    def all_logits(self, image: Tensor) -> list[Tensor]:
+        """Logits [N, C] of each network."""
+        return [full_precision(logits_and_features(net(image), net)[0]) for net in self.students()]
+
     def forward_train(self, image: Tensor, target: Tensor, **batch: Any) -> tuple[Tensor, Losses]:
-        logits = [
-            full_precision(logits_and_features(net(image), net)[0]) for net in self.students()
-        ]
+        logits = self.all_logits(image)
         with torch.autocast(image.device.type, enabled=False):
             ce = [self.ce_loss_weight * self.hard_label_loss(z, target) for z in logits]
             kd = [self.kd_loss_weight * loss for loss in self.peer_losses(logits, target)]

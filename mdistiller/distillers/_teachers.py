@@ -138,7 +138,6 @@ def several(method: type[Distiller], combine: str) -> type[Distiller]:
         "soft_labels": method.soft_labels,
         "needs_teacher_classifier": method.needs_teacher_classifier,
         "needs_labels": method.needs_labels,
-        "teacher_logits_only": method.can_do_without_teacher(),
     }
     return type("SeveralTeachers", (SeveralTeachers,), facts)
 
@@ -164,6 +163,10 @@ class SeveralTeachers(Composed):
                 f"DISTILLER.TEACHERS: {self.method.__name__} teaches in a stage before the main "
                 "one, where a second teacher would undo what the first has taught"
             )
+
+    @classmethod
+    def cacheable_outputs(cls) -> tuple[str, ...]:
+        return cls.method.cacheable_outputs()
 
     @classmethod
     def build(

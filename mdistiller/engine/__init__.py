@@ -1,5 +1,5 @@
-"""The engine: configuration, building, training, checkpoints. Its trainers are imported when they
-are asked for: reading a config does without torch."""
+"""The engine: the training loop, hooks, optimizers, metrics, checkpoints. Its trainers are imported
+when they are asked for: reading a config does without torch."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.metrics import Meters
+from mdistiller.frozen_teacher.cacheable import is_wanted
 from mdistiller.registry import UserError, first_line
 from mdistiller.runtime import resolve_device, world_size
 

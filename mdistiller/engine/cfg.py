@@ -1,8 +1,8 @@
 """The configuration: defaults, under a YAML file, under command-line overrides.
 
 Defaults live beside the code they steer: each distiller registers its own node, the data package
-its `DATASET` node, the engine has `config/defaults.py`. A key that has no default is an error that
-names the nearest one. How a config is merged is in `config/node.py`; what values may be, in
+its `DATASET` node; the others are in `config/defaults.py`. A key that has no default is an error
+that names the nearest one. How a config is merged is in `config/node.py`; what values may be, in
 `config/values.py` (types) and `config/checks.py`.
 """
 
@@ -14,17 +14,17 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from mdistiller.config.defaults import ENGINE_CONFIG
+from mdistiller.config.node import ConfigNode, fill
+from mdistiller.config.safe_yaml import shown
+from mdistiller.config.tasks import task_of
+from mdistiller.config.values import coerce, flatten
 from mdistiller.dataset import DATASET_CONFIG
 from mdistiller.distillers import DISTILLERS, part_names
 from mdistiller.engine import trainer_dict
-from mdistiller.engine.config.defaults import ENGINE_CONFIG
-from mdistiller.engine.config.node import ConfigNode, fill
-from mdistiller.engine.config.safe_yaml import shown
-from mdistiller.engine.config.values import coerce, flatten
-from mdistiller.engine.tasks import task_of
-from mdistiller.engine.user_code.forks import UserCode, sections_read
-from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError, is_builtin
+from mdistiller.user_code.forks import UserCode, sections_read
+from mdistiller.user_code.imports import import_user_modules
 
 
 class Config(ConfigNode):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from mdistiller.engine.distributed import average_gradients, unwrap
+from mdistiller.distributed import average_gradients, unwrap
 from mdistiller.engine.optim import decay_groups
 from mdistiller.engine.optim.param_groups import student_groups
 from mdistiller.engine.trainer import BaseTrainer, trainer_dict

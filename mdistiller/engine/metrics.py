@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdistiller.engine.distributed import sum_over_ranks
+from mdistiller.distributed import sum_over_ranks
 from mdistiller.registry import UserError
 
 

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdistiller.console import progress
 from mdistiller.dataset import DATASETS, TestData, load_test_loader
 from mdistiller.dataset.split import hold_out
 from mdistiller.distillers.helpers.features.shapes import preserve_state
 from mdistiller.distillers.helpers.features.shapes import probe as shapes_of
 from mdistiller.distillers.helpers.losses.numerics import full_precision, unit
 from mdistiller.distillers.helpers.training.checks import logits_and_features
-from mdistiller.engine.distributed import sum_over_ranks
-from mdistiller.engine.utils import progress
+from mdistiller.distributed import sum_over_ranks
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import Registry, UserError
 

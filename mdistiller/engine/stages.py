@@ -1,4 +1,4 @@
-"""The stages that a method trains before the main one (docs/method.md)."""
+"""The stages that a method trains before the main one (docs/extend/method.md)."""
 
 from __future__ import annotations
 

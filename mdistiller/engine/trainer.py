@@ -16,11 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mdistiller.console import progress as progress_bar
 from mdistiller.distillers.helpers.training.checks import metrics_of, step_of
+from mdistiller.distributed import (
+    broadcast_buffers,
+    is_main_process,
+    unsynchronized,
+    unwrap,
+    wrap,
+)
 from mdistiller.engine.callbacks.default import complete_record, default_hooks, stage_hooks
 from mdistiller.engine.callbacks.logs import AppendedFile, plain
 from mdistiller.engine.callbacks.non_finite import NonFiniteGuard
 from mdistiller.engine.callbacks.preemption import PreemptionHandler, defer_signals
+from mdistiller.engine.callbacks.teacher_cache import TeacherCache
 from mdistiller.engine.captured import check_settings, step_function
 from mdistiller.engine.checkpoints.resume import (
     begin_epoch,
@@ -32,26 +41,17 @@ from mdistiller.engine.checkpoints.resume import (
     seed_everything,
 )
 from mdistiller.engine.classification import Classification
-from mdistiller.engine.distributed import (
-    broadcast_buffers,
-    is_main_process,
-    unsynchronized,
-    unwrap,
-    wrap,
-)
-from mdistiller.engine.frozen_teacher.cache import TeacherCache
-from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.hooks import Hook
 from mdistiller.engine.metrics import Meters, NonFiniteLossError
-from mdistiller.engine.optim import autocast, build_optimizer
+from mdistiller.engine.optim import build_optimizer
 from mdistiller.engine.optim.param_groups import student_groups
 from mdistiller.engine.optim.schedules import by_step
 from mdistiller.engine.optimization import Optimization
 from mdistiller.engine.stages import STRIDE, Stage, stages_left
 from mdistiller.engine.trainer_checks import check_trainer_settings
-from mdistiller.engine.utils import progress as progress_bar
+from mdistiller.frozen_teacher.cacheable import is_wanted
 from mdistiller.registry import Registry
-from mdistiller.runtime import rank, world_size
+from mdistiller.runtime import autocast, rank, world_size
 
 trainer_dict = Registry("trainer (SOLVER.TRAINER)")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdistiller.engine.frozen_teacher.cacheable import is_wanted
 from mdistiller.engine.optim.schedules import by_step
+from mdistiller.frozen_teacher.cacheable import is_wanted
 from mdistiller.registry import UserError
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdistiller.console import print_log, progress
 from mdistiller.distillers.helpers.training.gather import local_batches
+from mdistiller.distributed import broadcast_buffers, is_main_process, sum_over_ranks
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.probe import KEY
-from mdistiller.engine.distributed import broadcast_buffers, is_main_process, sum_over_ranks
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.networks.checks import why_unlabelled
 from mdistiller.engine.trainer import BaseTrainer
-from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 
@@ -139,6 +138,12 @@ class ReportUntrained(Hook):
                 "choose a later layer or another method, or add one that reads the last features"
             )
             print_log(text)
+
+
+def why_unlabelled(cfg: Any) -> str:
+    """The keys by which data have no labels, for errors."""
+    reason = "" if cfg.DATASET.LABELS else ", DATASET.LABELS False"
+    return f"DATASET.TYPE {cfg.DATASET.TYPE}{reason}"
 
 
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdistiller.console import progress
 from mdistiller.distillers import Output
 from mdistiller.distillers.helpers.features.stages import pair_by_height
-from mdistiller.engine.utils import progress
 from mdistiller.evaluation.features import Cka, Collapse, CollapseSums
 from mdistiller.evaluation.predictions import (
     Comparison,

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdistiller.config.files import require_path, require_run
+from mdistiller.config.roles import checkpoint_config
 from mdistiller.dataset import eval_preprocessing, load_test_loader
-from mdistiller.engine.config.files import require_path, require_run
-from mdistiller.engine.networks.make import make_network
-from mdistiller.engine.networks.network import build_network
-from mdistiller.engine.networks.released import recorded_preprocessing
-from mdistiller.engine.networks.roles import checkpoint_config
-from mdistiller.engine.run.folder import checkpoint_file, recorded_config, refuse_commands
-from mdistiller.engine.run.record import data_facts, read_record, recorded_settings
-from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.evaluation.predict import Predictor
 from mdistiller.files.onnx import open_onnx
 from mdistiller.models import get_model_entry
+from mdistiller.networks.make import make_network
+from mdistiller.networks.network import build_network
+from mdistiller.networks.released import recorded_preprocessing
 from mdistiller.preprocessing import Preprocessing
 from mdistiller.registry import UserError, first_line
+from mdistiller.run_folder.folder import checkpoint_file, recorded_config, refuse_commands
+from mdistiller.run_folder.record import data_facts, read_record, recorded_settings
 from mdistiller.runtime import resolve_device
+from mdistiller.user_code.imports import import_user_modules
 from mdistiller.weights import load_network
 
 Overrides = Sequence[str]

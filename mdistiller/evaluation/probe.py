@@ -9,10 +9,10 @@ import torch
 
 from mdistiller.dataset import TestData, data_spec
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.network import build_network
-from mdistiller.engine.networks.teacher_images import teacher_image_size
 from mdistiller.engine.probe import labelled_sets, probe
 from mdistiller.evaluation.subjects import Source, own_preprocessing_of, sized
+from mdistiller.networks.network import build_network
+from mdistiller.networks.teacher_images import teacher_image_size
 from mdistiller.preprocessing import Preprocessing, height_width
 
 Size = tuple[int, int] | None

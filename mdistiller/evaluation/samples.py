@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdistiller.console import progress
 from mdistiller.dataset import TestData
-from mdistiller.engine.utils import progress
 from mdistiller.evaluation.subjects import Subject, side_by_side
 from mdistiller.registry import UserError, suggest
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mdistiller.config.roles import checkpoint_config, teacher_configs
 from mdistiller.dataset import (
     DataSpec,
     TestData,
@@ -19,23 +20,22 @@ from mdistiller.dataset import (
     load_test_loader,
 )
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.network import build_network
-from mdistiller.engine.networks.released import PRETRAINED, own_preprocessing
-from mdistiller.engine.networks.roles import checkpoint_config, teacher_configs
-from mdistiller.engine.networks.teacher_images import teacher_image_size
-from mdistiller.engine.networks.teacher_weights import find_teacher
-from mdistiller.engine.run.folder import (
+from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
+from mdistiller.files.names import EXPORTED
+from mdistiller.models import get_model_entry
+from mdistiller.networks.network import build_network
+from mdistiller.networks.released import PRETRAINED, own_preprocessing
+from mdistiller.networks.teacher_images import teacher_image_size
+from mdistiller.networks.teacher_weights import find_teacher
+from mdistiller.preprocessing import Preprocessing
+from mdistiller.registry import UserError
+from mdistiller.run_folder.folder import (
     checkpoint_file,
     read_json,
     recorded_config,
     refuse_commands,
 )
-from mdistiller.engine.run.record import read_record, recorded_teacher_acc
-from mdistiller.evaluation.exported import ExportedNetwork, stated_preprocessing
-from mdistiller.files.names import EXPORTED
-from mdistiller.models import get_model_entry
-from mdistiller.preprocessing import Preprocessing
-from mdistiller.registry import UserError
+from mdistiller.run_folder.record import read_record, recorded_teacher_acc
 from mdistiller.weights import recorded_facts, split_key
 
 Overrides = Sequence[str]

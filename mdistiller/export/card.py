@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from mdistiller.config.roles import teacher_name
 from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.engine.cfg import dump_cfg
 from mdistiller.engine.metrics import score_of
-from mdistiller.engine.networks.roles import teacher_name
-from mdistiller.engine.run.record import git_revision, versions
 from mdistiller.export.files import FORMATS, Exported
 from mdistiller.export.quantize import Int8
 from mdistiller.export.student import Student
@@ -22,6 +21,7 @@ from mdistiller.export.usage import interface, snippet
 from mdistiller.files.atomic import replacing
 from mdistiller.files.tables import markdown_table
 from mdistiller.models import count_cost
+from mdistiller.run_folder.record import git_revision, versions
 
 _TEST_SET = "test set"
 _EMA = "ema_"  # prefix of measurements of the moving average

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdistiller.config.roles import checkpoint_config
+from mdistiller.console import print_log
 from mdistiller.dataset import data_spec, load_test_loader
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.class_order import stated_classes
-from mdistiller.engine.networks.network import build_network
-from mdistiller.engine.networks.released import (
+from mdistiller.export.student import RunFacts, Student
+from mdistiller.models import get_model_entry
+from mdistiller.networks.class_order import stated_classes
+from mdistiller.networks.network import build_network
+from mdistiller.networks.released import (
     PRETRAINED,
     arguments,
     own_preprocessing,
@@ -24,20 +28,16 @@ from mdistiller.engine.networks.released import (
     statistics_of,
     taken_line,
 )
-from mdistiller.engine.networks.roles import checkpoint_config
-from mdistiller.engine.run.folder import (
+from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, height_width
+from mdistiller.registry import UserError
+from mdistiller.run_folder.folder import (
     checkpoint_file,
     read_json,
     read_lines,
     recorded_config,
     refuse_commands,
 )
-from mdistiller.engine.run.record import data_facts
-from mdistiller.engine.utils import print_log
-from mdistiller.export.student import RunFacts, Student
-from mdistiller.models import get_model_entry
-from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, height_width
-from mdistiller.registry import UserError
+from mdistiller.run_folder.record import data_facts
 from mdistiller.weights import load_network, recorded_facts
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.networks.make import make_network
 from mdistiller.models import StagedNet, get_model_entry
+from mdistiller.networks.make import make_network
 from mdistiller.preprocessing import Preprocessing, Statistics, input_channels
 
 _TRACED_BATCH = 2  # torch.export takes 1 for a constant

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from mdistiller.dataset import data_spec
-from mdistiller.engine.networks.make import constructor_facts
 from mdistiller.export.files import Exported
 from mdistiller.export.student import Student
 from mdistiller.models import ModelEntry, get_model_entry
+from mdistiller.networks.make import constructor_facts
 from mdistiller.preprocessing import RESIZE, Preprocessing
 
 _MOST_NAMES = 20  # classes that the card names
@@ -237,9 +237,7 @@ def snippet(student: Student, file: Exported) -> str:
     if user:
         user = f"\nimport_user_modules(['{user}'])  # where {student.name} is registered"
     return _SAFETENSORS.format(
-        imports="from mdistiller.engine.user_code.imports import import_user_modules\n"
-        if user
-        else "",
+        imports="from mdistiller.user_code.imports import import_user_modules\n" if user else "",
         user=user,
         adapted=_adapted(student),
         name=student.name,

@@ -113,7 +113,7 @@ class ModelEntry(NamedTuple):
             name = getattr(self.constructor, "__name__", type(self.constructor).__name__)
             raise UserError(
                 f"the checkpoint of {name} is for a number of classes that its constructor does "
-                "not state: give it num_classes=..., with a default (docs/own_backbone.md)"
+                "not state: give it num_classes=..., with a default (docs/extend/own_backbone.md)"
             )
         return int(argument.default)
 

@@ -55,15 +55,7 @@ def build_report(
         _means(students, bases, which),
         tables.accuracy(groups, teachers),
         *(s for base in each for s in _compare(groups, base, bases, which, reach)),
-        tables.published(groups),
-        listings.ablations(groups, which, images),
-        tables.teachers(groups),
-        tables.peers(groups),
-        predictions(groups, which),
-        tables.cost(groups),
-        listings.settings(groups),
-        listings.runs(groups),
-        listings.provenance(groups),
+        *_details(groups, which, images),
     ]
     kept = [s for s in sections if s.notes or s.tables or s.charts or s.means]
     results = [sentence(_beside(students, b, bases), b, which, images) for b in each]
@@ -107,6 +99,21 @@ def _compare(
     for section in sections:
         section.title += f", {base.name}" if base and len(bases) > 1 else ""
     return sections
+
+
+def _details(groups: Sequence[Group], which: str, images: str) -> list[Section]:
+    """The sections without a baseline, behind those with one."""
+    return [
+        tables.published(groups),
+        listings.ablations(groups, which, images),
+        tables.teachers(groups),
+        tables.peers(groups),
+        predictions(groups, which),
+        tables.cost(groups),
+        listings.settings(groups),
+        listings.runs(groups),
+        listings.provenance(groups),
+    ]
 
 
 def _beside(groups: Sequence[Group], base: Group | None, bases: Sequence[Group]) -> list[Group]:

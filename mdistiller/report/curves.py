@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from mdistiller.engine.tasks import TASKS
+from mdistiller.config.tasks import TASKS
 from mdistiller.report.document import Chart, Line, Section, Table
 from mdistiller.report.groups import Group, comparable_groups
 from mdistiller.report.numbers import estimate
@@ -21,6 +21,7 @@ _LEARNING = (
     ("test_acc", "Accuracy on {images}", "top-1 %"),
     ("train_acc", "Accuracy in training", "top-1 %"),
     ("test_loss", "Cross-entropy on {images}", "nats"),
+    ("test_knn", "k-NN accuracy of the features on labelled images", "top-1 %"),
 )
 
 
@@ -29,7 +30,12 @@ def learning(groups: Sequence[Group], base: Group | None = None) -> Section:
     drawn, notes = _drawn(groups, base)
     curves = (*_LEARNING, *(curve for task in TASKS.values() for curve in task.curves))
     images = _images(drawn)
-    charts = [_chart(drawn, key, title.format(images=images), unit) for key, title, unit in curves]
+    labelled = any(g.curve("test_acc") for g in drawn)  # else test_loss is the method's own
+    charts = [
+        _chart(drawn, key, title.format(images=images), unit)
+        for key, title, unit in curves
+        if labelled or key != "test_loss"
+    ]
     longest = max((len(line.mean) for line in charts[0].lines), default=0)
     if longest >= 2 * FEW:
         title = f"Accuracy on {images}, second half"
@@ -47,24 +53,30 @@ def _images(groups: Sequence[Group]) -> str:
 
 
 def loss_terms(groups: Sequence[Group], base: Group | None = None) -> Section:
-    """The training loss by epoch, its terms apart: a chart for each group of the same groups."""
+    """The training loss by epoch, its terms apart: a chart for each group of the same groups.
+
+    Without labels also the loss on held-out or test images, which selects the best epoch.
+    """
     drawn, notes = _drawn(groups, base)
-    charts = [Chart(g.name, "loss", _terms(g)) for g in drawn[:MOST]]
+    charts = [Chart(g.name, "loss", _terms(g, _images(drawn))) for g in drawn[:MOST]]
     section = _section("Training loss", drawn, charts, notes)
     if len(section.charts) > 1:
         section.notes.insert(0, "Each group has its own axis: methods' losses do not compare.")
     return section
 
 
-def _terms(g: Group) -> list[Line]:
+def _terms(g: Group, images: str) -> list[Line]:
     rows = (row for run in g.runs for row in run.epochs)
     keys = [key for key in dict.fromkeys(k for row in rows for k in row) if "train_loss_" in key]
     if len(keys) != 1:
         keys.insert(0, "train_loss")
+    if not g.curve("test_acc"):
+        keys.append("test_loss")
+    names = {"train_loss": "all terms", "test_loss": f"all terms, on {images}"}
     lines = [(key, _line(g, key, style)) for style, key in enumerate(keys)]
     for key, line in lines:
         if line is not None:
-            line.name = key.removeprefix("train_") if "loss_" in key else "all terms"
+            line.name = names.get(key, key.removeprefix("train_"))
     return [line for _, line in lines if line is not None]
 
 
@@ -111,18 +123,20 @@ def goal(groups: Sequence[Group], base: Group | None, reach: float | None) -> fl
         return reach
     ends = []
     for g in [base] if base else groups:
-        values = g.by_seed(lambda run: run.summary.get("last_acc")).values()
+        values = g.by_seed(
+            lambda run: run.summary.get("last_acc", run.summary.get("last_knn"))
+        ).values()
         ends += [fmean(values)] if values else []
     return SHARE * max(ends) if ends else None
 
 
 def reached(run: Run, accuracy: float) -> tuple[int, float] | None:
     """Epochs and seconds until a run's accuracy is there, earlier stages' seconds included."""
-    scores = ["test_acc", *(task.score for task in TASKS.values())]
+    scores = ["test_acc", *(task.score for task in TASKS.values()), "test_knn"]
     seconds = sum(row.get("seconds", 0.0) for row in run.stages)
     for row in run.epochs:
         seconds += row.get("seconds", 0.0)
-        if max(row.get(key, 0.0) for key in scores) >= accuracy:
+        if next((row[key] for key in scores if key in row), 0.0) >= accuracy:
             return int(row["epoch"]), seconds
     return None
 

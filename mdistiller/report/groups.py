@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mdistiller.config.tasks import TASKS, task_of
+from mdistiller.config.values import flatten, lookup
 from mdistiller.engine.cfg import CFG
-from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.naming import folder_word
-from mdistiller.engine.tasks import TASKS, task_of
 from mdistiller.registry import UserError, suggest
 from mdistiller.report.runs import Run
+from mdistiller.run_folder.naming import folder_word
 
 # Keys of places and logging, which make no difference to the result (SELECT_BY: to `best`).
 _PLACES = (
@@ -80,13 +81,15 @@ class Group:
     def curve(self, key: str) -> list[list[float]]:
         """By epoch, a number of the finished runs, or of all runs while none has finished.
 
-        It ends before an epoch that one of the runs lacks.
+        It ends before an epoch that one of the runs lacks; where the epochs between have no such
+        number (LOG.PROBE_FREQ), it is NaN.
         """
         runs = [run for run in self.finished or self.runs if run.epochs]
-        curves = [{row["epoch"]: row.get(key) for row in run.epochs} for run in runs]
+        curves = [{row["epoch"]: row.get(key, math.nan) for row in run.epochs} for run in runs]
+        ends = [max((row["epoch"] for row in run.epochs if key in row), default=0) for run in runs]
         values: Iterator[list[Any]]
-        values = ([each.get(epoch) for each in curves] for epoch in itertools.count(1))
-        return list(itertools.takewhile(lambda epoch: None not in epoch, values)) if curves else []
+        values = ([each.get(n) for each in curves] for n in range(1, min(ends, default=0) + 1))
+        return list(itertools.takewhile(lambda epoch: None not in epoch, values))
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mdistiller.config.files import read_yaml
+from mdistiller.config.values import flatten, lookup
 from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config.files import read_yaml
-from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.changes import WITHOUT_EFFECT
+from mdistiller.run_folder.changes import WITHOUT_EFFECT
 from mdistiller.runtime import config_root, results_root
 
 

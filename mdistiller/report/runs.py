@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mdistiller.config.safe_yaml import parse_yaml
+from mdistiller.config.values import flatten, lookup
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.config.safe_yaml import parse_yaml
-from mdistiller.engine.config.values import flatten, lookup
-from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.record import read_record
 from mdistiller.registry import UserError
+from mdistiller.run_folder.naming import experiment_name
+from mdistiller.run_folder.record import read_record
 
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import find_config, overlay, read_yaml
-from mdistiller.engine.config.values import as_read, coerce, flatten, literal, lookup
+from mdistiller.config.early import check_early
+from mdistiller.config.files import find_config, overlay, read_yaml
+from mdistiller.config.values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
 
 if TYPE_CHECKING:

@@ -28,14 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mdistiller.config.files import find_config, overlay, read_yaml, resolve_paths
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg, load_config
-from mdistiller.engine.config.files import find_config, overlay, read_yaml, resolve_paths
-from mdistiller.engine.networks.checks import check_names
-from mdistiller.engine.run.naming import experiment_name, folder_word
-from mdistiller.engine.run.teacher import trained_teachers
 from mdistiller.files.atomic import replacing
 from mdistiller.registry import UserError, suggest
+from mdistiller.run.checks import check_names
+from mdistiller.run.teacher import trained_teachers
+from mdistiller.run_folder.naming import experiment_name, folder_word
 from mdistiller.sweep import fields
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from mdistiller.config.roles import teacher_configs
+from mdistiller.config.safe_yaml import parse_yaml
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.cfg import Config, dump_cfg
-from mdistiller.engine.config.safe_yaml import parse_yaml
-from mdistiller.engine.networks.roles import teacher_configs
-from mdistiller.engine.run.changes import differences
-from mdistiller.engine.run.teacher import teacher_config
 from mdistiller.files import file_hash
+from mdistiller.run.teacher import teacher_config
+from mdistiller.run_folder.changes import differences
 from mdistiller.sweep.plan import Plan, Trial
 
 

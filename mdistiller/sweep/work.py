@@ -19,22 +19,22 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
+from mdistiller.config.checks import check_values
 from mdistiller.engine.cfg import Config
-from mdistiller.engine.config.checks import check_values
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.run.folder import read_lines
-from mdistiller.engine.run.naming import experiment_name
-from mdistiller.engine.run.record import one_line
-from mdistiller.engine.run.sharing import data_key
-from mdistiller.engine.run.teacher import being_trained
-from mdistiller.engine.run.train import in_lock_step, train_or_continue
-from mdistiller.engine.user_code.forks import active
-from mdistiller.engine.user_code.imports import import_user_modules
 from mdistiller.registry import UserError
+from mdistiller.run.sharing import data_key
+from mdistiller.run.teacher import being_trained
+from mdistiller.run.train import in_lock_step, train_or_continue
+from mdistiller.run_folder.folder import read_lines
+from mdistiller.run_folder.naming import experiment_name
+from mdistiller.run_folder.record import one_line
 from mdistiller.runtime import keep_freed_memory, resolve_device
 from mdistiller.sweep.plan import Plan, Trial
 from mdistiller.sweep.study import Attempt, Study
 from mdistiller.sweep.trial_state import HEARTBEAT
+from mdistiller.user_code.forks import active
+from mdistiller.user_code.imports import import_user_modules
 
 MOST = 16  # runs that train in lock-step unless TOGETHER says more
 _POLL = 2.0  # seconds between two looks at trials that others run

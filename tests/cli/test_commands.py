@@ -15,8 +15,8 @@ from mdistiller.cli import eval as eval_command
 from mdistiller.cli import main as mdistiller
 from mdistiller.cli import train as train_command
 from mdistiller.cli.support.command import PIPE_CLOSED, guarded
+from mdistiller.config.values import lookup
 from mdistiller.distillers import DISTILLERS, Vanilla
-from mdistiller.engine.config.values import lookup
 from mdistiller.engine.utils import validate
 from mdistiller.models import get_model_entry
 
@@ -298,9 +298,7 @@ DISTILLERS.add("RLDLIKE", type("RLDLIKE", (KD,), {}), config={"ALPHA_T": 1.0, "T
 @pytest.mark.parametrize("words", FORK_FLAGS)
 def test_options_of_forks_are_their_overrides(words, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "mdistiller.engine.run.train.train", lambda cfg, *args, **kwargs: seen.append(cfg)
-    )
+    monkeypatch.setattr("mdistiller.run.train.train", lambda cfg, *args, **kwargs: seen.append(cfg))
     method, *words_ = words.split()
     (tmp_path / "like.py").write_text(RLD_LIKE)
     loaded = ["--import", str(tmp_path / "like.py")] if method == "RLDLIKE" else []

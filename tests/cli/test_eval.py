@@ -71,9 +71,19 @@ def test_a_run_folder_says_itself_what_to_evaluate(run, tmp_path, capsys):
     assert (latest["note"], latest["model"], latest["images"]) == ("", "resnet8", 60)
     assert latest["label"] == "toy/run latest"
     shown = unpadded(printed.out).splitlines()
-    line = f"resnet8 on toy (60 images): top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
+    scores = f"top-1 {latest['top1']:.2f}  top-5 {latest['top5']:.2f}"
+    line = f"resnet8, toy/run latest, on toy (60 images): {scores}"
     assert shown[0] == f"[EVAL] {line}  loss {latest['nll']:.4f}"
     assert any(text.startswith("| resnet8 | toy/run best |") for text in shown)
+
+
+def test_runs_of_one_name_in_two_folders_are_told_apart(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / run.parent.name / run.name)
+    networks = evaluated(tmp_path, run, other, "--checkpoint", "latest")["networks"]
+    assert [one["label"] for one in networks] == [f"{run} latest", f"{other} latest"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[EVAL]")]
+    for line, folder in zip(lines, (run, other), strict=True):
+        assert line.startswith(f"[EVAL] resnet8, {folder} latest, on toy")
 
 
 def test_checkpoints_of_a_run_are_chosen_by_name_or_file(run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.gpu import main as gpu_check
 from benchmarks.gpu import packages, parts, sync
 from mdistiller.engine import captured
-from mdistiller.engine.networks import compiling
+from mdistiller.networks import compiling
 
 
 def rows_of(part, folder):

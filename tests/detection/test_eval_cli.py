@@ -147,9 +147,10 @@ def test_processes_measure_together_and_the_first_writes(place, tmp_path, capsys
         assert open_groups
         return measure(*args)
 
-    monkeypatch.setattr("mdistiller.engine.distributed.process_group", group)
+    monkeypatch.setattr("mdistiller.distributed.process_group", group)
     monkeypatch.setattr(eval_detection, "_measure", measured)
-    monkeypatch.setattr("mdistiller.engine.utils.is_main_process", lambda: False)
+    for module in ("console", "distributed"):
+        monkeypatch.setattr(f"mdistiller.{module}.is_main_process", lambda: False)
     assert run(place, "-c", str(place / "one"), "--json", str(tmp_path / "found.json")) == 0
     assert not (tmp_path / "found.json").exists()
     assert "[EVAL]" not in capsys.readouterr().out

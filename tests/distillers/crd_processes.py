@@ -9,8 +9,8 @@ from support import golden_values
 from torch import nn
 
 from mdistiller.distillers.CRD import CRD
+from mdistiller.distributed import sum_over_ranks, wrap
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
 
 NUM_DATA, GLOBAL_BATCH = 30, 9

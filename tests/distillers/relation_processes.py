@@ -12,8 +12,8 @@ from torch import nn
 from mdistiller.dataset.sampler import DistributedBatchSampler
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers.helpers.losses.split import Split
+from mdistiller.distributed import sum_over_ranks, wrap
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
 
 METHODS = {

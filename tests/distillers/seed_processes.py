@@ -5,8 +5,8 @@ from crd_processes import Net
 from support import golden_values
 
 from mdistiller.distillers.SEED import SEED
+from mdistiller.distributed import sum_over_ranks, wrap
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.distributed import sum_over_ranks, wrap
 from mdistiller.runtime import rank, world_size
 
 GLOBAL_BATCH = 9

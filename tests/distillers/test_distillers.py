@@ -308,21 +308,27 @@ def test_a_config_key_that_is_not_set_is_named():
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if distiller_dict[m].uses_teacher])
-def test_a_method_says_truly_whether_the_teachers_logits_are_all_it_reads(method):
+def test_a_method_says_truly_which_outputs_of_the_teacher_it_reads(method):
     """With them alone the same losses, or else an error."""
     distiller, again = build(method).train(), build(method).train()
-    given = items(distiller)
+    given, read = items(distiller), distiller.cacheable_outputs()
     runs_it_plainly = distiller.distills and distiller.teacher_in_eval_mode
     if distiller.two_views or not runs_it_plainly:
-        assert not distiller.can_do_without_teacher()
+        assert not read
         return
-    known = distiller.run_teacher(given["image"]).logits
-    if not distiller.can_do_without_teacher():
+    output = distiller.run_teacher(given["image"])
+    features = {"pooled_feat": output["pooled_feat"]} if read != ("logits",) else {}
+    logits = output.logits if read != ("pooled_feat",) else output.logits[:, :0]
+    cached = {"teacher_logits": logits, "teacher_features": features}
+    if not read:
         with pytest.raises((UserError, KeyError)):
-            distiller(**given, teacher_logits=known)
+            distiller(**given, **cached)
         return
     again.run_teacher = None
-    losses, others = distiller(**given)[1], again(**given, teacher_logits=known)[1]
+    torch.manual_seed(0)  # of CRD's negatives
+    losses = distiller(**given)[1]
+    torch.manual_seed(0)
+    others = again(**given, **cached)[1]
     for name, loss in losses.items():
         assert torch.equal(loss, others[name])
 
@@ -346,10 +352,10 @@ def test_a_class_that_reads_the_teacher_in_its_own_way_has_to_say_how_much():
         def run_teacher(self, image):
             return super().run_teacher(image[..., 1:, 1:])
 
-    found = [cls.can_do_without_teacher() for cls in (Same, Other, Sure, Twice, Cropped)]
-    assert found == [True, False, True, False, False]
+    found = [cls.cacheable_outputs() for cls in (Same, Other, Sure, Twice, Cropped)]
+    assert found == [("logits",), (), ("logits",), (), ()]
 
 
-def test_a_sum_reads_logits_alone_if_all_its_parts_do():
-    assert get_distiller("KD+DIST").can_do_without_teacher()
-    assert not get_distiller("KD+AT").can_do_without_teacher()
+def test_a_sum_reads_of_the_teacher_what_its_parts_do():
+    sums = {"KD+DIST": ("logits",), "KD+RKD": ("logits", "pooled_feat"), "KD+AT": ()}
+    assert {name: get_distiller(name).cacheable_outputs() for name in sums} == sums

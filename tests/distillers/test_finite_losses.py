@@ -132,6 +132,9 @@ BY_SAMPLE = {  # means over samples
         )
         for kind in ("naive", "minlogit", "mean", "linear")
     },
+    "KDCL general": lambda s, t: sum(
+        kdcl_losses([s, t], torch.full((len(s),), 3), 2.0, "general", torch.tensor([1e4, 1 - 1e4]))
+    ),
     "PSKD": lambda s, t: pskd_loss(
         s, t.float().clamp(-1e30, 1e30).softmax(dim=1), torch.full((len(s),), 3)
     ),

@@ -10,7 +10,7 @@ from support import golden_values
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.distillers.DML import dml_losses
 from mdistiller.distillers.helpers.losses.decoupled import target_column
-from mdistiller.distillers.KDCL import ensemble, kdcl_losses
+from mdistiller.distillers.KDCL import ensemble, error_products, general_weights, kdcl_losses
 from mdistiller.engine.cfg import default_config
 from mdistiller.models import get_model_entry
 from mdistiller.registry import UserError
@@ -83,6 +83,41 @@ def test_the_linear_target_has_the_least_cross_entropy_of_all_mixes():
         want = [kd(row, z, 2.0) for row, z in pairs]
         loss = kdcl_losses([*stacked], TARGET, 2.0, "linear")[0]
         assert loss.item() == pytest.approx(sum(want) / 3, rel=1e-9)
+
+
+def test_the_general_target_has_the_least_squared_error_on_held_out_images():
+    """Against the sums written out and no other weights of sum 1; networks that agree share."""
+    generator = torch.Generator().manual_seed(0)
+    nets = [*torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)]
+    labels = [0, 3, 2, 4]
+    products = error_products(nets, torch.tensor(labels))
+    errors = [
+        [
+            p - (c == label)
+            for z, label in zip(net, labels, strict=True)
+            for c, p in enumerate(softmax(z.tolist(), 1.0))
+        ]
+        for net in nets
+    ]
+    for k, mine in enumerate(errors):
+        for j, other in enumerate(errors):
+            want = sum(a * b for a, b in zip(mine, other, strict=True))
+            assert products[k, j].item() == pytest.approx(want, rel=1e-9)
+    weights = general_weights(products)
+    assert weights.sum().item() == pytest.approx(1)
+    inverse = products.inverse()
+    assert torch.allclose(weights, inverse.sum(dim=1) / inverse.sum(), rtol=1e-4)
+    for step in ([1, -1, 0], [0, 1, -1], [1, 0, -1]):
+        for size in (-0.1, 0.1):
+            other = weights + size * torch.tensor(step, dtype=torch.float64)
+            assert other @ products @ other > weights @ products @ weights
+    same = general_weights(error_products([nets[0]] * 2, torch.tensor(labels)))
+    assert same.tolist() == pytest.approx([0.5, 0.5])
+    assert general_weights(torch.zeros(2, 2)).tolist() == [0.5, 0.5]
+    mixed = sum(w * z for w, z in zip(weights, nets, strict=True)).tolist()
+    loss = kdcl_losses(nets, TARGET, 2.0, "general", weights)[1]
+    rows = [kd(a, b, 2.0) for a, b in zip(mixed, nets[1].tolist(), strict=True)]
+    assert loss.item() == pytest.approx(sum(rows) / 4, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["DML", "KDCL"])

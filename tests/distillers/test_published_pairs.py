@@ -6,8 +6,8 @@ The tables are literals on purpose: none is read from the code or from another c
 import pytest
 from support import REPO
 
+from mdistiller.config.values import lookup
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config.values import lookup
 
 CIFAR100 = REPO / "configs" / "cifar100"
 

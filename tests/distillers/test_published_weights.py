@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support import REPO
 from test_distillers import batch, build
 
+from mdistiller.config.values import lookup
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.AT import at_loss
 from mdistiller.distillers.CC import cc_loss
@@ -30,7 +31,6 @@ from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.distillers.SP import sp_loss
 from mdistiller.distillers.VID import vid_loss
 from mdistiller.engine.cfg import default_config, load_config
-from mdistiller.engine.config.values import lookup
 from mdistiller.engine.stages import running
 
 

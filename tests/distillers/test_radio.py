@@ -15,7 +15,7 @@ from mdistiller.distillers.helpers.losses.phi_s import (
 )
 from mdistiller.distillers.RADIO import POSITIONS, cosine_loss, map_loss
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.networks.build import build_distiller
+from mdistiller.run.build import build_distiller
 
 
 def cosine(x, y):

@@ -11,9 +11,9 @@ from mdistiller.distillers.KD import KD
 from mdistiller.engine import captured
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.run.train import train, train_together
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.registry import UserError
+from mdistiller.run.train import train, train_together
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from mdistiller.distillers.KD import KD, kd_loss
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import default_config, load_config
 from mdistiller.engine.deepkd import ThreeMomenta
-from mdistiller.engine.networks.build import build_distiller
 from mdistiller.registry import is_builtin
+from mdistiller.run.build import build_distiller
 
 STUDENT, TEACHER = 4 * golden_values((8, 10), 1), 6 * golden_values((8, 10), 2)
 TARGET = torch.arange(8)

@@ -92,7 +92,7 @@ def test_mixed_precision_follows_full_precision(tmp_path, amp):
 def test_an_overflow_of_either_gradient_skips_the_step_and_lowers_the_scale(tmp_path):
     from mdistiller.dataset import load_data
     from mdistiller.engine.dot import DOTTrainer
-    from mdistiller.engine.networks.build import build_distiller
+    from mdistiller.run.build import build_distiller
 
     text = "SOLVER:\n  TRAINER: dot\n  AMP: fp16\n"
     cfg = load_config(write_config(tmp_path, text=text, **kd_settings(tmp_path)))

@@ -12,10 +12,10 @@ from mdistiller.dataset import load_data
 from mdistiller.distillers.AB import ab_loss
 from mdistiller.distillers.FSP import fsp_loss
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_distiller
 from mdistiller.engine.stages import STRIDE, Stage, stage_solver
 from mdistiller.engine.trainer import BaseTrainer, InitTrainer, seed_everything
 from mdistiller.registry import UserError
+from mdistiller.run.build import build_distiller
 
 CPU = torch.device("cpu")
 

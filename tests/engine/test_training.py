@@ -13,9 +13,9 @@ from support import REPO, command, run_script, same_state, saved_teacher, write_
 from mdistiller.cli import train as train_command
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.run import prepare as run_module
-from mdistiller.engine.run.changes import changed_settings
 from mdistiller.models import get_model_entry
+from mdistiller.run import prepare as run_module
+from mdistiller.run_folder.changes import changed_settings
 
 
 def train(folder, *words, **config):
@@ -266,7 +266,7 @@ def test_a_run_goes_on_with_as_many_images_a_step(
 ):
     solver = "".join(f"  {key}: {value}\n" for key, value in split.items())
     cfg = load_config(write_config(tmp_path, f"SOLVER:\n{solver}" if split else "", epochs=1))
-    monkeypatch.setattr("mdistiller.engine.run.changes.world_size", lambda: processes)
+    monkeypatch.setattr("mdistiller.run_folder.changes.world_size", lambda: processes)
     changes = changed_settings(in_32s, cfg, goes_on=True)
     if refusal is None:
         assert changes == []
@@ -371,7 +371,7 @@ def test_the_zoos_teacher_goes_before_the_config_that_trains_one(tmp_path, monke
     # Released for 100 classes, it is none for this data: the config is what counts then.
     monkeypatch.setitem(cifar_model_dict, "resnet8", ModelEntry(entry.constructor, path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mdistiller.engine.run.teacher.train_teacher", lambda *_: path)
+        patch.setattr("mdistiller.run.teacher.train_teacher", lambda *_: path)
         train(tmp_path, "EXPERIMENT.NAME", "second", **settings)
 
 

@@ -14,11 +14,11 @@ from mdistiller.dataset.sources.images import Images
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
-from mdistiller.engine.networks.build import build_distiller
-from mdistiller.engine.networks.make import make_network
 from mdistiller.engine.unlabelled import UnlabelledTrainer
 from mdistiller.models import get_model_entry
+from mdistiller.networks.make import make_network
 from mdistiller.registry import UserError
+from mdistiller.run.build import build_distiller
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
 FAMILIES = {
@@ -162,6 +162,24 @@ def test_a_headless_teacher_on_labelled_data(tmp_path, capsys):
     assert result(tmp_path)[1][0]["train_acc"] > 0
     assert run(tmp_path, *LABELLED, *backbone, "DISTILLER.TYPE", "KD", name="kd") == 2
     assert "DISTILLER.TEACHER_ARGS {num_classes: 0} leaves out" in capsys.readouterr().err
+
+
+def test_the_teachers_summary_vectors_are_cached(pictures, tmp_path, capsys):
+    """Losses as without a cache, over a resume; another method finds all that was left."""
+    data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures, "DATASET.AUGMENT", "crop_flip")
+    data = (*data, "SOLVER.BATCH_SIZE", 20)
+    cache = ("DISTILLER.TEACHER_CACHE", "disk")
+    seed = ("DISTILLER.TYPE", "SEED")
+    assert run(tmp_path, *data, *seed, name="plain") == 0
+    assert run(tmp_path, *data, *seed, *cache, "SOLVER.EPOCHS", 1, name="cached") == 0
+    assert run(tmp_path, *data, *seed, *cache, "--resume", name="cached") == 0
+    assert run(tmp_path, *data, *cache, "DISTILLER.TYPE", "RKD+PKT", name="again") == 0
+    plain, cached, again = (result(tmp_path, name)[1] for name in ("plain", "cached", "again"))
+    assert cached[0]["train_loss"] == plain[0]["train_loss"]
+    assert cached[1]["train_loss"] == pytest.approx(plain[1]["train_loss"], rel=1e-5)
+    assert [row["teacher_hits"] for row in again] == [100, 100]
+    assert run(tmp_path, *data, *cache, "DISTILLER.TYPE", "RADIO", name="radio") == 2
+    assert "RADIO reads more of the teacher than logits and summary" in capsys.readouterr().err
 
 
 def test_a_run_continues_to_the_bit(pictures, tmp_path):

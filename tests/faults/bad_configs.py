@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from mdistiller.config.values import flatten, lookup
 from mdistiller.engine.cfg import CFG, load_config
-from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.registry import UserError
 
 Case = tuple[bytes, list[str]]  # a file's content, and overrides

@@ -13,7 +13,7 @@ from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import load_checkpoint
 
 UNTIMED = ("time", "seconds", "images_per_second", "teacher_hits")
-"""What may differ: a cache's hits tell what a start found, see docs/reliability.md."""
+"""What may differ: a cache's hits tell what a start found, see docs/running/reliability.md."""
 
 
 def differences(run: Path, whole: Path) -> list[str]:

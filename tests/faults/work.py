@@ -25,9 +25,9 @@ from mdistiller.cli.support.command import guarded
 from mdistiller.dataset import DATASETS, DataSource, ImageSet
 from mdistiller.dataset.data_source import Options, Split
 from mdistiller.engine.cfg import Config, load_config
-from mdistiller.engine.run.train import train
 from mdistiller.models import ModelEntry, cifar_model_dict
 from mdistiller.models.cifar.baby import BabyNet
+from mdistiller.run.train import train
 
 NAME = "faults"
 Before = Callable[[], Callable[[], object] | None]

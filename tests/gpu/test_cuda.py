@@ -10,7 +10,7 @@ from benchmarks.gpu.sync import waits
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.networks.build import build_distiller
+from mdistiller.run.build import build_distiller
 
 pytestmark = pytest.mark.gpu
 

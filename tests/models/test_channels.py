@@ -7,8 +7,8 @@ from PIL import Image
 from torch import nn
 
 from mdistiller.dataset.pipelines import luminance
-from mdistiller.engine.networks.make import make_network
 from mdistiller.models import get_model_entry, with_channels
+from mdistiller.networks.make import make_network
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
-from mdistiller.engine.networks.make import check_input, make_network
 from mdistiller.models import ModelEntry
 from mdistiller.models.external.plain import PlainNet
+from mdistiller.networks.make import check_input, make_network
 from mdistiller.registry import UserError
 from mdistiller.weights import load_network
 
@@ -134,7 +134,7 @@ def test_a_network_of_other_classes_is_refused():
     [(Normed, "output of a linear"), (lambda: nn.Conv2d(3, 5, 3), "logits")],
 )
 def test_what_cannot_be_wrapped_is_one_line_that_names_the_page(kind, reason):
-    with pytest.raises(UserError, match=rf"{reason}.*docs/own_backbone\.md") as raised:
+    with pytest.raises(UserError, match=rf"{reason}.*docs/extend/own_backbone\.md") as raised:
         build(kind)
     assert "\n" not in str(raised.value)
 
@@ -159,7 +159,8 @@ def test_a_constructor_that_cannot_be_called_is_named_with_what_it_lacks():
 
 
 def test_a_constructor_that_gives_no_module_is_refused():
-    with pytest.raises(UserError, match=r"returns a dict, not a module.*docs/own_backbone\.md"):
+    page = r"docs/extend/own_backbone\.md"
+    with pytest.raises(UserError, match=f"returns a dict, not a module.*{page}"):
         build(lambda num_classes: {"net": Net(num_classes)})
 
 

@@ -18,10 +18,10 @@ from support import REPO, cache_yaml, write_config
 
 from mdistiller.cli import sweep as sweep_command
 from mdistiller.cli import train as train_command
+from mdistiller.config.values import flatten, lookup
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.cfg import load_config
-from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.files.tables import csv_table
 from mdistiller.registry import UserError
 from mdistiller.report import curves, page
@@ -329,15 +329,32 @@ def test_held_out_images_are_kept_apart_from_the_test_set(tmp_path):
 
 
 def test_runs_without_labels_are_compared_by_their_knn_accuracy(tmp_path):
+    """Of every second epoch, by LOG.PROBE_FREQ 2; the loss stands beside that of training."""
     for name, best in (("a", 60.0), ("b", 70.0)):
         pairs = ("DATASET.TYPE", "images", "SOLVER.LR", best)
-        folder = make_run(tmp_path / name, [50.0, best], *pairs)
+        folder = make_run(tmp_path / name, [50.0, 55.0, 58.0, best], *pairs)
         summary = json.loads((folder / "summary.json").read_text())
-        named = {key.replace("_acc", "_knn"): value for key, value in summary.items()}
-        (folder / "summary.json").write_text(json.dumps(named | {"last_knn": best - 1}))
+        summary = {key.replace("_acc", "_knn"): value for key, value in summary.items()}
+        (folder / "summary.json").write_text(json.dumps(summary | {"last_knn": best - 1}))
+        log = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for row in lines:
+            del row["train_acc"]
+            accuracy = row.pop("test_acc")
+            row |= {"test_knn": accuracy} if row["epoch"] % 2 == 0 else {}
+        log.write_text("".join(f"{json.dumps(row)}\n" for row in lines))
     report = build_report([tmp_path])
     assert rows(report, "Accuracy")["b"][:3] == ["1", "69.00", "70.00"]
     assert "last epoch, test k-NN %" in markdown(report)
+    assert rows(report, "Convergence")["b"][:2] == ["1 of 1", "4.00"]  # to 0.95 * 69
+    sections = {section.title: section for section in report.sections}
+    (chart,) = sections["Learning curves"].charts
+    assert chart.title.startswith("k-NN accuracy")
+    (line,) = [line for line in chart.lines if line.name == "b"]
+    assert line.mean == pytest.approx([math.nan, 55.0, math.nan, 70.0], nan_ok=True)
+    assert page.draw(chart).curves[0].path.count("L") == 1  # through both points
+    terms = [line.name for line in sections["Training loss"].charts[0].lines]
+    assert terms == ["all terms", "loss_ce", "loss_kd", "all terms, on the test set"]
 
 
 def test_one_run_is_enough(tmp_path):

@@ -24,8 +24,8 @@ from mdistiller.cli import sweep as command
 from mdistiller.cli import train as train_command
 from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import default_config, load_config
-from mdistiller.engine.run import teacher
 from mdistiller.registry import UserError
+from mdistiller.run import teacher
 from mdistiller.sweep import table, trial_state, work
 from mdistiller.sweep.fields import with_seed
 from mdistiller.sweep.plan import read_plan
@@ -146,7 +146,7 @@ def test_all_methods_are_those_registered_now(sweep, monkeypatch):
 def test_every_shipped_sweep_can_be_planned(path, monkeypatch):
     cache_yaml(monkeypatch)
     for module in ("start", "teacher_weights"):  # files of weights are the user's
-        place = f"mdistiller.engine.networks.{module}.find_file"
+        place = f"mdistiller.networks.{module}.find_file"
         monkeypatch.setattr(place, lambda cfg, key: Path(cfg.DISTILLER[key]))
     text = path.read_text()
     if "MODE:" in text and "MODE" not in default_config().DKD:

@@ -91,7 +91,7 @@ def _end(text: str, code: int) -> int:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         print(text, file=sys.stderr, flush=True)
         return code
-    from mdistiller.engine.run.failure import first_to_fail, leave
+    from mdistiller.distributed.failure import first_to_fail, leave
 
     first = first_to_fail()
     if first:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdistiller.cli.support.command import add_overrides
 from mdistiller.cli.support.teachers import own_teachers, taught_by
-from mdistiller.engine.config.early import check_early
-from mdistiller.engine.config.files import require_path
+from mdistiller.config.early import check_early
+from mdistiller.config.files import require_path
 from mdistiller.files.names import EXPORTED, split_key
 from mdistiller.registry import UserError
 
@@ -235,7 +235,13 @@ def _sources(
             found += run_sources(Path(path), args.checkpoint or usual, args.imports)
         else:
             found.append(file_source(path, names.pop(0), given, args.imports))
-    return found
+    labels = [one.label for one in found]  # of a run: the last two parts of its path
+    return [
+        replace(one, label=f"{one.run} {one.label.rpartition(' ')[2]}")
+        if one.run and labels.count(one.label) > 1 and one.label != str(one.weights)
+        else one
+        for one in found
+    ]
 
 
 def _teacher(args: argparse.Namespace, given: Config, sources: Sequence[Source]) -> Source | None:

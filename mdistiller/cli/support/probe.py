@@ -31,8 +31,8 @@ def untrained(
 
     from mdistiller.distillers import get_distiller
     from mdistiller.engine.cfg import default_config
-    from mdistiller.engine.networks.make import make_network
     from mdistiller.models import get_model_entry
+    from mdistiller.networks.make import make_network
 
     torch.manual_seed(0)
     cfg = default_config()

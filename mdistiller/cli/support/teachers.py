@@ -36,7 +36,7 @@ def own_teachers(
     Raises:
         UserError: the teacher has a name and is not there.
     """
-    from mdistiller.engine.utils import print_log
+    from mdistiller.console import print_log
     from mdistiller.evaluation.subjects import load_beside, run_teachers
 
     runs = taught_by(name, sources)
@@ -61,7 +61,7 @@ def own_teachers(
 
 def _states_it(run: Path) -> bool:
     """Whether a run records how its images were prepared."""
-    from mdistiller.engine.run.record import read_record
+    from mdistiller.run_folder.record import read_record
 
     return "preprocessing" in (read_record(run).get("data") or {})
 
@@ -77,8 +77,8 @@ def taught_by(name: str, sources: Sequence[Source], several: bool = False) -> li
     Args:
         several: those of DISTILLER.TEACHERS as well, with a config that names all.
     """
+    from mdistiller.config.roles import teacher_configs
     from mdistiller.distillers import get_distiller
-    from mdistiller.engine.networks.roles import teacher_configs
 
     taught = []
     for source in sources:

@@ -44,11 +44,7 @@ def index_shards(
     files = [Path(url) if os.path.isfile(url) else None for url in urls]
     key = target or f"images {';'.join(images)}"
     stamps = [_stamp(key, file, readable, scale_16_bit) for file in files]
-    folder = files[0].parent if files[0] else Path()
-    names = [
-        Path(os.path.relpath(file, folder)).as_posix() if file else url
-        for file, url in zip(files, urls, strict=True)
-    ]
+    names = _names(files, urls)
     path = _index_file(files[0], urls[0])
     index: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -65,6 +61,15 @@ def index_shards(
         # Where it cannot be written, every run counts the shards.
         write_cache(path, json.dumps({"shards": index}))
     return [index[name][1] for name in names]
+
+
+def _names(files: Sequence[Path | None], urls: Sequence[str]) -> list[str]:
+    """The shards as the index names them."""
+    folder = files[0].parent if files[0] else Path()
+    return [
+        Path(os.path.relpath(file, folder)).as_posix() if file else url
+        for file, url in zip(files, urls, strict=True)
+    ]
 
 
 def _stamp(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mdistiller.config.safe_yaml import shown
 from mdistiller.detection.coco.masks import finite_number, polygon_parts, rle_counts
 from mdistiller.detection.coco.repairs import (
     LARGEST_SIDE,
@@ -24,7 +25,6 @@ from mdistiller.detection.coco.repairs import (
     area_fault,
     number_ids,
 )
-from mdistiller.engine.config.safe_yaml import shown
 from mdistiller.registry import UserError
 
 LEAST_SIDE = 0.01  # pixels; a shorter side would vanish in float32 when the image is resized

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mdistiller import runtime
+from mdistiller.console import print_log, progress
 from mdistiller.detection.batches import Batch
 from mdistiller.detection.coco.annotations import read_contents
 from mdistiller.detection.coco.dataset import CocoDetectionSet
@@ -30,7 +31,6 @@ from mdistiller.detection.coco.masks import coco_masks, encode_mask, polygon_par
 from mdistiller.detection.coco.packages import STATISTICS, coco_api, curves
 from mdistiller.detection.coco.repairs import area_fault
 from mdistiller.detection.networks.detector import Detector
-from mdistiller.engine.utils import print_log, progress
 from mdistiller.registry import UserError
 
 _COCOS_LARGEST = 1e10

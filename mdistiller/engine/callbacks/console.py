@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Mapping
 
-from mdistiller.engine.distributed import is_main_process
+from mdistiller.console import coloured, width
+from mdistiller.distributed import is_main_process
 from mdistiller.engine.hooks import Record, Trainer
-from mdistiller.engine.utils import coloured, width
 
 BEST = "*"
 """Behind the score of the best epoch so far."""

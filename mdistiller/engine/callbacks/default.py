@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from mdistiller.console import print_log
 from mdistiller.distillers import get_distiller
 from mdistiller.engine.callbacks.console import EpochTable
 from mdistiller.engine.callbacks.ema import AverageStudent
@@ -21,7 +22,6 @@ from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.callbacks.qat import QuantizeStudent
 from mdistiller.engine.checkpoints.store import LATEST, PREVIOUS, Store
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.utils import print_log
 
 _SLOTS = {"SGD": 1, "Adam": 2, "AdamW": 2}
 """Values that an optimizer keeps for each weight; 2 for any other."""

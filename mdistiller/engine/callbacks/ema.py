@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mdistiller.distillers import Distiller, Vanilla
-from mdistiller.engine.distributed import broadcast_buffers
+from mdistiller.distributed import broadcast_buffers
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
 from mdistiller.engine.utils import evaluate, last_and_best

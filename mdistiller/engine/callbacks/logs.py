@@ -18,12 +18,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import hparams, image, scalar
 from torch import Tensor
 
+from mdistiller.config.tasks import TASKS
+from mdistiller.config.values import flatten, lookup
+from mdistiller.console import print_log
 from mdistiller.distillers import DISTILLERS, part_names
 from mdistiller.engine.callbacks.mistakes import mistakes_picture
-from mdistiller.engine.config.values import flatten, lookup
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.tasks import TASKS
-from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError, first_line
 
 EPOCH_KEYS = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")

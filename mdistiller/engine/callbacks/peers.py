@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from mdistiller.distillers import Vanilla
+from mdistiller.distributed import sum_over_ranks
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.metrics import score_of
 from mdistiller.engine.utils import evaluate, last_and_best
@@ -38,6 +40,18 @@ class EvaluatePeers(Hook):
             score = score_of(record, trainer.select_by, f"{name}_")
             if name not in self.best or score >= self.best[name][0]:
                 self.best[name] = score, numbers["acc"], epoch
+        if getattr(trainer.model, "reads_held_out", False):
+            record.update(self._from_held_out(trainer))
+
+    @torch.no_grad()
+    def _from_held_out(self, trainer: Trainer) -> dict[str, float]:
+        """Have the method learn from the held-out images (`PeerMethod.take_held_out`)."""
+        model, sums = trainer.model.eval(), []
+        for batch in trainer.val_loader:
+            image, target = (item.to(trainer.device, non_blocking=True) for item in batch[:2])
+            sums.append(model.held_out_sums(model.all_logits(image), target))
+        numbers: dict[str, float] = model.take_held_out(sum_over_ranks(torch.stack(sums).sum(0)))
+        return numbers
 
     def columns(self, trainer: Trainer, record: Record) -> dict[str, str]:
         names = [name for name, _ in self._peers(trainer)]

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mdistiller.console import print_log
+from mdistiller.distributed import barrier, is_main_process, world_size
 from mdistiller.engine.checkpoints.resume import current_position
-from mdistiller.engine.distributed import barrier, is_main_process, world_size
 from mdistiller.engine.hooks import Hook, Trainer
 from mdistiller.engine.metrics import NonFiniteLossError
-from mdistiller.engine.utils import print_log
 from mdistiller.registry import UserError
 from mdistiller.runtime import side_group
 

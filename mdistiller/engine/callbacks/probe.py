@@ -6,8 +6,8 @@ from typing import Any
 
 from mdistiller.dataset import data_spec
 from mdistiller.engine.hooks import Hook, Record, Trainer
-from mdistiller.engine.networks.released import recorded_preprocessing
 from mdistiller.engine.probe import labelled_config, labelled_sets, probe
+from mdistiller.preprocessing import read_preprocessing
 from mdistiller.registry import UserError
 
 KEY = "test_knn"
@@ -32,7 +32,7 @@ class Probe(Hook):
         if height == width:
             cfg.DATASET.IMAGE_SIZE = height
         cfg.freeze()
-        recorded = recorded_preprocessing(facts, None) if data_spec(cfg).files else None
+        recorded = read_preprocessing(facts.get("preprocessing")) if data_spec(cfg).files else None
         self.sets = labelled_sets(cfg, trainer.device, recorded)
         size = self.sets[1].image_size
         if size != (height, width):

@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from mdistiller.console import print_log
 from mdistiller.dataset import first_difference
 from mdistiller.dataset.memory.loader import TrainLoader
-from mdistiller.engine.checkpoints.store import Store
-from mdistiller.engine.checkpoints.write import file_entries, load_state, strip_prefix
-from mdistiller.engine.distributed import (
+from mdistiller.distributed import (
     barrier,
     from_main_process,
     of_all_processes,
     rank,
     world_size,
 )
+from mdistiller.engine.checkpoints.store import Store
+from mdistiller.engine.checkpoints.write import file_entries, load_state, strip_prefix
 from mdistiller.engine.hooks import Trainer
 from mdistiller.engine.metrics import Meters
-from mdistiller.engine.utils import print_log
 from mdistiller.models.normalize import input_norm
 from mdistiller.registry import UserError
 

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO
 
 from torch import nn
 
+from mdistiller.console import print_log
 from mdistiller.engine.checkpoints.write import (
     load_checkpoint,
     network_contents,
     write_checkpoint,
 )
-from mdistiller.engine.utils import print_log
 from mdistiller.files.atomic import replacing
 from mdistiller.files.hashes import file_hash
 from mdistiller.files.manifest import MANIFEST, Entry, read_manifest

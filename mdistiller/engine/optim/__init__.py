@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mdistiller.registry import Registry, UserError, first_line, is_builtin, suggest
@@ -157,9 +156,3 @@ def decay_groups(groups: Groups, solver: Any) -> Groups:
         split += [{**group, "params": wide}] if wide else []
         split += [{**group, "params": narrow, "weight_decay": 0.0}] if narrow else []
     return split
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """The mixed-precision context of `SOLVER.AMP`; without effect for "none"."""
-    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

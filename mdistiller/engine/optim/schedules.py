@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from mdistiller.engine.config.checks import SCHEDULES
+from mdistiller.config.checks import SCHEDULES
 from mdistiller.registry import UserError
 
 __all__ = ["SCHEDULES", "build_scheduler", "by_step", "depends_on_epochs", "step_settings"]

@@ -126,7 +126,7 @@ class ExternalNet(StagedNet):
         """Refused: the wrapped network computes its logits itself."""
         raise UnsupportedError(
             f"{self.name} cannot get another head, as this method gives its student: choose a "
-            "network of the zoo, or one that derives from StagedNet (docs/own_backbone.md)"
+            "network of the zoo, or one that derives from StagedNet (docs/extend/own_backbone.md)"
         )
 
     def accept_neck(self, state: Mapping[str, Tensor]) -> None:

@@ -79,8 +79,8 @@ class PlainNet(HookedNet):
 
     def unsupported(self, reason: str) -> UnsupportedError:
         return UnsupportedError(
-            f"network {self.name} cannot be used: {reason}; docs/own_backbone.md shows what a "
-            "network has to return"
+            f"network {self.name} cannot be used: {reason}; docs/extend/own_backbone.md shows what "
+            "a network has to return"
         )
 
 
@@ -105,7 +105,7 @@ class LogitsNet(nn.Module):
         if logits is None or logits.ndim != 2:
             raise UnsupportedError(
                 f"network {name} cannot be used: it returns no logits [N, classes]; "
-                "docs/own_backbone.md shows what a network has to return"
+                "docs/extend/own_backbone.md shows what a network has to return"
             )
         share_state(self)
 

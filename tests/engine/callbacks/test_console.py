@@ -14,8 +14,8 @@ from mdistiller.engine.callbacks import console
 from mdistiller.engine.callbacks.console import EpochTable
 from mdistiller.engine.callbacks.ema import AverageStudent
 from mdistiller.engine.callbacks.peers import EvaluatePeers
-from mdistiller.engine.frozen_teacher.cache import TeacherCache
-from mdistiller.engine.run.together import PrefixedStream
+from mdistiller.engine.callbacks.teacher_cache import TeacherCache
+from mdistiller.run.together import PrefixedStream
 
 TERMS = {"ce": 1.5, "kd": 11.25, "feat": 0.1, "classifier": 1.0, "a": 1e6, "b": 2.0, "c": 3.0}
 

@@ -74,6 +74,25 @@ def test_eval_export_and_report_take_a_peer_by_its_name(run, tmp_path, capsys):
     assert eval_command.main([str(run), "--checkpoint", "peer3_latest"]) == 2
 
 
+def test_kdcl_general_weights_the_networks_by_held_out_images(tmp_path, capsys):
+    """After each epoch, also of a resumed run; refused without such images."""
+    text = "DATASET: {VAL_SPLIT: 20}\nSOLVER: {SCHEDULE: constant}\nKDCL: {TARGET: general}\n"
+    settings = {"method": "KDCL", "text": text}
+    whole = run_of(tmp_path / "whole", **settings)
+    run_of(tmp_path / "parts", epochs=1, **settings)
+    parts = run_of(tmp_path / "parts", "--resume", **settings)
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    weights = [[row["kdcl_weight0"], row["kdcl_weight1"]] for row in rows]
+    assert all(sum(pair) == pytest.approx(1, abs=1e-5) for pair in weights)
+    assert weights[0] != weights[1] != [0.5, 0.5]
+    first, second = (load(run / "latest")["model"] for run in (whole, parts))
+    assert first["weights"].tolist() == weights[1]
+    assert same_state(first, second)
+    bare = {"method": "KDCL", "text": "KDCL: {TARGET: general}\n"}
+    run_of(tmp_path / "bare", code=2, **bare)
+    assert "KDCL.TARGET general weights the networks by" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("method", "peers", "message"),
     [

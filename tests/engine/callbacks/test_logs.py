@@ -18,7 +18,7 @@ from mdistiller.dataset.memory.loader import EvalLoader
 from mdistiller.engine.callbacks.mistakes import SIDE, TEXT, mistakes_picture, worst_mistakes
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.hooks import Hook
-from mdistiller.engine.run.train import train
+from mdistiller.run.train import train
 
 
 def scalars(folder):

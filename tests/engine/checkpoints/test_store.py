@@ -15,9 +15,9 @@ from mdistiller.cli import train as train_command
 from mdistiller.engine.callbacks.default import Evaluate
 from mdistiller.engine.checkpoints.store import Store
 from mdistiller.engine.checkpoints.write import load_checkpoint
-from mdistiller.engine.run import lock
 from mdistiller.files.hashes import file_hash
 from mdistiller.registry import UserError
+from mdistiller.run_folder import lock
 
 
 def train(folder, text="", code=0, **settings):

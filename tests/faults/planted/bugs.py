@@ -224,7 +224,7 @@ BUGS = (
         "dataset/classes.py",
         "for number, name in enumerate(names)}",
         "for number, name in enumerate(have)}",
-        "engine/networks/test_class_order.py::test_classes_are_numbered_as_the_key_says",
+        "networks/test_class_order.py::test_classes_are_numbered_as_the_key_says",
     ),
     Bug(
         "accumulated gradients are not divided",
@@ -358,24 +358,24 @@ BUGS = (
     ),
     Bug(
         "of runs in lock-step, the one in front goes on",
-        "engine/run/together.py",
+        "run/together.py",
         "min(self._waiting, key=",
         "max(self._waiting, key=",
-        "engine/run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
+        "run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
     ),
     Bug(
         "runs in lock-step draw from one another's random numbers",
-        "engine/run/together.py",
+        "run/together.py",
         "        add_waited(time.perf_counter() - began)\n        ambient.restore()\n",
         "        add_waited(time.perf_counter() - began)\n",
-        "engine/run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
+        "run/test_together.py::test_every_run_is_as_alone_and_the_teacher_runs_once",
     ),
     Bug(
         "a run in lock-step counts the time of the others as its own",
-        "engine/run/together.py",
+        "run/together.py",
         "add_waited(time.perf_counter() - began)",
         "add_waited(0.0)",
-        "engine/run/test_together.py",
+        "run/test_together.py",
     ),
     # what is built on training
     Bug(

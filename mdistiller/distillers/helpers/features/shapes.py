@@ -21,7 +21,7 @@ def missing_feature(name: str, returned: Iterable[str]) -> UserError:
     """The error for a feature that a network does not return."""
     return UserError(
         f"this method needs {name!r}, which the network does not return "
-        f"(it returns {', '.join(returned) or 'no features'}; docs/own_backbone.md)"
+        f"(it returns {', '.join(returned) or 'no features'}; docs/extend/own_backbone.md)"
     )
 
 
@@ -47,7 +47,7 @@ def require_maps(name: str, shapes: Iterable[Sequence[int]]) -> None:
     if flat is not None:
         raise UserError(
             f"this method needs maps [N, C, H, W], but the network returns {name!r} of shape "
-            f"{list(flat)} (docs/own_backbone.md)"
+            f"{list(flat)} (docs/extend/own_backbone.md)"
         )
 
 

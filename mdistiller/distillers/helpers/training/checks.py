@@ -25,7 +25,7 @@ def require_call(method: type, arguments: Sequence[Any], facts: Mapping[str, Any
         names = ", ".join(("student", "teacher", "cfg")[: len(arguments)])
         raise UserError(
             f"{method.__name__}.__init__ cannot be called: {error}; it must take (self, {names}), "
-            "and may ask for num_data, image_size and targets by name (docs/method.md)"
+            "and may ask for num_data, image_size and targets by name (docs/extend/method.md)"
         ) from None
 
 
@@ -42,7 +42,7 @@ def logits_and_features(output: Any, net: nn.Module | None) -> tuple[Any, Any]:
     raise UserError(
         f"network {type(net).__name__} returned {_described(output)}, but methods read logits or "
         "(logits, features): wrap it by mdistiller.models.as_staged(net, name, (height, width)) "
-        "(docs/own_backbone.md)"
+        "(docs/extend/own_backbone.md)"
     )
 
 

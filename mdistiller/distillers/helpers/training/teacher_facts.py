@@ -72,6 +72,6 @@ def missing_fact(method: str, name: str) -> UserError:
     """The error for a fact that was not supplied."""
     return UserError(
         f"{method} needs {name} of its teacher and the training images, which was not computed: "
-        "build it by mdistiller.engine.networks.build.build_distiller, or hand it over by "
+        "build it by mdistiller.run.build.build_distiller, or hand it over by "
         f"take_fact({name!r}, value)"
     )

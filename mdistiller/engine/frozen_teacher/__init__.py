@@ -1,1 +1,0 @@
-"""The frozen teacher: batch norms folded, operations fused, logits cached."""

@@ -1,1 +1,0 @@
-"""Building networks and distillers from a config."""

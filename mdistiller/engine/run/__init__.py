@@ -1,1 +1,0 @@
-"""A run from start to end: training, run folder, run record, teacher."""

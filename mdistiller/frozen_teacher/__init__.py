@@ -1,0 +1,1 @@
+"""The frozen teacher: batch norms folded, operations fused, facts computed, logits stored."""
