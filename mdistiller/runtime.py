@@ -158,14 +158,43 @@ def barrier(seconds: float | None = None) -> None:
         dist.barrier(group=side_group(), async_op=True).wait(timeout)
 
 
+def fail_together(error: Exception | None) -> None:
+    """Raise in all processes what one of them has met; all must call it at the same point.
+
+    Args:
+        error: what ended this process's work, None if it succeeded.
+
+    Raises:
+        Exception: `error` itself; in the others a UserError or RuntimeError of the same text.
+    """
+    failures: list[Any] = [None] * world_size()
+    if distributed():
+        import torch.distributed as dist
+
+        mine = error and (isinstance(error, UserError), str(error) or repr(error))
+        dist.all_gather_object(failures, mine, group=side_group())
+    if error is not None:
+        raise error
+    for users, text in filter(None, failures):
+        raise UserError(text) if users else RuntimeError(text)
+
+
 @contextlib.contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """Run the block in one process of each machine first, which leaves files for the others."""
+    """Run the block in one process of each machine first, which leaves files for the others.
+
+    Where it fails there, it fails in all processes.
+    """
     if local_rank() != 0:
-        barrier()
-    yield
-    if local_rank() == 0:
-        barrier()
+        fail_together(None)
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    fail_together(error)
 
 
 def local_rank() -> int:

@@ -1,4 +1,4 @@
-"""Run folders that were never trained, written by the code that writes real ones."""
+"""Run folders that were never trained, written by the code that writes real ones, and reports."""
 
 import json
 from types import SimpleNamespace
@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from mdistiller.config.values import flatten, lookup
 from mdistiller.engine.callbacks.logs import MetricsFile
 from mdistiller.engine.cfg import default_config
 from mdistiller.run.summary import summarize
 from mdistiller.run_folder.record import write_record
+
+METHODS = {"plain": ("DISTILLER.TYPE", "NONE"), "KD": ("DISTILLER.TYPE", "KD")}
+ENDS = {"plain": (70.0, 71.0, 72.0), "KD": (71.0, 73.0, 75.0)}
 
 
 def config(*pairs):
@@ -56,3 +60,13 @@ def make_run(folder, accuracies, *pairs, seed=0, teacher=None, finished=True, te
             summary |= dict(zip(("test_acc_last", "test_acc_best"), test, strict=True))
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def rows(report, title):
+    """The cells of a section's first table, by the name of the row."""
+    (section,) = (s for s in report.sections if s.title == title)
+    return {row[0]: row[1:] for row in section.tables[0].rows}
+
+
+def flat(cfg):
+    return {key: lookup(cfg, key) for key in flatten(cfg)}

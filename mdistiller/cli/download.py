@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from mdistiller.cli.support.command import command_line
+from mdistiller.config.early import stored_names
 from mdistiller.files import Limits, file_hash, move_in, unpacked
 from mdistiller.files.atomic import replacing
 from mdistiller.files.fetch import address, fetch
@@ -95,13 +96,13 @@ def releases() -> Registry:
     return networks
 
 
-def chosen(names: list[str], known: Registry) -> list[Release]:
+def chosen(names: list[str], known: Registry) -> list[Any]:
     """The releases that `names` mean; a bare name is the first zoo's that has it."""
     if names == ["all"]:
         return list(known.values())
-    short: dict[str, Release] = {}
-    for release in known.values():
-        short.setdefault(release.name, release)
+    short: dict[str, Any] = {}
+    for key, release in known.items():
+        short.setdefault(key.rpartition("/")[2], release)
     return [short[name] if name in short else known[name] for name in names]
 
 
@@ -290,6 +291,7 @@ def show(known: Registry, store: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List, or fetch and check."""
+    chosen(args.names, stored_names("releases"))  # wrong ones, before the networks are imported
     available = releases()
     folder = args.to or project_root() / "download_ckpts"
     wanted = chosen(args.names, available)

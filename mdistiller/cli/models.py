@@ -12,11 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 from mdistiller.cli.support.command import command_line
+from mdistiller.config.early import check_names
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError, first_line
 
 SIZES = {"cifar": 32, "tiny_imagenet": 64, "imagenet": 224}
 CLASSES = {"cifar": 100, "tiny_imagenet": 200, "imagenet": 1000}
+WILD = set("*?[")
 COLUMNS = ["network", "parameters", "MFLOPs", "stem", "stages", "embedding"]
 
 
@@ -62,7 +64,7 @@ def chosen(patterns: list[str], zoo: str) -> list[str]:
 
     names: list[str] = []
     for pattern in patterns or ["*"]:
-        if not set(pattern) & set("*?["):
+        if not set(pattern) & WILD:
             get_model_entry(pattern, zoo)
             names.append(pattern)
             continue
@@ -82,6 +84,7 @@ def show(args: argparse.Namespace) -> None:
     classes = CLASSES[args.zoo] if args.classes is None else args.classes
     if size < 1 or classes < 1:
         raise UserError("--size and --classes must be at least 1")
+    check_names([name for name in args.names if not set(name) & WILD], args.zoo)
     names = chosen(args.names, args.zoo)
     print(f"one {size}x{size} image, {classes} classes\n")
     rows: list[list[object]] = []

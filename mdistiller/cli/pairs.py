@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mdistiller.cli.support.command import command_line
 from mdistiller.cli.support.probe import CIFAR, random_step, untrained
+from mdistiller.config.early import check_names
 from mdistiller.files.tables import markdown_table
 from mdistiller.registry import UserError
 
@@ -79,12 +80,13 @@ def rows(
 
 def table(args: argparse.Namespace) -> None:
     """Print the table, then each refusal's reason once."""
-    from mdistiller.distillers import distiller_dict, get_distiller
-    from mdistiller.models import get_model_entry, zoo_names
-
     side = args.image_size
     if side < 1 or args.classes < BATCH:
         raise UserError(f"--image-size must be at least 1, --classes at least {BATCH}")
+    check_names([*args.teachers, *(args.students or [])], args.zoo, args.methods or [])
+    from mdistiller.distillers import distiller_dict, get_distiller
+    from mdistiller.models import get_model_entry, zoo_names
+
     students = args.students or zoo_names(args.zoo)
     methods = args.methods or [name for name in sorted(distiller_dict) if name != "NONE"]
     for name in [*args.teachers, *students]:

@@ -106,7 +106,11 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     fork = table.pop("FORK", None)
     if fork is not None:
         table["IMPORTS"] = [resolve_fork(fork, folder), *(table.get("IMPORTS") or [])]
-    settings = table.get("DISTILLER")
+    resolve_teachers(table.get("DISTILLER"), folder)
+
+
+def resolve_teachers(settings: Any, folder: Path) -> None:
+    """:func:`resolve_paths` for a section DISTILLER: the configs that train teachers."""
     settings = settings if isinstance(settings, dict) else {}
     several = settings.get("TEACHERS")
     entries = [entry for entry in several if isinstance(entry, dict)] if several else []

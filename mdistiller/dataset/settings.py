@@ -13,7 +13,7 @@ from mdistiller.dataset.files.preprocessing import check_keys, choose_preprocess
 from mdistiller.dataset.memory.augment import AUGMENTS, Identity
 from mdistiller.dataset.sources.shards import Shards
 from mdistiller.preprocessing import ImageSize, Preprocessing, Statistics, read_image_size
-from mdistiller.registry import UserError
+from mdistiller.registry import UserError, is_builtin
 from mdistiller.runtime import project_root
 
 
@@ -136,6 +136,20 @@ def is_balanced(node: dict[str, Any], source: DataSource) -> bool:
 def has_files(source: DataSource) -> bool:
     """Whether images are files, of any size."""
     return isinstance(source, (FileSource, Shards))
+
+
+def unread_keys(node: Mapping[str, Any]) -> list[str]:
+    """Beginnings of keys of a section DATASET that reading these data ignores; a source of the
+    user's may read any."""
+    keys = [] if node["VAL_SPLIT"] or node["FRACTION"] != 1 else ["VAL_SEED"]
+    if not is_builtin(DATASETS.get(node["TYPE"])):
+        return keys
+    source = source_of(node)
+    if not isinstance(source, Shards):
+        keys.append("SHARDS.")
+    if not has_files(source):
+        keys += ["EXIF", "SCALE_16_BIT", "JPEG_SCALING", "SKIP_CORRUPT"]
+    return keys
 
 
 class DataSpec(NamedTuple):

@@ -32,6 +32,7 @@ from mdistiller.distillers._base import DISTILLERS, Distiller, Output
 from mdistiller.distillers.helpers.features.shapes import Size, probe
 from mdistiller.distillers.helpers.losses.numerics import full_precision, gram, unit
 from mdistiller.distillers.helpers.training.gather import gather_batch
+from mdistiller.distillers.helpers.training.settings import require_positive
 from mdistiller.registry import UserError
 
 WEIGHTS = {"neighbour": 0.02, "kernel": 100.0}
@@ -108,12 +109,13 @@ class CC(Distiller):
         self.feat_loss_weight = WEIGHTS.get(cfg.CC.FORM, weight) if weight < 0 else weight
         self.embed_s: nn.Module = nn.Flatten()
         self.embed_t: nn.Module = nn.Flatten()
+        width = int(require_positive("CC.FEAT_DIM", cfg.CC.FEAT_DIM))
         if cfg.CC.FORM == "neighbour":
             s_width, t_width = (
                 probe(net, image_size)["pooled_feat"][1:].numel() for net in (student, teacher)
             )
-            self.embed_s = nn.Sequential(nn.Flatten(), nn.Linear(s_width, cfg.CC.FEAT_DIM))
-            self.embed_t = nn.Sequential(nn.Flatten(), nn.Linear(t_width, cfg.CC.FEAT_DIM))
+            self.embed_s = nn.Sequential(nn.Flatten(), nn.Linear(s_width, width))
+            self.embed_t = nn.Sequential(nn.Flatten(), nn.Linear(t_width, width))
         elif cfg.CC.FORM != "kernel":
             raise unknown_form(cfg.CC.FORM)
 

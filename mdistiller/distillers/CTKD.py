@@ -133,10 +133,10 @@ class CTKD(Distiller):
         self.node = node
         require_positive("CTKD.T_START", node.T_START)
         require_positive("CTKD.T_RANGE", node.T_RANGE)
+        hidden = int(require_positive("CTKD.HIDDEN", node.HIDDEN))
         if node.MODE == "global":
             self.temperature: nn.Module = GlobalTemperature(node.INIT)
         else:
-            hidden = int(require_positive("CTKD.HIDDEN", node.HIDDEN))
             classes = sum(probe(net, image_size)["logits"][1] for net in (student, teacher))
             self.temperature = InstanceTemperature(classes, hidden, node.INIT)
 

@@ -60,6 +60,7 @@ from mdistiller.distillers.helpers.training.teacher_facts import (
 )
 from mdistiller.registry import UserError
 
+PROJECTORS = ("conv1x1", "bottleneck")
 OUTPUTS = {"cka": "logits", "cka_feats": "pooled_feat"}
 
 
@@ -161,25 +162,22 @@ class WKD(Distiller):
                 f"{weights.WKD_FEAT_WEIGHT}: neither may be negative, and one must be above 0"
             )
         self.decay_from, self.epochs = weights.COSINE_DECAY_EPOCH, cfg.SOLVER.EPOCHS
+        _check(node)  # also of the term that is left out
         if self.logit_weight:
             self._init_logits(node)
-        if self.feat_weight:
-            if cfg.DISTILLER.TEACHER_CACHE != "none":
-                raise UserError(
-                    f"DISTILLER.TEACHER_CACHE {cfg.DISTILLER.TEACHER_CACHE}: it remembers logits, "
-                    f"but WKD.LOSS.WKD_FEAT_WEIGHT {self.feat_weight:g} needs the teacher's maps; "
-                    "set one of them to none or 0"
-                )
+        if self.feat_weight and cfg.DISTILLER.TEACHER_CACHE != "none":
+            raise UserError(
+                f"DISTILLER.TEACHER_CACHE {cfg.DISTILLER.TEACHER_CACHE}: it remembers logits, "
+                f"but WKD.LOSS.WKD_FEAT_WEIGHT {self.feat_weight:g} needs the teacher's maps; "
+                "set one of them to none or 0"
+            )
+        if self.feat_weight or node.HINT_LAYERS or node.HINT_LAYER != -1:
             self._init_features(node, image_size)
 
     def _init_logits(self, node: Any) -> None:
         assert self.teacher is not None
-        self.temperature = require_positive("WKD.TEMPERATURE", node.TEMPERATURE)
-        self.smoothing = require_positive("WKD.LAMBDA", node.LAMBDA)
-        self.rounds = int(require_positive("WKD.ITERATIONS", node.ITERATIONS))
-        self.sharpen = require_positive("WKD.SHARPEN", node.SHARPEN)
-        images = int(require_positive("WKD.COST_IMAGES", node.COST_IMAGES))
-        require_one_of("WKD.COST", node.COST, ("cka", "cka_feats", "fc"))
+        self.temperature, self.sharpen = node.TEMPERATURE, node.SHARPEN
+        self.smoothing, self.rounds = node.LAMBDA, node.ITERATIONS
         largest_distance = 2.0 if node.COST == "fc" else 1.0
         self.largest = -math.expm1(-self.sharpen * largest_distance)
         if node.COST == "fc":
@@ -191,7 +189,7 @@ class WKD(Distiller):
         self.teacher_facts = {
             "class_cost": TeacherFact(
                 output=OUTPUTS[node.COST],
-                per_class=images,
+                per_class=node.COST_IMAGES,
                 reduce=functools.partial(_costs_of_outputs, sharpen=self.sharpen),
                 recipe=f"1 - exp(-{self.sharpen} (1 - linear CKA of classes))",
             )
@@ -199,20 +197,25 @@ class WKD(Distiller):
         self.missing = True
 
     def _init_features(self, node: Any, image_size: Size) -> None:
+        """Check the layers, also of a WKD-F that is left out, and build the projectors."""
         assert self.teacher is not None
-        self.grid, self.ratio = int(require_positive("WKD.GRID", node.GRID)), node.RATIO
+        shapes = [probe(net, image_size) for net in (self.student, self.teacher)]
+        if not self.feat_weight and not all("feats" in names for names in shapes):
+            return
+        maps = [names["feats"] for names in shapes]
+        counts = [len(names) for names in maps]
         key = "HINT_LAYERS" if node.HINT_LAYERS else "HINT_LAYER"
         self.layers = list(node.HINT_LAYERS) or [node.HINT_LAYER]
-        shapes = [probe(net, image_size)["feats"] for net in (self.student, self.teacher)]
-        counts = [len(maps) for maps in shapes]
         if not all(layer in range(-min(counts), min(counts)) for layer in self.layers):
             raise UserError(
                 f"WKD.{key} {node[key]}: the networks return {counts[0]} (student) and "
                 f"{counts[1]} (teacher) maps; -1 is the last"
             )
-        width = int(require_positive("WKD.WIDTH", node.WIDTH))
+        if not self.feat_weight:
+            return
+        self.grid, self.ratio = node.GRID, node.RATIO
         projectors = [
-            make_projector(node.PROJECTOR, shapes[0][layer][1], shapes[1][layer][1], width)
+            make_projector(node.PROJECTOR, maps[0][layer][1], maps[1][layer][1], node.WIDTH)
             for layer in self.layers
         ]
         self.projector, self.more_projectors = projectors[0], nn.ModuleList(projectors[1:])
@@ -259,6 +262,15 @@ class WKD(Distiller):
             self.rounds,
             self.largest,
         )
+
+
+def _check(node: Any) -> None:
+    """Refuse values of WKD's node that no weights make sense of."""
+    positive = "TEMPERATURE LAMBDA ITERATIONS SHARPEN COST_IMAGES GRID WIDTH"
+    for key in positive.split():
+        require_positive(f"WKD.{key}", node[key])
+    require_one_of("WKD.COST", node.COST, ("cka", "cka_feats", "fc"))
+    require_one_of("WKD.PROJECTOR", node.PROJECTOR, PROJECTORS)
 
 
 def _costs_of_outputs(outputs: Tensor, sharpen: float) -> Tensor:

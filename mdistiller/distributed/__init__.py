@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mdistiller.distributed.failure import first_to_fail, watching
-from mdistiller.runtime import barrier, distributed, rank, side_group, world_size
+from mdistiller.runtime import (
+    barrier,
+    distributed,
+    fail_together,
+    rank,
+    side_group,
+    world_size,
+)
 
 T = TypeVar("T")
 
@@ -70,8 +77,14 @@ def is_main_process() -> bool:
 
 
 def from_main_process(find: Callable[[], T]) -> T:
-    """Call `find` on rank 0 and broadcast its result."""
-    box: list[Any] = [find() if rank() == 0 else None]
+    """Call `find` on rank 0 and broadcast its result, or raise its error in all processes."""
+    box: list[Any] = [None]
+    error: Exception | None = None
+    try:
+        box = [find() if rank() == 0 else None]
+    except Exception as raised:
+        error = raised
+    fail_together(error)
     if distributed():
         dist.broadcast_object_list(box, src=0, group=side_group())
     result: T = box[0]

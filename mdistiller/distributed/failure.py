@@ -18,12 +18,16 @@ from functools import lru_cache
 
 from torch.distributed import TCPStore
 
+from mdistiller.runtime import world_size
+
 POLL = 1.0
 """Seconds between two looks at the counter."""
 LINGER = 1.5
 """Seconds that the process which tells stays, so that all see the counter: the store may go."""
 ANSWER = 10.0
 """Seconds that the store has to answer."""
+SAME_FAILURE = 60.0
+"""Seconds in which a failure of one process counts as that of all."""
 PATIENCE = 3.0
 """Seconds that the others wait to be ended by a launcher, which then names the right process."""
 
@@ -69,6 +73,28 @@ def _ask() -> bool:
         return bool(store.add(_key(), 1) == 1)
     except RuntimeError:  # no store yet, or none any more: better told twice than not at all
         return True
+
+
+def fails_everywhere(what: str) -> bool:
+    """Whether all processes of a launch meet a failure, within a minute of one another.
+
+    Counted in the store: a barrier could meet one at which another process waits elsewhere.
+
+    Args:
+        what: the name of what has failed, the same in all processes, used once.
+    """
+    if alone():
+        return world_size() == 1
+    latest = time.monotonic() + SAME_FAILURE
+    try:
+        store, key = _connect(seconds=5), f"{_key()}/{what}"
+        count = store.add(key, 1)
+        while count < int(os.environ["WORLD_SIZE"]) and time.monotonic() < latest:
+            time.sleep(0.05)
+            count = store.add(key, 0)
+    except RuntimeError:  # the process that runs the store has ended
+        return False
+    return count == int(os.environ["WORLD_SIZE"])
 
 
 @contextlib.contextmanager

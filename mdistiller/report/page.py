@@ -65,7 +65,8 @@ class Whisker:
 
 @dataclass(frozen=True)
 class Strip:
-    """A chart of means in place; `reference` and `ticks` are in percent of the width."""
+    """A chart of means in place; `reference` and `ticks` are in percent of the width, which is 112
+    pixels on a telephone: there every second one of more than three ticks has no number."""
 
     rows: list[Whisker]
     reference: float | None

@@ -10,6 +10,7 @@ bits as alone.
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import threading
 import time
@@ -18,17 +19,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from mdistiller.distributed.failure import fails_everywhere
 from mdistiller.engine.checkpoints.resume import add_waited, random_state, set_random_state
-from mdistiller.runtime import barrier
 
 T = TypeVar("T")
 Progress = tuple[int, int, int]
 """0 in an initialisation stage or before, 1 in the main one; epoch; step."""
 
-SAME_FAILURE = 60.0
-"""Seconds in which a failure of one process counts as that of all."""
-
 _thread = threading.local()
+_serials = itertools.count()
 
 
 def current_turn() -> Turn | None:
@@ -67,7 +66,8 @@ def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
             outcome.value = job()
         except BaseException as error:
             outcome.error = error
-            if isinstance(error, Exception) and not fails_everywhere():
+            if isinstance(error, Exception) and not fails_everywhere(turn.name):
+                # another process waits within this run: its sums would mix with the next one's
                 group.broken_by = error
                 group.stop()
         finally:
@@ -96,18 +96,6 @@ def run_together(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
     return outcomes
 
 
-def fails_everywhere() -> bool:
-    """Whether a run that has failed here does so in all processes of a launch, within a minute.
-
-    Else another one is waiting within the run, and would mix up its sums with those of the next.
-    """
-    try:
-        barrier(SAME_FAILURE)
-    except RuntimeError:
-        return False
-    return True
-
-
 class Ambient:
     """Process-wide state (random generators, standard output) as a run left it."""
 
@@ -130,6 +118,7 @@ class Group:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.serial = next(_serials)
         self.expected = 0
         self._changed = threading.Condition()
         self._waiting: dict[int, Progress] = {}
@@ -180,6 +169,7 @@ class Turn:
 
     def __init__(self, group: Group, number: int):
         self.group, self.number = group, number
+        self.name = f"{group.serial}/{number}"  # the same in all processes of a launch
 
     def wait(self, progress: Progress) -> None:
         """Let the runs behind `progress` go first."""

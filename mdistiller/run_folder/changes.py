@@ -8,8 +8,11 @@ from typing import Any
 
 from mdistiller.config.tasks import TASKS
 from mdistiller.config.values import flatten
+from mdistiller.dataset.settings import unread_keys
+from mdistiller.distillers import DISTILLERS, part_names
 from mdistiller.distributed import world_size
 from mdistiller.engine.cfg import CFG, method_nodes, own_sections
+from mdistiller.registry import is_builtin
 from mdistiller.run_folder.record import read_record, recorded_settings
 
 _SEEDS = ("EXPERIMENT.SEED", "EXPERIMENT.LOGIT_STAND", "LOG.SELECT_BY", "LOG.PROBE")
@@ -65,7 +68,7 @@ def changed_settings(folder: Path, cfg: Any, goes_on: bool = False) -> list[str]
 def side_settings(folder: Path, cfg: Any) -> list[str]:
     """The settings without influence on weights that differ from a run's recorded config."""
     recorded = recorded_settings(folder)
-    names = ("LOG.", "EXPERIMENT.", *keys_without_effect(), "DEVICE")
+    names = ("LOG.", "EXPERIMENT.", *keys_without_effect(cfg), "DEVICE")
     keys = [key for key in flatten(cfg) if key.startswith(names) and key != "EXPERIMENT.NAME"]
     pairs = [(key, _get(recorded, key), _get(cfg, key)) for key in keys if key not in _SEEDS]
     return [
@@ -94,9 +97,11 @@ def differences(recorded: Mapping[str, Any], cfg: Any) -> list[str]:
     sections += own_sections(cfg)
     keys = [*_SEEDS]
     keys += [f"{name}.{key}" for name in sections if name in cfg for key in flatten(cfg[name])]
-    keys = [key for key in keys if not key.startswith((*keys_without_effect(), *_ARGUMENTS))]
+    idle = keys_without_effect(cfg)
+    keys = [key for key in keys if not key.startswith((*idle, *_ARGUMENTS))]
     changes = []
-    for key in _ARGUMENTS:  # whole: what was given in one of the two only counts as well
+    # whole: what was given in one of the two only counts as well
+    for key in (key for key in _ARGUMENTS if not key.startswith(idle)):
         before, now = (_get(config, key) or {} for config in (recorded, cfg))
         if before != now:
             changes.append(f"{key} was {dict(before)}, is now {dict(now)}")
@@ -117,9 +122,30 @@ def _without_files(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return [{k: v for k, v in entry.items() if k not in ("CKPT", "CFG")} for entry in entries]
 
 
-def keys_without_effect() -> tuple[str, ...]:
-    """:data:`WITHOUT_EFFECT` with the keys of every task."""
-    return (*WITHOUT_EFFECT, *(key for task in TASKS.values() for key in task.without_effect))
+def keys_without_effect(cfg: Any) -> tuple[str, ...]:
+    """Beginnings of keys: :data:`WITHOUT_EFFECT`, those of every task, and those that the data set,
+    method and trainer of this config do not read."""
+    tasks = (key for task in TASKS.values() for key in task.without_effect)
+    data = (f"DATASET.{key}" for key in unread_keys(cfg.DATASET))
+    return (*WITHOUT_EFFECT, *tasks, *data, *_unread(cfg))
+
+
+def _unread(cfg: Any) -> list[str]:
+    """Keys outside of DATASET that a run of this config does not read; user code may read any."""
+    node, parts = cfg.DISTILLER, [DISTILLERS.get(part) for part in part_names(cfg.DISTILLER.TYPE)]
+    taught = any(getattr(part, "uses_teacher", True) for part in parts)
+    single = len(parts) == 1 and is_builtin(parts[0])
+    plain = cfg.SOLVER.TRAINER in ("base", "crd")
+    unread = {
+        "LSKD.UNBIASED": not cfg.LSKD.ENABLE and not cfg.EXPERIMENT.LOGIT_STAND,
+        "LSKD.EPS": not cfg.LSKD.ENABLE and not cfg.EXPERIMENT.LOGIT_STAND,
+        "DISTILLER.TEACHER": not taught,
+        "DISTILLER.COMBINE": not taught or not node.TEACHERS,
+        "DISTILLER.CE_WEIGHT": single,
+        "SOLVER.DOT.": plain,
+        "SOLVER.DEEPKD.": plain,
+    }
+    return [key for key, idle in unread.items() if idle]
 
 
 def _get(node: Any, name: str) -> Any:

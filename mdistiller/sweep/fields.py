@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdistiller.config.early import check_early
-from mdistiller.config.files import find_config, overlay, read_yaml
+from mdistiller.config.files import find_config, overlay, read_yaml, resolve_teachers
 from mdistiller.config.values import as_read, coerce, flatten, literal, lookup
 from mdistiller.registry import UserError, suggest
 
@@ -185,6 +185,16 @@ def _with_seed(value: Any, seed: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_seed(part, seed) for key, part in value.items()}
     return [_with_seed(part, seed) for part in value] if isinstance(value, list) else value
+
+
+def resolved(pairs: Sequence[Any], folder: Path) -> list[Any]:
+    """`[key, value, ...]` of a file in `folder`, teachers' configs relative to it made absolute."""
+    absolute = []
+    for key, value in zip(pairs[0::2], pairs[1::2], strict=True):
+        sections = nested({key: value})
+        resolve_teachers(sections.get("DISTILLER"), folder)
+        absolute += [key, lookup(sections, key)]
+    return absolute
 
 
 def as_settled(pairs: Sequence[Any], cfg: Config) -> list[Any]:

@@ -145,7 +145,7 @@ class _Reader:
                 for seed in self.table["SEEDS"]:
                     name = f"{cell},seed:{seed}"
                     more = self.taught(variant, seed)
-                    loaded = cfg or self.load(cell, config, [*fixed, *pairs, *more], seed=seed)
+                    loaded = cfg or self.load(cell, config, [*fixed, *pairs], more, seed=seed)
                     run = self.placed(loaded, name, words, seed)
                     self.made[name] = Trial(cell, name, changes, (run,))
                     yield self.made[name]
@@ -212,19 +212,24 @@ class _Reader:
         name: str,
         config: str,
         overrides: list[Any],
+        more: Sequence[Any] = (),
+        *,
         whole: bool = True,
         seed: int | None = None,
     ) -> Config:
         """A trial's config; if it is the `whole` one, checked as far as that goes without data.
 
         Args:
+            overrides: of the file, whose teachers' configs are relative to it.
+            more: laid over them.
             seed: of the run; by default the first of SEEDS.
         """
         seed = self.table["SEEDS"][0] if seed is None else seed
         try:
             sibling = self.folder / config
             file = sibling if config and sibling.is_file() else config
-            changes = fields.with_seed([*overrides, *self.overrides], seed)
+            changes = fields.resolved(fields.with_seed(overrides, seed), self.folder)
+            changes += fields.with_seed([*more, *self.overrides], seed)
             cfg = load_config(file, changes, self.imports)
             if whole:
                 self.check(cfg)

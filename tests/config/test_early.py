@@ -9,11 +9,13 @@ import pytest
 from support import REPO
 from yacs.config import CfgNode
 
-from mdistiller.cli import COMMANDS
+from mdistiller.cli import COMMANDS, download
 from mdistiller.config.early import STORED, check, stored_config
 from mdistiller.detection.config import default_config as detection_defaults
 from mdistiller.distillers import DISTILLERS
 from mdistiller.engine.cfg import default_config, load_config
+from mdistiller.models import zoo
+from mdistiller.models.zoo import LIBRARIES
 from mdistiller.registry import UserError, is_builtin
 
 WRITE = "PYTHONPATH=.:tests python tests/config/test_early.py"
@@ -26,6 +28,24 @@ def plain(node):
     return list(node) if isinstance(node, tuple) else node
 
 
+def registered():
+    """The kind, names and names elsewhere of the registries of this package."""
+    tables = {"distillers": DISTILLERS, "releases": download.releases(), "libraries": LIBRARIES}
+    tables |= {"zoos": zoo._ZOOS, **zoo._ZOOS}
+    return {
+        key: [
+            table.kind,
+            [
+                name
+                for name, item in table.items()
+                if is_builtin(getattr(item, "constructor", item))
+            ],
+            dict(table.elsewhere),
+        ]
+        for key, table in tables.items()
+    }
+
+
 def rendered():
     """The file's text, one section a line."""
     kinds = {"train": default_config(), "train_detection": detection_defaults()}
@@ -36,6 +56,8 @@ def rendered():
     for kind, cfg in kinds.items():
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in plain(cfg).items()]
         texts.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
+    names = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in registered().items()]
+    texts.append('"names": {\n' + ",\n".join(names) + "\n}")
     return "{\n" + ",\n".join(texts) + "\n}\n"
 
 
@@ -136,6 +158,12 @@ def test_help_and_bad_input_come_without_torch(tmp_path):
         (["convert_detectron2", "nothing", "out.pth"], 2),
         (["methods", "--only", "DKDD"], 2),
         (["methods"], 0),
+        (["models", "resnet9"], 2),
+        (["models", "tim/resnet18"], 2),
+        (["pairs", "--teachers", "resnet57"], 2),
+        (["pairs", "--methods", "KD", "DKD+ATT"], 2),
+        (["pairs", "--zoo", "mnist"], 2),
+        (["download", "resnet57"], 2),
     ]
     words = [sys.executable, "-m", "mdistiller"]
     code = PROBE.format(cases=cases)

@@ -15,6 +15,7 @@ from mdistiller.distillers.RKD import rkd_loss
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.stages import running
 from mdistiller.models import get_model_entry
+from mdistiller.registry import UserError
 
 
 def build(method, **settings):
@@ -126,3 +127,19 @@ def test_a_setting_reaches_the_initialisation(method, keys, pure, settings):
         want = expected(distiller, pure, settings)
         _, losses = distiller(**batch())
         check(losses["loss_init"], 7.0, *want)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("WKD", {"HINT_LAYERS": [9]}, r"WKD\.HINT_LAYERS \[9\]: the networks"),
+        ("WKD", {"HINT_LAYER": 9}, r"WKD\.HINT_LAYER 9: the networks"),
+        ("WKD", {"PROJECTOR": "mlp"}, r"WKD\.PROJECTOR 'mlp' is not one of"),
+        ("WKD", {"LOSS__WKD_FEAT_WEIGHT": 1.0, "COST": "cosine"}, r"WKD\.COST 'cosine' is not"),
+        ("CTKD", {"HIDDEN": 0}, r"CTKD\.HIDDEN must be positive"),
+        ("CC", {"FORM": "kernel", "FEAT_DIM": 0}, r"CC\.FEAT_DIM must be positive"),
+    ],
+)
+def test_a_setting_of_a_part_that_is_off_is_checked(method, settings, message):
+    with pytest.raises(UserError, match=message):
+        build(method, **settings)

@@ -219,10 +219,6 @@ def test_costs_that_nobody_has_computed_are_an_error_with_advice():
             r"WKD.HINT_LAYERS \[1, 1\.5\]: the networks",
         ),
         (
-            [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "WKD.PROJECTOR", "mlp"],
-            "WKD.PROJECTOR 'mlp' is not one of",
-        ),
-        (
             [f"{LOSS}.WKD_FEAT_WEIGHT", 1.0, "DISTILLER.TEACHER_CACHE", "memory"],
             "DISTILLER.TEACHER_CACHE memory: it remembers logits, but",
         ),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support import command, same_state, saved_teacher, write_config
-from test_training import OLD_TRAINER
+from test_original_code import OLD_TRAINER
 
 from mdistiller.cli import train as train_command
 from mdistiller.dataset import load_data

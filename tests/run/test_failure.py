@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed.run
@@ -84,6 +85,17 @@ def test_a_process_that_keeps_the_store_and_hangs_keeps_none_from_telling(monkey
         asks.join(20)
     failure._claim.cache_clear()
     assert answers == [True]
+
+
+def test_a_failure_counts_for_all_once_all_have_met_it(monkeypatch):
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(failure, "SAME_FAILURE", 0.3)
+    with ThreadPoolExecutor(2) as processes:
+        for runs, answers in ((["a", "a"], [True, True]), (["b", "c"], [False, False])):
+            assert list(processes.map(failure.fails_everywhere, runs)) == answers
 
 
 @pytest.mark.parametrize(

@@ -211,27 +211,47 @@ def test_every_failure_is_told_and_the_first_one_gives_the_exit_code(tmp_path, m
     assert all(f"{error}\n" in printed for error in errors)
 
 
+UNINDEXED = """
+from mdistiller.engine.trainer import BaseTrainer, trainer_dict
+from mdistiller.registry import UserError
+from mdistiller.runtime import local_rank_zero_first, rank
+
+@trainer_dict.register("unindexed")
+class Unindexed(BaseTrainer):
+    def __init__(self, *args):
+        with local_rank_zero_first():
+            if rank() == 0:
+                raise UserError("the index cannot be written")
+"""
+
+
 def test_two_processes_train_together_what_they_train_alone(tmp_path):
-    """Gloo processes: all take the turns in the same order, also when a run has failed in both."""
+    """Gloo processes: all take the turns in the same order, also when a run has failed in both, or
+    in the first where that one works for all."""
     names = ["kd", "plain"]
     words = {}
     for folder in (tmp_path / "alone", tmp_path / "together"):
         configs(folder, names, epochs=1)
         words[folder.name] = [["--cfg", folder / name / "toy.yaml"] for name in names]
-    (tmp_path / "bad").mkdir()
-    bad = write_config(tmp_path / "bad", "EXPERIMENT: {NAME: bad}\nSOLVER: {LR: 1.0e+30}\n")
-    group = [*words["together"][0], "--cfg", bad, *words["together"][1]]
+    (tmp_path / "unindexed.py").write_text(UNINDEXED)
+    group = [*words["together"][0], "--import", tmp_path / "unindexed.py"]
+    for name, text in (("bad", "LR: 1.0e+30"), ("none", "TRAINER: unindexed")):
+        (tmp_path / name).mkdir()
+        text = f"EXPERIMENT: {{NAME: {name}}}\nSOLVER: {{{text}}}\n"
+        group += ["--cfg", write_config(tmp_path / name, text)]
+    group += words["together"][1]
     for given, code in ((words["alone"][0], 0), (words["alone"][1], 0), (group, 2)):
         done = command(*given, processes=2)
         assert done.returncode == code, done.stderr
     assert done.stderr.count("error: non-finite") == 1
+    assert done.stderr.count("error: the index cannot be written") == 1
     same_runs(tmp_path / "alone", tmp_path / "together", names)
 
 
 def test_a_run_that_fails_in_one_process_alone_ends_all(alone, monkeypatch):
     """The other process waits within this run: the sums of the next one would mix with its own."""
     folder = alone.parent / "one_process"
-    monkeypatch.setattr("mdistiller.run.together.fails_everywhere", lambda: False)
+    monkeypatch.setattr("mdistiller.run.together.fails_everywhere", lambda run: False)
     first, second = configs(folder, ["plain", "kd"])
     first.defrost()
     first.SOLVER.LR = 1e30
