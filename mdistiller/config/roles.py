@@ -45,7 +45,8 @@ def of_teacher(cfg: Any, number: int) -> Iterator[None]:
     except UserError as error:
         if not cfg.DISTILLER.get("TEACHERS", []) or type(error) is not UserError:
             raise  # as it is: a training that diverged, say
-        raise UserError(f"DISTILLER.TEACHERS[{number}]: {error}") from None
+        text = re.sub(r"(DISTILLER\.)?TEACHER_(CKPT|CFG|ARGS|NORM)\b", r"\2", str(error))
+        raise UserError(f"DISTILLER.TEACHERS[{number}]: {text}") from None
 
 
 def teacher_identity(cfg: Any) -> list[str]:

@@ -14,8 +14,8 @@ training images. Where labels are given, their cross-entropy is added. The heads
 the student's file.
 
 Ours: both outputs are standardised, where the papers have one teacher's map beside others'; a head
-is as wide as the teacher's output; the standardisation is of 1,024 training images, and 16
-positions of each.
+is as wide as the teacher's output; the standardisation is of 1,024 evenly spread training
+images, and 16 positions of each.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class RADIO(Distiller):
         standardize = require_one_of("RADIO.STANDARDIZE", node.STANDARDIZE, ("phi_s", "none"))
         images = int(require_positive("RADIO.IMAGES", node.IMAGES))
         if standardize == "phi_s":
-            per_class = -(-images // max(1, shapes[0]["logits"][1]))
             self.teacher_facts = {
                 f"standard_{name}": TeacherFact(
                     output=name,
-                    per_class=per_class,
+                    per_class=images,
+                    by_class=False,
                     reduce=functools.partial(_standard, width=width),
                     recipe="PHI-S",
                     positions=POSITIONS,

@@ -140,6 +140,12 @@ class ReportUntrained(Hook):
             print_log(text)
 
 
+def why_unlabelled(cfg: Any) -> str:
+    """The keys by which data have no labels, for errors."""
+    reason = "" if cfg.DATASET.LABELS else ", DATASET.LABELS False"
+    return f"DATASET.TYPE {cfg.DATASET.TYPE}{reason}"
+
+
 def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:
     """The trainer for data without labels.
 
@@ -149,8 +155,7 @@ def require_base(cfg: Any, trainer: type[BaseTrainer]) -> type[BaseTrainer]:
     if trainer is not BaseTrainer:
         raise UserError(
             f"SOLVER.TRAINER {cfg.SOLVER.TRAINER} reads labels, and these data have none "
-            f"(DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS {cfg.DATASET.LABELS}): set it to "
-            "base"
+            f"({why_unlabelled(cfg)}): set it to base"
         )
     UnlabelledTrainer.check(cfg)
     return UnlabelledTrainer

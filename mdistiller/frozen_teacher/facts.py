@@ -69,7 +69,7 @@ def _fact(
     if kept is not None:
         print_log(f"teacher fact {name}: read from {path}")
         return torch.from_numpy(kept).to(device)
-    if data.num_classes:
+    if data.num_classes and fact.by_class:
         chosen = choose_images(data.train.dataset.targets, data.num_classes, fact.per_class)
     else:
         chosen = spread(data.num_data, fact.per_class)[None]
@@ -171,6 +171,7 @@ def _key(cfg: Any, data: Data, teacher: nn.Module, fact: TeacherFact) -> str:
         "per_class": fact.per_class,
         "recipe": fact.recipe,
         **({"positions": fact.positions} if fact.positions else {}),
+        **({} if fact.by_class else {"by_class": False}),
         "mdistiller": __version__,
     }
     return json.dumps(parts, sort_keys=True)

@@ -39,7 +39,9 @@ def find_file(cfg: Any, key: str) -> Path:
     places = (path, project_root() / path)
     file = next((place for place in places if split_key(place)[0].is_file()), None)
     if file is None:
-        raise UserError(f"DISTILLER.{key}: {path} does not exist")
+        folder = any(place.is_dir() for place in places)
+        reason = "is a folder: name a file in it, student_best, say" if folder else "does not exist"
+        raise UserError(f"DISTILLER.{key}: {path} {reason}")
     return file
 
 

@@ -28,6 +28,9 @@ _PLACES = (
 )
 _WEIGHTS = ("DISTILLER.STUDENT_CKPT", "DISTILLER.TEACHER_CKPT", "DISTILLER.TEACHER_CFG")
 _PATHS = ("DATASET.ROOT", *_WEIGHTS)
+_FILES = ("CKPT", "CFG")  # of an entry of DISTILLER.TEACHERS
+_ONE_TEACHER = re.compile(r"DISTILLER\.TEACHER(_(CKPT|CFG|ARGS|NORM))?(\.|$)")
+"""Keys whose place DISTILLER.TEACHERS takes."""
 # The network and the images that accuracies belong to.
 _SUBJECT = (
     *("DISTILLER.STUDENT", "DATASET.TYPE", "DATASET.ROOT", "DATASET.LABELS"),
@@ -125,12 +128,21 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _WEIGHTS:
         if whole.get(key):
             whole[key] = own_seed.sub(r"seed\1*", whole[key])
-    if whole.get("DISTILLER.TEACHERS"):
+    several = whole.get("DISTILLER.TEACHERS")
+    if several:
         whole["DISTILLER.TEACHERS"] = [
-            {key: own_seed.sub(r"seed\1*", v) if key == "CKPT" else v for key, v in entry.items()}
-            for entry in whole["DISTILLER.TEACHERS"]
+            {
+                key: own_seed.sub(r"seed\1*", str(Path(v).resolve())) if key in _FILES else v
+                for key, v in entry.items()
+            }
+            for entry in several
         ]
-    return {k: v for k, v in whole.items() if k == "LOG.SELECT_BY" or not k.startswith(_PLACES)}
+    return {
+        k: v
+        for k, v in whole.items()
+        if (k == "LOG.SELECT_BY" or not k.startswith(_PLACES))
+        and not (several and _ONE_TEACHER.match(k))
+    }
 
 
 @lru_cache(maxsize=1)

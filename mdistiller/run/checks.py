@@ -8,6 +8,7 @@ from mdistiller.config.roles import of_teacher, peer_configs, teacher_configs
 from mdistiller.dataset import DATASETS, Data, DataSource, data_spec, mixes_labels
 from mdistiller.distillers import check_several, distiller_dict, get_distiller, part_names
 from mdistiller.engine.optim import optimizer_maker
+from mdistiller.engine.unlabelled import why_unlabelled
 from mdistiller.frozen_teacher.cacheable import check_method
 from mdistiller.networks.network import model_entry
 from mdistiller.networks.start import student_start
@@ -73,8 +74,7 @@ def check_labels(cfg: Any) -> None:
         others = sorted(key for key, cls in distiller_dict.items() if not cls.needs_labels)
         raise UserError(
             f"DISTILLER.TYPE {name}: {' and '.join(guilty)} needs class labels or logits, and "
-            f"these data have no labels (DATASET.TYPE {cfg.DATASET.TYPE}, DATASET.LABELS "
-            f"{cfg.DATASET.LABELS}); choose one of {', '.join(others)}"
+            f"these data have no labels ({why_unlabelled(cfg)}); choose one of {', '.join(others)}"
         )
     if mixes_labels(cfg) and not get_distiller(name).soft_labels:
         guilty = [part for part in part_names(name) if not get_distiller(part).soft_labels]

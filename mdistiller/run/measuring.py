@@ -23,6 +23,7 @@ from mdistiller.networks.class_order import doubts
 from mdistiller.networks.network import model_entry
 from mdistiller.networks.released import PRETRAINED, own_preprocessing
 from mdistiller.networks.teacher_images import teacher_image_size
+from mdistiller.preprocessing import Preprocessing, height_width
 from mdistiller.run.overview import describe_network
 from mdistiller.weights import recorded_facts
 
@@ -34,28 +35,48 @@ def teacher_test_loader(
 
     None if the data's own test loader gives the same, or images are not resized.
     """
-    used, own_size = data.preprocessing, teacher_image_size(cfg)
-    if not data_spec(cfg).files or (used.resize == "keep" and not own_size):
-        return None
-    entry = model_entry(cfg, "TEACHER", data)
-    stated = None if weights == PRETRAINED else recorded_facts(weights)
-    how = own_preprocessing(cfg, "TEACHER", entry, weights, stated)
-    if how is None and not own_size:
-        return None
-    size = own_size or used.image_size
-    sized = cfg.clone()
-    sized.defrost()
-    sized.DATASET.IMAGE_SIZE = size
-    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
-    if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
-        return None
-    if how is not None and how.image_size not in (0, size):
+    how = _own_preprocessing(cfg, data, weights)
+    loader = _test_loader(cfg, data, device, [how])
+    size = teacher_image_size(cfg) or data.image_size
+    if loader is not None and how and how.image_size and height_width(how.image_size) != size:
+        sizes = size, height_width(how.image_size)
+        sides = [f"{w}x{h}" if w != h else str(h) for h, w in sizes]
         whose = "its checkpoint records" if how.recorded else "its library evaluates it at"
         message = (
-            f"the teacher sees images of {size} pixels, but {whose} {how.image_size} "
+            f"the teacher sees images of {sides[0]} pixels, but {whose} {sides[1]} "
             f"(DATASET.IMAGE_SIZE {how.image_size} gives it these, DISTILLER.TEACHER_SIZE resizes)"
         )
         print_log(message)
+    return loader
+
+
+def _own_preprocessing(cfg: Any, data: Data, weights: str | Path) -> Preprocessing | None:
+    """What a teacher's weights say of its images; None where images are not files."""
+    if not data_spec(cfg).files:
+        return None
+    entry = model_entry(cfg, "TEACHER", data)
+    stated = None if weights == PRETRAINED else recorded_facts(weights)
+    return own_preprocessing(cfg, "TEACHER", entry, weights, stated)
+
+
+def _test_loader(
+    cfg: Any, data: Data, device: torch.device, hows: Sequence[Preprocessing | None]
+) -> EvalLoader | None:
+    """The test set for teachers at the size they see in training; None if the data's is the same.
+
+    Args:
+        hows: preprocessing of each. If theirs differ, images are prepared as the data's.
+    """
+    used, own_size = data.preprocessing, teacher_image_size(cfg)
+    if not data_spec(cfg).files or (not own_size and (used.resize == "keep" or not any(hows))):
+        return None
+    sized = cfg.clone()
+    sized.defrost()
+    sized.DATASET.IMAGE_SIZE = list(own_size or data.image_size)
+    sized.DATASET.MEAN, sized.DATASET.STD = list(data.mean), list(data.std)
+    how = hows[0] if len({eval_preprocessing(sized, one) for one in hows}) == 1 else None
+    if eval_preprocessing(sized, how) == replace(used, mean=(), std=()):
+        return None
     return load_test_loader(sized, device, how).loader
 
 
@@ -108,8 +129,9 @@ def measure_teachers(
 ) -> list[float | None]:
     """Top-1 accuracy in percent of the teacher, or of each and then of their ensemble.
 
-    See :func:`measure_teacher`. An ensemble with a network whose classifier is not trained has
-    None.
+    See :func:`measure_teacher`. The ensemble sees images of the teachers' size, too, prepared as
+    the data's where the teachers have theirs prepared in different ways. An ensemble with a network
+    whose classifier is not trained has None.
     """
     configs, accuracies = teacher_configs(cfg), []
     team = distiller.teacher if len(configs) > 1 else None
@@ -124,7 +146,10 @@ def measure_teachers(
         return [*accuracies, None]
     both: Any = team
     ensemble = TeacherEnsemble(both.nets, both.weights.tolist()).to(device)
-    return [*accuracies, measure_teacher(distiller, data, None, "the teachers' ensemble", ensemble)]
+    hows = [_own_preprocessing(one, data, file) for one, file in zip(configs, weights, strict=True)]
+    loader = _test_loader(cfg, data, device, hows)
+    label = "the teachers' ensemble"
+    return [*accuracies, measure_teacher(distiller, data, loader, label, ensemble)]
 
 
 def describe_networks(

@@ -14,6 +14,7 @@ from mdistiller.distillers import Distiller, get_distiller
 from mdistiller.distributed import wrap
 from mdistiller.engine.cfg import Config
 from mdistiller.engine.checkpoints.write import file_entries
+from mdistiller.engine.probe import labelled_config
 from mdistiller.engine.trainer import BaseTrainer
 from mdistiller.engine.unlabelled import require_base
 from mdistiller.frozen_teacher.cacheable import check_views
@@ -113,6 +114,8 @@ def _choose_trainer(cfg: Config) -> tuple[type[BaseTrainer], BatchItems]:
     """The class of the trainer, and what it and the method read of a batch."""
     kind = check_trainer(cfg.SOLVER.TRAINER)
     check_labels(cfg)
+    if cfg.LOG.PROBE:
+        labelled_config(cfg, cfg.LOG.PROBE)  # is there
     kind.check(cfg)
     items = wanted_items(kind, get_distiller(cfg.DISTILLER.TYPE))
     return kind if data_spec(cfg).labels else require_base(cfg, kind), items

@@ -70,8 +70,10 @@ def test_the_other_rotation_equalises_any_variances():
         assert turned.diagonal() == pytest.approx([sum(variances) / len(variances)] * len(turned))
 
 
-def test_a_run_standardises_by_its_training_images(tmp_path):
+def test_a_run_standardises_each_teacher_by_its_training_images(tmp_path):
     root = image_folder(tmp_path / "pictures", size=16)
+    (tmp_path / "second").mkdir()
+    files = [saved_teacher(tmp_path), saved_teacher(tmp_path / "second", seed=2)]
     cfg = default_config()
     settings = {
         "DEVICE": "cpu",
@@ -79,18 +81,27 @@ def test_a_run_standardises_by_its_training_images(tmp_path):
         "DATASET.ROOT": str(root),
         "DISTILLER.TYPE": "RADIO",
         "DISTILLER.STUDENT": "resnet8",
-        "DISTILLER.TEACHER": "resnet8",
-        "DISTILLER.TEACHER_CKPT": str(saved_teacher(tmp_path)),
+        "DISTILLER.TEACHERS": [{"NAME": "resnet8", "CKPT": str(file)} for file in files],
         "SOLVER.BATCH_SIZE": 8,
         "LOG.PREFIX": str(tmp_path),
+        "RADIO.COSINE": 0.7,
+        "RADIO.SMOOTH_L1": 0.2,
+        "RADIO.LOSS.SUMMARY_WEIGHT": 2,
+        "RADIO.LOSS.MAP_WEIGHT": 3,
     }
     cfg.merge_from_list([item for pair in settings.items() for item in pair])
     data = load_data(cfg)
-    radio = build_distiller(cfg, data, torch.device("cpu")).train()
+    distiller = build_distiller(cfg, data, torch.device("cpu")).train()
     images = torch.cat([images for images, _ in data.plain()])
-    features = radio.run_teacher(images).features
-    assert features["final_map"][0, 0].numel() == POSITIONS  # all positions count
-    for name in ("pooled_feat", "final_map"):
-        made = radio.matched(name, features[name], features[name])[1].reshape(-1, 64)
-        assert made.mean(0).abs().max() < 1e-3
-        torch.testing.assert_close(made.var(0, correction=0), torch.ones(64), rtol=1e-2, atol=1e-2)
+    outputs = ("pooled_feat", "final_map")
+    for radio in distiller.parts.values():
+        student, teacher = radio.run_student(images), radio.run_teacher(images)
+        assert teacher["final_map"][0, 0].numel() == POSITIONS  # all positions count
+        vectors, maps = (radio.matched(name, student[name], teacher[name]) for name in outputs)
+        for made in (vectors[1], maps[1].reshape(-1, 64)):
+            assert made.mean(0).abs().max() < 1e-3
+            torch.testing.assert_close(made.var(0, correction=0), torch.ones(64), rtol=0, atol=2e-2)
+        wanted = 2 * cosine_loss(*vectors) + 3 * map_loss(*maps, 0.7, 0.2)
+        torch.testing.assert_close(
+            radio.distill(student, teacher, torch.zeros(len(images))), wanted
+        )

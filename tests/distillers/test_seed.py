@@ -58,6 +58,16 @@ def test_the_queue_holds_the_newest_vectors_of_the_teacher():
     torch.testing.assert_close(seed.queue.sort(0).values, unit(vectors[2:]).sort(0).values)
 
 
+def test_the_loss_has_its_weight():
+    rows = golden_values((3, 5), 1).float(), golden_values((3, 4), 2).float()
+    losses = []
+    for weight in (1, 3):
+        outputs = (Output(torch.zeros(3, 2), {"pooled_feat": x}) for x in rows)
+        seed = small("SEED.LOSS.FEAT_WEIGHT", weight)
+        losses.append(seed.distill(*outputs, torch.zeros(3).long()))
+    torch.testing.assert_close(losses[1], 3 * losses[0])
+
+
 def test_the_queue_is_no_longer_than_the_data():
     assert len(small().queue) == 30
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support import image_folder, saved_teacher
 from mdistiller.cli import eval as evaluate
 from mdistiller.cli import train
 from mdistiller.engine import probe
+from mdistiller.engine.callbacks.probe import Probe
 from mdistiller.engine.cfg import load_config
 from mdistiller.engine.probe import knn_accuracy, linear_accuracy
 from mdistiller.evaluation.probe import training_size
@@ -110,6 +112,21 @@ def test_eval_and_training_find_the_same_accuracy(tmp_path, capsys):
     assert its_teacher["weights"] == other["weights"] == str(teacher)
     assert (latest["image_size"], its_teacher["image_size"]) == ([32, 32], [48, 48])
     assert "k-NN top-1 %" in capsys.readouterr().out
+
+
+def test_labelled_images_are_cropped_as_the_students_file_records(tmp_path):
+    """Square ones, for a student of photographs that were cropped."""
+    how = {"image_size": [32, 32], "resize": "crop", "crop_pct": 0.8, "interpolation": "bilinear"}
+    facts = {"image_size": [32, 32], "mean": [0.5] * 3, "std": [0.2] * 3, "preprocessing": how}
+    student = SimpleNamespace(file_entries={"data": facts})
+    cfg = load_config("", ["DATASET.TYPE", "images", "LOG.PROBE", str(image_folder(tmp_path))])
+    hook = Probe()
+    hook.before_train(
+        SimpleNamespace(cfg=cfg, device=torch.device("cpu"), model=SimpleNamespace(student=student))
+    )
+    for data in hook.sets:
+        assert (data.preprocessing.crop_pct, data.mean) == (0.8, (0.5,) * 3)
+    assert [len(data.loader.dataset) for data in hook.sets] == [24, 12]  # train/ and val/
 
 
 def test_a_teacher_is_judged_at_the_size_it_had_in_training():

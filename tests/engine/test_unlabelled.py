@@ -10,15 +10,25 @@ from support import TOY, saved_teacher
 
 from mdistiller.cli import train
 from mdistiller.dataset import load_data
+from mdistiller.dataset.sources.images import Images
 from mdistiller.distillers import distiller_dict, get_distiller
 from mdistiller.engine.cfg import default_config
 from mdistiller.engine.checkpoints.write import load_checkpoint
 from mdistiller.engine.unlabelled import UnlabelledTrainer
 from mdistiller.models import get_model_entry
+from mdistiller.networks.make import make_network
 from mdistiller.registry import UserError
 from mdistiller.run.build import build_distiller
 
 LABEL_FREE = ["AT", "CC", "FITNET", "NST", "PKT", "RADIO", "REVIEWKD", "RKD", "SEED", "SP", "VID"]
+FAMILIES = {
+    "timm/test_vit": {},
+    "timm/vit_small_patch16_dinov3": {"embed_dim": 24, "depth": 2, "num_heads": 2},  # registers
+    "timm/test_convnext": {},
+    "timm/test_efficientnet": {},
+    "timm/mobilenetv4_conv_small_035": {},
+    "timm/test_maxvit": {},
+}
 LABELLED = ("IMPORTS", f"['{TOY}']", "DATASET.TYPE", "tiny16", "SOLVER.EPOCHS", 1)
 
 
@@ -88,6 +98,21 @@ def test_a_tree_of_pictures_trains_without_accuracies(pictures, tmp_path, loader
     assert not torch.equal(averaged, last)
 
 
+def test_linked_folders_are_read_once_and_a_split_folder_is_reported(tmp_path, capsys):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "train", root / "val", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "0.png")
+    (root / "link").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(root)
+    (elsewhere / "twin").symlink_to(elsewhere / "deep")
+    names = [str(name, "utf-8") for name in Images().files(root, "train").names]
+    assert names == ["link/deep/0.png", "train/0.png", "val/0.png"]
+    assert f"name {root / 'train'} to leave them out" in capsys.readouterr().err
+    Images().files(root / "train", "train")
+    assert not capsys.readouterr().err
+
+
 def test_held_out_images_select_the_epoch_of_the_lowest_loss(pictures, tmp_path):
     data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures, "DATASET.VAL_SPLIT", 8)
     # the learning rate ruins the student in the second epoch
@@ -97,6 +122,8 @@ def test_held_out_images_select_the_epoch_of_the_lowest_loss(pictures, tmp_path)
     assert summary["selected_on"] == "8 held-out training images"
     assert summary["best_epoch"] == 1
     assert summary["best_loss"] == rows[0]["test_loss"] < rows[1]["test_loss"]
+    state = load_checkpoint(tmp_path / "distill" / "run" / "student_latest")["model"]
+    assert state["bn1.num_batches_tracked"] == 4  # batches of training alone
 
 
 def test_labelled_data_train_without_their_labels(tmp_path):
@@ -115,7 +142,9 @@ def test_which_methods_need_no_labels(pictures, tmp_path, capsys):
     assert get_distiller("AT+KD").needs_labels
     data = ("DATASET.TYPE", "images", "DATASET.ROOT", pictures)
     assert run(tmp_path, *data, "DISTILLER.TYPE", "KD+AT") == 2
-    assert "KD needs class labels or logits" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "KD needs class labels or logits" in error
+    assert "DATASET.LABELS" not in error  # it is no reason here
     assert run(tmp_path, *data, "DISTILLER.TYPE", "AT", "SOLVER.TRAINER", "dot") == 2
     assert "SOLVER.TRAINER dot reads labels" in capsys.readouterr().err
     cfg = default_config()
@@ -191,3 +220,28 @@ def test_weights_that_the_loss_does_not_reach_are_reported(pictures, tmp_path, c
     assert "FITNET does not train" in capsys.readouterr().out
     assert run(tmp_path, *data, "DISTILLER.TYPE", "FITNET+SEED", name="all") == 0
     assert "does not train" not in capsys.readouterr().out
+
+
+def test_families_of_timm_teach_and_learn_without_labels():
+    """Each is the teacher of one and the student of another, for a step of both methods."""
+    cfg, size = default_config(), (64, 64)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    networks = [
+        make_network(get_model_entry(name, "cifar"), 0, size, settings, "")
+        for name, settings in FAMILIES.items()
+    ]
+    for number, student in enumerate(networks):
+        teacher = networks[number - 1].eval()
+        tokens = teacher.net.forward_features(images)
+        summary = teacher.net.forward_head(tokens, pre_logits=True)
+        features = teacher(images)[1]
+        torch.testing.assert_close(features["pooled_feat"], summary)
+        if tokens.ndim == 3:  # class and register tokens are not part of the map
+            tokens = tokens[:, teacher.net.num_prefix_tokens :].mT.unflatten(2, (4, 4))
+        torch.testing.assert_close(features["final_map"], tokens)
+        distiller = get_distiller("SEED+RADIO").build(student, teacher, cfg, 8, image_size=size)
+        _, losses = distiller.train()(image=images, target=torch.zeros(2).long(), epoch=1)
+        sum(losses.values()).backward()
+        head = {id(param) for param in student.classifier().parameters()}
+        for name, param in student.named_parameters():
+            assert id(param) in head or param.grad.isfinite().all(), (student.name, name)

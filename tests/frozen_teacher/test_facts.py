@@ -72,6 +72,17 @@ def test_the_cost_is_that_of_the_teachers_outputs_by_class(tmp_path, capsys):
     assert not torch.allclose(pooled.class_cost, distiller.class_cost, atol=1e-3)
 
 
+def test_a_fact_without_classes_is_of_the_same_images_with_and_without_labels(tmp_path):
+    path, standards = config(tmp_path, "RADIO: {IMAGES: 10}\n", "RADIO"), []
+    for labels in (True, False):
+        distiller, _, data = built(path, "DATASET.LABELS", labels)
+        assert bool(data.num_classes) == labels
+        standards.append(distiller.standard_pooled_feat)
+        for file in kept(tmp_path):
+            file.unlink()
+    torch.testing.assert_close(*standards)
+
+
 def test_it_is_made_once_and_kept_by_what_it_depends_on(tmp_path, capsys):
     path = config(tmp_path)
     first = built(path)[0].class_cost

@@ -4,16 +4,20 @@ import json
 
 import pytest
 import torch
-from support import same_state, saved_teacher, write_config
+from support import image_folder, same_state, saved_teacher, write_config
 
 from mdistiller.cli import eval as eval_command
 from mdistiller.cli import train as train_command
 from mdistiller.cli.support.teachers import taught_by
+from mdistiller.dataset import load_data
 from mdistiller.distillers import KD, TeacherTeam
 from mdistiller.distillers._teachers import several
+from mdistiller.engine.cfg import load_config
 from mdistiller.evaluation.subjects import run_sources
 from mdistiller.frozen_teacher.fingerprint import teacher_digest
 from mdistiller.models.normalize import resize_input
+from mdistiller.run import measuring
+from mdistiller.run.build import build_distiller
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,27 @@ def test_two_teachers_are_measured_and_resumed_to_the_bit(tmp_path, entries, cap
     assert "DISTILLER.TEACHERS was" in capsys.readouterr().err
 
 
+def test_teachers_and_their_ensemble_are_measured_on_images_of_one_size(tmp_path, monkeypatch):
+    file = str(saved_teacher(tmp_path, num_classes=3))
+    entries = [{"NAME": "resnet8", "CKPT": file}] * 2
+    words = ["DATASET.TYPE", "imagefolder", "DATASET.ROOT", image_folder(tmp_path / "data")]
+    words += ["DATASET.IMAGE_SIZE", 16, "DISTILLER.TEACHER_SIZE", 24, "SOLVER.BATCH_SIZE", 8]
+    path = write_config(tmp_path, "", "KD", "resnet8", TEACHERS=entries)
+    cfg, cpu, seen = load_config(path, list(map(str, words))), torch.device("cpu"), []
+    data, validate = load_data(cfg, cpu, train_size=(24, 24)), measuring.validate
+
+    def record(loader, *rest):
+        seen.append(torch.cat([images for images, _ in loader]))
+        return validate(loader, *rest)
+
+    monkeypatch.setattr(measuring, "validate", record)
+    distiller = build_distiller(cfg, data, cpu, [file, file])
+    accuracies = measuring.measure_teachers(distiller, cfg, data, cpu, [file, file])
+    assert [images.shape[2:] for images in seen] == [(24, 24)] * 3
+    assert torch.equal(seen[0], seen[2])
+    assert len(accuracies) == 3
+
+
 @pytest.mark.parametrize(
     "settings", [{"COMBINE": "confidence"}, {"method": "KD+SEED", "text": "SEED: {QUEUE: 40}\n"}]
 )
@@ -131,7 +156,7 @@ def test_confidence_reads_the_logits_that_the_method_does_not():
         ({"TEACHERS": [{"NAME": "resnet8"}, "resnett"]}, "DISTILLER.TEACHERS: unknown CIFAR model"),
         ({"TEACHERS": "[{NAME: resnet8}]"}, "DISTILLER.TEACHERS cannot be read: on the"),
         ({"TEACHERS": [0]}, "DISTILLER.TEACHERS[0] must be a network's name or a section with"),
-        ({"TEACHERS": ["resnet8", "resnet8"]}, "DISTILLER.TEACHERS[0]: no weights for the teacher"),
+        ({"TEACHERS": ["resnet8", "resnet8"]}, "set CKPT to a checkpoint, or CFG to the config"),
         ({"TEACHERS": [{"NAME": "resnet8", "WEIGHT": -1}]}, "DISTILLER.TEACHERS[0].WEIGHT must be"),
         ({"COMBINE": "mean"}, "DISTILLER.COMBINE must be one of losses, ensemble, confidence"),
         ({"TEACHERS": ["resnet8"] * 2, "method": "SIMKD"}, "SIMKD cannot learn from several"),

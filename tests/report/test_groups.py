@@ -193,6 +193,16 @@ def test_runs_with_a_teacher_for_each_seed_are_a_group(tmp_path):
     assert len(group(read_runs([tmp_path]))) == 2
 
 
+def test_runs_with_several_teachers_are_told_apart_by_these_alone(tmp_path, monkeypatch):
+    """However files are spelled, by the seed's own, and whatever DISTILLER.TEACHER says."""
+    monkeypatch.chdir(tmp_path)
+    for seed, file in enumerate(("t-seed=0", str(tmp_path / "t-seed=1"), "t-seed=0")):
+        entries = [{"NAME": "resnet8", "CKPT": file}, {"NAME": "resnet20"}]
+        words = ("DISTILLER.TEACHERS", entries, "DISTILLER.TEACHER_ARGS", {"width": seed})
+        make_run(tmp_path / f"kd,seed:{seed}", [70.0], *METHODS["KD"], *words, seed=seed)
+    assert [len(one.runs) for one in group(read_runs([tmp_path]))] == [2, 1]
+
+
 def test_one_folder_of_images_is_one_data_set_however_it_is_spelled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, root in enumerate(("images", str(tmp_path / "images"))):

@@ -103,11 +103,19 @@ def list_class_folders(
 def list_images(folder: Path, name: str = "", skipped: Counter[str] | None = None) -> list[str]:
     """Paths below `folder` of all images in ``folder/name``, at any depth, sorted.
 
+    Links to folders are followed, and each folder is read once.
+
     Args:
         skipped: counts the other files by suffix, except hidden ones.
     """
-    images = []
-    for place, _, files in os.walk(folder / name):
+    images: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder / name, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that was read
+            folders.clear()
+            continue
+        seen.add(real)
         for file in files:
             path, suffix = os.path.join(place, file), os.path.splitext(file)[1].lower()
             if is_image(file) or (not suffix and file[0] != "." and starts_as_image(path)):
@@ -127,7 +135,13 @@ def report_skipped(folder: Path, skipped: Counter[str]) -> None:
         f"{folder}: {skipped.total()} files do not have an image suffix and are skipped "
         f"({kinds}{', ...' if len(skipped) > 5 else ''})"
     )
-    if skipped and local_rank() == 0 and line not in _printed:
+    if skipped:
+        print_once(line)
+
+
+def print_once(line: str) -> None:
+    """Print a line about files on stderr, once on each machine."""
+    if local_rank() == 0 and line not in _printed:
         _printed.add(line)
         print(line, file=sys.stderr, flush=True)
 

@@ -173,7 +173,10 @@ def _unreadable(name: Path | str, error: Exception) -> UserError:
     reason = first_line(error)
     if "cannot identify image file" in reason:
         reason = "no image of a known format"
-    return UnreadableError(f"{name} cannot be read as an image ({reason}); replace or remove it")
+    return UnreadableError(
+        f"{name} cannot be read as an image ({reason}); replace or remove it, or leave such images "
+        "out of the data by DATASET.SKIP_CORRUPT True"
+    )
 
 
 def resize(image: Tensor, height: int, width: int, interpolation: str = "") -> Tensor:

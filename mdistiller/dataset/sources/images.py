@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mdistiller.dataset.data_source import DATASETS, Split
 from mdistiller.dataset.files.file_set import FileSet
-from mdistiller.dataset.files.folder import FileSource, list_images, report_skipped
+from mdistiller.dataset.files.folder import FileSource, list_images, print_once, report_skipped
 from mdistiller.registry import UserError
 
 
@@ -41,6 +41,11 @@ class Images(FileSource):
         if not names:
             raise UserError(f"{root} (DATASET.ROOT) has no images, in it or in folders below it")
         report_skipped(root, skipped)
+        if (root / "train").is_dir() and any((root / name).is_dir() for name in ("val", "test")):
+            print_once(
+                f"WARNING: {root} (DATASET.ROOT) is split, and DATASET.TYPE images reads its test "
+                f"images as well; name {root / 'train'} to leave them out"
+            )
         return FileSet.of(root, names, [0] * len(names), ["images"])
 
 

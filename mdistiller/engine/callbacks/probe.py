@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdistiller.dataset import data_spec
 from mdistiller.engine.hooks import Hook, Record, Trainer
 from mdistiller.engine.probe import labelled_config, labelled_sets, probe
+from mdistiller.preprocessing import read_preprocessing
 from mdistiller.registry import UserError
 
 KEY = "test_knn"
@@ -14,7 +16,8 @@ KEY = "test_knn"
 class Probe(Hook):
     """Adds `test_knn`, in percent, to the record of every LOG.PROBE_FREQ-th and the last epoch.
 
-    The labelled images of LOG.PROBE are resized and normalised as those of training.
+    The labelled images of LOG.PROBE are resized, cropped and normalised as the student's file
+    records, which `eval --probe` follows as well.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,8 @@ class Probe(Hook):
         if height == width:
             cfg.DATASET.IMAGE_SIZE = height
         cfg.freeze()
-        self.sets = labelled_sets(cfg, trainer.device)
+        recorded = read_preprocessing(facts.get("preprocessing")) if data_spec(cfg).files else None
+        self.sets = labelled_sets(cfg, trainer.device, recorded)
         size = self.sets[1].image_size
         if size != (height, width):
             raise UserError(

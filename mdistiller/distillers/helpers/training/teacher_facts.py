@@ -28,6 +28,8 @@ class TeacherFact:
         positions: of a map: at most as many evenly spread positions P of each image, whose vectors
             follow one another: M images give rows of P * D numbers. 0: the whole map, channels
             first.
+        by_class: False: `per_class` images in all, evenly spread over the data set whatever their
+            classes, as one class (C is 1). So it is without labels.
     """
 
     output: str
@@ -35,6 +37,7 @@ class TeacherFact:
     reduce: Callable[[Tensor], Tensor]
     recipe: str
     positions: int = 0
+    by_class: bool = True
 
 
 def class_similarity(outputs: Tensor) -> Tensor:
