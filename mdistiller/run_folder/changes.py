@@ -136,7 +136,7 @@ def _unread(cfg: Any) -> list[str]:
     node, parts = cfg.DISTILLER, [DISTILLERS.get(part) for part in part_names(cfg.DISTILLER.TYPE)]
     if not all(map(is_builtin, parts)):
         return []
-    taught = any(part.uses_teacher for part in parts)
+    taught = any(getattr(part, "uses_teacher", True) for part in parts)
     plain = cfg.SOLVER.TRAINER in ("base", "crd")
     unread = {
         "LSKD.UNBIASED": not cfg.LSKD.ENABLE and not cfg.EXPERIMENT.LOGIT_STAND,
