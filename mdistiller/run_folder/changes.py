@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdistiller.config.tasks import TASKS
+from mdistiller.config.tasks import TASKS, task_of
 from mdistiller.config.values import flatten
 from mdistiller.dataset.settings import unread_keys
 from mdistiller.distillers import DISTILLERS, part_names
@@ -123,9 +123,11 @@ def _without_files(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def keys_without_effect(cfg: Any) -> tuple[str, ...]:
-    """Beginnings of keys: :data:`WITHOUT_EFFECT`, those of every task, and those that the data set,
-    method and trainer of this config do not read."""
+    """Beginnings of keys: :data:`WITHOUT_EFFECT`, those of every task, and in classification those
+    that the data set, method and trainer of this config do not read."""
     tasks = (key for task in TASKS.values() for key in task.without_effect)
+    if task_of(cfg):
+        return (*WITHOUT_EFFECT, *tasks)
     data = (f"DATASET.{key}" for key in unread_keys(cfg.DATASET))
     return (*WITHOUT_EFFECT, *tasks, *data, *_unread(cfg))
 

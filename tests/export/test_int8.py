@@ -68,7 +68,9 @@ def test_eval_measures_the_accuracies_of_the_card(files, capsys):
     paths = [str(out / name) for name, _ in rows]
     capsys.readouterr()
     assert eval_command.main([*paths, "-d", "toy", "--import", TOY]) == 0
-    printed = re.findall(r"resnet8 on toy \(60 images\): top-1 ([\d.]+)", capsys.readouterr().out)
+    printed = re.findall(
+        r"resnet8, \S+, on toy \(60 images\): top-1 ([\d.]+)", capsys.readouterr().out
+    )
     assert printed == [top1 for _, top1 in rows]
     for words, message in (
         (["--features"], "gives logits without features"),

@@ -98,4 +98,5 @@ def test_a_key_chooses_the_teacher_in_a_file(tmp_path, capsys):
     assert evaluate.main([*words, "-c", two]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert evaluate.main([*words, "-c", two.replace("two", "one"), two]) == 0  # as further files
-    assert capsys.readouterr().out.splitlines()[1] == first
+    second = capsys.readouterr().out.splitlines()[1]
+    assert second.replace(f", {two},", "") == first
