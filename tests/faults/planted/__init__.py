@@ -72,7 +72,7 @@ def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
 
     What this process has imported besides the package (torch takes seconds) serves the tests too.
     """
-    log = folder / "output"
+    log = folder / ".tests.log"  # a checkout may have a folder output/
     child = os.fork()
     if not child:
         os._exit(_pytest(folder, [f"tests/{test}" for test in tests], log))
